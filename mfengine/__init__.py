@@ -1,0 +1,7 @@
+"""mfengine: training and sampling of MeanFlow models, one-step image generators (arXiv 2505.13447)."""
+
+from mfengine.method import Draws, MeanFlow, MeanFlowConfig, sample
+from mfengine.model import DiT, ModelConfig
+
+__all__ = ["DiT", "Draws", "MeanFlow", "MeanFlowConfig", "ModelConfig", "sample"]
+__version__ = "0.1.0"

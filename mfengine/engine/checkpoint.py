@@ -1,0 +1,262 @@
+"""Checkpoints: written aside and renamed when whole, read into a run or as a model to sample from.
+
+A checkpoint is a folder `checkpoints/step-00001000` with the shards of `torch.distributed.checkpoint` and
+`checkpoint.json`, which says what is in them. A folder of that name is always whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+import shutil
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mfengine.convert import from_sit
+from mfengine.engine.config import from_json, to_json
+from mfengine.engine.data import LatentSpace
+from mfengine.engine.distributed import World
+from mfengine.errors import InputError
+from mfengine.model import DiT, ModelConfig
+
+DESCRIPTION = "checkpoint.json"
+_WHOLE = re.compile(r"step-(\d{8})")
+
+
+class Checkpointer:
+    """Writes a run's checkpoints.
+
+    Args:
+        folder: the run's.
+        world: the ranks that write.
+        keep: how many to keep.
+        asynchronous: write while training goes on; `poll` and `wait` then finish the work.
+    """
+
+    def __init__(self, folder: Path, world: World, keep: int, asynchronous: bool) -> None:
+        self._folder, self._world, self._keep = folder / "checkpoints", world, keep
+        self._asynchronous = asynchronous
+        self._pending: tuple[int, Future[Any]] | None = None
+        self.newest = newest_checkpoint(folder)
+        if world.main:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            for leftover in self._folder.glob(".*"):
+                shutil.rmtree(leftover)
+
+    def save(self, step: int, state: dict[str, Any], description: dict[str, Any]) -> None:
+        """Write a checkpoint of `step`; every rank calls it.
+
+        Args:
+            step: optimizer steps done.
+            state: nested dict of tensors and picklable values.
+            description: goes to checkpoint.json, with the step.
+        """
+        self.wait()
+        partial = self._partial(step)
+        if self._world.main:
+            partial.mkdir()
+            (partial / DESCRIPTION).write_text(json.dumps({"step": step, **description}, indent=1) + "\n")
+        alone = self._world.size == 1
+        if self._asynchronous:
+            future = dcp.async_save(state, checkpoint_id=partial, no_dist=alone)
+            assert isinstance(future, Future)
+            self._pending = (step, future)
+        else:
+            with _quiet():
+                dcp.save(state, checkpoint_id=partial, no_dist=alone)
+            self._finish(step)
+
+    def poll(self) -> None:
+        """Finish a write in the background if it is done."""
+        if self._pending and self._pending[1].done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait for the write in the background, if there is one, and finish it."""
+        if self._pending:
+            step, future = self._pending
+            future.result()
+            self._pending = None
+            self._finish(step)
+
+    def _finish(self, step: int) -> None:
+        """Give the folder its name and remove old ones. All ranks have written by now: rank 0 wrote the metadata last."""
+        whole = self._folder / f"step-{step:08d}"
+        self.newest = whole
+        if self._world.main:
+            self._partial(step).rename(whole)
+            _sync(self._folder)
+            for old in _whole_checkpoints(self._folder)[: -self._keep]:
+                # Renamed first: a kill in the midst of the removal must not leave a folder that looks whole.
+                doomed = old.with_name(f".removed-{old.name}")
+                old.rename(doomed)
+                shutil.rmtree(doomed)
+
+    def _partial(self, step: int) -> Path:
+        return self._folder / f".partial-step-{step:08d}"
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without DCP's warning that a single process has no process group."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
+
+
+def _sync(folder: Path) -> None:
+    """Make a rename in `folder` survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _whole_checkpoints(folder: Path) -> list[Path]:
+    """Oldest first."""
+    return sorted(path for path in folder.glob("step-*") if _WHOLE.fullmatch(path.name))
+
+
+def newest_checkpoint(run: Path) -> Path | None:
+    """The newest whole checkpoint of a run folder."""
+    found = _whole_checkpoints(run / "checkpoints")
+    return found[-1] if found else None
+
+
+def read_description(checkpoint: Path) -> dict[str, Any]:
+    return json.loads((checkpoint / DESCRIPTION).read_text())
+
+
+def load_state(checkpoint: Path, state: dict[str, Any], world: World) -> None:
+    """Fill `state` in place with what the checkpoint has under the same keys.
+
+    Raises:
+        InputError: the checkpoint has not all of it, or in other shapes.
+    """
+    try:
+        with _quiet():
+            dcp.load(state, checkpoint_id=checkpoint, no_dist=world.size == 1)
+    except (dcp.api.CheckpointException, RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise InputError(f"cannot read {checkpoint}: {reason}") from None
+
+
+# ----------------------------------------------------------------------------
+# Models to sample from.
+
+
+def load_model(
+    path: Path, ema_decay: float | None = None, compute_dtype: torch.dtype = torch.float32
+) -> tuple[DiT, LatentSpace, Path]:
+    """A model with averaged weights, on the host.
+
+    Args:
+        path: a run folder (its newest checkpoint is taken), a checkpoint folder, or an export (.safetensors).
+        ema_decay: which moving average; the first if None. An export holds one.
+        compute_dtype: of the model.
+
+    Returns:
+        The model, what its latents mean, and the checkpoint or export that was read.
+
+    Raises:
+        InputError: there is no such thing, or it is of another architecture.
+    """
+    if path.suffix == ".safetensors":
+        weights, description = _read_export(path)
+    else:
+        path = _find_checkpoint(path)
+        description = read_description(path)
+        weights = _read_average(path, description, ema_decay)
+    model = DiT(from_json(ModelConfig, description["model"]), compute_dtype)
+    model.load_state_dict(weights)
+    return model.eval(), from_json(LatentSpace, description["space"]), path
+
+
+def export_model(checkpoint: Path, out: Path, ema_decay: float | None = None) -> Path:
+    """Write a moving average of the weights and its configuration as safetensors; returns the checkpoint read."""
+    checkpoint = _find_checkpoint(checkpoint)
+    description = read_description(checkpoint)
+    weights = _read_average(checkpoint, description, ema_decay)
+    partial = out.with_name(f".partial-{out.name}")
+    kept = {key: description[key] for key in ("step", "model", "space")}
+    save_file(weights, partial, metadata={"mfengine": json.dumps(kept)})
+    partial.rename(out)
+    return checkpoint
+
+
+def load_initial_weights(model: DiT, path: Path) -> list[str]:
+    """Start `model` from other weights.
+
+    Args:
+        model: on the host.
+        path: what `load_model` takes, or a DiT, SiT or MeanFlow checkpoint (.pt, .pth) as `convert.from_sit` takes.
+
+    Returns:
+        The parameters that it left fresh.
+
+    Raises:
+        InputError: there is no such thing, or it is of another architecture.
+    """
+    if path.suffix not in (".pt", ".pth"):
+        weights, fresh = load_model(path)[0].state_dict(), []
+    else:
+        try:
+            weights, fresh, _ = from_sit(torch.load(path, map_location="cpu", weights_only=True))
+        except (OSError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
+            raise InputError(f"cannot read {path}: {str(error).splitlines()[0]}") from None
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise InputError(f"{path} is of another architecture: {str(error).splitlines()[1].strip()}") from None
+    return fresh
+
+
+def describe_model(model: ModelConfig, space: LatentSpace) -> dict[str, Any]:
+    """What checkpoint.json says of the network and its latents."""
+    return {"model": to_json(model), "space": to_json(space)}
+
+
+def _find_checkpoint(path: Path) -> Path:
+    if (path / DESCRIPTION).is_file() and _WHOLE.fullmatch(path.name):
+        return path
+    newest = newest_checkpoint(path)
+    if newest is None:
+        raise InputError(f"{path} is neither a checkpoint, nor a run folder with one, nor a .safetensors file")
+    return newest
+
+
+def _read_average(checkpoint: Path, description: dict[str, Any], decay: float | None) -> dict[str, Tensor]:
+    decays = description["ema_decays"]
+    decay = decays[0] if decay is None else decay
+    if decay not in decays:
+        raise InputError(f"{checkpoint} has no moving average of decay {decay}; it has {decays}")
+    with torch.device("meta"):
+        shapes = DiT(from_json(ModelConfig, description["model"])).state_dict()
+    state = {"ema": {str(decay): {name: torch.empty(value.shape) for name, value in shapes.items()}}}
+    load_state(checkpoint, state, World(0, 1, torch.device("cpu")))
+    return state["ema"][str(decay)]
+
+
+def _read_export(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118: not a dict
+    except Exception as error:  # safetensors has no public base class for its errors
+        raise InputError(f"cannot read {path}: {error}") from None
+    if "mfengine" not in metadata:
+        raise InputError(f"{path} was not written by mfengine.export: it has no configuration")
+    return weights, json.loads(metadata["mfengine"])

@@ -1,0 +1,193 @@
+"""Configuration of a training run, and the presets."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from mfengine.errors import InputError
+from mfengine.method import MeanFlowConfig
+from mfengine.model import ModelConfig
+
+C = TypeVar("C")
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW and the moving averages of the weights."""
+
+    lr: float = 1e-4
+    """constant learning rate"""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Adam's decay rates"""
+    eps: float = 1e-8
+    """Adam's epsilon"""
+    weight_decay: float = 0.0
+    """decoupled weight decay"""
+    clip_norm: float | None = None
+    """clip the gradient's global norm to this; None does not clip"""
+    ema_decays: tuple[float, ...] = (0.9999,)
+    """one moving average of the weights per decay; the first one is sampled from"""
+
+    def __post_init__(self) -> None:
+        if self.lr <= 0:
+            raise ValueError(f"lr must be positive, not {self.lr}")
+        if self.clip_norm is not None and self.clip_norm <= 0:
+            raise ValueError(f"clip_norm must be positive, not {self.clip_norm}")
+        if not self.ema_decays or not all(0 <= decay < 1 for decay in self.ema_decays):
+            raise ValueError(f"ema_decays must be one or more numbers in [0, 1), not {self.ema_decays}")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that defines a training run."""
+
+    data: Path = Path("data/latents")
+    """folder with dataset.json, as written by mfengine.prepare"""
+    name: str = "run"
+    """the run's folder is RUNS/NAME"""
+    runs: Path = Path("runs")
+    """where run folders are kept"""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    method: MeanFlowConfig = field(default_factory=MeanFlowConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+
+    batch_size: int = 256
+    """samples per optimizer step, over all ranks"""
+    accumulation: int = 1
+    """split each rank's share of the batch into this many passes, to save memory"""
+    epochs: float = 240
+    """how long to train, in passes over the data"""
+    steps: int | None = None
+    """how long to train, in optimizer steps; overrides epochs"""
+    seed: int = 0
+    """weights, order of the data, times, noise and dropped labels derive from it"""
+    init: Path | None = None
+    """start from these weights: a run, a checkpoint, an export, or a DiT/SiT checkpoint (.pt)"""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes a GPU where there is one"""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """of matrix products; auto is bfloat16 on GPUs and float32 on CPUs. Weights stay float32"""
+    compile: bool = False
+    """compile the blocks with torch.compile"""
+    recompute: bool = False
+    """activation checkpointing: recompute each block in the backward to save memory"""
+    replicas: int = 1
+    """HSDP: keep this many copies of the sharded model, one per node say; it divides the ranks"""
+    reshard: bool = False
+    """free gathered parameters after each forward: less memory, more communication"""
+
+    log_every: int = 50
+    """steps between lines in metrics.jsonl and TensorBoard"""
+    sample_every: int = 5000
+    """steps between sample pictures; 0 draws none"""
+    checkpoint_every: int = 5000
+    """steps between checkpoints; one is always written at the end"""
+    keep: int = 3
+    """checkpoints to keep"""
+    max_skipped_steps: int = 0
+    """steps with a loss that is not finite to skip before giving up"""
+    resume: Literal["never", "auto"] = "never"
+    """auto continues the run folder's newest whole checkpoint, if there is one"""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "accumulation", "replicas", "log_every", "checkpoint_every", "keep"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("sample_every", "max_skipped_steps", "seed"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, not {getattr(self, name)}")
+        if self.epochs <= 0 or (self.steps is not None and self.steps < 1):
+            raise ValueError("epochs must be positive and steps at least 1")
+
+    @property
+    def folder(self) -> Path:
+        return self.runs / self.name
+
+    def local_batch(self, world_size: int) -> int:
+        """Rows of one forward pass on one rank; InputError if the batch cannot be divided so."""
+        parts = world_size * self.accumulation
+        if self.batch_size % parts:
+            raise InputError(
+                f"batch_size {self.batch_size} is not a multiple of ranks x accumulation = "
+                f"{world_size} x {self.accumulation}"
+            )
+        local = self.batch_size // parts
+        try:
+            self.method.num_interval(local)
+        except ValueError as error:
+            raise InputError(f"{error}; change batch_size, accumulation or method.interval_share") from None
+        return local
+
+
+# ----------------------------------------------------------------------------
+# Presets.
+
+
+def _imagenet(name: str, patch: int, width: int, depth: int, heads: int, epochs: int, **guidance: float) -> TrainConfig:
+    """A configuration of arXiv 2505.13447: ImageNet latents of 4 x 32 x 32."""
+    return TrainConfig(
+        data=Path("data/imagenet256"),
+        name=name,
+        model=ModelConfig(patch_size=patch, hidden_size=width, depth=depth, num_heads=heads),
+        method=MeanFlowConfig(**guidance),
+        epochs=epochs,
+    )
+
+
+PRESETS: dict[str, tuple[str, TrainConfig]] = {
+    "digits": (
+        "the 1,797 handwritten digits of scikit-learn, 8 x 8 pixels: minutes on two CPU cores",
+        TrainConfig(
+            data=Path("data/digits"),
+            name="digits",
+            model=ModelConfig(8, 4, 1, hidden_size=128, depth=4, num_heads=4, num_classes=10),
+            optim=OptimConfig(lr=2e-3, ema_decays=(0.995,)),
+            batch_size=256,
+            steps=1500,
+            log_every=25,
+            sample_every=500,
+            checkpoint_every=250,
+        ),
+    ),
+    "b4": ("ImageNet 256, 131 M parameters, 80 epochs", _imagenet("b4", 4, 768, 12, 12, 80, omega=1.0, kappa=0.5)),
+    "b2": ("ImageNet 256, 131 M parameters, 240 epochs", _imagenet("b2", 2, 768, 12, 12, 240, omega=1.0, kappa=0.5)),
+    "m2": (
+        "ImageNet 256, 308 M parameters, 240 epochs (guidance as b2: the published one is unconfirmed)",
+        _imagenet("m2", 2, 1024, 16, 16, 240, omega=1.0, kappa=0.5),
+    ),
+    "l2": (
+        "ImageNet 256, 459 M parameters, 240 epochs",
+        _imagenet("l2", 2, 1024, 24, 16, 240, omega=0.2, kappa=0.92, t_end=0.8),
+    ),
+    "xl2": (
+        "ImageNet 256, 676 M parameters, 240 epochs",
+        _imagenet("xl2", 2, 1152, 28, 16, 240, omega=0.2, kappa=0.92, t_end=0.75),
+    ),
+    "xl2-plus": (
+        "ImageNet 256, 676 M parameters, 1000 epochs (guidance as xl2: the published one is unconfirmed)",
+        _imagenet("xl2-plus", 2, 1152, 28, 16, 1000, omega=0.2, kappa=0.92, t_end=0.75),
+    ),
+}
+
+
+# ----------------------------------------------------------------------------
+# Configurations as JSON.
+
+
+def to_json(config: Any) -> dict[str, Any]:
+    """A configuration dataclass as plain JSON values."""
+    return json.loads(json.dumps(dataclasses.asdict(config), default=str))
+
+
+def from_json(cls: type[C], values: dict[str, Any]) -> C:
+    """A flat configuration dataclass from what `to_json` made; InputError for a field that it has not."""
+    names = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    unknown = sorted(values.keys() - names)
+    if unknown:
+        raise InputError(f"{cls.__name__} has no {', '.join(unknown)}: written by another version of mfengine")
+    return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})

@@ -1,0 +1,320 @@
+"""Data sets of precomputed latents: their description, the writer, and the DALI pipeline that feeds a rank.
+
+A data set is a folder of WebDataset tar shards, each with a DALI index (`.idx`), and `dataset.json`. A sample has
+two raw components: `moments`, float16 (flips, 2, C, H, W), the mean and the standard deviation of the VAE's
+posterior for the image and, where flips is 2, for its mirror image; and `label`, one int32. Samples are shuffled
+when they are written, so a reader's shuffle buffer need not hold the whole set.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import tarfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mfengine.engine.config import from_json
+from mfengine.errors import DataError, InputError
+from mfengine.model import ModelConfig
+
+DESCRIPTION = "dataset.json"
+SHUFFLE_BUFFER = 4096  # samples a reader holds to draw from: 134 MB of 4 x 32 x 32 latents with both flips
+INDEX_VERSION = "v1.2"  # of DALI's WebDataset index
+
+
+@dataclass(frozen=True)
+class LatentSpace:
+    """What latents mean: what a model needs to know of the data it was trained on."""
+
+    shape: tuple[int, int, int]
+    """(C, H, W)"""
+    num_classes: int
+    scale: float = 1.0
+    """a latent is (posterior sample - bias) * scale"""
+    bias: float = 0.0
+    pixel_range: tuple[float, float] | None = None
+    """where the unscaled latents are pixels: the values of black and white"""
+
+    def unscale(self, latents: Tensor) -> Tensor:
+        """Back from what the network sees to what the encoder gave."""
+        return latents / self.scale + self.bias
+
+
+@dataclass(frozen=True)
+class Shard:
+    file: str
+    count: int  # samples
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A data set on disk, as `dataset.json` describes it."""
+
+    folder: Path
+    name: str
+    space: LatentSpace
+    flips: int  # 2 where mirror images are there too, else 1
+    count: int  # samples over all shards
+    shards: tuple[Shard, ...]
+
+    @classmethod
+    def open(cls, folder: Path) -> Dataset:
+        """Read `dataset.json` and check that the shards are there and whole.
+
+        Raises:
+            InputError: a file is missing, empty, truncated or contradicts the description.
+        """
+        path = folder / DESCRIPTION
+        if not path.is_file():
+            raise InputError(f"{path} does not exist; `python -m mfengine.prepare digits {folder}` writes a data set")
+        try:
+            values = json.loads(path.read_text())
+            dataset = cls(
+                folder,
+                values["name"],
+                from_json(LatentSpace, values["space"]),
+                values["flips"],
+                values["count"],
+                tuple(from_json(Shard, shard) for shard in values["shards"]),
+            )
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{path} is not a description of a data set: {error!r}") from None
+        dataset._check_shards()
+        return dataset
+
+    def _check_shards(self) -> None:
+        if not self.shards:
+            raise InputError(f"{self.folder / DESCRIPTION} lists no shards")
+        if self.count != sum(shard.count for shard in self.shards):
+            raise InputError(f"{self.folder / DESCRIPTION} says {self.count} samples, but its shards add up to others")
+        sizes = {"moments": 2 * self.flips * 2 * math.prod(self.space.shape), "label": 4}
+        for shard in self.shards:
+            path = self.folder / shard.file
+            if not path.is_file():
+                raise InputError(f"shard {path} is missing")
+            if path.stat().st_size != shard.bytes:
+                raise InputError(f"shard {path} has {path.stat().st_size} bytes, {DESCRIPTION} says {shard.bytes}")
+            index = path.with_suffix(".idx")
+            if not index.is_file():
+                raise InputError(f"index {index} is missing")
+            with index.open() as lines:
+                header, first = lines.readline().split(), lines.readline().split()
+            if header != [INDEX_VERSION, str(shard.count)]:
+                raise InputError(f"index {index} does not list the {shard.count} samples of {DESCRIPTION}")
+            found = {first[i]: int(first[i + 2]) for i in range(0, len(first), 4)}
+            if found != sizes:
+                raise InputError(
+                    f"shard {path} holds {found} bytes per sample; shape {self.space.shape} with {self.flips} flip(s) "
+                    f"needs {sizes}"
+                )
+
+    def check_model(self, model: ModelConfig) -> None:
+        """InputError unless `model` fits these latents and labels."""
+        needed = (model.in_channels, model.input_size, model.input_size)
+        if needed != self.space.shape:
+            raise InputError(f"{self.folder} holds latents of {self.space.shape}; the model takes {needed}")
+        if self.space.num_classes != model.num_classes:
+            raise InputError(
+                f"{self.folder} has {self.space.num_classes} classes; model.num_classes is {model.num_classes}"
+            )
+
+
+def write_dataset(
+    folder: Path,
+    name: str,
+    space: LatentSpace,
+    samples: Iterable[tuple[np.ndarray, int]],
+    shard_samples: int = 32_768,
+) -> Dataset:
+    """Write a data set; `dataset.json` comes last, so that what is not whole is not a data set.
+
+    Args:
+        folder: created if need be; it must not hold anything.
+        name: of the data set.
+        space: what the latents mean.
+        samples: in random order: moments (flips, 2, C, H, W), cast to float16, and the label.
+        shard_samples: samples per shard, 1 GB for 4 x 32 x 32 latents with both flips.
+
+    Raises:
+        InputError: the folder is not empty, or a sample contradicts `space`.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder} is not an empty folder: choose another one, or remove it first")
+    folder.mkdir(parents=True, exist_ok=True)
+    shards: list[Shard] = []
+    pending: list[tuple[np.ndarray, int]] = []
+    flips = count = 0
+
+    def flush() -> None:
+        file = f"{len(shards):06d}.tar"
+        _write_shard(folder / file, pending, count - len(pending))
+        shards.append(Shard(file, len(pending), (folder / file).stat().st_size))
+        pending.clear()
+
+    for moments, label in samples:
+        flips = flips or len(moments)
+        if moments.shape != (flips, 2, *space.shape):
+            raise InputError(f"sample {count} has moments of {moments.shape}, not {(flips, 2, *space.shape)}")
+        if not 0 <= label < space.num_classes:
+            raise InputError(f"sample {count} has label {label}, not one of 0 to {space.num_classes - 1}")
+        pending.append((moments, label))
+        count += 1
+        if len(pending) == shard_samples:
+            flush()
+    if pending:
+        flush()
+    dataset = Dataset(folder, name, space, flips, count, tuple(shards))
+    values = dataclasses.asdict(dataset)
+    del values["folder"]
+    (folder / DESCRIPTION).write_text(json.dumps(values, indent=1) + "\n")
+    return dataset
+
+
+def _write_shard(path: Path, samples: list[tuple[np.ndarray, int]], first: int) -> None:
+    entries = []
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for number, (moments, label) in enumerate(samples, start=first):
+            entry = []
+            for extension, array in (("moments", moments.astype("<f2")), ("label", np.array(label, "<i4"))):
+                member = tarfile.TarInfo(f"{number:09d}.{extension}")
+                member.size = array.nbytes
+                offset = tar.offset + tarfile.BLOCKSIZE  # the header is one block
+                tar.addfile(member, BytesIO(array.tobytes()))
+                entry.append(f"{extension} {offset} {member.size} {member.name}")
+            entries.append(" ".join(entry))
+    path.with_suffix(".idx").write_text("\n".join([f"{INDEX_VERSION} {len(entries)}", *entries]) + "\n")
+
+
+# ----------------------------------------------------------------------------
+# Reading.
+
+
+class Loader:
+    """Endless batches of latents and labels from one part of the data.
+
+    The data is dealt in `num_parts` equal parts, one per rank and accumulation pass. Within an epoch each sample is
+    drawn once; parts change hands after each epoch, and batches run over its end. The posterior is sampled and a
+    flip chosen anew each time.
+
+    Args:
+        dataset: where to read.
+        batch: rows per batch.
+        part, num_parts: which part of the data to read.
+        seed: of shuffling, flips and posterior samples.
+        device: where the latents go; they are made there too.
+        position: what `position` returned, to continue from there.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        batch: int,
+        part: int,
+        num_parts: int,
+        seed: int,
+        device: torch.device,
+        position: bytes | None = None,
+    ) -> None:
+        if dataset.count < num_parts:
+            raise InputError(f"{dataset.folder} has {dataset.count} samples, too few for {num_parts} parts")
+        from nvidia.dali.plugin.pytorch import DALIGenericIterator  # importing mfengine does not need DALI
+
+        self._dataset = dataset
+        pipeline = _pipeline(dataset, batch, part, num_parts, seed, device, position)
+        with self._readable():
+            self._batches = DALIGenericIterator([pipeline], ["latents", "labels"])
+
+    def __next__(self) -> tuple[Tensor, Tensor]:
+        """Latents (B, C, H, W) float32 on the device, labels (B,) int64 on the host."""
+        with self._readable():
+            batch = next(self._batches)[0]
+        y = batch["labels"].flatten().long()
+        classes = self._dataset.space.num_classes
+        if int(y.min()) < 0 or int(y.max()) >= classes:
+            raise DataError(
+                f"{self._dataset.folder} has a label outside of 0 to {classes - 1}, the classes of {DESCRIPTION}"
+            )
+        return batch["latents"], y
+
+    def position(self) -> bytes:
+        """The state of reader and random numbers after the last batch."""
+        return self._batches.checkpoints()[0]
+
+    @contextmanager
+    def _readable(self) -> Iterator[None]:
+        """Turn DALI's report of unreadable data into the one line of it that says why."""
+        try:
+            yield
+        except RuntimeError as error:
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+            reason = next((line for line in lines if "Error" in line or "Assert" in line), lines[0])
+            raise DataError(f"cannot read {self._dataset.folder}: {reason}") from None
+
+
+def _pipeline(
+    dataset: Dataset, batch: int, part: int, num_parts: int, seed: int, device: torch.device, position: bytes | None
+) -> Any:
+    from nvidia.dali import fn, pipeline_def, types
+
+    gpu = device.type == "cuda"
+    paths = [dataset.folder / shard.file for shard in dataset.shards]
+    space = dataset.space
+
+    @pipeline_def(
+        batch_size=batch,
+        num_threads=2,
+        device_id=device.index if gpu else None,
+        seed=seed,
+        enable_checkpointing=True,
+        checkpoint=position,
+    )
+    def pipeline() -> tuple[Any, Any]:
+        moments, label = fn.readers.webdataset(
+            paths=[str(path) for path in paths],
+            index_paths=[str(path.with_suffix(".idx")) for path in paths],
+            ext=["moments", "label"],
+            dtypes=[types.FLOAT16, types.INT32],
+            missing_component_behavior="error",
+            shard_id=part,
+            num_shards=num_parts,
+            random_shuffle=True,
+            initial_fill=min(SHUFFLE_BUFFER, dataset.count),
+        )
+        moments = fn.reshape(moments, shape=[dataset.flips, 2, *space.shape])
+        flip = fn.random.uniform(range=[0, dataset.flips], dtype=types.INT32) if dataset.flips > 1 else 0
+        moments = moments[flip]  # (2, C, H, W)
+        if gpu:
+            moments = moments.gpu()
+        moments = fn.cast(moments, dtype=types.FLOAT)
+        mean, std = moments[0], moments[1]
+        latents = (mean + std * fn.random.normal(mean) - space.bias) * space.scale
+        return latents, label
+
+    return pipeline()
+
+
+def read_means(dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
+    """All posterior means (count, C, H, W) float32, not flipped and on the encoder's scale, and labels (count,)."""
+    means, labels = [], []
+    for shard in dataset.shards:
+        with tarfile.open(dataset.folder / shard.file) as tar:
+            for member in tar:
+                file = tar.extractfile(member)
+                assert file is not None
+                if member.name.endswith(".label"):
+                    labels.append(np.frombuffer(file.read(), "<i4")[0])
+                else:
+                    moments = np.frombuffer(file.read(), "<f2").reshape(dataset.flips, 2, *dataset.space.shape)
+                    means.append(moments[0, 0].astype(np.float32))
+    return np.stack(means), np.array(labels)

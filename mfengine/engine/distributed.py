@@ -1,0 +1,184 @@
+"""Ranks and devices: starting them, agreeing between them, and laying the model out over them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
+
+from mfengine.errors import InputError
+from mfengine.model import DiT
+from mfengine.ops import Dual
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all. A single process has no process group."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+    def gather(self, row: list[float]) -> Tensor:
+        """Everyone's row of figures, (size, len(row)) float64, by way of the hosts: no device waits for it."""
+        mine = torch.tensor(row, dtype=torch.float64)
+        if self.size == 1:
+            return mine[None]
+        rows = [torch.empty_like(mine) for _ in range(self.size)]
+        dist.all_gather(rows, mine)
+        return torch.stack(rows)
+
+    def on_main(self, action: Callable[[], T]) -> T:
+        """Run `action` on rank 0; every rank gets its result, or its InputError."""
+        outcome: list[Any] = [None, None]
+        if self.main:
+            try:
+                outcome[0] = action()
+            except InputError as error:
+                outcome[1] = str(error)
+        if self.size > 1:
+            dist.broadcast_object_list(outcome, src=0)
+        if outcome[1] is not None:
+            raise InputError(outcome[1])
+        return outcome[0]
+
+
+@contextmanager
+def world(device: str) -> Iterator[World]:
+    """Join the other processes that torchrun started, if it did.
+
+    Args:
+        device: "cpu", "cuda", or "auto" for a GPU where there is one.
+
+    Raises:
+        InputError: there is no such device.
+    """
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        if not torch.cuda.is_available():
+            raise InputError("device cuda was asked for, but torch finds no GPU; use --device cpu")
+        if local_rank >= torch.cuda.device_count():
+            raise InputError(f"local rank {local_rank} has no GPU: there are {torch.cuda.device_count()}")
+        torch.cuda.set_device(local_rank)
+        here = torch.device("cuda", local_rank)
+    else:
+        here = torch.device("cpu")
+    if size > 1:
+        backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(minutes=10))
+    try:
+        yield World(rank, size, here)
+    finally:
+        if size > 1:
+            dist.destroy_process_group()
+
+
+# ----------------------------------------------------------------------------
+# Laying out the model.
+
+
+def prepare_model(
+    model: DiT, world: World, *, replicas: int = 1, reshard: bool = False, compile: bool = False, recompute: bool = False
+) -> DiT:
+    """Compile, recompute and shard the blocks of `model`, in place.
+
+    Args:
+        model: on the host, the same on every rank.
+        world: the ranks to shard over.
+        replicas: copies of the sharded model (HSDP).
+        reshard: free gathered parameters after each forward. If not, one gathering serves the guidance pass, the
+            forward and the backward.
+        compile: compile each block.
+        recompute: keep only the inputs of each block for the backward.
+
+    Raises:
+        InputError: replicas does not divide the ranks.
+    """
+    if world.size % replicas:
+        raise InputError(f"replicas {replicas} does not divide the {world.size} rank(s)")
+    for block in model.blocks:
+        if compile:
+            block.forward = torch.compile(block.forward)  # type: ignore[method-assign]
+        if recompute:
+            block.forward = _recomputed(block.forward)  # type: ignore[method-assign]
+    if world.size == 1:
+        return model.to(world.device)
+
+    shape, names = ((world.size,), ("shard",)) if replicas == 1 else (
+        (replicas, world.size // replicas),
+        ("replicate", "shard"),
+    )
+    mesh = init_device_mesh(world.device.type, shape, mesh_dim_names=names)
+    # Inputs are not cast: the model itself keeps times, norms and the residual stream in float32.
+    half = None if model.compute_dtype == torch.float32 else model.compute_dtype
+    full_policy = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
+    policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for embedder in (model.t_embedder, model.h_embedder, model.y_embedder):
+        fully_shard(embedder, mesh=mesh, mp_policy=full_policy, reshard_after_forward=reshard)
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
+    return model.to(world.device)  # buffers; the parameters are there already
+
+
+def reduce_gradients(model: nn.Module, enabled: bool) -> None:
+    """Whether the next backward reduces gradients over the ranks, or only accumulates them."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(enabled)
+
+
+def free_gathered(model: nn.Module) -> None:
+    """Drop gathered parameters, so that the next forward gathers what the shards hold then."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def local(x: Tensor) -> Tensor:
+    """This rank's part of a tensor, sharing its memory."""
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
+def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Activation checkpointing of a block whose tangents, which no backward needs, are not computed again."""
+
+    def call(x: Any, c: Any) -> Any:
+        in_backward = False
+
+        @contextmanager
+        def backward() -> Iterator[None]:
+            nonlocal in_backward
+            in_backward = True
+            try:
+                yield
+            finally:
+                in_backward = False
+
+        def run(x: Any, c: Any) -> Any:
+            if in_backward and isinstance(x, Dual):
+                x, c = x.primal, c.primal
+            return forward(x, c)
+
+        return checkpoint(run, x, c, use_reentrant=False, context_fn=lambda: (nullcontext(), backward()))
+
+    return call

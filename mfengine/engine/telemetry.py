@@ -1,0 +1,140 @@
+"""What a run tells: the progress bar, metrics.jsonl, TensorBoard and pictures."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+METRICS = "metrics.jsonl"
+
+
+class Telemetry:
+    """Reports of one run; silent on every rank but the first.
+
+    Args:
+        folder: the run's.
+        enabled: whether this rank reports.
+        step, total_steps: where the run starts and ends.
+        batch_size: samples per step.
+    """
+
+    def __init__(self, folder: Path, enabled: bool, step: int, total_steps: int, batch_size: int) -> None:
+        self._enabled, self._batch_size = enabled, batch_size
+        self._last = (step, time.monotonic())
+        self._figures: list[tuple[float, float]] = []
+        if not enabled:
+            return
+        self._folder = folder
+        self._metrics = _continue_metrics(folder / METRICS, step)
+        self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=step)
+        terminal = sys.stderr.isatty()
+        self._bar = tqdm(
+            total=total_steps * batch_size,
+            initial=step * batch_size,
+            unit=" samples",
+            unit_scale=True,
+            dynamic_ncols=terminal,
+            mininterval=0.2 if terminal else 20,
+        )
+
+    def __enter__(self) -> Telemetry:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self._enabled:
+            self._bar.close()
+            self._metrics.close()
+            self._tensorboard.close()
+
+    def step(self, loss: float, v_loss: float) -> None:
+        """One more step, with its figures, the means over all ranks."""
+        if self._enabled:
+            self._figures.append((loss, v_loss))
+            self._bar.set_postfix(loss=f"{loss:.4f}", v_loss=f"{v_loss:.4g}", refresh=False)
+            self._bar.update(self._batch_size)
+
+    def log(self, step: int, epoch: float, skipped_steps: int) -> None:
+        """Write a line of figures: means and speed since the last one."""
+        if not self._enabled:
+            return
+        now = time.monotonic()
+        since, started = self._last
+        loss, v_loss = np.nanmean(self._figures, axis=0)
+        line = {
+            "step": step,
+            "epoch": round(epoch, 4),
+            "loss": loss,
+            "v_loss": v_loss,
+            "samples_per_second": round((step - since) * self._batch_size / (now - started), 1),
+            "skipped_steps": skipped_steps,
+        }
+        self._figures.clear()
+        self._last = (step, now)
+        self._metrics.write(json.dumps(line) + "\n")
+        self._metrics.flush()
+        for name, value in line.items():
+            if name != "step":
+                self._tensorboard.add_scalar(name, value, step)
+
+    def picture(self, step: int, images: Tensor) -> None:
+        """Write a grid of images (B, 3, H, W) in [0, 1] as samples/STEP.png and to TensorBoard."""
+        if self._enabled:
+            grid = image_grid(images)
+            save_picture(grid, self._folder / "samples" / f"{step:08d}.png")
+            self._tensorboard.add_image("samples", grid, step)
+
+    def say(self, message: str) -> None:
+        """Print a line without breaking the progress bar."""
+        if self._enabled:
+            self._bar.write(message, file=sys.stderr)
+
+
+def _continue_metrics(path: Path, step: int) -> Any:
+    """Open metrics.jsonl for appending, without the lines of steps that will be done again."""
+    kept = []
+    if path.exists():
+        for line in path.read_text().splitlines(keepends=True):
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line)
+            except (ValueError, KeyError):
+                break  # a line that a killed run left half-written, always the last
+    path.write_text("".join(kept))
+    return path.open("a")
+
+
+# ----------------------------------------------------------------------------
+# Pictures.
+
+
+def image_grid(images: Tensor, columns: int | None = None) -> Tensor:
+    """Lay out images (B, C, H, W) in rows, as near to a square as can be, with a margin: (C, H', W')."""
+    count, channels, height, width = images.shape
+    columns = columns or int(np.ceil(np.sqrt(count)))
+    rows = -(-count // columns)
+    margin = max(1, height // 16)
+    grid = images.new_ones(channels, rows * (height + margin) + margin, columns * (width + margin) + margin)
+    for i, image in enumerate(images):
+        top, left = margin + i // columns * (height + margin), margin + i % columns * (width + margin)
+        grid[:, top : top + height, left : left + width] = image
+    return grid
+
+
+def save_picture(image: Tensor, path: Path, min_size: int = 480) -> None:
+    """Write an image (C, H, W) in [0, 1] as PNG, small ones enlarged by a whole factor."""
+    pixels = (image.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+    factor = max(1, min_size // max(pixels.shape[:2]))
+    pixels = pixels.repeat(factor, axis=0).repeat(factor, axis=1)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)

@@ -1,0 +1,345 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.nn.utils import clip_grad_norm_
+
+from mfengine.engine.checkpoint import (
+    Checkpointer,
+    describe_model,
+    load_initial_weights,
+    load_state,
+    newest_checkpoint,
+    read_description,
+)
+from mfengine.engine.config import TrainConfig, to_json
+from mfengine.engine.data import Dataset, Loader
+from mfengine.engine.decode import draw_latents
+from mfengine.engine.distributed import World, prepare_model, reduce_gradients
+from mfengine.engine.optim import EMA, adamw
+from mfengine.engine.telemetry import Telemetry
+from mfengine.errors import InputError, TrainingError
+from mfengine.method import MeanFlow, sample
+from mfengine.model import DiT, ModelConfig
+
+CONFIG = "config.json"
+PICTURE_SAMPLES = 64
+
+
+def train(config: TrainConfig, world: World) -> int:
+    """Train to the end of `config`, or until SIGTERM or SIGINT.
+
+    Args:
+        config: the run.
+        world: the ranks that train.
+
+    Returns:
+        0 at the end, or the number of the signal that stopped the run after it had written a checkpoint.
+
+    Raises:
+        InputError: the configuration, the data or the run folder is not usable.
+        TrainingError: the loss is not finite.
+    """
+    config.local_batch(world.size)
+    dataset = world.on_main(lambda: Dataset.open(config.data))
+    dataset.check_model(config.model)
+    world.on_main(lambda: open_run_folder(config, dataset))
+    trainer = Trainer(config, world, dataset)
+    with caught_signals() as caught:
+        return trainer.run(caught)
+
+
+# ----------------------------------------------------------------------------
+# The run.
+
+
+class Trainer:
+    """One run on one rank: its state, and the loop that advances it."""
+
+    def __init__(self, config: TrainConfig, world: World, dataset: Dataset) -> None:
+        self.config, self.world, self.dataset = config, world, dataset
+        self.total_steps = config.steps or max(1, round(config.epochs * dataset.count / config.batch_size))
+        self.method = MeanFlow(config.method)
+        self.step = 0
+        self.skipped = 0
+
+        torch.manual_seed(config.seed)
+        model = DiT(config.model, compute_dtype(config, world))
+        fresh: list[str] = []
+        if config.init is not None and newest_checkpoint(config.folder) is None:
+            fresh = load_initial_weights(model, config.init)
+        self.model = prepare_model(
+            model,
+            world,
+            replicas=config.replicas,
+            reshard=config.reshard,
+            compile=config.compile,
+            recompute=config.recompute,
+        )
+        self.optimizer = adamw(self.model, config.optim)
+        self.ema = EMA(self.model, config.optim.ema_decays)
+        self.checkpointer = Checkpointer(
+            config.folder, world, config.keep, asynchronous=world.device.type == "cuda"
+        )
+        notes = [f"{config.init} leaves {', '.join(fresh)} as initialised"] if fresh else []
+        positions: dict[int, bytes] = {}
+        if self.checkpointer.newest:
+            positions, resumed = self._resume()
+            notes += resumed
+        self.loaders = self._open_data(positions)
+        self.telemetry = Telemetry(config.folder, world.main, self.step, self.total_steps, config.batch_size)
+        for note in notes:
+            self.telemetry.say(note)
+
+    def run(self, caught: list[int]) -> int:
+        """Train until the end, or until `caught` holds a signal on any rank; returns the signal or 0."""
+        with self.telemetry:
+            while self.step < self.total_steps:
+                signum = self._train_step(caught)
+                self.checkpointer.poll()
+                due = self.step % self.config.checkpoint_every == 0 or self.step == self.total_steps
+                if due or signum:
+                    self._save()
+                if self.config.sample_every and self.step % self.config.sample_every == 0:
+                    self._draw_samples()
+                if signum:
+                    break
+            else:
+                signum = 0
+            self.checkpointer.wait()
+            self.telemetry.say(f"step {self.step} of {self.total_steps}, checkpoint {self.checkpointer.newest}")
+        return signum
+
+    def _train_step(self, caught: list[int]) -> int:
+        """One optimizer step; returns a signal that any rank has caught, or 0."""
+        config, world = self.config, self.world
+        figures = []
+        for i, loader in enumerate(self.loaders):
+            last = i == config.accumulation - 1
+            latents, labels = next(loader)
+            generator = step_generator(config.seed, self.step, self._part(i))
+            draws = self.method.draw(latents.shape, generator, world.device)
+            loss, metrics = self.method.loss(self.model, latents, labels.to(world.device, non_blocking=True), draws)
+            figures.append(torch.stack([metrics["loss"], metrics["v_loss"].mean()]))
+            if last:
+                # Copied before the backward is queued: reading it later waits for the forward only.
+                means = HostCopy(torch.stack(figures).mean(0))
+            reduce_gradients(self.model, last)
+            (loss / config.accumulation).backward()
+
+        # Every rank decides the same: by what all of them have seen.
+        ranks = world.gather([*means.values(), caught[0] if caught else 0])  # (ranks, 3)
+        finite = ranks[:, 0].isfinite()
+        if finite.all():
+            if config.optim.clip_norm is not None:
+                clip_grad_norm_(self.model.parameters(), config.optim.clip_norm)
+            self.optimizer.step()
+            self.ema.update()
+        else:
+            self._skip(int(finite.logical_not().nonzero()[0]))
+        self.optimizer.zero_grad()
+        self.step += 1
+
+        loss, v_loss = ranks[finite, :2].mean(0).tolist()
+        self.telemetry.step(loss, v_loss)
+        if self.step % config.log_every == 0 or self.step == self.total_steps:
+            self.telemetry.log(self.step, self.step * config.batch_size / self.dataset.count, self.skipped)
+        return int(ranks[:, 2].max())
+
+    def _skip(self, rank: int) -> None:
+        """Leave the weights as they are; TrainingError if that has been done too often."""
+        self.skipped += 1
+        what = f"the loss is not finite at step {self.step + 1} on rank {rank}"
+        if self.skipped > self.config.max_skipped_steps:
+            self.checkpointer.wait()
+            raise TrainingError(
+                f"{what}, after {self.skipped - 1} skipped step(s); "
+                f"last whole checkpoint: {self.checkpointer.newest or 'none'}"
+            )
+        self.telemetry.say(f"{what}: skipped, {self.skipped} of {self.config.max_skipped_steps}")
+
+    def _draw_samples(self) -> None:
+        """Draw one-step samples with averaged weights. All ranks take part: a sharded model needs them."""
+        device, space = self.world.device, self.dataset.space
+        generator = torch.Generator().manual_seed(self.config.seed)
+        noise = torch.randn(PICTURE_SAMPLES, *space.shape, generator=generator).to(device)
+        labels = (torch.arange(PICTURE_SAMPLES, device=device) * space.num_classes) // PICTURE_SAMPLES
+        with self.ema.applied(self.config.optim.ema_decays[0]):
+            latents = sample(self.model, noise, labels)
+        self.telemetry.picture(self.step, draw_latents(latents.cpu(), space))
+
+    # --------------------------------------------------------------------
+    # State.
+
+    def _part(self, i: int) -> int:
+        """Which part of the data and of the random numbers accumulation pass i of this rank takes.
+
+        Two ranks, and one rank in two passes, do the same work.
+        """
+        return self.world.rank * self.config.accumulation + i
+
+    @property
+    def _num_parts(self) -> int:
+        return self.world.size * self.config.accumulation
+
+    def _open_data(self, positions: dict[int, bytes]) -> list[Loader]:
+        # Where no position is given, the order differs from that of every epoch before.
+        epoch = self.step * self.config.batch_size // self.dataset.count
+        loaders = []
+        for i in range(self.config.accumulation):
+            part = self._part(i)
+            seed = int(np.random.SeedSequence([self.config.seed, epoch, part]).generate_state(1)[0] >> 1)
+            loaders.append(
+                Loader(
+                    self.dataset,
+                    self.config.local_batch(self.world.size),
+                    part,
+                    self._num_parts,
+                    seed,
+                    self.world.device,
+                    positions.get(part),
+                )
+            )
+        return loaders
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "model": get_model_state_dict(self.model),
+            "optimizer": get_optimizer_state_dict(self.model, self.optimizer),
+            "ema": {str(decay): average for decay, average in self.ema.averages.items()},
+        }
+
+    def _save(self) -> None:
+        if self.checkpointer.newest and read_description(self.checkpointer.newest)["step"] == self.step:
+            return
+        state = self._state()
+        state["data"] = {str(self._part(i)): loader.position() for i, loader in enumerate(self.loaders)}
+        description = {
+            "parts": self._num_parts,
+            "skipped_steps": self.skipped,
+            "ema_decays": self.config.optim.ema_decays,
+            **describe_model(self.config.model, self.dataset.space),
+        }
+        self.checkpointer.save(self.step, state, description)
+
+    def _resume(self) -> tuple[dict[int, bytes], list[str]]:
+        """Continue from the newest checkpoint; returns the data's positions, if they still apply, and what to tell."""
+        path = self.checkpointer.newest
+        assert path is not None
+        description = read_description(path)
+        self.step, self.skipped = description["step"], description["skipped_steps"]
+        notes = [f"continuing {path}"]
+        state = self._state()
+        same_parts = description["parts"] == self._num_parts
+        if same_parts:
+            state["data"] = {str(self._part(i)): b"" for i in range(self.config.accumulation)}
+        else:
+            notes.append(
+                f"the data was dealt in {description['parts']} part(s), now in {self._num_parts}: "
+                "its position restarts at the beginning of the epoch"
+            )
+        load_state(path, state, self.world)
+        set_model_state_dict(self.model, state["model"])
+        set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"])
+        # The averages were filled in place.
+        return {int(part): position for part, position in state.get("data", {}).items()}, notes
+
+
+class HostCopy:
+    """Figures on their way from the device to the host."""
+
+    def __init__(self, x: Tensor) -> None:
+        self._event = None
+        self._host = x
+        if x.device.type == "cuda":
+            self._host = torch.empty_like(x, device="cpu", pin_memory=True)
+            self._host.copy_(x, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def values(self) -> list[float]:
+        """The figures, once everything queued before the copy is done."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._host.tolist()
+
+
+def compute_dtype(config: TrainConfig, world: World) -> torch.dtype:
+    if config.precision == "auto":
+        return torch.bfloat16 if world.device.type == "cuda" else torch.float32
+    return getattr(torch, config.precision)
+
+
+def step_generator(seed: int, step: int, part: int) -> torch.Generator:
+    """The random numbers of one pass: they follow from where it stands, so none of their state is saved."""
+    state = np.random.SeedSequence([seed, step, part]).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(state))
+
+
+@contextmanager
+def caught_signals() -> Iterator[list[int]]:
+    """A list that SIGTERM or SIGINT is put on; a second one acts as usual."""
+    caught: list[int] = []
+    usual = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
+
+    def catch(signum: int, frame: FrameType | None) -> None:
+        caught.append(signum)
+        signal.signal(signum, usual[signal.Signals(signum)])
+
+    for signum in usual:
+        signal.signal(signum, catch)
+    try:
+        yield caught
+    finally:
+        for signum, handler in usual.items():
+            signal.signal(signum, handler)
+
+
+# ----------------------------------------------------------------------------
+# The run folder.
+
+
+def open_run_folder(config: TrainConfig, dataset: Dataset) -> None:
+    """Make the run's folder and write its configuration, or check that what is there may be continued.
+
+    Raises:
+        InputError: the folder holds another run, or one of another architecture.
+    """
+    folder, path = config.folder, config.folder / CONFIG
+    values = {**to_json(config), "space": to_json(dataset.space)}
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if not path.is_file():
+            raise InputError(f"{folder} is not a run folder: choose another --name")
+        if config.resume == "never":
+            raise InputError(f"{folder} holds a run: continue it with --resume auto, or choose another --name")
+        before = json.loads(path.read_text())
+        for section, names in (
+            ("model", [f.name for f in dataclasses.fields(ModelConfig)]),
+            ("optim", ["ema_decays"]),
+            ("space", ["shape", "num_classes", "scale", "bias"]),
+        ):
+            for name in names:
+                old, new = before[section].get(name), values[section][name]
+                if old != new:
+                    raise InputError(f"{folder} has a run with {section}.{name} {old}, not {new}: it cannot be continued")
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".partial-{CONFIG}")
+    partial.write_text(json.dumps(values, indent=1) + "\n")
+    partial.rename(path)

@@ -1,0 +1,40 @@
+"""`python -m mfengine.export CHECKPOINT OUT.safetensors`: averaged weights and their configuration in one file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from mfengine import cli
+from mfengine.engine.checkpoint import export_model
+from mfengine.errors import InputError
+
+
+@dataclass(frozen=True)
+class ExportArgs:
+    """Write the moving average of a checkpoint's weights as safetensors, with its configuration as metadata."""
+
+    checkpoint: tyro.conf.Positional[Path]
+    """a checkpoint, or a run folder, whose newest checkpoint is taken"""
+    out: tyro.conf.Positional[Path]
+    """a new file, NAME.safetensors"""
+    ema_decay: float | None = None
+    """which moving average; the run's first if not given"""
+
+
+def main(args: Sequence[str]) -> None:
+    config = cli.parse(ExportArgs, args, "python -m mfengine.export")
+    if config.out.suffix != ".safetensors":
+        raise InputError(f"{config.out} must end in .safetensors")
+    if config.out.exists():
+        raise InputError(f"{config.out} exists: choose another name")
+    if not config.out.parent.is_dir():
+        raise InputError(f"folder {config.out.parent} does not exist")
+    print(f"{config.out}: weights of {export_model(config.checkpoint, config.out, config.ema_decay)}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

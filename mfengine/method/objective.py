@@ -1,0 +1,192 @@
+"""The MeanFlow objective (Geng et al., arXiv 2505.13447, algorithm 1 and section 4).
+
+The network predicts the average velocity u(z, r, t). Its target follows from the MeanFlow identity
+u = v - (t - r) du/dt, with du/dt the JVP of (z, t, r) -> u along (v, 1, 0).
+
+Rows are ordered so that each kind of work is done for the rows that need it and no others:
+
+    | dropped labels ... | instant rows, r = t ... | interval rows, r < t |
+
+A tangent is computed for interval rows only (for r = t it would be multiplied by zero), guidance for guided rows
+only, and the conditional guidance term of an instant row is its own primal output. All of this is decided on the
+host from `Draws`, before the step, so the step never waits for the device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class MeanFlowConfig:
+    """The objective's settings, in the paper's symbols."""
+
+    omega: float = 1.0
+    """guidance weight of the sample's own velocity"""
+    kappa: float = 0.0
+    """guidance weight of the network's conditional velocity; omega 1 and kappa 0 is no guidance"""
+    t_start: float = 0.0
+    """guidance applies to t in [t_start, t_end]"""
+    t_end: float = 1.0
+    """guidance applies to t in [t_start, t_end]"""
+    interval_share: float = 0.25
+    """share of each local batch with r < t; 0 is plain flow matching"""
+    label_dropout: float = 0.1
+    """probability that a label becomes the null class"""
+    logit_mean: float = -0.4
+    """times are sigmoid of a normal with this mean"""
+    logit_std: float = 1.0
+    """and this standard deviation"""
+    norm_p: float = 1.0
+    """power of the adaptive weight 1 / (error + norm_eps)^norm_p"""
+    norm_eps: float = 0.01
+    """offset in the adaptive weight"""
+
+    def __post_init__(self) -> None:
+        for name in ("interval_share", "label_dropout", "t_start", "t_end"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be between 0 and 1, not {getattr(self, name)}")
+        if self.kappa < 0:
+            raise ValueError(f"kappa must not be negative, not {self.kappa}")
+        if self.logit_std <= 0 or self.norm_eps <= 0:
+            raise ValueError("logit_std and norm_eps must be positive")
+
+    @property
+    def guided(self) -> bool:
+        return self.omega != 1 or self.kappa != 0
+
+    def num_interval(self, batch: int) -> int:
+        """Interval rows of a local batch; ValueError if the share does not divide it."""
+        rows = batch * self.interval_share
+        if abs(rows - round(rows)) > 1e-6:
+            raise ValueError(f"an interval share of {self.interval_share} does not divide a local batch of {batch}")
+        return round(rows)
+
+
+class Draws(NamedTuple):
+    """Everything random in one step of B rows."""
+
+    t: Tensor  # (B,) float32 on the host: the larger time
+    r: Tensor  # (B,) float32 on the host: the smaller; equals t but for the trailing interval rows
+    noise: Tensor  # (B, C, H, W) float32, on the device of the latents
+    num_dropped: int  # leading rows whose label becomes the null class
+
+
+class MeanFlow:
+    """Draws and loss of MeanFlow training.
+
+    Args:
+        config: the settings.
+    """
+
+    def __init__(self, config: MeanFlowConfig) -> None:
+        self.config = config
+
+    def draw(
+        self, shape: tuple[int, ...] | torch.Size, generator: torch.Generator, device: torch.device | str = "cpu"
+    ) -> Draws:
+        """Draw times, noise and label dropout for one local batch.
+
+        Args:
+            shape: (B, C, H, W) of the latents.
+            generator: a host generator; the noise on `device` is seeded from it.
+            device: where the noise is made.
+
+        Raises:
+            ValueError: the interval share does not divide B.
+        """
+        cfg, batch = self.config, shape[0]
+        num_instant = batch - cfg.num_interval(batch)
+        times = torch.sigmoid(torch.randn(2, batch, generator=generator) * cfg.logit_std + cfg.logit_mean)
+        t, r = times.amax(0), times.amin(0)
+        r[:num_instant] = t[:num_instant]
+        num_dropped = int((torch.rand(batch, generator=generator) < cfg.label_dropout).sum())
+        seed = int(torch.randint(2**62, (), generator=generator))
+        noise = torch.randn(shape, generator=torch.Generator(device).manual_seed(seed), device=device)
+        return Draws(t, r, noise, num_dropped)
+
+    def loss(self, model: nn.Module, latents: Tensor, labels: Tensor, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
+        """The training loss of one local batch.
+
+        Args:
+            model: u(z, t, h, y) with `tangents` as `DiT.forward`; its `num_classes` is the null class. When sharded
+                over ranks, every rank makes the same sequence of calls, with zero rows if need be.
+            latents: (B, C, H, W) float32, clean.
+            labels: (B,) int64.
+            draws: of `draw`.
+
+        Returns:
+            The loss, a scalar with a graph, and detached figures: `loss` (), `v_loss` (B,), the squared distance
+            to the sample's own velocity, and `v_g`, `u` (B, C, H, W), `du_dt` (K, C, H, W) of the K interval rows.
+        """
+        cfg, device = self.config, latents.device
+        batch, num_interval = latents.shape[0], cfg.num_interval(latents.shape[0])
+        num_instant = batch - num_interval
+
+        t, r = to_device(draws.t, device), to_device(draws.r, device)
+        h = (t - r).clamp(0, 1)
+        x, e = latents, draws.noise
+        z = (1 - column(t)) * x + column(t) * e
+        v = e - x
+        y = labels.clone()
+        y[: draws.num_dropped] = model.num_classes
+
+        # Guided velocity: v_g = omega v + (1 - omega - kappa) u(z, t, 0, null) + kappa u(z, t, 0, y).
+        v_g = v.clone()
+        if cfg.guided:
+            in_range = (draws.t >= cfg.t_start) & (draws.t <= cfg.t_end)
+            in_range[: draws.num_dropped] = False
+            guided = in_range.nonzero()[:, 0]
+            interval = to_device(guided[guided >= num_instant], device)
+            instant = to_device(guided[guided < num_instant], device)
+            guided = to_device(guided, device)
+            unconditional = 1 - cfg.omega - cfg.kappa
+            null_rows = guided if unconditional else guided[:0]
+            cond_rows = interval if cfg.kappa else interval[:0]
+
+            rows = torch.cat([null_rows, cond_rows])
+            y_guide = y[rows]
+            y_guide[: len(null_rows)] = model.num_classes
+            with torch.no_grad():
+                u_null, u_cond = model(z[rows], t[rows], torch.zeros_like(t[rows]), y_guide).split(
+                    [len(null_rows), len(cond_rows)]
+                )
+            v_g[guided] = cfg.omega * v[guided]
+            v_g[null_rows] += unconditional * u_null
+            v_g[cond_rows] += cfg.kappa * u_cond
+
+        # Average velocity u and, for interval rows, its JVP along (v_g, 1, 0) in (z, t, r), so 1 in h = t - r.
+        if num_interval:
+            one = torch.ones(num_interval, device=device)
+            u, du_dt = model(z, t, h, y, tangents=(v_g[num_instant:], one, one))
+        else:
+            u = model(z, t, h, y)
+            du_dt = u.detach()[:0]
+
+        with torch.no_grad():
+            if cfg.guided and cfg.kappa:
+                v_g[instant] += cfg.kappa * u[instant]
+            u_tgt = v_g.clone()
+            u_tgt[num_instant:] -= column(h[num_instant:]) * du_dt
+
+        error = (u - u_tgt).square().flatten(1).sum(1)  # (B,)
+        loss = (error / (error.detach() + cfg.norm_eps) ** cfg.norm_p).mean()
+        with torch.no_grad():
+            v_loss = (u - v).square().flatten(1).sum(1)
+        return loss, {"loss": loss.detach(), "v_loss": v_loss, "v_g": v_g, "u": u.detach(), "du_dt": du_dt}
+
+
+def column(t: Tensor) -> Tensor:
+    """(B,) to (B, 1, 1, 1)."""
+    return t[:, None, None, None]
+
+
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """Copy a host tensor without waiting for the device."""
+    if device.type == "cuda":
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)

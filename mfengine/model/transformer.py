@@ -1,0 +1,266 @@
+"""The network u(z, t, h, y): a DiT with adaLN-zero blocks and two time embedders.
+
+Architecture and initialisation follow DiT (Peebles and Xie, arXiv 2212.09748) as the MeanFlow paper uses it
+(arXiv 2505.13447): the conditioning is the sum of embeddings of t, of h = t - r and of the label. Every module
+takes tensors, or duals that carry the tangents of the trailing rows (`mfengine.ops.Dual`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mfengine import ops
+from mfengine.ops.dual import A, Dual
+
+TIME_FEATURES = 256  # sinusoidal features of a time, before its MLP
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Architecture of a `DiT`."""
+
+    input_size: int = 32
+    """height and width of a latent"""
+    patch_size: int = 2
+    """height and width of a patch; it divides input_size"""
+    in_channels: int = 4
+    """channels of a latent"""
+    hidden_size: int = 1152
+    """width of the residual stream; num_heads divides it, and so does 4"""
+    depth: int = 28
+    """number of blocks"""
+    num_heads: int = 16
+    """attention heads"""
+    mlp_ratio: float = 4.0
+    """hidden width of a block's MLP over hidden_size"""
+    num_classes: int = 1000
+    """labels; the null class is index num_classes"""
+
+    def __post_init__(self) -> None:
+        for name in ("input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads", "num_classes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.input_size % self.patch_size:
+            raise ValueError(f"input_size {self.input_size} is not a multiple of patch_size {self.patch_size}")
+        if self.hidden_size % self.num_heads:
+            raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
+        if self.hidden_size % 4:
+            raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of 4, which positions need")
+
+    @property
+    def num_tokens(self) -> int:
+        return (self.input_size // self.patch_size) ** 2
+
+
+# ----------------------------------------------------------------------------
+# Layers that take tensors or duals.
+
+
+class Linear(nn.Linear):
+    """A linear layer computed in the dtype of its input; parameters keep their own."""
+
+    def forward(self, x: A) -> A:
+        return ops.linear(x, self.weight, self.bias)
+
+
+class SiLU(nn.Module):
+    def forward(self, x: A) -> A:
+        return ops.silu(x)
+
+
+class PatchEmbed(nn.Module):
+    """Latents to tokens: a convolution whose stride is its kernel, done as one matrix product."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        patch = config.patch_size
+        self.proj = nn.Conv2d(config.in_channels, config.hidden_size, kernel_size=patch, stride=patch)
+        self.patch_size = patch
+
+    def forward(self, z: A) -> A:
+        patches = ops.linear_map(self._patchify, z)  # (B, N, C * p * p)
+        return ops.linear(patches, self.proj.weight.flatten(1), self.proj.bias)  # (B, N, D)
+
+    def _patchify(self, z: Tensor) -> Tensor:
+        batch, channels, size, _ = z.shape
+        p = self.patch_size
+        grid = size // p
+        z = z.view(batch, channels, grid, p, grid, p).permute(0, 2, 4, 1, 3, 5)  # (B, g, g, C, p, p)
+        return z.reshape(batch, grid * grid, channels * p * p)
+
+
+class TimestepEmbedder(nn.Module):
+    """A time in [0, 1] to a vector, always in float32: bf16 cannot tell neighbouring times apart."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(Linear(TIME_FEATURES, hidden_size), SiLU(), Linear(hidden_size, hidden_size))
+
+    def forward(self, t: A) -> A:
+        return self.mlp(ops.sinusoid(t, TIME_FEATURES))
+
+
+class LabelEmbedder(nn.Module):
+    """A label, or the null class, to a vector."""
+
+    def __init__(self, num_classes: int, hidden_size: int) -> None:
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_classes + 1, hidden_size)
+
+    def forward(self, y: Tensor) -> Tensor:
+        return self.embedding_table(y)
+
+
+class Attention(nn.Module):
+    def __init__(self, hidden_size: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = Linear(hidden_size, 3 * hidden_size)
+        self.proj = Linear(hidden_size, hidden_size)
+
+    def forward(self, x: A) -> A:
+        return self.proj(ops.attention_packed(self.qkv(x), self.num_heads))
+
+
+class MLP(nn.Module):
+    def __init__(self, hidden_size: int, mlp_size: int) -> None:
+        super().__init__()
+        self.fc1 = Linear(hidden_size, mlp_size)
+        self.fc2 = Linear(mlp_size, hidden_size)
+
+    def forward(self, x: A) -> A:
+        return self.fc2(ops.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """adaLN-zero transformer block: tokens (B, N, D) and conditioning (B, D) to tokens (B, N, D)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.attn = Attention(width, config.num_heads)
+        self.mlp = MLP(width, int(width * config.mlp_ratio))
+        self.adaLN_modulation = nn.Sequential(SiLU(), Linear(width, 6 * width))
+
+    def forward(self, x: A, c: A) -> A:
+        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = ops.chunk(self.adaLN_modulation(c), 6)
+        y = self.attn(ops.adaln_modulate(x, shift_attn, scale_attn))
+        x, o = ops.gated_residual_adaln(x, y, gate_attn, shift_mlp, scale_mlp)
+        return ops.gated_residual(x, self.mlp(o), gate_mlp)
+
+
+class FinalLayer(nn.Module):
+    """Tokens (B, N, D) to patches (B, N, p * p * C)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.linear = Linear(config.hidden_size, config.patch_size**2 * config.in_channels)
+        self.adaLN_modulation = nn.Sequential(SiLU(), Linear(config.hidden_size, 2 * config.hidden_size))
+
+    def forward(self, x: A, c: A) -> A:
+        shift, scale = ops.chunk(self.adaLN_modulation(c), 2)
+        return self.linear(ops.adaln_modulate(x, shift, scale))
+
+
+# ----------------------------------------------------------------------------
+# The network.
+
+
+class DiT(nn.Module):
+    """Average velocity u(z, t, h, y), h = t - r.
+
+    Args:
+        config: the architecture.
+        compute_dtype: dtype of the matrix products of blocks and patches. Parameters, residual stream, norms,
+            softmax and time embedding are float32 whatever it is.
+    """
+
+    def __init__(self, config: ModelConfig, compute_dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.config = config
+        self.compute_dtype = compute_dtype
+        self.x_embedder = PatchEmbed(config)
+        self.t_embedder = TimestepEmbedder(config.hidden_size)
+        self.h_embedder = TimestepEmbedder(config.hidden_size)
+        self.y_embedder = LabelEmbedder(config.num_classes, config.hidden_size)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.final_layer = FinalLayer(config)
+        positions = sincos_positions(config.hidden_size, config.input_size // config.patch_size)
+        self.register_buffer("pos_embed", positions, persistent=False)  # (N, D)
+        self.initialize_weights()
+
+    @property
+    def num_classes(self) -> int:
+        """Number of labels, and the index of the null class."""
+        return self.config.num_classes
+
+    def forward(
+        self, z: Tensor, t: Tensor, h: Tensor, y: Tensor, tangents: tuple[Tensor, Tensor, Tensor] | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """u(z, t, h, y), and its JVP where tangents are given.
+
+        Args:
+            z: (B, C, H, W) float, noisy latents.
+            t, h: (B,) float, time and interval length t - r, both in [0, 1].
+            y: (B,) int64 labels in [0, num_classes]; num_classes is the null class.
+            tangents: (dz, dt, dh) of the last K <= B rows: (K, C, H, W), (K,), (K,).
+
+        Returns:
+            u (B, C, H, W) float; with tangents (u, du), du (K, C, H, W) without a graph.
+        """
+        if tangents is None:
+            return self._velocity(z, t, h, y)
+        return tuple(self._velocity(*(Dual(*pair) for pair in zip((z, t, h), tangents, strict=True)), y))
+
+    def _velocity(self, z: A, t: A, h: A, y: Tensor) -> A:
+        c = ops.add_constant(ops.add(self.t_embedder(t), self.h_embedder(h)), self.y_embedder(y))  # (B, D)
+        c = ops.linear_map(self._to_compute, c)
+        x = self.x_embedder(ops.linear_map(self._to_compute, z))  # (B, N, D)
+        # The positions are float32 and so the residual stream is.
+        x = ops.add_constant(ops.linear_map(lambda x: x.to(self.pos_embed.dtype), x), self.pos_embed)
+        for block in self.blocks:
+            x = block(x, c)
+        return ops.linear_map(self._unpatchify, self.final_layer(x, c))  # (B, C, H, W)
+
+    def _to_compute(self, x: Tensor) -> Tensor:
+        return x.to(self.compute_dtype)
+
+    def _unpatchify(self, patches: Tensor) -> Tensor:
+        p, channels, size = self.config.patch_size, self.config.in_channels, self.config.input_size
+        batch, grid = patches.shape[0], size // p
+        x = patches.view(batch, grid, grid, p, p, channels).permute(0, 5, 1, 3, 2, 4)  # (B, C, g, p, g, p)
+        return x.reshape(batch, channels, size, size).to(self.pos_embed.dtype)
+
+    @torch.no_grad()
+    def initialize_weights(self) -> None:
+        """Xavier-uniform products, normal(0.02) embeddings, zero adaLN and output: that of the reference code."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.x_embedder.proj.weight.view(self.config.hidden_size, -1))
+        nn.init.zeros_(self.x_embedder.proj.bias)
+        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
+        for embedder in (self.t_embedder, self.h_embedder):
+            nn.init.normal_(embedder.mlp[0].weight, std=0.02)
+            nn.init.normal_(embedder.mlp[2].weight, std=0.02)
+        zero = [block.adaLN_modulation[1] for block in self.blocks]
+        zero += [self.final_layer.adaLN_modulation[1], self.final_layer.linear]
+        for layer in zero:
+            nn.init.zeros_(layer.weight)
+
+
+def sincos_positions(dim: int, grid: int) -> Tensor:
+    """Fixed positions (grid * grid, dim), float32: half of the channels encode the column, half the row (MAE)."""
+    omega = 10_000.0 ** -(np.arange(dim // 4, dtype=np.float64) / (dim / 4))  # (dim / 4,)
+
+    def encode(position: np.ndarray) -> np.ndarray:  # (grid * grid,) -> (grid * grid, dim / 2)
+        angle = np.outer(position, omega)
+        return np.concatenate([np.sin(angle), np.cos(angle)], axis=1)
+
+    row, column = np.meshgrid(np.arange(grid, dtype=np.float64), np.arange(grid, dtype=np.float64), indexing="ij")
+    return torch.from_numpy(np.concatenate([encode(column.ravel()), encode(row.ravel())], axis=1)).float()

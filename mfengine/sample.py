@@ -1,0 +1,67 @@
+"""`python -m mfengine.sample CHECKPOINT --steps 1 --out grid.png`: draw a grid of samples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+
+from mfengine import cli
+from mfengine.engine.checkpoint import load_model
+from mfengine.engine.decode import Decoder, draw_latents
+from mfengine.engine.distributed import world
+from mfengine.engine.telemetry import image_grid, save_picture
+from mfengine.errors import InputError
+from mfengine.method import sample
+
+
+@dataclass(frozen=True)
+class SampleArgs:
+    """Draw samples of a trained model, with its averaged weights, as one picture."""
+
+    checkpoint: tyro.conf.Positional[Path]
+    """a run folder, one of its checkpoints, or an export (.safetensors)"""
+    out: Path = Path("samples.png")
+    """the picture; an existing one is replaced"""
+    steps: int = 1
+    """network evaluations per sample"""
+    labels: tuple[int, ...] = ()
+    """classes to draw, one row each; the first ten if not given"""
+    per_label: int = 10
+    """samples of each class"""
+    seed: int = 0
+    """of the noise"""
+    ema_decay: float | None = None
+    """which moving average; the run's first if not given"""
+    vae: str | None = None
+    """decode latents with this VAE: a folder or hub name that diffusers loads. Without it they are drawn as they are"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes a GPU where there is one"""
+
+
+def main(args: Sequence[str]) -> None:
+    config = cli.parse(SampleArgs, args, "python -m mfengine.sample")
+    if config.steps < 1 or config.per_label < 1:
+        raise InputError("--steps and --per-label must be at least 1")
+    if config.out.suffix != ".png":
+        raise InputError(f"--out {config.out} must end in .png")
+    with world(config.device) as here:
+        model, space, path = load_model(config.checkpoint, config.ema_decay)
+        classes = config.labels or tuple(range(min(10, space.num_classes)))
+        for label in classes:
+            if not 0 <= label < space.num_classes:
+                raise InputError(f"there is no label {label}; the model has 0 to {space.num_classes - 1}")
+        decode = Decoder(config.vae, here.device) if config.vae else draw_latents
+        labels = torch.tensor(classes).repeat_interleave(config.per_label)
+        noise = torch.randn(len(labels), *space.shape, generator=torch.Generator().manual_seed(config.seed))
+        latents = sample(model.to(here.device), noise.to(here.device), labels.to(here.device), config.steps)
+        save_picture(image_grid(decode(latents, space), columns=config.per_label), config.out)
+    print(f"{config.out}: {len(labels)} samples of {path} in {config.steps} step(s)")
+
+
+if __name__ == "__main__":
+    cli.run(main)

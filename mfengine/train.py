@@ -1,0 +1,42 @@
+"""`python -m mfengine.train [PRESET] [OPTIONS]`, or the same under `torchrun`: train a MeanFlow model."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+
+from mfengine import cli
+from mfengine.engine.config import PRESETS, TrainConfig
+from mfengine.engine.distributed import world
+from mfengine.engine.trainer import train
+from mfengine.errors import InputError
+
+PROG = "python -m mfengine.train"
+
+
+def parse(args: Sequence[str]) -> TrainConfig:
+    """A preset with options over it; InputError for what there is not."""
+    if args and args[0] in ("-h", "--help"):
+        print(f"usage: {PROG} [PRESET] [OPTIONS]\n\nTrain a MeanFlow model. Under torchrun, on all of its processes.\n")
+        for name, (description, _) in PRESETS.items():
+            print(f"  {name:10} {description}")
+        print(f"\nThe preset is digits if none is given. `{PROG} PRESET --help` lists its options.")
+        raise SystemExit(0)
+    preset = "digits"
+    if args and not args[0].startswith("-"):
+        preset, args = args[0], args[1:]
+    if preset not in PRESETS:
+        near = difflib.get_close_matches(preset, PRESETS, n=1, cutoff=0)
+        raise InputError(f"there is no preset {preset}; the nearest is {near[0]}, all are {', '.join(PRESETS)}")
+    return cli.parse(TrainConfig, args, f"{PROG} {preset}", default=PRESETS[preset][1])
+
+
+def main(args: Sequence[str]) -> int:
+    config = parse(args)
+    with world(config.device) as here:
+        signum = train(config, here)
+    return 128 + signum if signum else 0
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,56 @@
+"""Agreement with the paper's own code: loss, intermediate values, gradients, training steps and samples."""
+
+import pytest
+import torch
+from golden_cases import NAMES, GoldenCase, relative_error
+
+from mfengine import sample
+
+TOLERANCE = 1e-5
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def case(request):
+    return GoldenCase(request.param)
+
+
+@pytest.fixture(scope="module")
+def step(case):
+    case.model.zero_grad()
+    loss, metrics = case.method.loss(case.model, *case.batch("in"))
+    loss.backward()
+    return loss, metrics
+
+
+def test_loss(case, step):
+    assert relative_error(step[0].detach(), case.arrays["out/loss"]) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["v_g", "u", "du_dt"])
+def test_intermediate(case, step, name):
+    expected = case.image(f"mid/{name}")
+    actual = step[1][name]
+    assert relative_error(actual, expected[len(expected) - len(actual) :]) < TOLERANCE
+
+
+def test_v_loss(case, step):
+    assert relative_error(step[1]["v_loss"], case.arrays["out/v_loss"]) < TOLERANCE
+
+
+def test_every_gradient(case, step):
+    expected = case.parameters("grads")
+    actual = {name: p.grad for name, p in case.model.named_parameters()}
+    assert actual.keys() == expected.keys()
+    errors = {name: relative_error(actual[name], expected[name]) for name in expected}
+    worst = max(errors, key=errors.get)
+    assert errors[worst] < TOLERANCE, (worst, errors[worst])
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_samples(case, steps):
+    if "train/losses" in case.arrays:
+        case.model.load_state_dict(case.parameters("train/params"))  # the file's last weights
+    labels = torch.from_numpy(case.arrays["sample/y"]).long()
+    actual = sample(case.model, case.image("sample/z"), labels, steps)
+    assert relative_error(actual, case.image(f"sample/nfe{steps}")) < TOLERANCE
+    case.model.load_state_dict(case.parameters("params"))
