@@ -1,10 +1,14 @@
 """Agreement with the paper's own code: loss, intermediate values, gradients, training steps and samples."""
 
+import copy
+
 import pytest
 import torch
 from golden_cases import NAMES, GoldenCase, relative_error
 
 from mfengine import sample
+from mfengine.engine.config import OptimConfig
+from mfengine.engine.optim import EMA, adamw
 
 TOLERANCE = 1e-5
 
@@ -48,9 +52,28 @@ def test_every_gradient(case, step):
 
 @pytest.mark.parametrize("steps", [1, 2])
 def test_samples(case, steps):
+    model = copy.deepcopy(case.model)
     if "train/losses" in case.arrays:
-        case.model.load_state_dict(case.parameters("train/params"))  # the file's last weights
+        model.load_state_dict(case.parameters("train/params"))  # the file's last weights
     labels = torch.from_numpy(case.arrays["sample/y"]).long()
-    actual = sample(case.model, case.image("sample/z"), labels, steps)
+    actual = sample(model, case.image("sample/z"), labels, steps)
     assert relative_error(actual, case.image(f"sample/nfe{steps}")) < TOLERANCE
-    case.model.load_state_dict(case.parameters("params"))
+
+
+def test_four_training_steps():
+    case = GoldenCase("guided_omega_train")
+    optimizer = adamw(case.model, OptimConfig(lr=1e-3))
+    ema = EMA(case.model, (0.99,))
+    losses = []
+    for step in range(4):
+        loss, _ = case.method.loss(case.model, *case.batch(f"step{step}"))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        ema.update()
+        losses.append(loss.item())
+    assert relative_error(losses, case.arrays["train/losses"]) < TOLERANCE
+    weights = dict(case.model.named_parameters())
+    for actual, expected in ((weights, "train/params"), (ema.averages[0.99], "train/ema")):
+        for name, value in case.parameters(expected).items():
+            assert relative_error(actual[name].detach(), value) < TOLERANCE, (expected, name)

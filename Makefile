@@ -1,0 +1,35 @@
+# Everything runs in .venv, which `make install` makes with the tested versions of constraints.txt.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: install demo test lint bench gpu
+
+install: .venv/installed
+
+.venv/installed: setup.py pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt setuptools torch
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-build-isolation --editable ".[test]"
+	touch $@
+
+# Trains a one-step generator of digits on real data, draws samples and measures them. Run again, it goes on from where it was.
+demo: install
+	test -e data/digits || $(BIN)/python -m mfengine.prepare digits data/digits
+	$(BIN)/python -m mfengine.train digits --resume auto
+	$(BIN)/python -m mfengine.sample runs/digits --steps 1 --out runs/digits/grid.png
+	$(BIN)/python -m mfengine.evaluate runs/digits --data data/digits
+
+test: install lint
+	$(BIN)/python -m pytest tests
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: install
+	$(BIN)/python -m pytest benchmarks
+
+# Runs with nothing installed but torch: the figures of this GPU, as JSON in $$OUT when that is set.
+gpu:
+	$(PYTHON) -m benchmarks.gpu
