@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import difflib
 import io
 import os
 import re
 import sys
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 import tyro
 
@@ -17,31 +19,55 @@ from mfengine.errors import DataError, InputError, TrainingError
 T = TypeVar("T")
 
 
-def parse(interface: type[T] | Callable[..., T], args: Sequence[str], prog: str, default: T | None = None) -> T:
-    """Parse arguments into a dataclass.
+def parse(arguments: type[T], args: Sequence[str], prog: str, default: T | None = None) -> T:
+    """Parse a command line into a dataclass.
+
+    Args:
+        arguments: the dataclass.
+        args: the command line.
+        prog: what the user called.
+        default: values of options that are not given; the dataclass's own if None.
 
     Raises:
-        InputError: the arguments are wrong; names the option that was meant, where one is near.
+        InputError: the command line is wrong; for an option that does not exist it names the nearest.
     """
-    errors = io.StringIO()
+    report = io.StringIO()
     try:
-        with contextlib.redirect_stderr(errors):
+        with contextlib.redirect_stderr(report):
             if default is None:
-                return tyro.cli(interface, args=args, prog=prog)
-            return tyro.cli(interface, args=args, prog=prog, default=default)
+                return tyro.cli(arguments, args=args, prog=prog)
+            return tyro.cli(arguments, args=args, prog=prog, default=default)
     except SystemExit as stop:
         if not stop.code:
-            raise
-        raise InputError(_one_line(errors.getvalue(), prog)) from None
+            raise  # --help
+    # tyro frames its report and divides it by rules; what is wrong comes before the first one.
+    lines = [line.strip(" │") for line in report.getvalue().splitlines() if line.startswith("│")]
+    rules = [i for i, line in enumerate(lines) if line.startswith("──")]
+    message = " ".join(lines[: rules[0]] if rules else lines)
+    unknown = re.match(r"Unrecognized options: (--[\w.-]+)", message)
+    if unknown:
+        message = f"there is no option {unknown[1]}; the nearest is {_nearest(unknown[1], _options(arguments))}"
+    raise InputError(f"{message} (`{prog} --help` lists the options)")
 
 
-def _one_line(report: str, prog: str) -> str:
-    """tyro's boxed report in one line: what is wrong, and the nearest option."""
-    lines = [line.strip(" │") for line in report.splitlines() if line.startswith("│")]
-    rules = [i for i, line in enumerate(lines) if line.startswith("──")] or [len(lines)]
-    message = " ".join(lines[: rules[0]])
-    meant = "Perhaps you meant" in report and re.search(r"--[\w.-]+", " ".join(lines[rules[0] :]))
-    return f"{message}{f'; did you mean {meant.group()}?' if meant else ''} (`{prog} --help` lists the options)"
+def _options(arguments: Any, prefix: str = "--") -> list[str]:
+    """The options of a dataclass, those of nested ones as --outer.inner."""
+    options = []
+    hints = get_type_hints(arguments)
+    for field in dataclasses.fields(arguments):
+        name, kind = prefix + field.name.replace("_", "-"), hints[field.name]
+        options += _options(kind, f"{name}.") if dataclasses.is_dataclass(kind) else [name]
+    return options
+
+
+def _nearest(option: str, options: list[str]) -> str:
+    """The option most like a mistaken one, which may lack its prefix."""
+
+    def likeness(candidate: str) -> float:
+        names = {candidate, "--" + candidate.rpartition(".")[2].removeprefix("--")}
+        return max(difflib.SequenceMatcher(None, option, name).ratio() for name in names)
+
+    return max(options, key=likeness)
 
 
 def run(command: Callable[[Sequence[str]], int | None]) -> None:

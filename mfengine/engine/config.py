@@ -148,7 +148,7 @@ PRESETS: dict[str, tuple[str, TrainConfig]] = {
             model=ModelConfig(8, 4, 1, hidden_size=128, depth=4, num_heads=4, num_classes=10),
             optim=OptimConfig(lr=2e-3, ema_decays=(0.995,)),
             batch_size=256,
-            steps=1500,
+            epochs=214,
             log_every=25,
             sample_every=500,
             checkpoint_every=250,

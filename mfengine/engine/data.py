@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import tarfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -257,8 +258,8 @@ class Loader:
         try:
             yield
         except RuntimeError as error:
-            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-            reason = next((line for line in lines if "Error" in line or "Assert" in line), lines[0])
+            reason = str(error).rpartition("encountered:")[2].strip().splitlines()[0]
+            reason = re.sub("^Assert on .* failed: ", "", reason)
             raise DataError(f"cannot read {self._dataset.folder}: {reason}") from None
 
 
@@ -292,7 +293,7 @@ def _pipeline(
             initial_fill=min(SHUFFLE_BUFFER, dataset.count),
         )
         moments = fn.reshape(moments, shape=[dataset.flips, 2, *space.shape])
-        flip = fn.random.uniform(range=[0, dataset.flips], dtype=types.INT32) if dataset.flips > 1 else 0
+        flip = fn.random.coin_flip() if dataset.flips > 1 else 0
         moments = moments[flip]  # (2, C, H, W)
         if gpu:
             moments = moments.gpu()

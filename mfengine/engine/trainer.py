@@ -60,7 +60,6 @@ def train(config: TrainConfig, world: World) -> int:
     config.local_batch(world.size)
     dataset = world.on_main(lambda: Dataset.open(config.data))
     dataset.check_model(config.model)
-    world.on_main(lambda: open_run_folder(config, dataset))
     trainer = Trainer(config, world, dataset)
     with caught_signals() as caught:
         return trainer.run(caught)
@@ -93,12 +92,20 @@ class Trainer:
             compile=config.compile,
             recompute=config.recompute,
         )
+        # Nothing is written before here, so that wrong input leaves nothing behind.
+        world.on_main(lambda: open_run_folder(config, dataset))
         self.optimizer = adamw(self.model, config.optim)
         self.ema = EMA(self.model, config.optim.ema_decays)
         self.checkpointer = Checkpointer(
             config.folder, world, config.keep, asynchronous=world.device.type == "cuda"
         )
-        notes = [f"{config.init} leaves {', '.join(fresh)} as initialised"] if fresh else []
+        notes = [
+            f"{config.folder}: {sum(p.numel() for p in self.model.parameters()) / 1e6:.1f} M parameters, "
+            f"{self.total_steps} steps of {config.batch_size} samples, "
+            f"{world.size} x {world.device.type} in {str(model.compute_dtype).removeprefix('torch.')}"
+        ]
+        if fresh:
+            notes.append(f"{config.init} leaves {', '.join(fresh)} as initialised")
         positions: dict[int, bytes] = {}
         if self.checkpointer.newest:
             positions, resumed = self._resume()
@@ -222,7 +229,8 @@ class Trainer:
     def _state(self) -> dict[str, Any]:
         return {
             "model": get_model_state_dict(self.model),
-            "optimizer": get_optimizer_state_dict(self.model, self.optimizer),
+            # Its settings are the configuration's, which may change between two legs of a run.
+            "optimizer": get_optimizer_state_dict(self.model, self.optimizer)["state"],
             "ema": {str(decay): average for decay, average in self.ema.averages.items()},
         }
 
@@ -257,7 +265,10 @@ class Trainer:
             )
         load_state(path, state, self.world)
         set_model_state_dict(self.model, state["model"])
-        set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"])
+        settings = get_optimizer_state_dict(self.model, self.optimizer)["param_groups"]
+        set_optimizer_state_dict(
+            self.model, self.optimizer, {"state": state["optimizer"], "param_groups": settings}
+        )
         # The averages were filled in place.
         return {int(part): position for part, position in state.get("data", {}).items()}, notes
 

@@ -1,0 +1,68 @@
+"""What tests share: the digits as a data set, and commands run as a user runs them."""
+
+import os
+import runpy
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+from mfengine.engine.checkpoint import newest_checkpoint
+
+
+def run_command(*args, cwd, ranks=1, env=None, timeout=300):
+    """Run `python -m ...`, under torchrun for several ranks, on one thread per rank."""
+    launch = ["-m"] if ranks == 1 else ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "-m"]
+    return subprocess.run(
+        [sys.executable, *launch, *map(str, args)],
+        cwd=cwd,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
+def run_in_process(*args, cwd, monkeypatch, capsys):
+    """As `run_command`, without the seconds that a process takes to start: (exit code, stdout, stderr)."""
+    monkeypatch.chdir(cwd)
+    monkeypatch.setattr(sys, "argv", list(map(str, args)))
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_module(args[0], run_name="__main__")
+    return stop.value.code or 0, *capsys.readouterr()
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory):
+    """A folder with the digits, as the command writes them."""
+    folder = tmp_path_factory.mktemp("digits") / "data"
+    done = run_command("mfengine.prepare", "digits", folder, cwd=folder.parent)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+SMALL = (
+    "digits", "--model.hidden-size=32", "--model.depth=1", "--model.num-heads=2", "--batch-size=32",
+    "--sample-every=0", "--log-every=5",
+)  # fmt: skip
+"""Arguments of a run that takes milliseconds per step."""
+
+
+def checkpoint_contents(run):
+    """All that a run's newest checkpoint holds, as {path: tensor or value}: weights, averages, optimizer, data."""
+    merged = run / "merged.pt"
+    dcp_to_torch_save(newest_checkpoint(run), merged)
+
+    def leaves(tree, path):
+        if not isinstance(tree, dict):
+            return {path: tree}
+        return {k: v for name, child in tree.items() for k, v in leaves(child, f"{path}/{name}").items()}
+
+    return leaves(torch.load(merged, weights_only=False), "")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--kills", type=int, default=3, help="how often test_resume kills its run")

@@ -1,0 +1,98 @@
+"""Checks that run on each rank of a process group; `test_distributed.py` starts them under torchrun."""
+
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+
+from mfengine import DiT, Draws, MeanFlow, MeanFlowConfig, ModelConfig
+from mfengine.engine.checkpoint import Checkpointer, load_state, newest_checkpoint
+from mfengine.engine.distributed import local, prepare_model, world
+
+CONFIG = ModelConfig(4, 2, 2, hidden_size=16, depth=2, num_heads=2, num_classes=3)
+
+
+def make_model(dtype=torch.float32):
+    torch.manual_seed(0)
+    model = DiT(CONFIG, dtype)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.2 * torch.randn_like(p))
+    return model
+
+
+def batch(rank):
+    generator = torch.Generator().manual_seed(rank)
+    latents = torch.randn(4, 2, 4, 4, generator=generator)
+    t = torch.full((4,), 0.9) if rank else torch.full((4,), 0.3)  # only rank 0 has guided rows
+    r = torch.tensor([1.0, 1.0, 1.0, 0.5]) * t
+    return latents, torch.tensor([0, 1, 2, 0]), Draws(t, r, torch.randn(4, 2, 4, 4, generator=generator), 1)
+
+
+METHOD = MeanFlow(MeanFlowConfig(omega=0.2, kappa=0.92, t_end=0.5))
+
+
+def zero_guided_rows(here):
+    """A rank without guided rows does not hang the others, and gradients are the mean over ranks."""
+    reference = make_model()
+    for rank in range(here.size):
+        (METHOD.loss(reference, *batch(rank))[0] / here.size).backward()
+    model = prepare_model(make_model(), here)
+    METHOD.loss(model, *batch(here.rank))[0].backward()
+    for (name, p), expected in zip(model.named_parameters(), reference.parameters(), strict=True):
+        gradient = p.grad.full_tensor()
+        assert (gradient - expected.grad).norm() <= 1e-5 * expected.grad.norm() + 1e-9, name
+
+
+def bfloat16(here):
+    """Times, tangents and reductions stay in float32 when parameters are gathered in bfloat16."""
+    reference = make_model(torch.bfloat16)
+    for rank in range(here.size):
+        (METHOD.loss(reference, *batch(rank))[0] / here.size).backward()
+    model = prepare_model(make_model(torch.bfloat16), here)
+    _, metrics = METHOD.loss(model, *batch(here.rank))
+    assert metrics["u"].dtype == metrics["du_dt"].dtype == torch.float32
+    METHOD.loss(model, *batch(here.rank))[0].backward()
+    for (name, p), expected in zip(model.named_parameters(), reference.parameters(), strict=True):
+        assert p.dtype == p.grad.dtype == torch.float32
+        gradient = p.grad.full_tensor()
+        assert (gradient - expected.grad).norm() <= 0.02 * expected.grad.norm() + 1e-6, name
+
+
+def asynchronous_checkpoint(here):
+    """What is written is the state at the call, though the weights go on changing; old checkpoints go."""
+    model = prepare_model(make_model(), here)
+    run = Path("run")
+    checkpointer = Checkpointer(run, here, keep=2, asynchronous=True)
+    dist.barrier()
+    state = {"model": dict(model.named_parameters()), "note": {str(here.rank): b"rank %d" % here.rank}}
+    saved = {}
+    for step in (1, 2, 3):
+        with torch.no_grad():
+            for p in model.parameters():
+                local(p).fill_(step)
+        saved[step] = {name: local(p).clone() for name, p in model.named_parameters()}
+        checkpointer.save(step, state, {})
+        with torch.no_grad():
+            for p in model.parameters():
+                local(p).fill_(-1)
+        checkpointer.poll()
+    checkpointer.wait()
+    dist.barrier()
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step-00000002", "step-00000003"]
+    state["note"] = {str(here.rank): b""}
+    load_state(newest_checkpoint(run), state, here)
+    assert state["note"] == {str(here.rank): b"rank %d" % here.rank}
+    for name, p in model.named_parameters():
+        assert isinstance(p, DTensor)
+        assert torch.equal(local(p), saved[3][name])
+
+
+if __name__ == "__main__":
+    with world("cpu") as here:
+        {"zero_guided_rows": zero_guided_rows, "bfloat16": bfloat16, "asynchronous_checkpoint": asynchronous_checkpoint}[
+            sys.argv[1]
+        ](here)
+        print("passed")

@@ -1,0 +1,304 @@
+"""The commands end to end, as a user types them, and what they say to wrong input."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import SMALL, run_command, run_in_process
+from PIL import Image
+from safetensors import safe_open
+
+from mfengine.engine.checkpoint import load_model, newest_checkpoint
+from mfengine.engine.data import LatentSpace, write_dataset
+
+
+@pytest.fixture(scope="module")
+def trained(digits, tmp_path_factory):
+    """A finished run of 20 steps."""
+    folder = tmp_path_factory.mktemp("trained")
+    done = run_command(
+        "mfengine.train", *SMALL, f"--data={digits}", "--steps=20", "--checkpoint-every=5", "--keep=2",
+        "--sample-every=10", "--optim.ema-decays", "0.9", "0.5", cwd=folder,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return folder / "runs" / "digits", done
+
+
+def test_run_folder(trained):
+    run, done = trained
+    assert [p.name for p in sorted((run / "checkpoints").iterdir())] == ["step-00000015", "step-00000020"]
+    assert json.loads((run / "config.json").read_text())["batch_size"] == 32
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [5, 10, 15, 20]
+    assert all(line["samples_per_second"] > 0 and 0 < line["loss"] <= 1 for line in lines)
+    assert sorted(p.name for p in (run / "samples").iterdir()) == ["00000010.png", "00000020.png"]
+    assert any((run / "tensorboard").iterdir())
+    assert "M parameters, 20 steps of 32 samples, 1 x cpu in float32" in done.stderr
+    assert "loss=" in done.stderr
+    assert "samples/s" in done.stderr
+
+
+def test_finished_run_has_nothing_to_do(trained, digits):
+    run, _ = trained
+    before = (newest_checkpoint(run) / "checkpoint.json").stat().st_mtime_ns
+    done = run_command(
+        "mfengine.train", *SMALL, f"--data={digits}", "--steps=20", "--resume=auto", "--optim.ema-decays", "0.9",
+        "0.5", cwd=run.parent.parent,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert (newest_checkpoint(run) / "checkpoint.json").stat().st_mtime_ns == before
+
+
+def test_export_holds_the_average_and_its_configuration(trained, tmp_path):
+    run, _ = trained
+    out = tmp_path / "model.safetensors"
+    done = run_command("mfengine.export", run, out, "--ema-decay=0.5", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    exported, space, _ = load_model(out)
+    averaged, same_space, _ = load_model(run, ema_decay=0.5)
+    assert space == same_space
+    assert all(torch.equal(a, b) for a, b in zip(exported.parameters(), averaged.parameters(), strict=True))
+    first = load_model(run)[0]
+    assert not all(torch.equal(a, b) for a, b in zip(first.parameters(), averaged.parameters(), strict=True))
+    again = run_command("mfengine.export", run, out, cwd=tmp_path)
+    assert again.returncode == 2
+    assert "exists: choose another name" in again.stderr
+
+
+def test_sample_draws_the_same_from_run_checkpoint_and_export(trained, tmp_path):
+    run, _ = trained
+    run_command("mfengine.export", run, "model.safetensors", cwd=tmp_path)
+    pictures = []
+    for i, source in enumerate((run, newest_checkpoint(run), "model.safetensors")):
+        done = run_command(
+            "mfengine.sample", source, "--steps=2", "--labels", "3", "7", "--per-label=4", f"--out={i}.png",
+            cwd=tmp_path,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        pictures.append(np.asarray(Image.open(tmp_path / f"{i}.png")))
+    assert pictures[0].shape[1] > 1.5 * pictures[0].shape[0]  # two rows of four
+    assert np.array_equal(pictures[0], pictures[1])
+    assert np.array_equal(pictures[0], pictures[2])
+
+
+def test_evaluate_writes_its_figures(trained, digits):
+    run, _ = trained
+    done = run_command("mfengine.evaluate", run, f"--data={digits}", "--num=200", cwd=run)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads((run / "metrics.json").read_text())
+    assert figures["frechet_1nfe"] > 100 > 25 > figures["frechet_floor"] > 10  # twenty steps teach little
+    assert 0 <= figures["accuracy_1nfe"] <= 1
+    assert "frechet_2nfe" in done.stdout
+
+
+def test_training_with_every_option(digits, tmp_path):
+    """bf16, compiled, recomputed, accumulated, clipped, guided: it runs, and its loss is finite."""
+    done = run_command(
+        "mfengine.train", *SMALL, f"--data={digits}", "--steps=3", "--precision=bfloat16", "--compile", "--recompute",
+        "--accumulation=2", "--optim.clip-norm=1", "--method.omega=0.2", "--method.kappa=0.92", "--name=all",
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    line = json.loads((tmp_path / "runs/all/metrics.jsonl").read_text().splitlines()[-1])
+    assert np.isfinite(line["loss"])
+    assert line["skipped_steps"] == 0
+
+
+def test_training_starts_from_other_weights(trained, digits, tmp_path):
+    run, _ = trained
+    model, _, _ = load_model(run)
+    sit = {k: v for k, v in model.state_dict().items() if not k.startswith("h_embedder")}
+    torch.save({"ema": sit}, tmp_path / "sit.pt")
+    done = run_command(
+        "mfengine.train", *SMALL, f"--data={digits}", "--steps=1", "--init=sit.pt", "--optim.lr=1e-12", cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert "sit.pt leaves h_embedder.mlp.0.weight" in done.stderr
+    started, _, _ = load_model(tmp_path / "runs/digits")
+    torch.testing.assert_close(started.blocks[0].mlp.fc1.weight, model.blocks[0].mlp.fc1.weight)
+    assert started.h_embedder.mlp[2].weight.abs().max() < 1e-6
+    other = run_command(
+        "mfengine.train", *SMALL, "--model.hidden-size=64", f"--data={digits}", "--init=sit.pt", "--name=x", cwd=tmp_path
+    )
+    assert other.returncode == 2
+    assert "sit.pt is of another architecture: size mismatch" in other.stderr
+
+
+# ----------------------------------------------------------------------------
+# Being stopped.
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_signal_writes_a_checkpoint_before_leaving(digits, tmp_path, signum):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mfengine.train", *SMALL, f"--data={digits}", "--steps=100000"],
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    metrics = tmp_path / "runs/digits/metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and metrics.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert newest_checkpoint(tmp_path / "runs/digits") is None
+    process.send_signal(signum)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + signum, errors
+    step = json.loads((newest_checkpoint(tmp_path / "runs/digits") / "checkpoint.json").read_text())["step"]
+    assert f"step {step} of 100000, checkpoint runs/digits/checkpoints/step-{step:08d}" in errors
+
+
+def not_finite(tmp_path):
+    """A data set in which a tenth of the samples has an infinite mean."""
+    space = LatentSpace(shape=(1, 8, 8), num_classes=10)
+    bad = np.full((1, 2, 1, 8, 8), np.inf)
+    samples = [(bad if i % 640 == 639 else np.zeros_like(bad), i % 10) for i in range(1280)]
+    write_dataset(tmp_path / "bad", "bad", space, samples)
+
+
+def test_loss_that_is_not_finite_stops_the_run(tmp_path):
+    not_finite(tmp_path)
+    args = ("mfengine.train", *SMALL, "--data=bad", "--steps=45", "--checkpoint-every=1")
+    done = run_command(*args, "--name=strict", cwd=tmp_path)
+    assert done.returncode == 1
+    kept = newest_checkpoint(tmp_path / "runs/strict")
+    last = json.loads((kept / "checkpoint.json").read_text())["step"] if kept else 0
+    where = f"last whole checkpoint: {os.path.relpath(kept, tmp_path) if kept else 'none'}"
+    assert f"error: the loss is not finite at step {last + 1} on rank 0, after 0 skipped step(s); {where}" in done.stderr
+
+    done = run_command(*args, "--name=lenient", "--max-skipped-steps=3", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    model, _, _ = load_model(tmp_path / "runs/lenient")
+    assert all(p.isfinite().all() for p in model.parameters())
+    last_line = json.loads((tmp_path / "runs/lenient/metrics.jsonl").read_text().splitlines()[-1])
+    assert last_line["skipped_steps"] in (1, 2, 3)
+    assert "skipped, 1 of 3" in done.stderr
+
+
+# ----------------------------------------------------------------------------
+# Wrong input: one line, exit code 2, nothing written.
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["mfengine.train", "xl3"], "there is no preset xl3; the nearest is xl2"),
+        (["mfengine.train", "digits", "--lr=1"], "there is no option --lr; the nearest is --optim.lr"),
+        (["mfengine.train", "--batch-sise", "4"], "there is no option --batch-sise; the nearest is --batch-size"),
+        (["mfengine.train", "--batch-size", "many"], "Error parsing --batch-size"),
+        (["mfengine.train", "--model.depth", "0"], "depth must be at least 1, not 0"),
+        (["mfengine.train", "--data=nowhere"], "dataset.json does not exist"),
+        (["mfengine.train", "--data=DATA", "--batch-size=250"], "interval share of 0.25 does not divide"),
+        (["mfengine.train", "--data=DATA", "--accumulation=3"], "not a multiple of ranks x accumulation = 1 x 3"),
+        (["mfengine.train", "--data=DATA", "--model.input-size=16"], "holds latents of (1, 8, 8); the model takes"),
+        (["mfengine.train", "--data=DATA", "--model.num-classes=5"], "has 10 classes; model.num_classes is 5"),
+        (["mfengine.train", "--data=DATA", "--replicas=2"], "replicas 2 does not divide the 1 rank(s)"),
+        (["mfengine.train", "--data=DATA", "--init=nowhere"], "nowhere is neither a checkpoint"),
+        (["mfengine.train", "--data=DATA", "--device=cuda"], "device cuda was asked for"),
+        (["mfengine.prepare", "digits", "DATA"], "is not an empty folder"),
+        (["mfengine.prepare", "letters", "out"], "letters"),
+        (["mfengine.sample", "nowhere"], "nowhere is neither a checkpoint"),
+        (["mfengine.sample", "RUN", "--labels", "10"], "there is no label 10; the model has 0 to 9"),
+        (["mfengine.sample", "RUN", "--steps=0"], "--steps and --per-label must be at least 1"),
+        (["mfengine.sample", "RUN", "--out=x.jpg"], "must end in .png"),
+        (["mfengine.sample", "RUN", "--ema-decay=0.1"], "no moving average of decay 0.1; it has [0.9, 0.5]"),
+        (["mfengine.sample", "broken.safetensors"], "cannot read broken.safetensors"),
+        (["mfengine.export", "RUN", "out.bin"], "must end in .safetensors"),
+        (["mfengine.evaluate", "RUN", "--data=nowhere"], "dataset.json does not exist"),
+    ],
+)
+def test_wrong_input(trained, digits, tmp_path, monkeypatch, capsys, args, message):
+    if "cuda" in args[-1] and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    (tmp_path / "broken.safetensors").write_bytes(b"not safetensors")
+    places = {"DATA": str(digits), "RUN": str(trained[0])}
+    args = [part if part not in places else places[part] for part in args]
+    args = [part.replace("=DATA", f"={digits}") for part in args]
+    code, _, errors = run_in_process(*args, cwd=tmp_path, monkeypatch=monkeypatch, capsys=capsys)
+    assert code == 2
+    assert errors.startswith("error: ")
+    assert errors.count("\n") == 1, errors
+    assert message in errors
+    assert {p.name for p in tmp_path.rglob("*")} == {"broken.safetensors"}
+
+
+def test_wrong_input_ends_the_process_with_2(tmp_path):
+    done = run_command("mfengine.train", "--data=nowhere", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ([], "holds a run: continue it with --resume auto, or choose another --name"),
+        (["--resume=auto", "--model.depth=2"], "has a run with model.depth 1, not 2"),
+        (["--resume=auto", "--optim.ema-decays", "0.9"], "has a run with optim.ema_decays [0.9, 0.5], not [0.9]"),
+        (["--name=checkpoints", "--runs=RUN"], "is not a run folder"),
+    ],
+)
+def test_run_folder_that_is_taken(trained, digits, monkeypatch, capsys, args, message):
+    run, _ = trained
+    before = {p: p.stat().st_mtime_ns for p in run.rglob("*")}
+    args = [part.replace("RUN", str(run)) for part in args]
+    code, _, errors = run_in_process(
+        "mfengine.train", *SMALL, f"--data={digits}", "--optim.ema-decays", "0.9", "0.5", *args,
+        cwd=run.parent.parent, monkeypatch=monkeypatch, capsys=capsys,
+    )  # fmt: skip
+    assert code == 2
+    assert message in errors
+    assert {p: p.stat().st_mtime_ns for p in run.rglob("*")} == before
+
+
+def test_checkpoint_of_another_architecture(trained, tmp_path, monkeypatch, capsys):
+    """One whose description was tampered with: the shapes give it away."""
+    description = newest_checkpoint(trained[0]) / "checkpoint.json"
+    kept = description.read_text()
+    values = json.loads(kept)
+    values["model"]["hidden_size"] = 64
+    description.write_text(json.dumps(values))
+    try:
+        code, _, errors = run_in_process(
+            "mfengine.sample", trained[0], cwd=tmp_path, monkeypatch=monkeypatch, capsys=capsys
+        )
+    finally:
+        description.write_text(kept)
+    assert code == 2
+    assert errors.startswith("error: cannot read")
+    assert errors.count("\n") == 1
+
+
+def test_help_is_there(tmp_path, monkeypatch, capsys):
+    for args, text in (
+        (["mfengine.train", "--help"], "676 M parameters, 240 epochs"),
+        (["mfengine.train", "b4", "--help"], "guidance weight of the sample's own velocity"),
+        (["mfengine.sample", "--help"], "network evaluations per sample"),
+    ):
+        code, output, _ = run_in_process(*args, cwd=tmp_path, monkeypatch=monkeypatch, capsys=capsys)
+        assert code == 0
+        assert text in " ".join(output.replace("│", " ").split())
+
+
+def test_vae_decodes_latents(tmp_path):
+    diffusers = pytest.importorskip("diffusers", reason="diffusers is an extra")
+    torch.manual_seed(0)
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4, norm_num_groups=4,
+    )  # fmt: skip
+    vae.save_pretrained(tmp_path / "vae")
+    from mfengine.engine.decode import Decoder
+
+    space = LatentSpace(shape=(4, 8, 8), num_classes=10, scale=0.2, bias=0.5)
+    latents = torch.randn(2, 4, 8, 8)
+    with torch.no_grad():
+        expected = (vae.decode(latents / 0.2 + 0.5).sample / 2 + 0.5).clamp(0, 1)
+    images = Decoder(tmp_path / "vae", torch.device("cpu"))(latents, space)
+    torch.testing.assert_close(images, expected)
+    assert images.shape == (2, 3, 16, 16)

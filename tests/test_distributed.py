@@ -1,0 +1,106 @@
+"""Several gloo processes against one: the same weights, resuming, and layouts that must not change the result."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SMALL, checkpoint_contents, run_command
+from golden_cases import relative_error
+
+from mfengine.engine.checkpoint import load_model
+
+GUIDED = ("--method.omega=0.2", "--method.kappa=0.92", "--method.t-end=0.75")
+STEPS = ("--steps=20", "--checkpoint-every=10")
+
+
+def train(digits, cwd, name, *args, ranks=1):
+    done = run_command("mfengine.train", *SMALL, f"--data={digits}", f"--name={name}", *args, cwd=cwd, ranks=ranks)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def weights(cwd, name):
+    return load_model(cwd / "runs" / name)[0].state_dict()
+
+
+def assert_near(actual, expected, tolerance=1e-5):
+    errors = {name: relative_error(actual[name], expected[name]) for name in expected}
+    worst = max(errors, key=errors.get)
+    assert errors[worst] <= tolerance, (worst, errors[worst])
+
+
+@pytest.fixture(scope="module")
+def single(digits, tmp_path_factory):
+    """One process that takes the global batch in two passes: 20 steps."""
+    cwd = tmp_path_factory.mktemp("ranks")
+    train(digits, cwd, "single", *STEPS, *GUIDED, "--accumulation=2")
+    return cwd
+
+
+def test_two_processes_reach_the_weights_of_one(single, digits):
+    train(digits, single, "sharded", *STEPS, *GUIDED, ranks=2)
+    assert_near(weights(single, "sharded"), weights(single, "single"))
+    lines = [(single / "runs" / name / "metrics.jsonl").read_text().splitlines()[-1] for name in ("single", "sharded")]
+    one, two = map(json.loads, lines)
+    assert one["loss"] == pytest.approx(two["loss"], rel=1e-5)
+
+
+def test_hsdp_resharding_and_recomputing_reach_them_too(single, digits):
+    train(digits, single, "layouts", *STEPS, *GUIDED, "--replicas=2", "--reshard", "--recompute", ranks=2)
+    assert_near(weights(single, "layouts"), weights(single, "single"))
+
+
+def test_two_processes_stop_and_resume(single, digits):
+    train(digits, single, "stopped", "--steps=7", *GUIDED, ranks=2)
+    train(digits, single, "stopped", *STEPS, *GUIDED, "--resume=auto", ranks=2)
+    stopped, through = (checkpoint_contents(single / "runs" / name) for name in ("stopped", "sharded"))
+    for name, value in through.items():
+        assert torch.equal(stopped[name], value) if isinstance(value, torch.Tensor) else stopped[name] == value, name
+
+
+def test_clipping_takes_the_norm_over_all_ranks(single, digits):
+    clipped = ("--steps=5", "--optim.clip-norm=0.01", "--optim.eps=1e-4", *GUIDED)
+    train(digits, single, "clipped", *clipped, "--accumulation=2")
+    train(digits, single, "clipped-sharded", *clipped, ranks=2)
+    assert_near(weights(single, "clipped-sharded"), weights(single, "clipped"))
+
+
+def test_another_number_of_processes_resumes(single, digits):
+    train(digits, single, "moved", "--steps=10", *GUIDED, ranks=2)
+    before = checkpoint_contents(single / "runs/moved")
+    # So small a rate leaves the weights as they were read, and shows that a resumed run takes the new rate.
+    done = train(digits, single, "moved", "--steps=11", "--optim.lr=1e-20", *GUIDED, "--resume=auto")
+    assert "continuing runs/moved/checkpoints/step-00000010" in done.stderr
+    assert "dealt in 2 part(s), now in 1: its position restarts at the beginning of the epoch" in done.stderr
+    after = checkpoint_contents(single / "runs/moved")
+    assert {name for name in before if name.startswith("/model/") and not torch.equal(before[name], after[name])} == set()
+    steps = {float(value) for name, value in after.items() if name.endswith("/step")}
+    assert steps == {11.0}
+
+
+def test_error_on_every_rank_is_told_once(digits, tmp_path):
+    done = run_command("mfengine.train", *SMALL, f"--data={digits}", "--batch-size=33", cwd=tmp_path, ranks=2)
+    assert done.returncode != 0
+    assert done.stderr.count("error: batch_size 33 is not a multiple of ranks x accumulation = 2 x 1") == 1
+
+
+WORKER = Path(__file__).parent / "rank_worker.py"
+
+
+@pytest.mark.parametrize("check", ["zero_guided_rows", "asynchronous_checkpoint", "bfloat16"])
+def test_on_two_ranks(check, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", str(WORKER), check],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("passed") == 2
