@@ -85,7 +85,9 @@ def from_sit(checkpoint: Mapping[str, Any], reverse_time: bool = False) -> Conve
     state, unused = {}, []
     for key, value in checkpoint.items():
         name = key.removeprefix("module.").replace("r_embedder.", "h_embedder.")
-        if re.match(r"(x_embedder\.proj|[th]_embedder\.mlp|y_embedder\.|blocks\.\d+\.(attn|mlp|adaLN)|final_layer)", name):
+        if re.match(
+            r"(x_embedder\.proj|[th]_embedder\.mlp|y_embedder\.|blocks\.\d+\.(attn|mlp|adaLN)|final_layer)", name
+        ):
             state[name] = value.detach().float().clone()
         else:
             unused.append(key)

@@ -21,7 +21,9 @@ def parse(args: Sequence[str]) -> TrainConfig:
         for name, (description, _) in PRESETS.items():
             print(f"  {name:10} {description}")
         print(f"\nThe preset is digits if none is given. `{PROG} PRESET --help` lists its options.\n")
-        print(f"  {PROG} digits --resume auto\n  torchrun --nproc-per-node 8 -m mfengine.train xl2 --data DIR --name NAME")
+        print(
+            f"  {PROG} digits --resume auto\n  torchrun --nproc-per-node 8 -m mfengine.train xl2 --data DIR --name NAME"
+        )
         raise SystemExit(0)
     preset = "digits"
     if args and not args[0].startswith("-"):

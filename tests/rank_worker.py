@@ -92,7 +92,9 @@ def asynchronous_checkpoint(here):
 
 if __name__ == "__main__":
     with world("cpu") as here:
-        {"zero_guided_rows": zero_guided_rows, "bfloat16": bfloat16, "asynchronous_checkpoint": asynchronous_checkpoint}[
-            sys.argv[1]
-        ](here)
+        {
+            "zero_guided_rows": zero_guided_rows,
+            "bfloat16": bfloat16,
+            "asynchronous_checkpoint": asynchronous_checkpoint,
+        }[sys.argv[1]](here)
         print("passed")

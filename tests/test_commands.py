@@ -12,7 +12,6 @@ import pytest
 import torch
 from conftest import SMALL, run_command, run_in_process
 from PIL import Image
-from safetensors import safe_open
 
 from mfengine.engine.checkpoint import load_model, newest_checkpoint
 from mfengine.engine.data import LatentSpace, write_dataset
@@ -124,7 +123,13 @@ def test_training_starts_from_other_weights(trained, digits, tmp_path):
     torch.testing.assert_close(started.blocks[0].mlp.fc1.weight, model.blocks[0].mlp.fc1.weight)
     assert started.h_embedder.mlp[2].weight.abs().max() < 1e-6
     other = run_command(
-        "mfengine.train", *SMALL, "--model.hidden-size=64", f"--data={digits}", "--init=sit.pt", "--name=x", cwd=tmp_path
+        "mfengine.train",
+        *SMALL,
+        "--model.hidden-size=64",
+        f"--data={digits}",
+        "--init=sit.pt",
+        "--name=x",
+        cwd=tmp_path,
     )
     assert other.returncode == 2
     assert "sit.pt is of another architecture: size mismatch" in other.stderr
@@ -170,7 +175,9 @@ def test_loss_that_is_not_finite_stops_the_run(tmp_path):
     kept = newest_checkpoint(tmp_path / "runs/strict")
     last = json.loads((kept / "checkpoint.json").read_text())["step"] if kept else 0
     where = f"last whole checkpoint: {os.path.relpath(kept, tmp_path) if kept else 'none'}"
-    assert f"error: the loss is not finite at step {last + 1} on rank 0, after 0 skipped step(s); {where}" in done.stderr
+    assert (
+        f"error: the loss is not finite at step {last + 1} on rank 0, after 0 skipped step(s); {where}" in done.stderr
+    )
 
     done = run_command(*args, "--name=lenient", "--max-skipped-steps=3", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -218,7 +225,7 @@ def test_wrong_input(trained, digits, tmp_path, monkeypatch, capsys, args, messa
         pytest.skip("there is a GPU")
     (tmp_path / "broken.safetensors").write_bytes(b"not safetensors")
     places = {"DATA": str(digits), "RUN": str(trained[0])}
-    args = [part if part not in places else places[part] for part in args]
+    args = [places.get(part, part) for part in args]
     args = [part.replace("=DATA", f"={digits}") for part in args]
     code, _, errors = run_in_process(*args, cwd=tmp_path, monkeypatch=monkeypatch, capsys=capsys)
     assert code == 2

@@ -44,7 +44,8 @@ class SiT(nn.Module):
             for _ in range(2)
         )
         self.final_layer = module(
-            linear=nn.Linear(width, 2 * 2 * 3 * out), adaLN_modulation=nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+            linear=nn.Linear(width, 2 * 2 * 3 * out),
+            adaLN_modulation=nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width)),
         )
         self.out = out
 

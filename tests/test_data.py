@@ -147,7 +147,7 @@ def test_label_out_of_range(dataset):
 def test_shard_cut_off_while_training(dataset):
     dataset = Dataset.open(dataset.folder)
     truncate(dataset.folder / "000001.tar", 1024)
-    with pytest.raises(DataError, match="cannot read .*data: Malformed index file .* outside of the archive"):
+    with pytest.raises(DataError, match=r"cannot read .*data: Malformed index file .* outside of the archive"):
         labels_of(Loader(dataset, 101, 0, 1, seed=0, device=CPU), 2)
 
 

@@ -77,7 +77,9 @@ def test_another_number_of_processes_resumes(single, digits):
     assert "continuing runs/moved/checkpoints/step-00000010" in done.stderr
     assert "dealt in 2 part(s), now in 1: its position restarts at the beginning of the epoch" in done.stderr
     after = checkpoint_contents(single / "runs/moved")
-    assert {name for name in before if name.startswith("/model/") and not torch.equal(before[name], after[name])} == set()
+    assert {
+        name for name in before if name.startswith("/model/") and not torch.equal(before[name], after[name])
+    } == set()
     steps = {float(value) for name, value in after.items() if name.endswith("/step")}
     assert steps == {11.0}
 

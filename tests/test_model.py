@@ -136,7 +136,9 @@ def test_initial_network_is_zero_and_its_weights_have_the_reference_scale():
     assert model.y_embedder.embedding_table.weight.detach().std() == pytest.approx(0.02, rel=0.1)
     assert model.h_embedder.mlp[0].weight.detach().std() == pytest.approx(0.02, rel=0.1)
     qkv = model.blocks[0].attn.qkv.weight
-    assert qkv.detach().abs().max() == pytest.approx((6 / (128 + 3 * 128)) ** 0.5, rel=0.01)  # Xavier over the packed matrix
+    assert qkv.detach().abs().max() == pytest.approx(
+        (6 / (128 + 3 * 128)) ** 0.5, rel=0.01
+    )  # Xavier over the packed matrix
     assert all(p.abs().max() == 0 for n, p in model.named_parameters() if n.endswith("bias") or "adaLN" in n)
 
 

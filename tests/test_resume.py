@@ -13,12 +13,11 @@ from conftest import SMALL, checkpoint_contents, run_command
 
 from mfengine.engine.checkpoint import newest_checkpoint
 
-STEPS = 240
-
 
 def test_killed_at_random_moments(digits, tmp_path, pytestconfig):
     kills = pytestconfig.getoption("--kills")
-    args = [*SMALL, f"--data={digits}", f"--steps={STEPS}", "--checkpoint-every=2", "--method.kappa=0.5"]
+    steps = 80 * kills  # more than it does between two kills
+    args = [*SMALL, f"--data={digits}", f"--steps={steps}", "--checkpoint-every=2", "--method.kappa=0.5"]
     done = run_command("mfengine.train", *args, "--name=alone", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     expected = checkpoint_contents(tmp_path / "runs/alone")
@@ -51,11 +50,13 @@ def test_killed_at_random_moments(digits, tmp_path, pytestconfig):
         amid_writing += bool(list(checkpoints.glob(".partial-*")))
         newest = newest_checkpoint(tmp_path / "runs/killed")
         reached = int(newest.name[5:]) if newest else 0
-        print(f"kill {kill + 1}: newest whole checkpoint {reached}, unfinished {sorted(p.name for p in checkpoints.glob('.*'))}")
+        unfinished = sorted(p.name for p in checkpoints.glob(".*"))
+        print(f"kill {kill + 1}: newest whole checkpoint {reached}, unfinished {unfinished}")
     print(f"{kills} kills, {amid_writing} while a checkpoint was being written")
     done = run_command("mfengine.train", *args, "--name=killed", "--resume=auto", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
 
+    assert newest_checkpoint(tmp_path / "runs/killed").name == f"step-{steps:08d}"
     actual = checkpoint_contents(tmp_path / "runs/killed")
     assert actual.keys() == expected.keys()
     for name, value in expected.items():

@@ -210,8 +210,9 @@ def load_initial_weights(model: DiT, path: Path) -> list[str]:
     Raises:
         InputError: there is no such thing, or it is of another architecture.
     """
+    fresh: list[str] = []
     if path.suffix not in (".pt", ".pth"):
-        weights, fresh = load_model(path)[0].state_dict(), []
+        weights = load_model(path)[0].state_dict()
     else:
         try:
             weights, fresh, _ = from_sit(torch.load(path, map_location="cpu", weights_only=True))
@@ -254,7 +255,8 @@ def _read_export(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118: not a dict
+            names = file.keys()
+            weights = {name: file.get_tensor(name) for name in names}
     except Exception as error:  # safetensors has no public base class for its errors
         raise InputError(f"cannot read {path}: {error}") from None
     if "mfengine" not in metadata:

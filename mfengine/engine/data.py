@@ -275,17 +275,17 @@ def _pipeline(
     @pipeline_def(
         batch_size=batch,
         num_threads=2,
-        device_id=device.index if gpu else None,
+        device_id=device.index if gpu else None,  # type: ignore[arg-type]
         seed=seed,
         enable_checkpointing=True,
         checkpoint=position,
     )
     def pipeline() -> tuple[Any, Any]:
-        moments, label = fn.readers.webdataset(
+        moments, label = fn.readers.webdataset(  # type: ignore[misc]
             paths=[str(path) for path in paths],
             index_paths=[str(path.with_suffix(".idx")) for path in paths],
             ext=["moments", "label"],
-            dtypes=[types.FLOAT16, types.INT32],
+            dtypes=[types.DALIDataType.FLOAT16, types.DALIDataType.INT32],
             missing_component_behavior="error",
             shard_id=part,
             num_shards=num_parts,
@@ -297,7 +297,7 @@ def _pipeline(
         moments = moments[flip]  # (2, C, H, W)
         if gpu:
             moments = moments.gpu()
-        moments = fn.cast(moments, dtype=types.FLOAT)
+        moments = fn.cast(moments, dtype=types.DALIDataType.FLOAT)
         mean, std = moments[0], moments[1]
         latents = (mean + std * fn.random.normal(mean) - space.bias) * space.scale
         return latents, label

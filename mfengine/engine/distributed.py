@@ -98,7 +98,13 @@ def world(device: str) -> Iterator[World]:
 
 
 def prepare_model(
-    model: DiT, world: World, *, replicas: int = 1, reshard: bool = False, compile: bool = False, recompute: bool = False
+    model: DiT,
+    world: World,
+    *,
+    replicas: int = 1,
+    reshard: bool = False,
+    compile: bool = False,
+    recompute: bool = False,
 ) -> DiT:
     """Compile, recompute and shard the blocks of `model`, in place.
 
@@ -118,15 +124,19 @@ def prepare_model(
         raise InputError(f"replicas {replicas} does not divide the {world.size} rank(s)")
     for block in model.blocks:
         if compile:
-            block.forward = torch.compile(block.forward)  # type: ignore[method-assign]
+            block.forward = torch.compile(block.forward)
         if recompute:
-            block.forward = _recomputed(block.forward)  # type: ignore[method-assign]
+            block.forward = _recomputed(block.forward)
     if world.size == 1:
         return model.to(world.device)
 
-    shape, names = ((world.size,), ("shard",)) if replicas == 1 else (
-        (replicas, world.size // replicas),
-        ("replicate", "shard"),
+    shape, names = (
+        ((world.size,), ("shard",))
+        if replicas == 1
+        else (
+            (replicas, world.size // replicas),
+            ("replicate", "shard"),
+        )
     )
     mesh = init_device_mesh(world.device.type, shape, mesh_dim_names=names)
     # Inputs are not cast: the model itself keeps times, norms and the residual stream in float32.

@@ -96,9 +96,7 @@ class Trainer:
         world.on_main(lambda: open_run_folder(config, dataset))
         self.optimizer = adamw(self.model, config.optim)
         self.ema = EMA(self.model, config.optim.ema_decays)
-        self.checkpointer = Checkpointer(
-            config.folder, world, config.keep, asynchronous=world.device.type == "cuda"
-        )
+        self.checkpointer = Checkpointer(config.folder, world, config.keep, asynchronous=world.device.type == "cuda")
         notes = [
             f"{config.folder}: {sum(p.numel() for p in self.model.parameters()) / 1e6:.1f} M parameters, "
             f"{self.total_steps} steps of {config.batch_size} samples, "
@@ -266,9 +264,7 @@ class Trainer:
         load_state(path, state, self.world)
         set_model_state_dict(self.model, state["model"])
         settings = get_optimizer_state_dict(self.model, self.optimizer)["param_groups"]
-        set_optimizer_state_dict(
-            self.model, self.optimizer, {"state": state["optimizer"], "param_groups": settings}
-        )
+        set_optimizer_state_dict(self.model, self.optimizer, {"state": state["optimizer"], "param_groups": settings})
         # The averages were filled in place.
         return {int(part): position for part, position in state.get("data", {}).items()}, notes
 
@@ -349,7 +345,9 @@ def open_run_folder(config: TrainConfig, dataset: Dataset) -> None:
             for name in names:
                 old, new = before[section].get(name), values[section][name]
                 if old != new:
-                    raise InputError(f"{folder} has a run with {section}.{name} {old}, not {new}: it cannot be continued")
+                    raise InputError(
+                        f"{folder} has a run with {section}.{name} {old}, not {new}: it cannot be continued"
+                    )
     folder.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".partial-{CONFIG}")
     partial.write_text(json.dumps(values, indent=1) + "\n")

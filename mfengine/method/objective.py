@@ -15,10 +15,10 @@ host from `Draws`, before the step, so the step never waits for the device.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,17 @@ class Draws(NamedTuple):
     num_dropped: int  # leading rows whose label becomes the null class
 
 
+class VelocityModel(Protocol):
+    """A network u(z, t, h, y) with explicit tangents; `DiT.forward` says what it takes and returns."""
+
+    @property
+    def num_classes(self) -> int: ...
+
+    def __call__(
+        self, z: Tensor, t: Tensor, h: Tensor, y: Tensor, tangents: tuple[Tensor, Tensor, Tensor] | None = None
+    ) -> Any: ...
+
+
 class MeanFlow:
     """Draws and loss of MeanFlow training.
 
@@ -109,12 +120,14 @@ class MeanFlow:
         noise = torch.randn(shape, generator=torch.Generator(device).manual_seed(seed), device=device)
         return Draws(t, r, noise, num_dropped)
 
-    def loss(self, model: nn.Module, latents: Tensor, labels: Tensor, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(
+        self, model: VelocityModel, latents: Tensor, labels: Tensor, draws: Draws
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """The training loss of one local batch.
 
         Args:
-            model: u(z, t, h, y) with `tangents` as `DiT.forward`; its `num_classes` is the null class. When sharded
-                over ranks, every rank makes the same sequence of calls, with zero rows if need be.
+            model: the network; its `num_classes` is the null class. It is called in the same sequence whatever
+                the draws are, with zero rows if need be, so that ranks that share its parameters stay together.
             latents: (B, C, H, W) float32, clean.
             labels: (B,) int64.
             draws: of `draw`.

@@ -179,6 +179,8 @@ class DiT(nn.Module):
             softmax and time embedding are float32 whatever it is.
     """
 
+    pos_embed: Tensor
+
     def __init__(self, config: ModelConfig, compute_dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.config = config
@@ -214,7 +216,9 @@ class DiT(nn.Module):
         """
         if tangents is None:
             return self._velocity(z, t, h, y)
-        return tuple(self._velocity(*(Dual(*pair) for pair in zip((z, t, h), tangents, strict=True)), y))
+        dz, dt, dh = tangents
+        u = self._velocity(Dual(z, dz), Dual(t, dt), Dual(h, dh), y)
+        return u.primal, u.tangent
 
     def _velocity(self, z: A, t: A, h: A, y: Tensor) -> A:
         c = ops.add_constant(ops.add(self.t_embedder(t), self.h_embedder(h)), self.y_embedder(y))  # (B, D)
@@ -237,21 +241,14 @@ class DiT(nn.Module):
 
     @torch.no_grad()
     def initialize_weights(self) -> None:
-        """Xavier-uniform products, normal(0.02) embeddings, zero adaLN and output: that of the reference code."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
-        nn.init.xavier_uniform_(self.x_embedder.proj.weight.view(self.config.hidden_size, -1))
-        nn.init.zeros_(self.x_embedder.proj.bias)
-        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
-        for embedder in (self.t_embedder, self.h_embedder):
-            nn.init.normal_(embedder.mlp[0].weight, std=0.02)
-            nn.init.normal_(embedder.mlp[2].weight, std=0.02)
-        zero = [block.adaLN_modulation[1] for block in self.blocks]
-        zero += [self.final_layer.adaLN_modulation[1], self.final_layer.linear]
-        for layer in zero:
-            nn.init.zeros_(layer.weight)
+        """Zero adaLN, output and biases, normal(0.02) embedders, Xavier-uniform products: as the reference code."""
+        for name, p in self.named_parameters():
+            if name.endswith("bias") or "adaLN_modulation" in name or name.startswith("final_layer"):
+                nn.init.zeros_(p)
+            elif name.startswith(("t_embedder", "h_embedder", "y_embedder")):
+                nn.init.normal_(p, std=0.02)
+            else:
+                nn.init.xavier_uniform_(p.view(p.shape[0], -1))
 
 
 def sincos_positions(dim: int, grid: int) -> Tensor:

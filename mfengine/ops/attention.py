@@ -68,9 +68,7 @@ def _primal(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tens
     return _probabilities(q, k, scale).to(v.dtype) @ v
 
 
-def _tangent(
-    q: Tensor, k: Tensor, v: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, scale: float | None = None
-) -> Tensor:
+def _tangent(q: Tensor, k: Tensor, v: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, scale: float | None = None) -> Tensor:
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     p = _probabilities(q, k, scale)
     ds = (dq * scale) @ k.mT + (q * scale) @ dk.mT

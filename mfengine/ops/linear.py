@@ -11,18 +11,19 @@ from torch import Tensor
 from mfengine.ops.dual import A, Dual, push
 
 
-def linear(x: A, weight: Tensor, bias: Tensor) -> A:
+def linear(x: A, weight: Tensor, bias: Tensor | None = None) -> A:
     """x W^T + b, computed in the dtype of x; the tangent is the same product without the bias.
 
     Args:
         x: (..., in) float.
-        weight: (out, in), bias: (out,); cast to the dtype of x.
+        weight: (out, in), bias: (out,) or None; cast to the dtype of x.
 
     Returns:
         (..., out) in the dtype of x.
     """
     primal = x.primal if isinstance(x, Dual) else x
-    weight, bias = weight.to(primal.dtype), bias.to(primal.dtype)
+    weight = weight.to(primal.dtype)
+    bias = None if bias is None else bias.to(primal.dtype)
     return push(lambda x: F.linear(x, weight, bias), lambda x, dx: F.linear(dx, weight), x)
 
 
