@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from conftest import SMALL, checkpoint_contents, run_command
 from golden_cases import relative_error
 
-from mfengine.engine.checkpoint import load_model
+from mfengine.engine.checkpoint import load_model, newest_checkpoint
 
 GUIDED = ("--method.omega=0.2", "--method.kappa=0.92", "--method.t-end=0.75")
 STEPS = ("--steps=20", "--checkpoint-every=10")
@@ -88,6 +89,21 @@ def test_error_on_every_rank_is_told_once(digits, tmp_path):
     done = run_command("mfengine.train", *SMALL, f"--data={digits}", "--batch-size=33", cwd=tmp_path, ranks=2)
     assert done.returncode != 0
     assert done.stderr.count("error: batch_size 33 is not a multiple of ranks x accumulation = 2 x 1") == 1
+
+
+def test_sigterm_to_torchrun_writes_a_checkpoint(digits, tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "mfengine.train", *SMALL,
+         f"--data={digits}", "--steps=100000"],
+        cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    metrics = tmp_path / "runs/digits/metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and metrics.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.terminate()
+    process.wait(timeout=60)
+    assert newest_checkpoint(tmp_path / "runs/digits") is not None
 
 
 WORKER = Path(__file__).parent / "rank_worker.py"

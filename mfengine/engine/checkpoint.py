@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -49,7 +50,9 @@ class Checkpointer:
         self._folder, self._world, self._keep = folder / "checkpoints", world, keep
         self._asynchronous = asynchronous
         self._pending: tuple[int, Future[Any]] | None = None
-        self.newest = newest_checkpoint(folder)
+        # Ranks talk in the background too, and must not be heard by those that train meanwhile.
+        self._group = dist.new_group(backend="gloo") if asynchronous and world.size > 1 else None
+        self.newest = world.on_main(lambda: newest_checkpoint(folder))
         if world.main:
             self._folder.mkdir(parents=True, exist_ok=True)
             for leftover in self._folder.glob(".*"):
@@ -66,11 +69,11 @@ class Checkpointer:
         self.wait()
         partial = self._partial(step)
         if self._world.main:
-            partial.mkdir()
+            partial.mkdir(exist_ok=True)  # the other ranks may be ahead
             (partial / DESCRIPTION).write_text(json.dumps({"step": step, **description}, indent=1) + "\n")
         alone = self._world.size == 1
         if self._asynchronous:
-            future = dcp.async_save(state, checkpoint_id=partial, no_dist=alone)
+            future = dcp.async_save(state, checkpoint_id=partial, process_group=self._group, no_dist=alone)
             assert isinstance(future, Future)
             self._pending = (step, future)
         else:
@@ -92,7 +95,7 @@ class Checkpointer:
             self._finish(step)
 
     def _finish(self, step: int) -> None:
-        """Give the folder its name and remove old ones. All ranks have written by now: rank 0 wrote the metadata last."""
+        """Give the folder its name and remove old ones. All ranks have written: rank 0 ends with the metadata."""
         whole = self._folder / f"step-{step:08d}"
         self.newest = whole
         if self._world.main:

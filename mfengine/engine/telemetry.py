@@ -58,9 +58,10 @@ class Telemetry:
             self._tensorboard.close()
 
     def step(self, loss: float, v_loss: float) -> None:
-        """One more step, with its figures, the means over all ranks."""
+        """One more step, with its figures, the means over all ranks; nan for a step that was skipped."""
         if self._enabled:
-            self._figures.append((loss, v_loss))
+            if np.isfinite(loss):
+                self._figures.append((loss, v_loss))
             self._bar.set_postfix(loss=f"{loss:.4f}", v_loss=f"{v_loss:.4g}", refresh=False)
             self._bar.update(self._batch_size)
 
@@ -70,7 +71,7 @@ class Telemetry:
             return
         now = time.monotonic()
         since, started = self._last
-        loss, v_loss = np.nanmean(self._figures, axis=0)
+        loss, v_loss = np.mean(self._figures, axis=0).tolist() if self._figures else (None, None)
         line = {
             "step": step,
             "epoch": round(epoch, 4),
@@ -84,7 +85,7 @@ class Telemetry:
         self._metrics.write(json.dumps(line) + "\n")
         self._metrics.flush()
         for name, value in line.items():
-            if name != "step":
+            if name != "step" and value is not None:
                 self._tensorboard.add_scalar(name, value, step)
 
     def picture(self, step: int, images: Tensor) -> None:

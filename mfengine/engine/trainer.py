@@ -7,6 +7,7 @@ import json
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -79,11 +80,18 @@ class Trainer:
         self.step = 0
         self.skipped = 0
 
+        newest = world.on_main(lambda: check_run_folder(config, dataset))
         torch.manual_seed(config.seed)
         model = DiT(config.model, compute_dtype(config, world))
-        fresh: list[str] = []
-        if config.init is not None and newest_checkpoint(config.folder) is None:
+        notes = [
+            f"{config.folder}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, "
+            f"{self.total_steps} steps of {config.batch_size} samples, "
+            f"{world.size} x {world.device.type} in {str(model.compute_dtype).removeprefix('torch.')}"
+        ]
+        if config.init is not None and newest is None:
             fresh = load_initial_weights(model, config.init)
+            if fresh:
+                notes.append(f"{config.init} leaves {', '.join(fresh)} as initialised")
         self.model = prepare_model(
             model,
             world,
@@ -92,23 +100,17 @@ class Trainer:
             compile=config.compile,
             recompute=config.recompute,
         )
-        # Nothing is written before here, so that wrong input leaves nothing behind.
-        world.on_main(lambda: open_run_folder(config, dataset))
         self.optimizer = adamw(self.model, config.optim)
         self.ema = EMA(self.model, config.optim.ema_decays)
-        self.checkpointer = Checkpointer(config.folder, world, config.keep, asynchronous=world.device.type == "cuda")
-        notes = [
-            f"{config.folder}: {sum(p.numel() for p in self.model.parameters()) / 1e6:.1f} M parameters, "
-            f"{self.total_steps} steps of {config.batch_size} samples, "
-            f"{world.size} x {world.device.type} in {str(model.compute_dtype).removeprefix('torch.')}"
-        ]
-        if fresh:
-            notes.append(f"{config.init} leaves {', '.join(fresh)} as initialised")
         positions: dict[int, bytes] = {}
-        if self.checkpointer.newest:
-            positions, resumed = self._resume()
+        if newest is not None:
+            positions, resumed = self._resume(newest)
             notes += resumed
         self.loaders = self._open_data(positions)
+
+        # Nothing is written before here, so that wrong input leaves nothing behind.
+        world.on_main(lambda: write_config(config, dataset))
+        self.checkpointer = Checkpointer(config.folder, world, config.keep, asynchronous=world.device.type == "cuda")
         self.telemetry = Telemetry(config.folder, world.main, self.step, self.total_steps, config.batch_size)
         for note in notes:
             self.telemetry.say(note)
@@ -162,8 +164,7 @@ class Trainer:
         self.optimizer.zero_grad()
         self.step += 1
 
-        loss, v_loss = ranks[finite, :2].mean(0).tolist()
-        self.telemetry.step(loss, v_loss)
+        self.telemetry.step(*ranks[finite, :2].mean(0).tolist())
         if self.step % config.log_every == 0 or self.step == self.total_steps:
             self.telemetry.log(self.step, self.step * config.batch_size / self.dataset.count, self.skipped)
         return int(ranks[:, 2].max())
@@ -233,8 +234,6 @@ class Trainer:
         }
 
     def _save(self) -> None:
-        if self.checkpointer.newest and read_description(self.checkpointer.newest)["step"] == self.step:
-            return
         state = self._state()
         state["data"] = {str(self._part(i)): loader.position() for i, loader in enumerate(self.loaders)}
         description = {
@@ -245,10 +244,8 @@ class Trainer:
         }
         self.checkpointer.save(self.step, state, description)
 
-    def _resume(self) -> tuple[dict[int, bytes], list[str]]:
-        """Continue from the newest checkpoint; returns the data's positions, if they still apply, and what to tell."""
-        path = self.checkpointer.newest
-        assert path is not None
+    def _resume(self, path: Path) -> tuple[dict[int, bytes], list[str]]:
+        """Continue from a checkpoint; returns the data's positions, if they still apply, and what to tell."""
         description = read_description(path)
         self.step, self.skipped = description["step"], description["skipped_steps"]
         notes = [f"continuing {path}"]
@@ -323,32 +320,40 @@ def caught_signals() -> Iterator[list[int]]:
 # The run folder.
 
 
-def open_run_folder(config: TrainConfig, dataset: Dataset) -> None:
-    """Make the run's folder and write its configuration, or check that what is there may be continued.
+def check_run_folder(config: TrainConfig, dataset: Dataset) -> Path | None:
+    """The checkpoint that a run in this folder continues from, if any.
 
     Raises:
-        InputError: the folder holds another run, or one of another architecture.
+        InputError: the folder holds something else, a run that is not to be continued, or one of another
+            architecture.
     """
     folder, path = config.folder, config.folder / CONFIG
-    values = {**to_json(config), "space": to_json(dataset.space)}
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        if not path.is_file():
-            raise InputError(f"{folder} is not a run folder: choose another --name")
-        if config.resume == "never":
-            raise InputError(f"{folder} holds a run: continue it with --resume auto, or choose another --name")
-        before = json.loads(path.read_text())
-        for section, names in (
-            ("model", [f.name for f in dataclasses.fields(ModelConfig)]),
-            ("optim", ["ema_decays"]),
-            ("space", ["shape", "num_classes", "scale", "bias"]),
-        ):
-            for name in names:
-                old, new = before[section].get(name), values[section][name]
-                if old != new:
-                    raise InputError(
-                        f"{folder} has a run with {section}.{name} {old}, not {new}: it cannot be continued"
-                    )
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".partial-{CONFIG}")
-    partial.write_text(json.dumps(values, indent=1) + "\n")
-    partial.rename(path)
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return None
+    if not path.is_file():
+        raise InputError(f"{folder} is not a run folder: choose another --name")
+    if config.resume == "never":
+        raise InputError(f"{folder} holds a run: continue it with --resume auto, or choose another --name")
+    before, now = json.loads(path.read_text()), _config_values(config, dataset)
+    for section, names in (
+        ("model", [field.name for field in dataclasses.fields(ModelConfig)]),
+        ("optim", ["ema_decays"]),
+        ("space", ["shape", "num_classes", "scale", "bias"]),
+    ):
+        for name in names:
+            old, new = before[section].get(name), now[section][name]
+            if old != new:
+                raise InputError(f"{folder} has a run with {section}.{name} {old}, not {new}: it cannot be continued")
+    return newest_checkpoint(folder)
+
+
+def write_config(config: TrainConfig, dataset: Dataset) -> None:
+    """Write the resolved configuration into the run's folder."""
+    config.folder.mkdir(parents=True, exist_ok=True)
+    partial = config.folder / f".partial-{CONFIG}"
+    partial.write_text(json.dumps(_config_values(config, dataset), indent=1) + "\n")
+    partial.rename(config.folder / CONFIG)
+
+
+def _config_values(config: TrainConfig, dataset: Dataset) -> dict[str, Any]:
+    return {**to_json(config), "space": to_json(dataset.space)}
