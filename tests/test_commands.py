@@ -188,6 +188,15 @@ def test_loss_that_is_not_finite_stops_the_run(tmp_path):
     assert "skipped, 1 of 3" in done.stderr
 
 
+def test_weights_that_are_not_finite_are_not_saved(digits, tmp_path):
+    args = ("mfengine.train", *SMALL, f"--data={digits}", "--optim.lr=1e38", "--checkpoint-every=1", "--steps=50")
+    done = run_command(*args, "--max-skipped-steps=50", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "error: the weights are not finite after step" in done.stderr
+    kept = newest_checkpoint(tmp_path / "runs/digits")
+    assert kept is None or all(p.isfinite().all() for p in load_model(kept)[0].parameters())
+
+
 # ----------------------------------------------------------------------------
 # Wrong input: one line, exit code 2, nothing written.
 

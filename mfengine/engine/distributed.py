@@ -86,11 +86,9 @@ def world(device: str) -> Iterator[World]:
     if size > 1:
         backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(minutes=10))
-    try:
-        yield World(rank, size, here)
-    finally:
-        if size > 1:
-            dist.destroy_process_group()
+    yield World(rank, size, here)
+    if size > 1:  # not after an error: the other ranks may be waiting for this one
+        dist.destroy_process_group()
 
 
 # ----------------------------------------------------------------------------
@@ -130,14 +128,9 @@ def prepare_model(
     if world.size == 1:
         return model.to(world.device)
 
-    shape, names = (
-        ((world.size,), ("shard",))
-        if replicas == 1
-        else (
-            (replicas, world.size // replicas),
-            ("replicate", "shard"),
-        )
-    )
+    shape, names = (world.size,), ("shard",)
+    if replicas > 1:
+        shape, names = (replicas, world.size // replicas), ("replicate", "shard")
     mesh = init_device_mesh(world.device.type, shape, mesh_dim_names=names)
     # Inputs are not cast: the model itself keeps times, norms and the residual stream in float32.
     half = None if model.compute_dtype == torch.float32 else model.compute_dtype

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -33,7 +33,7 @@ from mfengine.engine.checkpoint import (
 from mfengine.engine.config import TrainConfig, to_json
 from mfengine.engine.data import Dataset, Loader
 from mfengine.engine.decode import draw_latents
-from mfengine.engine.distributed import World, prepare_model, reduce_gradients
+from mfengine.engine.distributed import World, local, prepare_model, reduce_gradients
 from mfengine.engine.optim import EMA, adamw
 from mfengine.engine.telemetry import Telemetry
 from mfengine.errors import InputError, TrainingError
@@ -126,7 +126,7 @@ class Trainer:
                     self._save()
                 if self.config.sample_every and self.step % self.config.sample_every == 0:
                     self._draw_samples()
-                if signum:
+                if signum and self.step < self.total_steps:
                     break
             else:
                 signum = 0
@@ -174,12 +174,12 @@ class Trainer:
         self.skipped += 1
         what = f"the loss is not finite at step {self.step + 1} on rank {rank}"
         if self.skipped > self.config.max_skipped_steps:
-            self.checkpointer.wait()
-            raise TrainingError(
-                f"{what}, after {self.skipped - 1} skipped step(s); "
-                f"last whole checkpoint: {self.checkpointer.newest or 'none'}"
-            )
+            self._give_up(f"{what}, after {self.skipped - 1} skipped step(s)")
         self.telemetry.say(f"{what}: skipped, {self.skipped} of {self.config.max_skipped_steps}")
+
+    def _give_up(self, why: str) -> NoReturn:
+        self.checkpointer.wait()
+        raise TrainingError(f"{why}; last whole checkpoint: {self.checkpointer.newest or 'none'}")
 
     def _draw_samples(self) -> None:
         """Draw one-step samples with averaged weights. All ranks take part: a sharded model needs them."""
@@ -234,6 +234,11 @@ class Trainer:
         }
 
     def _save(self) -> None:
+        # A loss can be finite and its gradient not: such weights must not replace good ones.
+        finite = all(bool(local(p).isfinite().all()) for p in self.model.parameters())
+        ranks = self.world.gather([finite])[:, 0]
+        if not ranks.all():
+            self._give_up(f"the weights are not finite after step {self.step} on rank {int(ranks.argmin())}")
         state = self._state()
         state["data"] = {str(self._part(i)): loader.position() for i, loader in enumerate(self.loaders)}
         description = {
