@@ -10,6 +10,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from itertools import groupby
 from typing import Any, TypeVar, get_type_hints
 
 import tyro
@@ -40,14 +41,19 @@ def parse(arguments: type[T], args: Sequence[str], prog: str, default: T | None 
     except SystemExit as stop:
         if not stop.code:
             raise  # --help
-    # tyro frames its report and divides it by rules; what is wrong comes before the first one.
-    lines = [line.strip(" │") for line in report.getvalue().splitlines() if line.startswith("│")]
-    rules = [i for i, line in enumerate(lines) if line.startswith("──")]
-    message = " ".join(lines[: rules[0]] if rules else lines)
+    message = _message(report.getvalue())
     unknown = re.match(r"Unrecognized options: (--[\w.-]+)", message)
     if unknown:
         message = f"there is no option {unknown[1]}; the nearest is {_nearest(unknown[1], _options(arguments))}"
     raise InputError(f"{message} (`{prog} --help` lists the options)")
+
+
+def _message(report: str) -> str:
+    """What is wrong, out of tyro's report: a title, then parts divided by rules, all of it in a frame or not."""
+    framed = "│" in report
+    lines = [line.strip(" │") for line in report.splitlines() if not line.startswith(("╭", "╰"))]
+    parts = [list(part) for rule, part in groupby(lines, lambda line: bool(line) and not line.strip("─-")) if not rule]
+    return " ".join(parts[0 if framed else 1]).strip()
 
 
 def _options(arguments: Any, prefix: str = "--") -> list[str]:

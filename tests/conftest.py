@@ -31,7 +31,7 @@ def run_in_process(*args, cwd, monkeypatch, capsys):
     monkeypatch.chdir(cwd)
     monkeypatch.setattr(sys, "argv", list(map(str, args)))
     with pytest.raises(SystemExit) as stop:
-        runpy.run_module(args[0], run_name="__main__")
+        runpy.run_module(args[0], run_name="__main__", alter_sys=True)
     return stop.value.code or 0, *capsys.readouterr()
 
 

@@ -244,10 +244,11 @@ def test_wrong_input(trained, digits, tmp_path, monkeypatch, capsys, args, messa
     assert {p.name for p in tmp_path.rglob("*")} == {"broken.safetensors"}
 
 
-def test_wrong_input_ends_the_process_with_2(tmp_path):
-    done = run_command("mfengine.train", "--data=nowhere", cwd=tmp_path)
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_wrong_input_ends_the_process_with_2(tmp_path, encoding):
+    done = run_command("mfengine.train", "--batch-size=many", cwd=tmp_path, env={"PYTHONIOENCODING": encoding})
     assert done.returncode == 2
-    assert done.stderr.startswith("error: ")
+    assert done.stderr.startswith("error: Error parsing --batch-size: invalid literal")
 
 
 @pytest.mark.parametrize(
