@@ -128,7 +128,8 @@ def prepare_model(
     if world.size == 1:
         return model.to(world.device)
 
-    shape, names = (world.size,), ("shard",)
+    shape: tuple[int, ...] = (world.size,)
+    names: tuple[str, ...] = ("shard",)
     if replicas > 1:
         shape, names = (replicas, world.size // replicas), ("replicate", "shard")
     mesh = init_device_mesh(world.device.type, shape, mesh_dim_names=names)
