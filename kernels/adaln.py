@@ -1,0 +1,296 @@
+"""Gated residual, LayerNorm and modulation in one pass over the rows: primal, dual, and backward.
+
+x' = x + g * y;  n = (x' - mean) / sigma;  o = n * (1 + s) + b.
+Tangent: dn = (dx' - mean(dx') - n * mean(n * dx')) / sigma;  do = dn * (1 + s) + n * ds + db.
+A row is a token; g, s, b belong to its sample. Everything is computed in float32. The backward recomputes mean and
+sigma from x' rather than storing them, and sums over a sample's tokens in a fixed order.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mfengine.kernels.launch import Config, check_dtype
+
+MAX_WIDTH = 8192
+TOKENS_PER_PROGRAM = 16  # of the backward, which adds up a sample's gradients over so many tokens before writing
+
+# ----------------------------------------------------------------------------
+# Kernels. One program is one token, or in the backward a run of tokens of one sample.
+
+
+@triton.jit
+def _moments(x, mask, width, eps):
+    """Centred row over its standard deviation, and the reciprocal of that."""
+    mean = tl.sum(x, 0) / width
+    centred = tl.where(mask, x - mean, 0.0)
+    rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, 0) / width + eps)
+    return centred * rstd, rstd
+
+
+@triton.jit
+def forward_kernel(
+    x, y, gate, shift, scale, x_out, o,
+    x_b, x_n, y_b, y_n, gate_b, shift_b, scale_b,
+    tokens, width, eps,
+    RESIDUAL: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    b, n = row // tokens, row % tokens
+    cols = tl.arange(0, BLOCK)
+    mask = cols < width
+    stream = tl.load(x + b * x_b + n * x_n + cols, mask=mask, other=0.0).to(tl.float32)
+    if RESIDUAL:
+        branch = tl.load(y + b * y_b + n * y_n + cols, mask=mask, other=0.0).to(tl.float32)
+        stream += tl.load(gate + b * gate_b + cols, mask=mask, other=0.0).to(tl.float32) * branch
+        tl.store(x_out + row * width + cols, stream.to(x_out.dtype.element_ty), mask=mask)
+    normal, _ = _moments(stream, mask, width, eps)
+    s = tl.load(scale + b * scale_b + cols, mask=mask, other=0.0).to(tl.float32)
+    t = tl.load(shift + b * shift_b + cols, mask=mask, other=0.0).to(tl.float32)
+    tl.store(o + row * width + cols, (normal * (1.0 + s) + t).to(o.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def dual_kernel(
+    x, y, gate, shift, scale, dx, dy, dgate, dshift, dscale, x_out, o, dx_out, do,
+    x_b, x_n, y_b, y_n, gate_b, shift_b, scale_b, dx_b, dx_n, dy_b, dy_n, dgate_b, dshift_b, dscale_b,
+    tokens, width, eps,
+    RESIDUAL: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    b, n = row // tokens, row % tokens
+    cols = tl.arange(0, BLOCK)
+    mask = cols < width
+    stream = tl.load(x + b * x_b + n * x_n + cols, mask=mask, other=0.0).to(tl.float32)
+    dstream = tl.load(dx + b * dx_b + n * dx_n + cols, mask=mask, other=0.0).to(tl.float32)
+    if RESIDUAL:
+        branch = tl.load(y + b * y_b + n * y_n + cols, mask=mask, other=0.0).to(tl.float32)
+        dbranch = tl.load(dy + b * dy_b + n * dy_n + cols, mask=mask, other=0.0).to(tl.float32)
+        g = tl.load(gate + b * gate_b + cols, mask=mask, other=0.0).to(tl.float32)
+        dg = tl.load(dgate + b * dgate_b + cols, mask=mask, other=0.0).to(tl.float32)
+        stream += g * branch
+        dstream += dg * branch + g * dbranch
+        tl.store(x_out + row * width + cols, stream.to(x_out.dtype.element_ty), mask=mask)
+        tl.store(dx_out + row * width + cols, dstream.to(dx_out.dtype.element_ty), mask=mask)
+    normal, rstd = _moments(stream, mask, width, eps)
+    along = tl.sum(normal * dstream, 0) / width
+    dnormal = tl.where(mask, (dstream - tl.sum(dstream, 0) / width - normal * along) * rstd, 0.0)
+    s = tl.load(scale + b * scale_b + cols, mask=mask, other=0.0).to(tl.float32)
+    t = tl.load(shift + b * shift_b + cols, mask=mask, other=0.0).to(tl.float32)
+    ds = tl.load(dscale + b * dscale_b + cols, mask=mask, other=0.0).to(tl.float32)
+    dt = tl.load(dshift + b * dshift_b + cols, mask=mask, other=0.0).to(tl.float32)
+    tl.store(o + row * width + cols, (normal * (1.0 + s) + t).to(o.dtype.element_ty), mask=mask)
+    tl.store(do + row * width + cols, (dnormal * (1.0 + s) + normal * ds + dt).to(do.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def backward_kernel(
+    x, y, gate, scale, gx_out, go, gx, gy, sums,
+    x_b, x_n, y_b, y_n, gate_b, scale_b, gx_out_b, gx_out_n, go_b, go_n,
+    tokens, width, eps,
+    RESIDUAL: tl.constexpr, STREAM: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """x is x' of the forward. `sums` (B, parts, 3, width): this part's gradients of shift, scale and gate.
+
+    STREAM: x' has a gradient of its own, besides that through o.
+    """
+    b, part = tl.program_id(1).to(tl.int64), tl.program_id(0)
+    cols = tl.arange(0, BLOCK)
+    mask = cols < width
+    slope = 1.0 + tl.load(scale + b * scale_b + cols, mask=mask, other=0.0).to(tl.float32)
+    gshift = tl.zeros((BLOCK,), tl.float32)
+    gscale = tl.zeros((BLOCK,), tl.float32)
+    if RESIDUAL:
+        g = tl.load(gate + b * gate_b + cols, mask=mask, other=0.0).to(tl.float32)
+        ggate = tl.zeros((BLOCK,), tl.float32)
+    for n in range(part * TOKENS, tl.minimum(part * TOKENS + TOKENS, tokens)):
+        row = b * tokens + n
+        stream = tl.load(x + b * x_b + n * x_n + cols, mask=mask, other=0.0).to(tl.float32)
+        normal, rstd = _moments(stream, mask, width, eps)
+        gout = tl.load(go + b * go_b + n * go_n + cols, mask=mask, other=0.0).to(tl.float32)
+        gshift += gout
+        gscale += gout * normal
+        gnormal = gout * slope
+        along = tl.sum(gnormal * normal, 0) / width
+        gstream = (gnormal - tl.sum(gnormal, 0) / width - normal * along) * rstd
+        if STREAM:
+            gstream += tl.load(gx_out + b * gx_out_b + n * gx_out_n + cols, mask=mask, other=0.0).to(tl.float32)
+        tl.store(gx + row * width + cols, gstream.to(gx.dtype.element_ty), mask=mask)
+        if RESIDUAL:
+            branch = tl.load(y + b * y_b + n * y_n + cols, mask=mask, other=0.0).to(tl.float32)
+            ggate += gstream * branch
+            tl.store(gy + row * width + cols, (gstream * g).to(gy.dtype.element_ty), mask=mask)
+    at = sums + (b * tl.num_programs(0) + part) * 3 * width + cols
+    tl.store(at, gshift, mask=mask)
+    tl.store(at + width, gscale, mask=mask)
+    if RESIDUAL:
+        tl.store(at + 2 * width, ggate, mask=mask)
+
+
+# ----------------------------------------------------------------------------
+# Launchers. `y` and `gate` are both given, or both None: then there is no residual, and x' is x.
+
+
+def forward(
+    x: Tensor, y: Tensor | None, gate: Tensor | None, shift: Tensor, scale: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Residual stream and modulated rows.
+
+    Args:
+        x, y: (B, N, D); gate, shift, scale: (B, D). float16, bfloat16 or float32, each its own; the last dimension
+            is contiguous, the others have any stride. D is at most 8192.
+        eps: of the LayerNorm.
+
+    Returns:
+        x' (B, N, D) in the dtype of x, which is x itself without a residual, and o in the dtype of scale.
+
+    Raises:
+        ValueError: an argument that the kernel cannot take; nothing is launched.
+    """
+    check_arguments(x, y, gate, shift, scale)
+    x_out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if y is not None else x
+    o = torch.empty(x.shape, dtype=scale.dtype, device=x.device)
+    _launch_forward(x, y, gate, shift, scale, x_out, o, eps)
+    return x_out, o
+
+
+def forward_dual(
+    x: Tensor, y: Tensor | None, gate: Tensor | None, shift: Tensor, scale: Tensor,
+    dx: Tensor, dy: Tensor | None, dgate: Tensor | None, dshift: Tensor, dscale: Tensor, eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """`forward`, with the tangents of the last K samples of the batch, K being theirs.
+
+    Returns:
+        x', o, and their tangents dx' (K, N, D), which is dx itself without a residual, and do (K, N, D).
+
+    Raises:
+        ValueError: an argument that the kernel cannot take; nothing is launched.
+    """
+    check_arguments(x, y, gate, shift, scale)
+    check_arguments(dx, dy, dgate, dshift, dscale, prefix="d")
+    duals, (batch, tokens, width) = dx.shape[0], x.shape
+    if duals > batch or dx.shape[1:] != x.shape[1:] or (y is None) != (dy is None):
+        raise ValueError(f"dx must be (K, {tokens}, {width}) with K at most {batch}, not {tuple(dx.shape)}")
+    first = batch - duals
+    x_out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if y is not None else x
+    dx_out = torch.empty(dx.shape, dtype=x.dtype, device=x.device) if y is not None else dx
+    o = torch.empty(x.shape, dtype=scale.dtype, device=x.device)
+    do = torch.empty(dx.shape, dtype=scale.dtype, device=x.device)
+    lead = [a if a is None else a[:first] for a in (x, y, gate, shift, scale, x_out, o)]
+    _launch_forward(*lead, eps)  # type: ignore[arg-type]
+    if do.numel():
+        x, y, gate, shift, scale, x_tail, o_tail = (a if a is None else a[first:] for a in (x, y, gate, shift, scale, x_out, o))
+        residual = y is not None
+        y, gate, dy, dgate = (x, shift, dx, dshift) if y is None else (y, gate, dy, dgate)  # not read
+        config = CONFIGS["dual"]
+        dual_kernel[(duals * tokens,)](
+            x, y, gate, shift, scale, dx, dy, dgate, dshift, dscale, x_tail, o_tail, dx_out, do,
+            *_strides(x, y), *_strides(gate, shift, scale), *_strides(dx, dy), *_strides(dgate, dshift, dscale),
+            tokens, width, eps, RESIDUAL=residual, BLOCK=block(width), **config.kwargs,
+        )  # fmt: skip
+    return x_out, o, dx_out, do
+
+
+def backward(
+    x_out: Tensor, y: Tensor | None, gate: Tensor | None, scale: Tensor, gx_out: Tensor | None, go: Tensor, eps: float
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor]:
+    """Gradients of the primal.
+
+    Args:
+        x_out: x' of the forward.
+        y, gate, scale: of the forward.
+        gx_out: gradient of x', or None where there is none but that through o.
+        go: gradient of o.
+
+    Returns:
+        Gradients of x, y, gate, shift and scale, in the dtypes of x', y, gate, scale and scale.
+
+    Raises:
+        ValueError: an argument that the kernel cannot take; nothing is launched.
+    """
+    check_arguments(x_out, y, gate, scale, scale)
+    batch, tokens, width = x_out.shape
+    if go.shape != x_out.shape or (gx_out is not None and gx_out.shape != x_out.shape):
+        raise ValueError(f"gradients must be of shape {tuple(x_out.shape)}")
+    go = _rows(go)
+    gx_out = None if gx_out is None else _rows(gx_out)
+    residual = y is not None
+    gx = torch.empty(x_out.shape, dtype=x_out.dtype, device=x_out.device)
+    gy = None if y is None else torch.empty(y.shape, dtype=y.dtype, device=y.device)
+    parts = -(-tokens // TOKENS_PER_PROGRAM)
+    sums = torch.empty(batch, parts, 3, width, dtype=torch.float32, device=x_out.device)
+    if x_out.numel():
+        read = x_out if gx_out is None else gx_out
+        backward_kernel[(parts, batch)](
+            x_out, x_out if y is None else y, scale if gate is None else gate, scale, read, go, gx,
+            gx if gy is None else gy, sums,
+            *_strides(x_out, x_out if y is None else y), *_strides(scale if gate is None else gate, scale),
+            *_strides(read, go), tokens, width, eps,
+            RESIDUAL=residual, STREAM=gx_out is not None, TOKENS=TOKENS_PER_PROGRAM, BLOCK=block(width),
+            **CONFIGS["backward"].kwargs,
+        )  # fmt: skip
+    gshift, gscale, ggate = sums.sum(1).unbind(1)  # zero where there are no tokens
+    return gx, gy, None if gate is None else ggate.to(gate.dtype), gshift.to(scale.dtype), gscale.to(scale.dtype)
+
+
+def _launch_forward(
+    x: Tensor, y: Tensor | None, gate: Tensor | None, shift: Tensor, scale: Tensor, x_out: Tensor, o: Tensor, eps: float
+) -> None:
+    batch, tokens, width = x.shape
+    if not x.numel():
+        return
+    residual = y is not None
+    y, gate = (x, shift) if y is None else (y, gate)  # not read
+    assert gate is not None
+    forward_kernel[(batch * tokens,)](
+        x, y, gate, shift, scale, x_out, o, *_strides(x, y), *_strides(gate, shift, scale), tokens, width, eps,
+        RESIDUAL=residual, BLOCK=block(width), **CONFIGS["forward"].kwargs,
+    )  # fmt: skip
+
+
+def check_arguments(
+    x: Tensor, y: Tensor | None, gate: Tensor | None, shift: Tensor, scale: Tensor, prefix: str = ""
+) -> None:
+    if x.ndim != 3 or not 1 <= x.shape[2] <= MAX_WIDTH:
+        raise ValueError(f"{prefix}x must be (B, N, D) with D from 1 to {MAX_WIDTH}, not of shape {tuple(x.shape)}")
+    if (y is None) != (gate is None):
+        raise ValueError(f"{prefix}y and {prefix}gate go together")
+    batch, _, width = x.shape
+    for name, a, shape in (
+        ("x", x, x.shape), ("y", y, x.shape), ("gate", gate, (batch, width)), ("shift", shift, (batch, width)),
+        ("scale", scale, (batch, width)),
+    ):  # fmt: skip
+        if a is None:
+            continue
+        check_dtype(prefix + name, a)
+        if tuple(a.shape) != tuple(shape):
+            raise ValueError(f"{prefix}{name} must be of shape {tuple(shape)}, not {tuple(a.shape)}")
+        if a.device != x.device:
+            raise ValueError(f"{prefix}{name} must be on {x.device}, not {a.device}")
+        if a.stride(-1) != 1 and a.shape[-1] > 1:
+            raise ValueError(f"{prefix}{name} must be contiguous in its last dimension, not of strides {a.stride()}")
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x with a contiguous last dimension; autograd hands over expanded gradients too."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _strides(*tensors: Tensor | None) -> list[int]:
+    """All strides but the last."""
+    return [stride for x in tensors if x is not None for stride in x.stride()[:-1]]
+
+
+def block(width: int) -> int:
+    return triton.next_power_of_2(width)
+
+
+# Times on a GPU: not measured yet.
+CONFIGS = {
+    "forward": Config(num_warps=4, num_stages=1),
+    "dual": Config(num_warps=8, num_stages=1),
+    "backward": Config(num_warps=8, num_stages=1),
+}

@@ -1,0 +1,483 @@
+"""Softmax attention: primal forward, dual forward (output and tangent in one pass), and backward.
+
+O = P V with P = softmax(a Q K^T). With S' = a (Q' K^T + Q K'^T) the tangent is
+O' = (P * S') V + P V' - rowsum(P * S') * O, and one accumulator holds (P * S') V + P V'.
+
+A head dim that is no power of two is split into a power of two and a tail padded to one (72 = 64 + 8 padded to 16),
+so that 72 costs 80 columns and not 128. Softmax runs in base 2 and float32. All strides are free.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mfengine.kernels.launch import Config, check_dtype, check_like, widths
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+# ----------------------------------------------------------------------------
+# Kernels. Names: BLOCK_M rows of queries, BLOCK_N rows of keys, HEAD + TAIL columns of a head.
+
+
+@triton.jit
+def _tile(base, rows, num_rows, stride_row, stride_col, FIRST: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr):
+    """Columns FIRST to FIRST + WIDTH of some rows, zero outside of the matrix (num_rows, DIM)."""
+    cols = FIRST + tl.arange(0, WIDTH)
+    mask = (rows < num_rows)[:, None] & (cols < DIM)[None, :]
+    return tl.load(base + rows[:, None] * stride_row + cols[None, :] * stride_col, mask=mask, other=0.0)
+
+
+@triton.jit
+def _store(base, rows, num_rows, stride_row, stride_col, value, FIRST: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr):
+    cols = FIRST + tl.arange(0, WIDTH)
+    mask = (rows < num_rows)[:, None] & (cols < DIM)[None, :]
+    value = value.to(base.dtype.element_ty)
+    tl.store(base + rows[:, None] * stride_row + cols[None, :] * stride_col, value, mask=mask)
+
+
+@triton.jit
+def _dot(a, b, acc):
+    # float32 operands are multiplied as such, not rounded to TF32.
+    return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def forward_kernel(
+    q, k, v, o, lse,
+    q_b, q_h, q_n, q_d, k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d, o_b, o_h, o_n, o_d,
+    heads, queries, keys, scale,
+    DIM: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    b, h = (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    q += b * q_b + h * q_h
+    k += b * k_b + h * k_h
+    v += b * v_b + h * v_h
+    o += b * o_b + h * o_h
+
+    q1 = _tile(q, rows, queries, q_n, q_d, 0, HEAD, DIM)
+    acc1 = tl.zeros((BLOCK_M, HEAD), tl.float32)
+    if TAIL:
+        q2 = _tile(q, rows, queries, q_n, q_d, HEAD, TAIL, DIM)
+        acc2 = tl.zeros((BLOCK_M, TAIL), tl.float32)
+    peak = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+
+    for start in range(0, keys, BLOCK_N):
+        cols = start + tl.arange(0, BLOCK_N)
+        k1 = _tile(k, cols, keys, k_n, k_d, 0, HEAD, DIM)
+        s = _dot(q1, k1.T, tl.zeros((BLOCK_M, BLOCK_N), tl.float32))
+        if TAIL:
+            k2 = _tile(k, cols, keys, k_n, k_d, HEAD, TAIL, DIM)
+            s = _dot(q2, k2.T, s)
+        s = tl.where((cols < keys)[None, :], s * (scale * LOG2_E), float("-inf"))
+        higher = tl.maximum(peak, tl.max(s, 1))
+        shrink = tl.exp2(peak - higher)
+        peak = higher
+        p = tl.exp2(s - peak[:, None])
+        total = total * shrink + tl.sum(p, 1)
+
+        v1 = _tile(v, cols, keys, v_n, v_d, 0, HEAD, DIM)
+        acc1 = _dot(p.to(v1.dtype), v1, acc1 * shrink[:, None])
+        if TAIL:
+            v2 = _tile(v, cols, keys, v_n, v_d, HEAD, TAIL, DIM)
+            acc2 = _dot(p.to(v2.dtype), v2, acc2 * shrink[:, None])
+
+    _store(o, rows, queries, o_n, o_d, acc1 / total[:, None], 0, HEAD, DIM)
+    if TAIL:
+        _store(o, rows, queries, o_n, o_d, acc2 / total[:, None], HEAD, TAIL, DIM)
+    tl.store(lse + tl.program_id(1).to(tl.int64) * queries + rows, (peak + tl.log2(total)) / LOG2_E, mask=rows < queries)
+
+
+@triton.jit
+def dual_kernel(
+    q, k, v, dq, dk, dv, o, do, lse,
+    q_b, q_h, q_n, q_d, k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d,
+    dq_b, dq_h, dq_n, dq_d, dk_b, dk_h, dk_n, dk_d, dv_b, dv_h, dv_n, dv_d,
+    o_b, o_h, o_n, o_d, do_b, do_h, do_n, do_d,
+    heads, queries, keys, scale,
+    DIM: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    b, h = (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    q += b * q_b + h * q_h
+    k += b * k_b + h * k_h
+    v += b * v_b + h * v_h
+    dq += b * dq_b + h * dq_h
+    dk += b * dk_b + h * dk_h
+    dv += b * dv_b + h * dv_h
+    o += b * o_b + h * o_h
+    do += b * do_b + h * do_h
+
+    q1 = _tile(q, rows, queries, q_n, q_d, 0, HEAD, DIM)
+    dq1 = _tile(dq, rows, queries, dq_n, dq_d, 0, HEAD, DIM)
+    acc1 = tl.zeros((BLOCK_M, HEAD), tl.float32)
+    dacc1 = tl.zeros((BLOCK_M, HEAD), tl.float32)
+    if TAIL:
+        q2 = _tile(q, rows, queries, q_n, q_d, HEAD, TAIL, DIM)
+        dq2 = _tile(dq, rows, queries, dq_n, dq_d, HEAD, TAIL, DIM)
+        acc2 = tl.zeros((BLOCK_M, TAIL), tl.float32)
+        dacc2 = tl.zeros((BLOCK_M, TAIL), tl.float32)
+    peak = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    dtotal = tl.zeros((BLOCK_M,), tl.float32)  # rowsum(P * S')
+
+    for start in range(0, keys, BLOCK_N):
+        cols = start + tl.arange(0, BLOCK_N)
+        k1 = _tile(k, cols, keys, k_n, k_d, 0, HEAD, DIM)
+        dk1 = _tile(dk, cols, keys, dk_n, dk_d, 0, HEAD, DIM)
+        s = _dot(q1, k1.T, tl.zeros((BLOCK_M, BLOCK_N), tl.float32))
+        ds = _dot(dq1, k1.T, tl.zeros((BLOCK_M, BLOCK_N), tl.float32))
+        ds = _dot(q1, dk1.T, ds)
+        if TAIL:
+            k2 = _tile(k, cols, keys, k_n, k_d, HEAD, TAIL, DIM)
+            dk2 = _tile(dk, cols, keys, dk_n, dk_d, HEAD, TAIL, DIM)
+            s = _dot(q2, k2.T, s)
+            ds = _dot(dq2, k2.T, ds)
+            ds = _dot(q2, dk2.T, ds)
+        s = tl.where((cols < keys)[None, :], s * (scale * LOG2_E), float("-inf"))
+        higher = tl.maximum(peak, tl.max(s, 1))
+        shrink = tl.exp2(peak - higher)
+        peak = higher
+        p = tl.exp2(s - peak[:, None])
+        pds = p * (ds * scale)
+        total = total * shrink + tl.sum(p, 1)
+        dtotal = dtotal * shrink + tl.sum(pds, 1)
+
+        v1 = _tile(v, cols, keys, v_n, v_d, 0, HEAD, DIM)
+        dv1 = _tile(dv, cols, keys, dv_n, dv_d, 0, HEAD, DIM)
+        p, pds = p.to(v1.dtype), pds.to(v1.dtype)
+        acc1 = _dot(p, v1, acc1 * shrink[:, None])
+        dacc1 = _dot(pds, v1, dacc1 * shrink[:, None])
+        dacc1 = _dot(p, dv1, dacc1)
+        if TAIL:
+            v2 = _tile(v, cols, keys, v_n, v_d, HEAD, TAIL, DIM)
+            dv2 = _tile(dv, cols, keys, dv_n, dv_d, HEAD, TAIL, DIM)
+            acc2 = _dot(p, v2, acc2 * shrink[:, None])
+            dacc2 = _dot(pds, v2, dacc2 * shrink[:, None])
+            dacc2 = _dot(p, dv2, dacc2)
+
+    mean = (dtotal / total)[:, None]
+    o1 = acc1 / total[:, None]
+    _store(o, rows, queries, o_n, o_d, o1, 0, HEAD, DIM)
+    _store(do, rows, queries, do_n, do_d, dacc1 / total[:, None] - mean * o1, 0, HEAD, DIM)
+    if TAIL:
+        o2 = acc2 / total[:, None]
+        _store(o, rows, queries, o_n, o_d, o2, HEAD, TAIL, DIM)
+        _store(do, rows, queries, do_n, do_d, dacc2 / total[:, None] - mean * o2, HEAD, TAIL, DIM)
+    tl.store(lse + tl.program_id(1).to(tl.int64) * queries + rows, (peak + tl.log2(total)) / LOG2_E, mask=rows < queries)
+
+
+@triton.jit
+def delta_kernel(
+    o, go, delta,
+    o_b, o_h, o_n, o_d, go_b, go_h, go_n, go_d,
+    heads, queries,
+    DIM: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """rowsum(O * gradient of O), which the softmax's backward subtracts."""
+    b, h = (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    o += b * o_b + h * o_h
+    go += b * go_b + h * go_h
+    o1 = _tile(o, rows, queries, o_n, o_d, 0, HEAD, DIM).to(tl.float32)
+    sum = tl.sum(o1 * _tile(go, rows, queries, go_n, go_d, 0, HEAD, DIM).to(tl.float32), 1)
+    if TAIL:
+        o2 = _tile(o, rows, queries, o_n, o_d, HEAD, TAIL, DIM).to(tl.float32)
+        sum += tl.sum(o2 * _tile(go, rows, queries, go_n, go_d, HEAD, TAIL, DIM).to(tl.float32), 1)
+    tl.store(delta + tl.program_id(1).to(tl.int64) * queries + rows, sum, mask=rows < queries)
+
+
+@triton.jit
+def backward_kv_kernel(
+    q, k, v, go, lse, delta, gk, gv,
+    q_b, q_h, q_n, q_d, k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d, go_b, go_h, go_n, go_d,
+    gk_b, gk_h, gk_n, gk_d, gv_b, gv_h, gv_n, gv_d,
+    heads, queries, keys, scale,
+    DIM: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Gradients of a block of keys and values, over all queries."""
+    b, h = (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads
+    cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    q += b * q_b + h * q_h
+    k += b * k_b + h * k_h
+    v += b * v_b + h * v_h
+    go += b * go_b + h * go_h
+    lse += tl.program_id(1).to(tl.int64) * queries
+    delta += tl.program_id(1).to(tl.int64) * queries
+
+    k1 = _tile(k, cols, keys, k_n, k_d, 0, HEAD, DIM)
+    v1 = _tile(v, cols, keys, v_n, v_d, 0, HEAD, DIM)
+    gk1 = tl.zeros((BLOCK_N, HEAD), tl.float32)
+    gv1 = tl.zeros((BLOCK_N, HEAD), tl.float32)
+    if TAIL:
+        k2 = _tile(k, cols, keys, k_n, k_d, HEAD, TAIL, DIM)
+        v2 = _tile(v, cols, keys, v_n, v_d, HEAD, TAIL, DIM)
+        gk2 = tl.zeros((BLOCK_N, TAIL), tl.float32)
+        gv2 = tl.zeros((BLOCK_N, TAIL), tl.float32)
+
+    for start in range(0, queries, BLOCK_M):
+        rows = start + tl.arange(0, BLOCK_M)
+        q1 = _tile(q, rows, queries, q_n, q_d, 0, HEAD, DIM)
+        go1 = _tile(go, rows, queries, go_n, go_d, 0, HEAD, DIM)
+        s = _dot(k1, q1.T, tl.zeros((BLOCK_N, BLOCK_M), tl.float32))  # transposed: keys by queries
+        gp = _dot(v1, go1.T, tl.zeros((BLOCK_N, BLOCK_M), tl.float32))
+        if TAIL:
+            q2 = _tile(q, rows, queries, q_n, q_d, HEAD, TAIL, DIM)
+            go2 = _tile(go, rows, queries, go_n, go_d, HEAD, TAIL, DIM)
+            s = _dot(k2, q2.T, s)
+            gp = _dot(v2, go2.T, gp)
+        # Rows beyond the last query get probability 0.
+        row_lse = tl.load(lse + rows, mask=rows < queries, other=float("inf"))
+        row_delta = tl.load(delta + rows, mask=rows < queries, other=0.0)
+        p = tl.exp2(s * (scale * LOG2_E) - (row_lse * LOG2_E)[None, :])
+        gs = (p * (gp - row_delta[None, :])).to(q1.dtype)
+        p = p.to(q1.dtype)
+        gv1 = _dot(p, go1, gv1)
+        gk1 = _dot(gs, q1, gk1)
+        if TAIL:
+            gv2 = _dot(p, go2, gv2)
+            gk2 = _dot(gs, q2, gk2)
+
+    gk += b * gk_b + h * gk_h
+    gv += b * gv_b + h * gv_h
+    _store(gk, cols, keys, gk_n, gk_d, gk1 * scale, 0, HEAD, DIM)
+    _store(gv, cols, keys, gv_n, gv_d, gv1, 0, HEAD, DIM)
+    if TAIL:
+        _store(gk, cols, keys, gk_n, gk_d, gk2 * scale, HEAD, TAIL, DIM)
+        _store(gv, cols, keys, gv_n, gv_d, gv2, HEAD, TAIL, DIM)
+
+
+@triton.jit
+def backward_q_kernel(
+    q, k, v, go, lse, delta, gq,
+    q_b, q_h, q_n, q_d, k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d, go_b, go_h, go_n, go_d, gq_b, gq_h, gq_n, gq_d,
+    heads, queries, keys, scale,
+    DIM: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Gradients of a block of queries, over all keys."""
+    b, h = (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    q += b * q_b + h * q_h
+    k += b * k_b + h * k_h
+    v += b * v_b + h * v_h
+    go += b * go_b + h * go_h
+    at = tl.program_id(1).to(tl.int64) * queries + rows
+    row_lse = tl.load(lse + at, mask=rows < queries, other=float("inf"))
+    row_delta = tl.load(delta + at, mask=rows < queries, other=0.0)
+
+    q1 = _tile(q, rows, queries, q_n, q_d, 0, HEAD, DIM)
+    go1 = _tile(go, rows, queries, go_n, go_d, 0, HEAD, DIM)
+    gq1 = tl.zeros((BLOCK_M, HEAD), tl.float32)
+    if TAIL:
+        q2 = _tile(q, rows, queries, q_n, q_d, HEAD, TAIL, DIM)
+        go2 = _tile(go, rows, queries, go_n, go_d, HEAD, TAIL, DIM)
+        gq2 = tl.zeros((BLOCK_M, TAIL), tl.float32)
+
+    for start in range(0, keys, BLOCK_N):
+        cols = start + tl.arange(0, BLOCK_N)
+        k1 = _tile(k, cols, keys, k_n, k_d, 0, HEAD, DIM)
+        v1 = _tile(v, cols, keys, v_n, v_d, 0, HEAD, DIM)
+        s = _dot(q1, k1.T, tl.zeros((BLOCK_M, BLOCK_N), tl.float32))
+        gp = _dot(go1, v1.T, tl.zeros((BLOCK_M, BLOCK_N), tl.float32))
+        if TAIL:
+            k2 = _tile(k, cols, keys, k_n, k_d, HEAD, TAIL, DIM)
+            v2 = _tile(v, cols, keys, v_n, v_d, HEAD, TAIL, DIM)
+            s = _dot(q2, k2.T, s)
+            gp = _dot(go2, v2.T, gp)
+        # Keys beyond the last are zero, and so is what they add.
+        p = tl.exp2(s * (scale * LOG2_E) - (row_lse * LOG2_E)[:, None])
+        gs = (p * (gp - row_delta[:, None])).to(k1.dtype)
+        gq1 = _dot(gs, k1, gq1)
+        if TAIL:
+            gq2 = _dot(gs, k2, gq2)
+
+    gq += b * gq_b + h * gq_h
+    _store(gq, rows, queries, gq_n, gq_d, gq1 * scale, 0, HEAD, DIM)
+    if TAIL:
+        _store(gq, rows, queries, gq_n, gq_d, gq2 * scale, HEAD, TAIL, DIM)
+
+
+# ----------------------------------------------------------------------------
+# Launchers.
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> tuple[Tensor, Tensor]:
+    """Attention of queries (B, H, N, d) over keys and values (B, H, M, d).
+
+    Args:
+        q, k, v: float16, bfloat16 or float32, on one device, with any strides; d a multiple of 8 up to 128.
+        scale: of the scores; 1 / sqrt(d) if None.
+
+    Returns:
+        o (B, H, N, d), stored as (B, N, H, d), and the log-sum-exp of the scores (B, H, N) float32.
+
+    Raises:
+        ValueError: an argument that the kernel cannot take; nothing is launched.
+    """
+    check_arguments(q, k, v)
+    o, lse = _outputs(q)
+    _launch_forward(q, k, v, o, lse, scale)
+    return o, lse
+
+
+def forward_dual(
+    q: Tensor, k: Tensor, v: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, scale: float | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`forward`, with the tangents of the last K rows of the batch, K being theirs.
+
+    Leading rows take the primal kernel, trailing rows the dual one.
+
+    Args:
+        q, k, v, scale: as `forward`.
+        dq: (K, H, N, d); dk, dv: (K, H, M, d), in the dtype of q.
+
+    Returns:
+        o, the log-sum-exp, and the tangent of o (K, H, N, d).
+
+    Raises:
+        ValueError: an argument that the kernel cannot take; nothing is launched.
+    """
+    check_arguments(q, k, v)
+    duals = dq.shape[0]
+    if duals > q.shape[0]:
+        raise ValueError(f"dq has {duals} rows, more than the {q.shape[0]} of q")
+    for name, tangent, primal in (("dq", dq, q), ("dk", dk, k), ("dv", dv, v)):
+        check_like(name, tangent, (duals, *primal.shape[1:]), primal)
+    first = q.shape[0] - duals
+    o, lse = _outputs(q)
+    do, _ = _outputs(dq)
+    _launch_forward(q[:first], k[:first], v[:first], o[:first], lse[:first], scale)
+    q, k, v = q[first:], k[first:], v[first:]
+    if do.numel() and not k.numel():
+        o[first:].zero_()
+        do.zero_()
+    elif do.numel():
+        heads, queries, dim = q.shape[1:]
+        config = CONFIGS["dual"][tile_class(q)]
+        dual_kernel[config.grid(queries, duals * heads)](
+            q, k, v, dq, dk, dv, o[first:], do, lse[first:],
+            *q.stride(), *k.stride(), *v.stride(), *dq.stride(), *dk.stride(), *dv.stride(), *o.stride(), *do.stride(),
+            heads, queries, k.shape[2], _scale(scale, dim), *shape_constants(dim), **config.kwargs,
+        )  # fmt: skip
+    return o, lse, do
+
+
+def backward(
+    q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, go: Tensor, gq: Tensor, gk: Tensor, gv: Tensor,
+    scale: float | None = None,
+) -> None:  # fmt: skip
+    """Gradients of the primal: fills gq, gk, gv from go, the gradient of o, and what `forward` returned.
+
+    Raises:
+        ValueError: an argument that the kernel cannot take; nothing is launched.
+    """
+    check_arguments(q, k, v)
+    for name, x, like in (("o", o, q), ("go", go, q), ("gq", gq, q), ("gk", gk, k), ("gv", gv, v)):
+        check_like(name, x, like.shape, like)
+    batch, heads, queries, dim = q.shape
+    keys = k.shape[2]
+    if not q.numel() or not k.numel():
+        for g in (gq, gk, gv):
+            g.zero_()
+        return
+    constants, factor = shape_constants(dim), _scale(scale, dim)
+    delta = torch.empty_like(lse)
+    config = CONFIGS["delta"][tile_class(q)]
+    delta_kernel[config.grid(queries, batch * heads)](
+        o, go, delta, *o.stride(), *go.stride(), heads, queries, *constants, **config.kwargs
+    )
+    config = CONFIGS["backward_kv"][tile_class(q)]
+    backward_kv_kernel[config.grid(keys, batch * heads, "BLOCK_N")](
+        q, k, v, go, lse, delta, gk, gv,
+        *q.stride(), *k.stride(), *v.stride(), *go.stride(), *gk.stride(), *gv.stride(),
+        heads, queries, keys, factor, *constants, **config.kwargs,
+    )  # fmt: skip
+    config = CONFIGS["backward_q"][tile_class(q)]
+    backward_q_kernel[config.grid(queries, batch * heads)](
+        q, k, v, go, lse, delta, gq,
+        *q.stride(), *k.stride(), *v.stride(), *go.stride(), *gq.stride(),
+        heads, queries, keys, factor, *constants, **config.kwargs,
+    )  # fmt: skip
+
+
+def _launch_forward(q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float | None) -> None:
+    batch, heads, queries, dim = q.shape
+    if not q.numel():
+        return
+    if not k.numel():
+        o.zero_()
+        return
+    config = CONFIGS["forward"][tile_class(q)]
+    forward_kernel[config.grid(queries, batch * heads)](
+        q, k, v, o, lse, *q.stride(), *k.stride(), *v.stride(), *o.stride(),
+        heads, queries, k.shape[2], _scale(scale, dim), *shape_constants(dim), **config.kwargs,
+    )  # fmt: skip
+
+
+def check_arguments(q: Tensor, k: Tensor, v: Tensor) -> None:
+    if q.ndim != 4:
+        raise ValueError(f"q must be (B, H, N, d), not of shape {tuple(q.shape)}")
+    batch, heads, _, dim = q.shape
+    if dim % 8 or not 8 <= dim <= 128:
+        raise ValueError(f"q has head dim {dim}; accepted are multiples of 8 from 8 to 128")
+    check_dtype("q", q)
+    if k.ndim != 4 or (k.shape[0], k.shape[1], k.shape[3]) != (batch, heads, dim):
+        raise ValueError(f"k must be ({batch}, {heads}, M, {dim}), not of shape {tuple(k.shape)}")
+    check_like("k", k, k.shape, q)
+    check_like("v", v, k.shape, q)
+
+
+def _outputs(q: Tensor) -> tuple[Tensor, Tensor]:
+    batch, heads, queries, dim = q.shape
+    o = torch.empty(batch, queries, heads, dim, dtype=q.dtype, device=q.device).transpose(1, 2)
+    return o, torch.empty(batch, heads, queries, dtype=torch.float32, device=q.device)
+
+
+def _scale(scale: float | None, dim: int) -> float:
+    return dim**-0.5 if scale is None else scale
+
+
+def shape_constants(dim: int) -> tuple[int, int, int]:
+    """DIM, HEAD and TAIL of a head dim."""
+    return (dim, *widths(dim))
+
+
+def tile_class(q: Tensor) -> str:
+    """Which configuration fits: by the columns that a row occupies and the bytes of an element."""
+    if q.dtype == torch.float32:
+        return "float32"
+    return "narrow" if sum(widths(q.shape[-1])) <= 96 else "wide"
+
+
+# Chosen by `python -m benchmarks.static`: no stack on sm_80, sm_90 and sm_100. Times on a GPU: not measured yet.
+CONFIGS: dict[str, dict[str, Config]] = {
+    "forward": {
+        "narrow": Config(BLOCK_M=128, BLOCK_N=64, num_warps=4, num_stages=2),
+        "wide": Config(BLOCK_M=128, BLOCK_N=64, num_warps=8, num_stages=2),
+        "float32": Config(BLOCK_M=32, BLOCK_N=32, num_warps=4, num_stages=1),
+    },
+    "dual": {
+        "narrow": Config(BLOCK_M=64, BLOCK_N=32, num_warps=4, num_stages=2),
+        "wide": Config(BLOCK_M=64, BLOCK_N=32, num_warps=8, num_stages=2),
+        "float32": Config(BLOCK_M=16, BLOCK_N=16, num_warps=4, num_stages=1),
+    },
+    "delta": {
+        "narrow": Config(BLOCK_M=64, num_warps=4, num_stages=1),
+        "wide": Config(BLOCK_M=64, num_warps=4, num_stages=1),
+        "float32": Config(BLOCK_M=32, num_warps=4, num_stages=1),
+    },
+    "backward_kv": {
+        "narrow": Config(BLOCK_M=32, BLOCK_N=64, num_warps=4, num_stages=2),
+        "wide": Config(BLOCK_M=32, BLOCK_N=64, num_warps=8, num_stages=2),
+        "float32": Config(BLOCK_M=16, BLOCK_N=16, num_warps=4, num_stages=1),
+    },
+    "backward_q": {
+        "narrow": Config(BLOCK_M=64, BLOCK_N=32, num_warps=4, num_stages=2),
+        "wide": Config(BLOCK_M=64, BLOCK_N=32, num_warps=8, num_stages=2),
+        "float32": Config(BLOCK_M=16, BLOCK_N=16, num_warps=4, num_stages=1),
+    },
+}

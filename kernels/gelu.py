@@ -1,0 +1,161 @@
+"""Bias and GELU (tanh form) in one pass: primal, dual, and a backward that recomputes.
+
+o = gelu(x + b);  do = gelu'(x + b) * dx. Nothing is stored but x, which the product before it made.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mfengine.kernels.launch import Config, check_dtype
+
+BLOCK_ROWS, BLOCK_COLS = 4, 1024
+ROWS_PER_PROGRAM = 64  # of the backward, which adds up the bias's gradient over so many rows before writing
+
+
+@triton.jit
+def _gelu_and_slope(x):
+    """gelu(x) and its derivative: x P and P + x P', with P = (1 + tanh(c (x + 0.044715 x^3))) / 2."""
+    inner = 0.7978845608028654 * (x + 0.044715 * x * x * x)
+    half = 1.0 / (1.0 + tl.exp(-2.0 * inner))  # (1 + tanh(inner)) / 2
+    slope = half + 2.0 * x * half * (1.0 - half) * 0.7978845608028654 * (1.0 + 3.0 * 0.044715 * x * x)
+    return x * half, slope
+
+
+@triton.jit
+def forward_kernel(x, bias, o, rows, width, ROWS: tl.constexpr, COLS: tl.constexpr):
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    cols = tl.program_id(1) * COLS + tl.arange(0, COLS)
+    mask = (row < rows)[:, None] & (cols < width)[None, :]
+    at = row[:, None] * width + cols[None, :]
+    b = tl.load(bias + cols, mask=cols < width, other=0.0).to(tl.float32)
+    value, _ = _gelu_and_slope(tl.load(x + at, mask=mask, other=0.0).to(tl.float32) + b[None, :])
+    tl.store(o + at, value.to(o.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def dual_kernel(x, bias, dx, o, do, rows, width, ROWS: tl.constexpr, COLS: tl.constexpr):
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    cols = tl.program_id(1) * COLS + tl.arange(0, COLS)
+    mask = (row < rows)[:, None] & (cols < width)[None, :]
+    at = row[:, None] * width + cols[None, :]
+    b = tl.load(bias + cols, mask=cols < width, other=0.0).to(tl.float32)
+    value, slope = _gelu_and_slope(tl.load(x + at, mask=mask, other=0.0).to(tl.float32) + b[None, :])
+    tangent = slope * tl.load(dx + at, mask=mask, other=0.0).to(tl.float32)
+    tl.store(o + at, value.to(o.dtype.element_ty), mask=mask)
+    tl.store(do + at, tangent.to(do.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def backward_kernel(
+    x, bias, go, gx, sums, rows, width, STEPS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
+):  # fmt: skip
+    """`sums` (parts, width): this part's gradient of the bias."""
+    cols = tl.program_id(1) * COLS + tl.arange(0, COLS)
+    b = tl.load(bias + cols, mask=cols < width, other=0.0).to(tl.float32)
+    gbias = tl.zeros((COLS,), tl.float32)
+    for step in range(STEPS):
+        row = ((tl.program_id(0) * STEPS + step) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+        mask = (row < rows)[:, None] & (cols < width)[None, :]
+        at = row[:, None] * width + cols[None, :]
+        _, slope = _gelu_and_slope(tl.load(x + at, mask=mask, other=0.0).to(tl.float32) + b[None, :])
+        gradient = slope * tl.load(go + at, mask=mask, other=0.0).to(tl.float32)
+        gbias += tl.sum(gradient, 0)
+        tl.store(gx + at, gradient.to(gx.dtype.element_ty), mask=mask)
+    tl.store(sums + tl.program_id(0).to(tl.int64) * width + cols, gbias, mask=cols < width)
+
+
+# ----------------------------------------------------------------------------
+# Launchers.
+
+
+def forward(x: Tensor, bias: Tensor) -> Tensor:
+    """gelu(x + bias): x (..., F), bias (F,), float16, bfloat16 or float32, contiguous; returns x's shape and dtype.
+
+    Raises:
+        ValueError: an argument that the kernel cannot take; nothing is launched.
+    """
+    check_arguments(x, bias)
+    o = torch.empty_like(x)
+    _launch_forward(x, bias, o)
+    return o
+
+
+def forward_dual(x: Tensor, bias: Tensor, dx: Tensor) -> tuple[Tensor, Tensor]:
+    """`forward`, with the tangent of the last K rows of x's first dimension, from theirs, dx (K, ..., F).
+
+    Raises:
+        ValueError: an argument that the kernel cannot take; nothing is launched.
+    """
+    check_arguments(x, bias)
+    check_arguments(dx, bias, prefix="d")
+    if dx.shape[1:] != x.shape[1:] or dx.shape[0] > x.shape[0]:
+        raise ValueError(f"dx must be (K, ...) like x {tuple(x.shape)} with K at most {x.shape[0]}, not {tuple(dx.shape)}")
+    first = x.shape[0] - dx.shape[0]
+    o, do = torch.empty_like(x), torch.empty_like(dx)
+    _launch_forward(x[:first], bias, o[:first])
+    if dx.numel():
+        width = bias.shape[0]
+        rows = dx.numel() // width
+        dual_kernel[_grid(rows, width)](
+            x[first:], bias, dx, o[first:], do, rows, width, BLOCK_ROWS, BLOCK_COLS, **CONFIGS["dual"].kwargs
+        )
+    return o, do
+
+
+def backward(x: Tensor, bias: Tensor, go: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of x and of bias, in their dtypes, from that of the output.
+
+    Raises:
+        ValueError: an argument that the kernel cannot take; nothing is launched.
+    """
+    check_arguments(x, bias)
+    if go.shape != x.shape:
+        raise ValueError(f"the gradient must be of shape {tuple(x.shape)}, not {tuple(go.shape)}")
+    go = go.contiguous()
+    gx = torch.empty_like(x)
+    width = bias.shape[0]
+    rows = x.numel() // width
+    parts = -(-rows // ROWS_PER_PROGRAM)
+    sums = torch.empty(parts, width, dtype=torch.float32, device=x.device)
+    if x.numel():
+        backward_kernel[(parts, -(-width // BLOCK_COLS))](
+            x, bias, go, gx, sums, rows, width,
+            ROWS_PER_PROGRAM // BLOCK_ROWS, BLOCK_ROWS, BLOCK_COLS, **CONFIGS["backward"].kwargs,
+        )  # fmt: skip
+    return gx, sums.sum(0).to(bias.dtype)
+
+
+def _launch_forward(x: Tensor, bias: Tensor, o: Tensor) -> None:
+    if x.numel():
+        width = bias.shape[0]
+        rows = x.numel() // width
+        forward_kernel[_grid(rows, width)](
+            x, bias, o, rows, width, BLOCK_ROWS, BLOCK_COLS, **CONFIGS["forward"].kwargs
+        )
+
+
+def _grid(rows: int, width: int) -> tuple[int, int]:
+    return -(-rows // BLOCK_ROWS), -(-width // BLOCK_COLS)
+
+
+def check_arguments(x: Tensor, bias: Tensor, prefix: str = "") -> None:
+    for name, a in ((f"{prefix}x", x), ("bias", bias)):
+        check_dtype(name, a)
+        if not a.is_contiguous():
+            raise ValueError(f"{name} must be contiguous, not of strides {a.stride()}")
+    if bias.ndim != 1 or x.ndim < 2 or x.shape[-1] != bias.shape[0] or not bias.shape[0]:
+        raise ValueError(f"bias must be (F,) for {prefix}x (..., F), not {tuple(bias.shape)} for {tuple(x.shape)}")
+    if bias.device != x.device:
+        raise ValueError(f"bias must be on {x.device}, not {bias.device}")
+
+
+# Times on a GPU: not measured yet.
+CONFIGS = {
+    "forward": Config(num_warps=8, num_stages=1),
+    "dual": Config(num_warps=8, num_stages=1),
+    "backward": Config(num_warps=8, num_stages=1),
+}
