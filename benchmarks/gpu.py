@@ -106,7 +106,6 @@ def check_ops(device: torch.device, rehearse: bool) -> list[dict[str, Any]]:
     cases: dict[str, tuple[Callable[..., Any], list[tuple[int, ...]]]] = {
         "attention": (lambda qkv: ops.attention_packed(qkv, heads), [(batch, tokens, 3 * width)]),
         "adaln_modulate": (ops.adaln_modulate, [stream, rows, rows]),
-        "gated_residual": (ops.gated_residual, [stream, stream, rows]),
         "gelu": (ops.gelu, [stream]),
         "silu": (ops.silu, [rows]),
     }

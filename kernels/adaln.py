@@ -182,7 +182,9 @@ def forward_dual(
     lead = [a if a is None else a[:first] for a in (x, y, gate, shift, scale, x_out, o)]
     _launch_forward(*lead, eps)  # type: ignore[arg-type]
     if do.numel():
-        x, y, gate, shift, scale, x_tail, o_tail = (a if a is None else a[first:] for a in (x, y, gate, shift, scale, x_out, o))
+        x, y, gate, shift, scale, x_tail, o_tail = (
+            a if a is None else a[first:] for a in (x, y, gate, shift, scale, x_out, o)
+        )
         residual = y is not None
         y, gate, dy, dgate = (x, shift, dx, dshift) if y is None else (y, gate, dy, dgate)  # not read
         config = CONFIGS["dual"]
@@ -292,5 +294,5 @@ def block(width: int) -> int:
 CONFIGS = {
     "forward": Config(num_warps=4, num_stages=1),
     "dual": Config(num_warps=8, num_stages=1),
-    "backward": Config(num_warps=8, num_stages=1),
+    "backward": Config(num_warps=16, num_stages=1),
 }

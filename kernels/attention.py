@@ -31,7 +31,9 @@ def _tile(base, rows, num_rows, stride_row, stride_col, FIRST: tl.constexpr, WID
 
 
 @triton.jit
-def _store(base, rows, num_rows, stride_row, stride_col, value, FIRST: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr):
+def _store(
+    base, rows, num_rows, stride_row, stride_col, value, FIRST: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr
+):
     cols = FIRST + tl.arange(0, WIDTH)
     mask = (rows < num_rows)[:, None] & (cols < DIM)[None, :]
     value = value.to(base.dtype.element_ty)
@@ -89,7 +91,9 @@ def forward_kernel(
     _store(o, rows, queries, o_n, o_d, acc1 / total[:, None], 0, HEAD, DIM)
     if TAIL:
         _store(o, rows, queries, o_n, o_d, acc2 / total[:, None], HEAD, TAIL, DIM)
-    tl.store(lse + tl.program_id(1).to(tl.int64) * queries + rows, (peak + tl.log2(total)) / LOG2_E, mask=rows < queries)
+    tl.store(
+        lse + tl.program_id(1).to(tl.int64) * queries + rows, (peak + tl.log2(total)) / LOG2_E, mask=rows < queries
+    )
 
 
 @triton.jit
@@ -168,7 +172,9 @@ def dual_kernel(
         o2 = acc2 / total[:, None]
         _store(o, rows, queries, o_n, o_d, o2, HEAD, TAIL, DIM)
         _store(do, rows, queries, do_n, do_d, dacc2 / total[:, None] - mean * o2, HEAD, TAIL, DIM)
-    tl.store(lse + tl.program_id(1).to(tl.int64) * queries + rows, (peak + tl.log2(total)) / LOG2_E, mask=rows < queries)
+    tl.store(
+        lse + tl.program_id(1).to(tl.int64) * queries + rows, (peak + tl.log2(total)) / LOG2_E, mask=rows < queries
+    )
 
 
 @triton.jit
@@ -448,36 +454,35 @@ def shape_constants(dim: int) -> tuple[int, int, int]:
 
 def tile_class(q: Tensor) -> str:
     """Which configuration fits: by the columns that a row occupies and the bytes of an element."""
-    if q.dtype == torch.float32:
-        return "float32"
-    return "narrow" if sum(widths(q.shape[-1])) <= 96 else "wide"
+    return "float32" if q.dtype == torch.float32 else width_class(q.shape[-1])
 
 
-# Chosen by `python -m benchmarks.static`: no stack on sm_80, sm_90 and sm_100. Times on a GPU: not measured yet.
+def width_class(dim: int) -> str:
+    return "narrow" if sum(widths(dim)) <= 80 else "wide"
+
+
+# Chosen by `python -m benchmarks.static`: no stack on sm_80, sm_90 and sm_100 in float16 and bfloat16. float32 is not
+# compiled there: Triton 3.9 aborts on the dual kernel, and ops leave it to plain PyTorch on a GPU. Times: not measured yet.
 CONFIGS: dict[str, dict[str, Config]] = {
     "forward": {
-        "narrow": Config(BLOCK_M=128, BLOCK_N=64, num_warps=4, num_stages=2),
-        "wide": Config(BLOCK_M=128, BLOCK_N=64, num_warps=8, num_stages=2),
-        "float32": Config(BLOCK_M=32, BLOCK_N=32, num_warps=4, num_stages=1),
+        "narrow": Config(BLOCK_M=128, BLOCK_N=64, num_warps=8, num_stages=2),
+        "wide": Config(BLOCK_M=128, BLOCK_N=32, num_warps=8, num_stages=2),
+        "float32": Config(BLOCK_M=16, BLOCK_N=32, num_warps=4, num_stages=1),
     },
     "dual": {
         "narrow": Config(BLOCK_M=64, BLOCK_N=32, num_warps=4, num_stages=2),
-        "wide": Config(BLOCK_M=64, BLOCK_N=32, num_warps=8, num_stages=2),
-        "float32": Config(BLOCK_M=16, BLOCK_N=16, num_warps=4, num_stages=1),
+        "wide": Config(BLOCK_M=64, BLOCK_N=16, num_warps=8, num_stages=2),
+        "float32": Config(BLOCK_M=16, BLOCK_N=32, num_warps=4, num_stages=1),
     },
-    "delta": {
-        "narrow": Config(BLOCK_M=64, num_warps=4, num_stages=1),
-        "wide": Config(BLOCK_M=64, num_warps=4, num_stages=1),
-        "float32": Config(BLOCK_M=32, num_warps=4, num_stages=1),
-    },
+    "delta": dict.fromkeys(("narrow", "wide", "float32"), Config(BLOCK_M=16, num_warps=4, num_stages=1)),
     "backward_kv": {
         "narrow": Config(BLOCK_M=32, BLOCK_N=64, num_warps=4, num_stages=2),
         "wide": Config(BLOCK_M=32, BLOCK_N=64, num_warps=8, num_stages=2),
-        "float32": Config(BLOCK_M=16, BLOCK_N=16, num_warps=4, num_stages=1),
+        "float32": Config(BLOCK_M=16, BLOCK_N=32, num_warps=4, num_stages=1),
     },
     "backward_q": {
         "narrow": Config(BLOCK_M=64, BLOCK_N=32, num_warps=4, num_stages=2),
         "wide": Config(BLOCK_M=64, BLOCK_N=32, num_warps=8, num_stages=2),
-        "float32": Config(BLOCK_M=16, BLOCK_N=16, num_warps=4, num_stages=1),
+        "float32": Config(BLOCK_M=16, BLOCK_N=32, num_warps=4, num_stages=1),
     },
 }

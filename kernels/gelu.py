@@ -93,7 +93,9 @@ def forward_dual(x: Tensor, bias: Tensor, dx: Tensor) -> tuple[Tensor, Tensor]:
     check_arguments(x, bias)
     check_arguments(dx, bias, prefix="d")
     if dx.shape[1:] != x.shape[1:] or dx.shape[0] > x.shape[0]:
-        raise ValueError(f"dx must be (K, ...) like x {tuple(x.shape)} with K at most {x.shape[0]}, not {tuple(dx.shape)}")
+        raise ValueError(
+            f"dx must be (K, ...) like x {tuple(x.shape)} with K at most {x.shape[0]}, not {tuple(dx.shape)}"
+        )
     first = x.shape[0] - dx.shape[0]
     o, do = torch.empty_like(x), torch.empty_like(dx)
     _launch_forward(x[:first], bias, o[:first])
@@ -133,9 +135,7 @@ def _launch_forward(x: Tensor, bias: Tensor, o: Tensor) -> None:
     if x.numel():
         width = bias.shape[0]
         rows = x.numel() // width
-        forward_kernel[_grid(rows, width)](
-            x, bias, o, rows, width, BLOCK_ROWS, BLOCK_COLS, **CONFIGS["forward"].kwargs
-        )
+        forward_kernel[_grid(rows, width)](x, bias, o, rows, width, BLOCK_ROWS, BLOCK_COLS, **CONFIGS["forward"].kwargs)
 
 
 def _grid(rows: int, width: int) -> tuple[int, int]:

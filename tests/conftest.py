@@ -7,6 +7,10 @@ import sys
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before the first import of triton: kernels then run on CPU tensors
+
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from mfengine.engine.checkpoint import newest_checkpoint

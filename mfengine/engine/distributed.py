@@ -166,7 +166,7 @@ def local(x: Tensor) -> Tensor:
 def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
     """Activation checkpointing of a block whose tangents, which no backward needs, are not computed again."""
 
-    def call(x: Any, c: Any) -> Any:
+    def call(*args: Any) -> Any:
         in_backward = False
 
         @contextmanager
@@ -178,11 +178,11 @@ def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
             finally:
                 in_backward = False
 
-        def run(x: Any, c: Any) -> Any:
-            if in_backward and isinstance(x, Dual):
-                x, c = x.primal, c.primal
-            return forward(x, c)
+        def run(*args: Any) -> Any:
+            if in_backward:
+                args = tuple(a.primal if isinstance(a, Dual) else a for a in args)
+            return forward(*args)
 
-        return checkpoint(run, x, c, use_reentrant=False, context_fn=lambda: (nullcontext(), backward()))
+        return checkpoint(run, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), backward()))
 
     return call

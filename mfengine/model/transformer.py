@@ -133,11 +133,15 @@ class MLP(nn.Module):
         self.fc2 = Linear(mlp_size, hidden_size)
 
     def forward(self, x: A) -> A:
-        return self.fc2(ops.gelu(self.fc1(x)))
+        return self.fc2(ops.gelu(ops.linear(x, self.fc1.weight), self.fc1.bias))
 
 
 class Block(nn.Module):
-    """adaLN-zero transformer block: tokens (B, N, D) and conditioning (B, D) to tokens (B, N, D)."""
+    """adaLN-zero transformer block.
+
+    The gated output of its MLP is not added to the residual stream here: it is handed on, and the adaLN that comes
+    next adds it in the pass that it makes anyway.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -146,24 +150,32 @@ class Block(nn.Module):
         self.mlp = MLP(width, int(width * config.mlp_ratio))
         self.adaLN_modulation = nn.Sequential(SiLU(), Linear(width, 6 * width))
 
-    def forward(self, x: A, c: A) -> A:
+    def forward(self, x: A, branch: A | None, gate: A | None, c: A) -> tuple[A, A, A]:
+        """Residual stream x (B, N, D), with branch (B, N, D) and gate (B, D) still to be added; conditioning c (B, D)."""
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = ops.chunk(self.adaLN_modulation(c), 6)
-        y = self.attn(ops.adaln_modulate(x, shift_attn, scale_attn))
-        x, o = ops.gated_residual_adaln(x, y, gate_attn, shift_mlp, scale_mlp)
-        return ops.gated_residual(x, self.mlp(o), gate_mlp)
+        x, o = _add_and_modulate(x, branch, gate, shift_attn, scale_attn)
+        x, o = ops.gated_residual_adaln(x, self.attn(o), gate_attn, shift_mlp, scale_mlp)
+        return x, self.mlp(o), gate_mlp
 
 
 class FinalLayer(nn.Module):
-    """Tokens (B, N, D) to patches (B, N, p * p * C)."""
+    """Residual stream, with a branch still to be added, to patches (B, N, p * p * C)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.linear = Linear(config.hidden_size, config.patch_size**2 * config.in_channels)
         self.adaLN_modulation = nn.Sequential(SiLU(), Linear(config.hidden_size, 2 * config.hidden_size))
 
-    def forward(self, x: A, c: A) -> A:
+    def forward(self, x: A, branch: A | None, gate: A | None, c: A) -> A:
         shift, scale = ops.chunk(self.adaLN_modulation(c), 2)
-        return self.linear(ops.adaln_modulate(x, shift, scale))
+        _, o = _add_and_modulate(x, branch, gate, shift, scale)
+        return self.linear(o)
+
+
+def _add_and_modulate(x: A, branch: A | None, gate: A | None, shift: A, scale: A) -> tuple[A, A]:
+    if branch is None or gate is None:  # before the first block
+        return x, ops.adaln_modulate(x, shift, scale)
+    return ops.gated_residual_adaln(x, branch, gate, shift, scale)
 
 
 # ----------------------------------------------------------------------------
@@ -226,9 +238,10 @@ class DiT(nn.Module):
         x = self.x_embedder(ops.linear_map(self._to_compute, z))  # (B, N, D)
         # The positions are float32 and so the residual stream is.
         x = ops.add_constant(ops.linear_map(lambda x: x.to(self.pos_embed.dtype), x), self.pos_embed)
+        branch = gate = None
         for block in self.blocks:
-            x = block(x, c)
-        return ops.linear_map(self._unpatchify, self.final_layer(x, c))  # (B, C, H, W)
+            x, branch, gate = block(x, branch, gate, c)
+        return ops.linear_map(self._unpatchify, self.final_layer(x, branch, gate, c))  # (B, C, H, W)
 
     def _to_compute(self, x: Tensor) -> Tensor:
         return x.to(self.compute_dtype)

@@ -1,12 +1,15 @@
 """Differentiable ops: forward and backward by autograd, and an explicit tangent for `Dual` arguments.
 
-Given tensors, an op returns a tensor and works with autograd, `torch.func.jvp` and `torch.compile`. Given
-duals, it returns a dual: the primal as before, and the tangent of the trailing rows outside autograd.
+Given tensors, an op returns a tensor and works with autograd, `torch.func.jvp`, `torch.autograd.forward_ad` and
+`torch.compile`. Given duals, it returns a dual: the primal as before, and the tangent of the trailing rows outside
+autograd. On CUDA tensors, attention, adaLN and GELU run the fused Triton kernels of `mfengine.kernels`; each file has
+the plain PyTorch reference beside them, which is what runs elsewhere. `use_backend` overrides the choice.
 """
 
 from mfengine.ops.activations import gelu, silu
-from mfengine.ops.adaln import adaln_modulate, gated_residual, gated_residual_adaln
+from mfengine.ops.adaln import adaln_modulate, gated_residual_adaln
 from mfengine.ops.attention import attention, attention_packed
+from mfengine.ops.backend import use_backend
 from mfengine.ops.dual import Dual, add, add_constant, chunk, linear_map
 from mfengine.ops.linear import linear, sinusoid
 
@@ -18,11 +21,11 @@ __all__ = [
     "attention",
     "attention_packed",
     "chunk",
-    "gated_residual",
     "gated_residual_adaln",
     "gelu",
     "linear",
     "linear_map",
     "silu",
     "sinusoid",
+    "use_backend",
 ]

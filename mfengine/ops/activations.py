@@ -1,22 +1,40 @@
-"""Pointwise activations: GELU (tanh form) and SiLU, computed in float32."""
+"""Pointwise activations: GELU (tanh form) with a bias, and SiLU, computed in float32."""
 
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mfengine.ops.dual import A, accumulation_dtype, push
+from mfengine.ops.backend import fused
+from mfengine.ops.dual import A, accumulation_dtype, primal_of, push, push_fused
 
 _C = math.sqrt(2 / math.pi)
 _CUBIC = 0.044715  # gelu(x) ~ x / 2 (1 + tanh(_C (x + _CUBIC x^3))), Hendrycks and Gimpel, arXiv 1606.08415
 
 
-def gelu(x: A) -> A:
-    """GELU in its tanh form, of any shape, in the dtype of x."""
-    return push(_gelu, _gelu_tangent, x)
+def gelu(x: A, bias: Tensor | None = None) -> A:
+    """GELU of x + bias, in its tanh form.
+
+    Args:
+        x: (B, ..., F) float.
+        bias: (F,) float, or None.
+
+    Returns:
+        Shape and dtype of x.
+
+    Raises:
+        ValueError: on the fused path, shapes or dtypes that the kernels do not take (see `mfengine.kernels.gelu`).
+    """
+    primal = primal_of(x)
+    if bias is None:
+        bias = primal.new_zeros(primal.shape[-1])
+    if fused(primal):
+        return push_fused(partial(_fused, bias=bias), partial(_fused_dual, bias=bias), x)[0]
+    return push(partial(_gelu, bias=bias), partial(_gelu_tangent, bias=bias), x)
 
 
 def silu(x: A) -> A:
@@ -24,12 +42,18 @@ def silu(x: A) -> A:
     return push(F.silu, _silu_tangent, x)
 
 
-def _gelu(x: Tensor) -> Tensor:
-    return F.gelu(x, approximate="tanh")
+# ----------------------------------------------------------------------------
+# Reference.
 
 
-def _gelu_tangent(x: Tensor, dx: Tensor) -> Tensor:
-    w = x.to(accumulation_dtype(x))
+def _gelu(x: Tensor, bias: Tensor) -> Tensor:
+    wide = accumulation_dtype(x)
+    return F.gelu(x.to(wide) + bias.to(wide), approximate="tanh").to(x.dtype)
+
+
+def _gelu_tangent(x: Tensor, dx: Tensor, bias: Tensor) -> Tensor:
+    wide = accumulation_dtype(x)
+    w = x.to(wide) + bias.to(wide)
     tanh = torch.tanh(_C * (w + _CUBIC * w**3))
     slope = 0.5 * (1 + tanh) + 0.5 * w * (1 - tanh.square()) * _C * (1 + 3 * _CUBIC * w.square())
     return (slope * dx).to(x.dtype)
@@ -39,3 +63,64 @@ def _silu_tangent(x: Tensor, dx: Tensor) -> Tensor:
     w = x.to(accumulation_dtype(x))
     sigmoid = torch.sigmoid(w)
     return (sigmoid * (1 + w * (1 - sigmoid)) * dx).to(x.dtype)
+
+
+# ----------------------------------------------------------------------------
+# Fused, as operators that PyTorch knows by name.
+
+
+@torch.library.custom_op("mfengine::gelu", mutates_args=())
+def _gelu_op(x: Tensor, bias: Tensor) -> Tensor:
+    from mfengine.kernels import gelu as kernel
+
+    return kernel.forward(x.contiguous(), bias.contiguous())
+
+
+@torch.library.custom_op("mfengine::gelu_dual", mutates_args=())
+def _gelu_dual_op(x: Tensor, bias: Tensor, dx: Tensor) -> tuple[Tensor, Tensor]:
+    from mfengine.kernels import gelu as kernel
+
+    return kernel.forward_dual(x.contiguous(), bias.contiguous(), dx.contiguous())
+
+
+@torch.library.custom_op("mfengine::gelu_backward", mutates_args=())
+def _gelu_backward_op(x: Tensor, bias: Tensor, go: Tensor) -> tuple[Tensor, Tensor]:
+    from mfengine.kernels import gelu as kernel
+
+    return kernel.backward(x.contiguous(), bias.contiguous(), go)
+
+
+@_gelu_op.register_fake
+def _(x: Tensor, bias: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@_gelu_dual_op.register_fake
+def _(x: Tensor, bias: Tensor, dx: Tensor) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), dx.new_empty(dx.shape)
+
+
+@_gelu_backward_op.register_fake
+def _(x: Tensor, bias: Tensor, go: Tensor) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), bias.new_empty(bias.shape)
+
+
+def _save_gelu(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs[:2])
+    ctx.tangents = len(inputs) - 2
+
+
+def _gelu_backward(ctx, go, *_):
+    return (*_gelu_backward_op(*ctx.saved_tensors, go), *[None] * ctx.tangents)
+
+
+_gelu_op.register_autograd(_gelu_backward, setup_context=_save_gelu)
+_gelu_dual_op.register_autograd(_gelu_backward, setup_context=_save_gelu)
+
+
+def _fused(x: Tensor, bias: Tensor) -> tuple[Tensor]:
+    return (_gelu_op(x, bias),)
+
+
+def _fused_dual(x: Tensor, dx: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    return _gelu_dual_op(x, bias, dx)

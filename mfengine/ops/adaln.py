@@ -7,10 +7,12 @@ The modulation s, b, g is per sample: (B, D) against tokens (B, N, D).
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mfengine.ops.dual import A, accumulation_dtype, push
+from mfengine.ops.backend import fused
+from mfengine.ops.dual import A, accumulation_dtype, primal_of, push, push_fused
 
 EPS = 1e-6  # of the reference code's LayerNorm
 
@@ -24,23 +26,37 @@ def adaln_modulate(x: A, shift: A, scale: A) -> A:
 
     Returns:
         (B, N, D) in the dtype of scale; computed in float32.
+
+    Raises:
+        ValueError: on the fused path, shapes or dtypes that the kernels do not take (see `mfengine.kernels.adaln`).
     """
+    if fused(primal_of(scale)):
+        return push_fused(_fused_modulate, _modulate_dual_op, x, shift, scale)[0]
     return push(_modulate, _modulate_tangent, x, shift, scale)
-
-
-def gated_residual(x: A, y: A, gate: A) -> A:
-    """x + gate * y: x, y (B, N, D), gate (B, D); returns (B, N, D) in the dtype of x."""
-    return push(_residual, _residual_tangent, x, y, gate)
 
 
 def gated_residual_adaln(x: A, y: A, gate: A, shift: A, scale: A) -> tuple[A, A]:
     """x' = x + gate * y and LN(x') * (1 + scale) + shift, for shapes as in `adaln_modulate`.
 
+    Args:
+        x: (B, N, D) float, the residual stream; y: (B, N, D) float, what a branch adds to it.
+        gate, shift, scale: (B, D) float.
+
     Returns:
         (x', o): the residual stream in the dtype of x, the modulated one in the dtype of scale.
+
+    Raises:
+        ValueError: as `adaln_modulate`.
     """
-    x = gated_residual(x, y, gate)
-    return x, adaln_modulate(x, shift, scale)
+    if fused(primal_of(scale)):
+        x, o = push_fused(_residual_op, _residual_dual_op, x, y, gate, shift, scale)
+        return x, o
+    x = push(_residual, _residual_tangent, x, y, gate)
+    return x, push(_modulate, _modulate_tangent, x, shift, scale)
+
+
+# ----------------------------------------------------------------------------
+# Reference.
 
 
 def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -66,3 +82,132 @@ def _residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
 
 def _residual_tangent(x: Tensor, y: Tensor, gate: Tensor, dx: Tensor, dy: Tensor, dgate: Tensor) -> Tensor:
     return dx + (dgate.unsqueeze(1) * y + gate.unsqueeze(1) * dy).to(dx.dtype)
+
+
+# ----------------------------------------------------------------------------
+# Fused, as operators that PyTorch knows by name.
+
+
+@torch.library.custom_op("mfengine::adaln", mutates_args=())
+def _modulate_op(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    from mfengine.kernels import adaln as kernel
+
+    return kernel.forward(x, None, None, shift, scale, EPS)[1]
+
+
+@torch.library.custom_op("mfengine::adaln_dual", mutates_args=())
+def _modulate_dual_op(
+    x: Tensor, shift: Tensor, scale: Tensor, dx: Tensor, dshift: Tensor, dscale: Tensor
+) -> tuple[Tensor, Tensor]:
+    from mfengine.kernels import adaln as kernel
+
+    _, o, _, do = kernel.forward_dual(x, None, None, shift, scale, dx, None, None, dshift, dscale, EPS)
+    return o, do
+
+
+@torch.library.custom_op("mfengine::adaln_backward", mutates_args=())
+def _modulate_backward_op(x: Tensor, scale: Tensor, go: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    from mfengine.kernels import adaln as kernel
+
+    gx, _, _, gshift, gscale = kernel.backward(x, None, None, scale, None, go, EPS)
+    return gx, gshift, gscale
+
+
+@torch.library.custom_op("mfengine::residual_adaln", mutates_args=())
+def _residual_op(x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    from mfengine.kernels import adaln as kernel
+
+    return kernel.forward(x, y, gate, shift, scale, EPS)
+
+
+@torch.library.custom_op("mfengine::residual_adaln_dual", mutates_args=())
+def _residual_dual_op(
+    x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor,
+    dx: Tensor, dy: Tensor, dgate: Tensor, dshift: Tensor, dscale: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    from mfengine.kernels import adaln as kernel
+
+    return kernel.forward_dual(x, y, gate, shift, scale, dx, dy, dgate, dshift, dscale, EPS)
+
+
+@torch.library.custom_op("mfengine::residual_adaln_backward", mutates_args=())
+def _residual_backward_op(
+    x_out: Tensor, y: Tensor, gate: Tensor, scale: Tensor, gx_out: Tensor, go: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    from mfengine.kernels import adaln as kernel
+
+    gx, gy, ggate, gshift, gscale = kernel.backward(x_out, y, gate, scale, gx_out, go, EPS)
+    assert gy is not None
+    assert ggate is not None
+    return gx, gy, ggate, gshift, gscale
+
+
+def _like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    return x.new_empty(x.shape, dtype=dtype)
+
+
+@_modulate_op.register_fake
+def _(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return _like(x, scale.dtype)
+
+
+@_modulate_dual_op.register_fake
+def _(x: Tensor, shift: Tensor, scale: Tensor, dx: Tensor, dshift: Tensor, dscale: Tensor) -> tuple[Tensor, Tensor]:
+    return _like(x, scale.dtype), _like(dx, scale.dtype)
+
+
+@_modulate_backward_op.register_fake
+def _(x: Tensor, scale: Tensor, go: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return _like(x), _like(scale), _like(scale)
+
+
+@_residual_op.register_fake
+def _(x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    return _like(x), _like(x, scale.dtype)
+
+
+@_residual_dual_op.register_fake
+def _(
+    x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor,
+    dx: Tensor, dy: Tensor, dgate: Tensor, dshift: Tensor, dscale: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    return _like(x), _like(x, scale.dtype), _like(dx, x.dtype), _like(dx, scale.dtype)
+
+
+@_residual_backward_op.register_fake
+def _(
+    x_out: Tensor, y: Tensor, gate: Tensor, scale: Tensor, gx_out: Tensor, go: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return _like(x_out), _like(y), _like(gate), _like(scale), _like(scale)
+
+
+# The backward is that of the primal, with or without a tangent beside it.
+
+
+def _save_modulate(ctx, inputs, output) -> None:
+    ctx.save_for_backward(inputs[0], inputs[2])
+    ctx.tangents = len(inputs) - 3
+
+
+def _modulate_backward(ctx, go, *_):
+    return (*_modulate_backward_op(*ctx.saved_tensors, go), *[None] * ctx.tangents)
+
+
+def _save_residual(ctx, inputs, output) -> None:
+    _, y, gate, _, scale = inputs[:5]
+    ctx.save_for_backward(output[0], y, gate, scale)
+    ctx.tangents = len(inputs) - 5
+
+
+def _residual_backward(ctx, gx_out, go, *_):
+    return (*_residual_backward_op(*ctx.saved_tensors, gx_out, go), *[None] * ctx.tangents)
+
+
+_modulate_op.register_autograd(_modulate_backward, setup_context=_save_modulate)
+_modulate_dual_op.register_autograd(_modulate_backward, setup_context=_save_modulate)
+_residual_op.register_autograd(_residual_backward, setup_context=_save_residual)
+_residual_dual_op.register_autograd(_residual_backward, setup_context=_save_residual)
+
+
+def _fused_modulate(x: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor]:
+    return (_modulate_op(x, shift, scale),)

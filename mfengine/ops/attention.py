@@ -1,7 +1,6 @@
 """Softmax attention: O = P V with P = softmax(a Q K^T).
 
-Tangent (DESIGN of the dual attention): with S' = a (Q' K^T + Q K'^T),
-O' = (P * S') V + P V' - rowsum(P * S') * O.
+Tangent: with S' = a (Q' K^T + Q K'^T), O' = (P * S') V + P V' - rowsum(P * S') * O.
 """
 
 from __future__ import annotations
@@ -11,7 +10,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from mfengine.ops.dual import A, accumulation_dtype, push
+from mfengine.ops.backend import fused
+from mfengine.ops.dual import A, accumulation_dtype, primal_of, push, push_fused
 
 
 def attention(q: A, k: A, v: A, scale: float | None = None) -> A:
@@ -24,7 +24,12 @@ def attention(q: A, k: A, v: A, scale: float | None = None) -> A:
 
     Returns:
         (B, H, N, d) in the dtype of q; the softmax is computed in float32.
+
+    Raises:
+        ValueError: on the fused path, shapes or dtypes that the kernels do not take (see `mfengine.kernels.attention`).
     """
+    if fused(primal_of(q)):
+        return push_fused(partial(_fused, scale=scale), partial(_fused_dual, scale=scale), q, k, v)[0]
     return push(partial(_primal, scale=scale), partial(_tangent, scale=scale), q, k, v)
 
 
@@ -37,7 +42,13 @@ def attention_packed(qkv: A, num_heads: int) -> A:
 
     Returns:
         (B, N, H * d), heads concatenated.
+
+    Raises:
+        ValueError: as `attention`.
     """
+    if fused(primal_of(qkv)):
+        heads = num_heads
+        return push_fused(partial(_fused_packed, heads=heads), partial(_fused_packed_dual, heads=heads), qkv)[0]
 
     def primal(qkv: Tensor) -> Tensor:
         return _merge_heads(_primal(*_split_heads(qkv, num_heads)))
@@ -59,6 +70,10 @@ def _merge_heads(o: Tensor) -> Tensor:
     return o.transpose(1, 2).flatten(2)  # (B, H, N, d) -> (B, N, H * d)
 
 
+# ----------------------------------------------------------------------------
+# Reference.
+
+
 def _probabilities(q: Tensor, k: Tensor, scale: float) -> Tensor:
     return torch.softmax((q * scale) @ k.mT, dim=-1, dtype=accumulation_dtype(q))  # (B, H, N, M)
 
@@ -76,3 +91,157 @@ def _tangent(q: Tensor, k: Tensor, v: Tensor, dq: Tensor, dk: Tensor, dv: Tensor
     # (P * S') V - rowsum(P * S') O = (P * S' - rowsum(P * S') P) V: the softmax's own JVP, then two products.
     dp = pds - p * pds.sum(-1, keepdim=True)
     return dp.to(v.dtype) @ v + p.to(v.dtype) @ dv
+
+
+# ----------------------------------------------------------------------------
+# Fused. Each operator is known to PyTorch by name, so that torch.compile and meta tensors see shapes only.
+
+
+@torch.library.custom_op("mfengine::attention", mutates_args=())
+def _attention_op(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
+    from mfengine.kernels import attention as kernel
+
+    return kernel.forward(q, k, v, scale)
+
+
+@torch.library.custom_op("mfengine::attention_dual", mutates_args=())
+def _attention_dual_op(
+    q: Tensor, k: Tensor, v: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, scale: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    from mfengine.kernels import attention as kernel
+
+    return kernel.forward_dual(q, k, v, dq, dk, dv, scale)
+
+
+@torch.library.custom_op("mfengine::attention_backward", mutates_args=())
+def _attention_backward_op(
+    q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, go: Tensor, scale: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    from mfengine.kernels import attention as kernel
+
+    gq, gk, gv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    kernel.backward(q, k, v, o, lse, go, gq, gk, gv, scale)
+    return gq, gk, gv
+
+
+@torch.library.custom_op("mfengine::attention_packed", mutates_args=())
+def _packed_op(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+    from mfengine.kernels import attention as kernel
+
+    o, lse = kernel.forward(*_split_heads(qkv, heads))
+    return _merge_heads(o), lse
+
+
+@torch.library.custom_op("mfengine::attention_packed_dual", mutates_args=())
+def _packed_dual_op(qkv: Tensor, dqkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    from mfengine.kernels import attention as kernel
+
+    o, lse, do = kernel.forward_dual(*_split_heads(qkv, heads), *_split_heads(dqkv, heads))
+    return _merge_heads(o), lse, _merge_heads(do)
+
+
+@torch.library.custom_op("mfengine::attention_packed_backward", mutates_args=())
+def _packed_backward_op(qkv: Tensor, o: Tensor, lse: Tensor, go: Tensor, heads: int) -> Tensor:
+    from mfengine.kernels import attention as kernel
+
+    gqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
+    o, go = (x.unflatten(2, (heads, -1)).transpose(1, 2) for x in (o, go))  # (B, H, N, d)
+    kernel.backward(*_split_heads(qkv, heads), o, lse, go, *_split_heads(gqkv, heads))
+    return gqkv
+
+
+def _lse_like(q: Tensor) -> Tensor:
+    return q.new_empty(q.shape[:-1], dtype=torch.float32)
+
+
+def _stored_by_token(q: Tensor) -> Tensor:
+    return torch.empty_like(q.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
+
+
+@_attention_op.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
+    return _stored_by_token(q), _lse_like(q)
+
+
+@_attention_dual_op.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, scale: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _stored_by_token(q), _lse_like(q), _stored_by_token(dq)
+
+
+@_attention_backward_op.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, go: Tensor, scale: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+@_packed_op.register_fake
+def _(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+    batch, tokens, width = qkv.shape
+    return qkv.new_empty(batch, tokens, width // 3), qkv.new_empty(batch, heads, tokens, dtype=torch.float32)
+
+
+@_packed_dual_op.register_fake
+def _(qkv: Tensor, dqkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    batch, tokens, width = qkv.shape
+    o, lse = qkv.new_empty(batch, tokens, width // 3), qkv.new_empty(batch, heads, tokens, dtype=torch.float32)
+    return o, lse, dqkv.new_empty(dqkv.shape[0], tokens, width // 3)
+
+
+@_packed_backward_op.register_fake
+def _(qkv: Tensor, o: Tensor, lse: Tensor, go: Tensor, heads: int) -> Tensor:
+    return qkv.new_empty(qkv.shape)
+
+
+# The backward is that of the primal, with or without a tangent beside it: tangents are not differentiated.
+
+
+def _save_attention(ctx, inputs, output) -> None:
+    q, k, v = inputs[:3]
+    ctx.save_for_backward(q, k, v, output[0], output[1])
+    ctx.scale = inputs[-1]
+    ctx.tangents = len(inputs) - 4
+
+
+def _attention_backward(ctx, go, *_):
+    q, k, v, o, lse = ctx.saved_tensors
+    return (*_attention_backward_op(q, k, v, o, lse, go, ctx.scale), *[None] * ctx.tangents, None)
+
+
+def _save_packed(ctx, inputs, output) -> None:
+    ctx.save_for_backward(inputs[0], output[0], output[1])
+    ctx.heads = inputs[-1]
+    ctx.tangents = len(inputs) - 2
+
+
+def _packed_backward(ctx, go, *_):
+    qkv, o, lse = ctx.saved_tensors
+    return (_packed_backward_op(qkv, o, lse, go, ctx.heads), *[None] * ctx.tangents, None)
+
+
+_attention_op.register_autograd(_attention_backward, setup_context=_save_attention)
+_attention_dual_op.register_autograd(_attention_backward, setup_context=_save_attention)
+_packed_op.register_autograd(_packed_backward, setup_context=_save_packed)
+_packed_dual_op.register_autograd(_packed_backward, setup_context=_save_packed)
+
+
+def _fused(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> tuple[Tensor]:
+    return (_attention_op(q, k, v, scale)[0],)
+
+
+def _fused_dual(
+    q: Tensor, k: Tensor, v: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, scale: float | None
+) -> tuple[Tensor, Tensor]:
+    o, _, do = _attention_dual_op(q, k, v, dq, dk, dv, scale)
+    return o, do
+
+
+def _fused_packed(qkv: Tensor, heads: int) -> tuple[Tensor]:
+    return (_packed_op(qkv, heads)[0],)
+
+
+def _fused_packed_dual(qkv: Tensor, dqkv: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+    o, _, do = _packed_dual_op(qkv, dqkv, heads)
+    return o, do

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+import torch.autograd.forward_ad as fwad
 from torch import Tensor
 
 
@@ -25,13 +26,8 @@ A = TypeVar("A", Tensor, Dual)
 """What an op takes and returns: tensors give a tensor, duals give a dual."""
 
 
-def tangent_rows(primal: Tensor, tangent: Tensor) -> Tensor:
-    """The trailing rows of `primal` that `tangent` belongs to, without a graph."""
-    return primal.detach()[primal.shape[0] - tangent.shape[0] :]
-
-
 def push(primal_rule: Callable[..., Tensor], tangent_rule: Callable[..., Tensor], *args: Any) -> Any:
-    """Apply an op to tensors, or to duals.
+    """Apply an op to tensors, or to duals, with plain PyTorch.
 
     Args:
         primal_rule: (*primals) -> output.
@@ -42,8 +38,39 @@ def push(primal_rule: Callable[..., Tensor], tangent_rule: Callable[..., Tensor]
         return primal_rule(*args)
     output = primal_rule(*(a.primal for a in args))
     with torch.no_grad():
-        rows = [tangent_rows(a.primal, a.tangent) for a in args]
+        rows = [a.primal.detach()[a.primal.shape[0] - a.tangent.shape[0] :] for a in args]
         return Dual(output, tangent_rule(*rows, *(a.tangent for a in args)))
+
+
+def push_fused(
+    primal: Callable[..., tuple[Tensor, ...]], dual: Callable[..., tuple[Tensor, ...]], *args: Any
+) -> tuple[Any, ...]:
+    """Apply an op to tensors, or to duals, with kernels that compute output and tangent in one pass.
+
+    Under `torch.func.jvp` and `torch.autograd.forward_ad` plain tensors may be duals of PyTorch's own: they are
+    taken apart, go through the dual kernel, and are put together again.
+
+    Args:
+        primal: (*primals) -> outputs.
+        dual: (*primals, *tangents) -> (*outputs, *output tangents).
+        *args: all `Tensor` or all `Dual`.
+
+    Returns:
+        The outputs, each a `Tensor` or a `Dual` as the arguments are.
+    """
+    if isinstance(args[0], Dual):
+        outputs = dual(*(a.primal for a in args), *(a.tangent.detach() for a in args))
+        half = len(outputs) // 2
+        return tuple(Dual(o, do.detach()) for o, do in zip(outputs[:half], outputs[half:], strict=True))
+    if fwad._current_level < 0:
+        return primal(*args)
+    pairs = [fwad.unpack_dual(a) for a in args]
+    if all(pair.tangent is None for pair in pairs):
+        return primal(*args)
+    tangents = [torch.zeros_like(p.primal) if p.tangent is None else p.tangent.contiguous() for p in pairs]
+    outputs = dual(*(p.primal for p in pairs), *tangents)
+    half = len(outputs) // 2
+    return tuple(fwad.make_dual(o, do.detach()) for o, do in zip(outputs[:half], outputs[half:], strict=True))
 
 
 def linear_map(f: Callable[[Tensor], Tensor], x: A) -> A:
@@ -72,6 +99,10 @@ def chunk(x: A, chunks: int) -> tuple[A, ...]:
     if isinstance(x, Dual):
         return tuple(Dual(*part) for part in zip(x.primal.chunk(chunks, -1), x.tangent.chunk(chunks, -1), strict=True))
     return x.chunk(chunks, -1)
+
+
+def primal_of(x: Tensor | Dual) -> Tensor:
+    return x.primal if isinstance(x, Dual) else x
 
 
 def accumulation_dtype(x: Tensor) -> torch.dtype:

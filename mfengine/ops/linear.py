@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mfengine.ops.dual import A, Dual, push
+from mfengine.ops.dual import A, primal_of, push
 
 
 def linear(x: A, weight: Tensor, bias: Tensor | None = None) -> A:
@@ -21,9 +21,9 @@ def linear(x: A, weight: Tensor, bias: Tensor | None = None) -> A:
     Returns:
         (..., out) in the dtype of x.
     """
-    primal = x.primal if isinstance(x, Dual) else x
-    weight = weight.to(primal.dtype)
-    bias = None if bias is None else bias.to(primal.dtype)
+    dtype = primal_of(x).dtype
+    weight = weight.to(dtype)
+    bias = None if bias is None else bias.to(dtype)
     return push(lambda x: F.linear(x, weight, bias), lambda x, dx: F.linear(dx, weight), x)
 
 

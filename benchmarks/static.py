@@ -1,0 +1,155 @@
+"""`python -m benchmarks.static`: what the compiler makes of every kernel, without a GPU.
+
+Each kernel is compiled ahead of time at its shipped configurations for sm_80, sm_90 and sm_100. The table shows
+registers, stack (a spill, or local arrays: there must be none), shared memory, and tensor-core instructions (every
+kernel with a dot product must have some). Exit code 1 if one fails; `--json FILE` writes the rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from mfengine.kernels import adaln, attention, gelu
+from mfengine.kernels.launch import Config
+
+ARCHITECTURES = (80, 90, 100)
+TENSOR_CORES = re.compile(r"\b(?:HMMA|HGMMA|UTC\w*MMA)\b")
+HEAD_DIMS = (64, 72, 96, 128)  # B/2 and L/2; XL/2; the widest of each configuration
+WIDTHS = (768, 1024, 1152)  # of B/2, L/2 and XL/2
+
+
+def kernels() -> Iterator[tuple[str, Any, Config, dict[str, Any], dict[str, str], bool]]:
+    """Name, kernel, configuration, constants, dtypes of pointers, and whether it has dot products."""
+    for dim in HEAD_DIMS:
+        names = {"DIM": dim, "HEAD": attention.widths(dim)[0], "TAIL": attention.widths(dim)[1]}
+        for dtype in ("bf16", "fp16"):
+            for name, kernel in (
+                ("forward", attention.forward_kernel),
+                ("dual", attention.dual_kernel),
+                ("delta", attention.delta_kernel),
+                ("backward_kv", attention.backward_kv_kernel),
+                ("backward_q", attention.backward_q_kernel),
+            ):
+                config = attention.CONFIGS[name][attention.width_class(dim)]
+                pointers = dict.fromkeys(
+                    ("q", "k", "v", "dq", "dk", "dv", "o", "do", "go", "gq", "gk", "gv"), dtype
+                ) | {"lse": "fp32", "delta": "fp32"}
+                yield f"attention.{name} d{dim} {dtype}", kernel, config, names, pointers, name != "delta"
+    for width in WIDTHS:
+        pointers = dict.fromkeys(("x", "dx", "x_out", "dx_out", "gx_out", "gx", "sums"), "fp32") | dict.fromkeys(
+            ("y", "gate", "shift", "scale", "o", "dy", "dgate", "dshift", "dscale", "do", "go", "gy"), "bf16"
+        )
+        constants = {"BLOCK": adaln.block(width)}
+        backward = {"STREAM": True, "TOKENS": adaln.TOKENS_PER_PROGRAM}
+        for name, kernel, more in (
+            ("forward", adaln.forward_kernel, {}),
+            ("dual", adaln.dual_kernel, {}),
+            ("backward", adaln.backward_kernel, backward),
+        ):
+            for residual in (True, False):
+                label = f"adaln.{name} D{width}{'' if residual else ' first'}"
+                all_constants = constants | more | {"RESIDUAL": residual}
+                yield label, kernel, adaln.CONFIGS[name], all_constants, pointers, False
+    constants = {"ROWS": gelu.BLOCK_ROWS, "COLS": gelu.BLOCK_COLS}
+    pointers = dict.fromkeys(("x", "dx", "o", "do", "go", "gx"), "bf16") | {"bias": "fp32", "sums": "fp32"}
+    backward = {"STEPS": gelu.ROWS_PER_PROGRAM // gelu.BLOCK_ROWS}
+    for name, kernel, more in (
+        ("forward", gelu.forward_kernel, {}),
+        ("dual", gelu.dual_kernel, {}),
+        ("backward", gelu.backward_kernel, backward),
+    ):
+        yield f"gelu.{name}", kernel, gelu.CONFIGS[name], constants | more, pointers, False
+
+
+def compile_kernel(kernel: Any, config: Config, constants: dict[str, Any], pointers: dict[str, str], arch: int) -> Any:
+    """Compile as the launcher would for contiguous heads, 16-byte aligned pointers and strides."""
+    constants = constants | config.blocks
+    signature: dict[str, str] = {}
+    values: dict[str, Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
+    for i, name in enumerate(kernel.arg_names):
+        if name in constants or name.endswith("_d"):
+            signature[name], values[name] = "constexpr", constants.get(name, 1)
+        elif name in pointers:
+            signature[name], attributes[(i,)] = f"*{pointers[name]}", [["tt.divisibility", 16]]
+        elif name in ("scale", "eps"):
+            signature[name] = "fp32"
+        else:
+            signature[name] = "i32"
+            if name.endswith(("_b", "_h", "_n")) or name == "width":
+                attributes[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=kernel, signature=signature, constexprs=values, attrs=attributes)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=config.options)
+
+
+def inspect(compiled: Any) -> dict[str, int]:
+    """Registers, stack and shared memory in bytes, and tensor-core instructions of a compiled kernel."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage, sass = (
+            subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
+            for option in ("-res-usage", "-sass")
+        )
+    registers, stack = re.findall(r"REG:(\d+) STACK:(\d+)", usage)[0]
+    return {
+        "registers": int(registers),
+        "stack": int(stack),
+        "shared": compiled.metadata.shared,
+        "tensor_core": len(TENSOR_CORES.findall(sass)),
+    }
+
+
+def rows(only: str = "") -> Iterator[dict[str, Any]]:
+    """One row for each kernel and architecture whose name holds `only`."""
+    for name, kernel, config, constants, pointers, dots in kernels():
+        if only not in name:
+            continue
+        for arch in ARCHITECTURES:
+            row = {"kernel": name, "arch": f"sm_{arch}", **config.kwargs}
+            row |= inspect(compile_kernel(kernel, config, constants, pointers, arch))
+            row["ok"] = row["stack"] == 0 and (row["tensor_core"] > 0 or not dots)
+            yield row
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="kernels whose name holds this")
+    parser.add_argument("--json", type=Path, help="write the rows to this file")
+    args = parser.parse_args()
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        print("error: TRITON_INTERPRET is set: nothing would be compiled", file=sys.stderr)
+        return 2
+    print(f"Triton {triton.__version__}")
+    print(f"{'kernel':30} {'arch':7} {'registers':>9} {'stack':>6} {'shared':>7} {'tensor core':>11}")
+    found = []
+    for row in rows(args.only):
+        found.append(row)
+        print(
+            f"{row['kernel']:30} {row['arch']:7} {row['registers']:9} {row['stack']:6} {row['shared']:7} "
+            f"{row['tensor_core']:11}{'' if row['ok'] else '  FAILED'}",
+            flush=True,
+        )
+    if args.json:
+        args.json.write_text(json.dumps({"triton": triton.__version__, "kernels": found}, indent=1) + "\n")
+    failed = sum(not row["ok"] for row in found)
+    print(f"{len(found)} compiled, {failed} failed")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

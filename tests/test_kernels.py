@@ -1,0 +1,397 @@
+"""Every kernel against the plain reference in float64: output, tangent and gradients.
+
+Without a GPU they run in Triton's interpreter, where bfloat16 products are wrong: there float32 and float16 are tested.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from golden_cases import NAMES, GoldenCase, relative_error
+
+pytest.importorskip("triton", reason="the fused kernels need triton")
+
+from mfengine import DiT, ModelConfig, ops
+from mfengine.kernels import adaln, attention, gelu
+from mfengine.ops import Dual
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BOUNDS = {torch.float32: 1e-5, torch.float16: 2e-3}
+if DEVICE == "cuda":
+    BOUNDS[torch.bfloat16] = 8e-3
+DTYPES = pytest.mark.parametrize("dtype", BOUNDS)
+
+
+@pytest.fixture(autouse=True)
+def _reference_in_float64():
+    """The tests call the kernels through the ops, whose plain path is the reference."""
+    with ops.use_backend("torch"):
+        yield
+
+
+def randn(seed, *shape, dtype=torch.float32):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype).to(DEVICE)
+
+
+def run(op, backend, primals, tangents, weights):
+    """Outputs, tangents, and the gradients of the weighted outputs."""
+    leaves = [p.detach().requires_grad_() for p in primals]
+    with ops.use_backend(backend):
+        result = op(*(Dual(p, t) for p, t in zip(leaves, tangents, strict=True)))
+        result = result if isinstance(result[0], Dual) else (result,)
+        total = sum((r.primal * w).sum() for r, w in zip(result, weights, strict=True))
+        gradients = torch.autograd.grad(total, leaves)
+    assert not any(r.tangent.requires_grad for r in result)
+    return [x.detach() for r in result for x in r] + list(gradients)
+
+
+def check(op, primals, tangents, weights):
+    """Fused against float64, by the bound of the dtype and 1.5 times what plain PyTorch gives in that dtype."""
+    wide = [[x.double() for x in xs] for xs in (primals, tangents, weights)]
+    exact = run(op, "torch", *wide)
+    plain = run(op, "torch", primals, tangents, weights)
+    actual = run(op, "triton", primals, tangents, weights)
+    bound = BOUNDS[min((p.dtype for p in primals), key=lambda d: torch.finfo(d).bits)]
+    for i, (a, p, e) in enumerate(zip(actual, plain, exact, strict=True)):
+        assert a.shape == e.shape
+        assert a.dtype == p.dtype
+        if e.numel() and e.norm() > 1e-6:
+            error = relative_error(a.cpu(), e.cpu())
+            assert error <= bound, (i, error)
+            assert error <= max(1.5 * relative_error(p.cpu(), e.cpu()), 1e-6), (i, error)
+
+
+# ----------------------------------------------------------------------------
+# Attention.
+
+
+@DTYPES
+@pytest.mark.parametrize("dim", [16, 24, 64, 72, 80, 96, 128])
+@pytest.mark.parametrize(("queries", "keys"), [(1, 17), (64, 64), (100, 37)])
+def test_attention(dim, queries, keys, dtype):
+    """Two of three samples have a tangent; queries, keys and values are strided views of packed products."""
+    tokens = max(queries, keys)
+
+    def qkv(seed, batch):
+        packed = randn(seed, batch, tokens, 3, 2, dim, dtype=dtype).permute(2, 0, 3, 1, 4)  # (3, B, H, N, d)
+        return [packed[0, :, :, :queries], packed[1, :, :, :keys], packed[2, :, :, :keys]]
+
+    check(ops.attention, qkv(0, 3), qkv(1, 2), [randn(2, 3, 2, queries, dim, dtype=dtype)])
+
+
+@DTYPES
+@pytest.mark.parametrize("rows", [0, 1, 2])
+def test_attention_packed(rows, dtype):
+    tokens, heads = (257, 1) if rows == 1 else (33, 2)
+    primals, tangents = [randn(0, 2, tokens, 3 * 16, dtype=dtype)], [randn(1, rows, tokens, 3 * 16, dtype=dtype)]
+    op = lambda x: ops.attention_packed(x, heads)  # noqa: E731
+    check(op, primals, tangents, [randn(2, 2, tokens, 16, dtype=dtype)])
+
+
+def test_attention_with_strided_heads_and_a_scale():
+    q, k, v, dq, dk, dv = (randn(i, 2, 2, 19, 2 * 24)[..., ::2] for i in range(6))
+    op = lambda q, k, v: ops.attention(q, k, v, scale=0.05)  # noqa: E731
+    check(op, [q, k, v], [dq, dk, dv], [randn(7, 2, 2, 19, 24)])
+
+
+def test_attention_survives_large_scores():
+    q, k, v, dq, dk, dv = (randn(i, 1, 1, 33, 16) for i in range(6))
+    check(ops.attention, [q * 20, k, v], [dq, dk, dv], [randn(7, 1, 1, 33, 16)])
+
+
+@pytest.mark.parametrize(("batch", "queries", "keys"), [(0, 5, 5), (2, 0, 5), (2, 5, 0)])
+def test_attention_of_nothing(batch, queries, keys):
+    q, k, v = (randn(0, batch, 2, n, 16) for n in (queries, keys, keys))
+    o, lse, do = attention.forward_dual(q, k, v, q, k, v)
+    assert o.shape == do.shape == q.shape
+    assert (o == 0).all()
+    assert (do == 0).all()
+    gradients = [torch.full_like(x, float("nan")) for x in (q, k, v)]
+    attention.backward(q, k, v, o, lse, o, *gradients)
+    assert all((g == 0).all() for g in gradients)
+
+
+def test_log_sum_exp():
+    q, k, v = (randn(i, 2, 2, 21, 24) for i in range(3))
+    _, lse = attention.forward(q, k, v)
+    torch.testing.assert_close(lse, torch.logsumexp(q @ k.mT * 24**-0.5, -1))
+
+
+# ----------------------------------------------------------------------------
+# adaLN and GELU.
+
+
+@DTYPES
+@pytest.mark.parametrize(("batch", "tokens", "width", "rows"), [(3, 17, 72, 1), (2, 33, 100, 2), (1, 1, 1152, 0)])
+def test_adaln(batch, tokens, width, rows, dtype):
+    """The residual stream is float32 whatever the rest is; the modulation is a slice of a wider product."""
+
+    def inputs(seed, n):
+        stream, branch = randn(seed, n, tokens, width), randn(seed + 1, n, tokens, width, dtype=dtype)
+        modulation = randn(seed + 2, n, 6 * width, dtype=dtype).chunk(6, -1)
+        return [stream, branch, modulation[0], modulation[3], modulation[5]]
+
+    primals, tangents = inputs(0, batch), inputs(10, rows)
+    weights = [randn(20, batch, tokens, width), randn(21, batch, tokens, width, dtype=dtype)]
+    check(ops.gated_residual_adaln, primals, tangents, weights)
+    first = [0, 3, 4]
+    check(ops.adaln_modulate, [primals[i] for i in first], [tangents[i] for i in first], weights[1:])
+
+
+def test_sums_over_tokens_do_not_vary():
+    x, go = randn(0, 2, 100, 64), randn(1, 2, 100, 64)
+    scale = randn(2, 2, 64)
+    runs = [adaln.backward(x, x, scale, scale, None, go, 1e-6) for _ in range(3)]
+    assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run, strict=True))
+
+
+@DTYPES
+@pytest.mark.parametrize(("shape", "rows"), [((3, 17, 100), 1), ((2, 70, 1500), 2), ((1, 1, 8), 0), ((0, 3, 8), 0)])
+def test_gelu(shape, rows, dtype):
+    bias = randn(3, shape[-1], dtype=dtype)
+    primals, tangents = [randn(0, *shape, dtype=dtype) * 2], [randn(1, rows, *shape[1:], dtype=dtype)]
+    check(
+        lambda x: ops.gelu(x, bias.to(ops.dual.primal_of(x).dtype)), primals, tangents, [randn(2, *shape, dtype=dtype)]
+    )
+
+
+def test_gelu_gradient_of_the_bias():
+    x, bias = randn(0, 3, 70, 40), randn(1, 40)
+    go = randn(2, 3, 70, 40)
+    gx, gbias = gelu.backward(x, bias, go)
+    leaves = [t.double().requires_grad_() for t in (x, bias)]
+    out = torch.nn.functional.gelu(leaves[0] + leaves[1], approximate="tanh")
+    for actual, expected in zip((gx, gbias), torch.autograd.grad(out, leaves, go.double()), strict=True):
+        assert relative_error(actual.cpu(), expected.cpu()) < 1e-5
+
+
+# ----------------------------------------------------------------------------
+# PyTorch's own forward mode, and torch.compile.
+
+CASES = {
+    "attention": (ops.attention, [(2, 2, 9, 24)] * 3),
+    "attention_packed": (lambda x: ops.attention_packed(x, 2), [(2, 9, 3 * 48)]),
+    "adaln_modulate": (ops.adaln_modulate, [(2, 9, 40), (2, 40), (2, 40)]),
+    "gated_residual_adaln": (ops.gated_residual_adaln, [(2, 9, 40), (2, 9, 40), (2, 40), (2, 40), (2, 40)]),
+    "gelu": (lambda x: ops.gelu(x, torch.linspace(-1, 1, 40, device=DEVICE)), [(2, 9, 40)]),
+}
+
+
+def assert_all_close(actual, expected):
+    actual, expected = (torch.utils._pytree.tree_leaves(x) for x in (actual, expected))
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture(params=CASES)
+def case(request):
+    op, shapes = CASES[request.param]
+    return op, *([randn(i + shift, *s) for i, s in enumerate(shapes)] for shift in (0, 50))
+
+
+def test_func_jvp(case):
+    op, primals, tangents = case
+    expected = torch.func.jvp(op, tuple(primals), tuple(tangents))
+    with ops.use_backend("triton"):
+        assert_all_close(torch.func.jvp(op, tuple(primals), tuple(tangents)), expected)
+
+
+def test_backward_after_jvp(case):
+    op, primals, tangents = case
+
+    def gradients():
+        leaves = [p.detach().requires_grad_() for p in primals]
+        outputs, _ = torch.func.jvp(op, tuple(leaves), tuple(tangents))
+        total = sum(o.square().sum() for o in torch.utils._pytree.tree_leaves(outputs))
+        return torch.autograd.grad(total, leaves)
+
+    expected = gradients()
+    with ops.use_backend("triton"):
+        assert_all_close(gradients(), expected)
+
+
+def test_forward_ad_with_a_tangent_for_one_argument(case):
+    op, primals, tangents = case
+    zeros = [torch.zeros_like(t) for t in tangents[1:]]
+    _, expected = torch.func.jvp(op, tuple(primals), (tangents[0], *zeros))
+    fwad = torch.autograd.forward_ad
+    with ops.use_backend("triton"), fwad.dual_level():
+        outputs = op(fwad.make_dual(primals[0], tangents[0]), *primals[1:])
+        actual = [fwad.unpack_dual(o).tangent for o in torch.utils._pytree.tree_leaves(outputs)]
+    assert_all_close(actual, torch.utils._pytree.tree_leaves(expected))
+
+
+@pytest.mark.parametrize("transform", ["dual", "func.jvp"])
+def test_compiled(case, transform):
+    """The whole graph, tangent included; and the gradient through it."""
+    op, primals, tangents = case
+
+    def f(primals, tangents):
+        if transform == "dual":
+            return op(*(Dual(p, t) for p, t in zip(primals, tangents, strict=True)))
+        return torch.func.jvp(op, tuple(primals), tuple(tangents))
+
+    with ops.use_backend("triton"):
+        expected = f(primals, tangents)
+        leaves = [p.detach().requires_grad_() for p in primals]
+        actual = torch.compile(f, fullgraph=True, backend="aot_eager")(leaves, tangents)
+        assert_all_close([x.detach() for x in torch.utils._pytree.tree_leaves(actual)], expected)
+        if transform == "dual":
+            outputs = (actual,) if isinstance(actual, Dual) else actual
+            gradients = torch.autograd.grad(sum(o.primal.square().sum() for o in outputs), leaves)
+            plain = f(leaves, tangents)
+            plain = (plain,) if isinstance(plain, Dual) else plain
+            assert_all_close(gradients, torch.autograd.grad(sum(o.primal.square().sum() for o in plain), leaves))
+
+
+def test_meta_tensors(case):
+    op, primals, _ = case
+    with ops.use_backend("triton"):
+        shapes = [o.shape for o in torch.utils._pytree.tree_leaves(op(*(p.to("meta") for p in primals)))]
+    assert shapes == [o.shape for o in torch.utils._pytree.tree_leaves(op(*primals))]
+
+
+# ----------------------------------------------------------------------------
+# The network on fused kernels.
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_golden_cases_through_the_fused_path(name):
+    case = GoldenCase(name)
+    case.model.to(DEVICE)
+    latents, labels, draws = case.batch("in")
+    draws = draws._replace(noise=draws.noise.to(DEVICE))
+    with ops.use_backend("triton"):
+        loss, metrics = case.method.loss(case.model, latents.to(DEVICE), labels.to(DEVICE), draws)
+        loss.backward()
+    assert relative_error(loss.detach().cpu(), case.arrays["out/loss"]) < 1e-5
+    for key in ("v_g", "u", "du_dt"):
+        actual, expected = metrics[key].cpu(), case.image(f"mid/{key}")
+        assert relative_error(actual, expected[len(expected) - len(actual) :]) < 1e-5, key
+    gradients = case.parameters("grads")
+    for parameter, p in case.model.named_parameters():
+        assert relative_error(p.grad.cpu(), gradients[parameter]) < 1e-5, parameter
+
+
+def test_network_on_meta_tensors_and_in_half_precision():
+    model = DiT(ModelConfig(8, 2, 4, hidden_size=48, depth=2, num_heads=2, num_classes=3), torch.float16)
+    z, t, y = torch.randn(3, 4, 8, 8), torch.rand(3), torch.tensor([0, 1, 3])
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    tangents = (z[1:], t[1:], t[1:])
+    plain = model.to(DEVICE)(
+        z.to(DEVICE), t.to(DEVICE), t.to(DEVICE), y.to(DEVICE), tuple(x.to(DEVICE) for x in tangents)
+    )
+    with ops.use_backend("triton"):
+        fused = model(z.to(DEVICE), t.to(DEVICE), t.to(DEVICE), y.to(DEVICE), tuple(x.to(DEVICE) for x in tangents))
+        shape = model.to("meta")(z.to("meta"), t.to("meta"), t.to("meta"), y.to("meta")).shape
+    assert shape == z.shape
+    for a, e in zip(fused, plain, strict=True):
+        assert a.dtype == torch.float32
+        assert relative_error(a.detach().cpu(), e.detach().cpu()) < 5e-3
+
+
+# ----------------------------------------------------------------------------
+# Wrong arguments are refused before anything is launched.
+
+
+def attention_arguments(**changes):
+    q = torch.zeros(2, 3, 5, 16, device=DEVICE)
+    return [changes.get(name, q) for name in ("q", "k", "v")]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"q": torch.zeros(2, 5, 16)}, r"q must be \(B, H, N, d\)"),
+        ({"q": torch.zeros(2, 3, 5, 12)}, "q has head dim 12; accepted are multiples of 8 from 8 to 128"),
+        ({"q": torch.zeros(2, 3, 5, 136)}, "q has head dim 136"),
+        ({"q": torch.zeros(2, 3, 5, 16, dtype=torch.float64)}, r"q is torch.float64; accepted are float16"),
+        ({"k": torch.zeros(2, 4, 5, 16)}, r"k must be \(2, 3, M, 16\), not of shape \(2, 4, 5, 16\)"),
+        ({"k": torch.zeros(2, 3, 5, 16).half()}, r"k must be torch.float32, not torch.float16"),
+        ({"v": torch.zeros(2, 3, 6, 16)}, r"v must be of shape \(2, 3, 5, 16\), not \(2, 3, 6, 16\)"),
+        ({"v": torch.zeros(2, 3, 5, 16, device="meta")}, "v must be on .*, not meta"),
+    ],
+)
+def test_wrong_attention_arguments(changes, message):
+    with pytest.raises(ValueError, match=message):
+        attention.forward(*attention_arguments(**changes))
+
+
+def test_wrong_tangents():
+    q, k, v = attention_arguments()
+    with pytest.raises(ValueError, match="dq has 3 rows, more than the 2 of q"):
+        attention.forward_dual(q, k, v, *(torch.zeros(3, 3, 5, 16, device=DEVICE) for _ in range(3)))
+    with pytest.raises(ValueError, match=r"dk must be of shape \(1, 3, 5, 16\), not \(1, 3, 4, 16\)"):
+        attention.forward_dual(q, k, v, q[:1], q[:1, :, :4], v[:1])
+
+
+def test_wrong_adaln_and_gelu_arguments():
+    x, row = torch.zeros(2, 5, 8, device=DEVICE), torch.zeros(2, 8, device=DEVICE)
+    for arguments, message in (
+        ((x[0], None, None, row, row), r"x must be \(B, N, D\)"),
+        ((x, x, None, row, row), "y and gate go together"),
+        ((x, None, None, row[:, :4], row), r"shift must be of shape \(2, 8\), not \(2, 4\)"),
+        ((x, None, None, row, row.double()), r"scale is torch.float64"),
+        ((x, None, None, row, torch.zeros(8, 2, device=DEVICE).T), "scale must be contiguous in its last dimension"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            adaln.forward(*arguments, 1e-6)
+    for arguments, message in (
+        ((x, row[0, :4]), r"bias must be \(F,\) for x"),
+        ((x.transpose(1, 2), torch.zeros(5, device=DEVICE)), "x must be contiguous"),
+        ((x.double(), row[0]), r"x is torch.float64"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            gelu.forward(*arguments)
+
+
+def test_unknown_backend():
+    with (
+        pytest.raises(ValueError, match="there is no backend cudnn; accepted are auto, triton, torch"),
+        ops.use_backend("cudnn"),
+    ):
+        pass
+
+
+# ----------------------------------------------------------------------------
+# What the compiler makes of them.
+
+
+@pytest.mark.parametrize("only", ["d72 bf16", "D1152", "gelu"])
+def test_static_gate(only, tmp_path):
+    """XL/2's kernels compile for sm_80, sm_90 and sm_100 without stack, with tensor cores where there are products."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.static", "--only", only],
+        cwd=Path(__file__).parent.parent, env=env, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " 0 failed" in done.stdout
+
+
+def test_gate_fails_on_a_spill(monkeypatch, capsys):
+    static = pytest.importorskip("benchmarks.static")
+    row = {"kernel": "k", "arch": "sm_90", "registers": 255, "stack": 8, "shared": 0, "tensor_core": 4}
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(static, "kernels", lambda: [("k", None, attention.CONFIGS["delta"]["wide"], {}, {}, False)])
+    monkeypatch.setattr(static, "compile_kernel", lambda *args: None)
+    monkeypatch.setattr(static, "inspect", lambda compiled: row)
+    monkeypatch.setattr(sys, "argv", ["static"])
+    assert static.main() == 1
+    assert "FAILED" in capsys.readouterr().out
+    row |= {"stack": 0}
+    assert static.main() == 0
+    monkeypatch.setattr(static, "kernels", lambda: [("k", None, attention.CONFIGS["delta"]["wide"], {}, {}, True)])
+    row |= {"tensor_core": 0}
+    assert static.main() == 1
+
+
+def test_head_dims_are_split():
+    assert [attention.widths(d) for d in (8, 16, 24, 64, 72, 80, 96, 104, 128)] == [
+        (16, 0), (16, 0), (16, 16), (64, 0), (64, 16), (64, 16), (64, 32), (64, 64), (128, 0),
+    ]  # fmt: skip
