@@ -175,12 +175,14 @@ def time_steps(device: torch.device, clock: Clock, peak: float, rehearse: bool) 
             for name, objective in OBJECTIVES.items():
                 row: dict[str, Any] = {"step": f"{preset} {name}", "batch": batch}
                 rows.append(row)
+                if device.type == "cuda":
+                    torch.cuda.empty_cache()
+                    torch.cuda.reset_peak_memory_stats()
                 try:
                     step = training_step(config, objective, batch, device, torch.bfloat16)
                     times = clock.measure(step, 0.1 if rehearse else 8.0)
                 except torch.OutOfMemoryError:
                     row["error"] = "out of memory"
-                    torch.cuda.empty_cache()
                     continue
                 median = statistics.median(times)
                 row |= {
@@ -193,7 +195,6 @@ def time_steps(device: torch.device, clock: Clock, peak: float, rehearse: bool) 
                 }
                 if device.type == "cuda":
                     row["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
-                    torch.cuda.reset_peak_memory_stats()
                 del step
     return rows
 

@@ -44,6 +44,8 @@ class ModelConfig:
         for name in ("input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads", "num_classes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if not self.mlp_ratio * self.hidden_size >= 1:
+            raise ValueError(f"mlp_ratio must be positive, not {self.mlp_ratio}")
         if self.input_size % self.patch_size:
             raise ValueError(f"input_size {self.input_size} is not a multiple of patch_size {self.patch_size}")
         if self.hidden_size % self.num_heads:

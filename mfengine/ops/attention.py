@@ -1,6 +1,6 @@
 """Softmax attention: O = P V with P = softmax(a Q K^T).
 
-Tangent (DESIGN of the dual attention): with S' = a (Q' K^T + Q K'^T),
+Tangent: with S' = a (Q' K^T + Q K'^T),
 O' = (P * S') V + P V' - rowsum(P * S') * O.
 """
 
