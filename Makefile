@@ -14,7 +14,7 @@ install: .venv/installed
 
 # Trains a one-step generator of digits on real data, draws samples and measures them. Run again, it goes on from where it was.
 demo: install
-	test -e data/digits || $(BIN)/python -m mfengine.prepare digits data/digits
+	test -e data/digits/dataset.json || $(BIN)/python -m mfengine.prepare digits data/digits
 	$(BIN)/python -m mfengine.train digits --resume auto
 	$(BIN)/python -m mfengine.sample runs/digits --steps 1 --out runs/digits/grid.png
 	$(BIN)/python -m mfengine.evaluate runs/digits --data data/digits

@@ -1,7 +1,8 @@
 """`python -m benchmarks.gpu`: is everything right on this GPU, and how fast is it?
 
-One script for an hour with a GPU: golden cases, ops against float64, host synchronisations, ceilings of the machine,
-training steps. A short table comes last; with OUT set, everything goes to $OUT/gpu.json. Needs torch and numpy only.
+One script for an hour with a GPU: golden cases, ops against float64 (poisoned memory, fresh inputs, repeated), host
+synchronisations, ceilings of the machine, kernels beside plain PyTorch, training steps. A short table comes last; with
+OUT set, everything goes to $OUT/gpu.json. Needs torch, triton and numpy only.
 `--rehearse` runs all of it in miniature on a CPU, so that no time with a GPU is spent on debugging the script.
 """
 
@@ -17,6 +18,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +71,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
+        "triton": version("triton") if find_spec("triton") else None,
         "python": platform.python_version(),
         "commit": commit,
     }
@@ -97,37 +101,61 @@ def check_golden(device: torch.device) -> list[dict[str, Any]]:
     return rows
 
 
-def check_ops(device: torch.device, rehearse: bool) -> list[dict[str, Any]]:
-    """Output, tangent and gradient of each op against float64."""
-    bounds = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}
-    batch, tokens, width = (3, 17, 24) if rehearse else (6, 257, 1152)
+Case = tuple[Callable[..., Any], list[tuple[int, ...]]]  # an op, and the shapes of its arguments
+
+
+def op_cases(batch: int, tokens: int, width: int, heads: int) -> dict[str, Case]:
     stream, rows = (batch, tokens, width), (batch, width)
-    heads = 1 if rehearse else 16
-    cases: dict[str, tuple[Callable[..., Any], list[tuple[int, ...]]]] = {
-        "attention": (lambda qkv: ops.attention_packed(qkv, heads), [(batch, tokens, 3 * width)]),
-        "adaln_modulate": (ops.adaln_modulate, [stream, rows, rows]),
-        "gelu": (ops.gelu, [stream]),
-        "silu": (ops.silu, [rows]),
+    return {
+        "attention": (lambda qkv: (ops.attention_packed(qkv, heads),), [(batch, tokens, 3 * width)]),
+        "adaln": (lambda *args: (ops.adaln_modulate(*args),), [stream, rows, rows]),
+        "residual adaln": (ops.gated_residual_adaln, [stream, stream, rows, rows, rows]),
+        "gelu": (lambda x: (ops.gelu(x),), [(batch, tokens, 4 * width)]),
     }
+
+
+def run_op(op: Callable[..., Any], primals: list[torch.Tensor], tangents: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Outputs, tangents and gradients."""
+    leaves = [x.detach().requires_grad_() for x in primals]
+    outputs = op(*(Dual(x, dx) for x, dx in zip(leaves, tangents, strict=True)))
+    total = sum((o.primal * torch.linspace(-1, 1, o.primal.shape[-1]).to(o.primal)).sum() for o in outputs)
+    return [x.detach() for o in outputs for x in o] + list(torch.autograd.grad(total, leaves))
+
+
+def check_ops(device: torch.device, rehearse: bool) -> list[dict[str, Any]]:
+    """Output, tangent and gradients of each op against float64, over head dims and odd lengths.
+
+    Memory is filled with nan before each run, so that what a kernel does not write shows; three runs must agree bit
+    for bit, so that a race shows.
+    """
+    bounds = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 8e-3}
+    grid = (
+        [(3, 17, 24, 1)]
+        if rehearse
+        else [
+            (3, tokens, heads * dim, heads)
+            for dim, heads in ((64, 16), (72, 16), (96, 8), (128, 4))
+            for tokens in (1, 100, 257)
+        ]
+    )
     results = []
-    for name, (op, shapes) in cases.items():
-        for dtype, bound in bounds.items():
-            torch.manual_seed(0)
-            primals = [torch.randn(s, device=device).to(dtype) for s in shapes]
-            tangents = [torch.randn(s, device=device).to(dtype)[batch // 2 :] for s in shapes]
-            weight = torch.randn(op(*primals).shape, device=device)
-
-            def run(dtype: torch.dtype, op: Any = op, p: Any = primals, t: Any = tangents, w: Any = weight) -> Any:
-                leaves = [x.to(dtype).requires_grad_() for x in p]
-                dual = op(*(Dual(x, dx.to(dtype)) for x, dx in zip(leaves, t, strict=True)))
-                gradients = torch.autograd.grad((dual.primal * w.to(dtype)).sum(), leaves)
-                return [dual.primal.detach(), dual.tangent, *gradients]
-
-            errors = [
-                float((a.double() - e).norm() / e.norm()) for a, e in zip(run(dtype), run(torch.float64), strict=True)
-            ]
-            label = str(dtype).removeprefix("torch.")
-            results.append({"check": f"{name} {label}", "error": max(errors), "bound": bound})
+    for shape in grid:
+        for name, (op, shapes) in op_cases(*shape).items():
+            for dtype, bound in bounds.items():
+                primals = [torch.randn(s, device=device).to(dtype) for s in shapes]
+                tangents = [torch.randn(s, device=device).to(dtype)[1:] for s in shapes]
+                with ops.use_backend("torch"):
+                    exact = run_op(op, [x.double() for x in primals], [x.double() for x in tangents])
+                runs = []
+                for _ in range(3):
+                    poison = torch.full((2**20 if rehearse else 2**26,), float("nan"), device=device)
+                    del poison
+                    runs.append(run_op(op, primals, tangents))
+                errors = [float((a.double() - e).norm() / e.norm()) for a, e in zip(runs[0], exact, strict=True)]
+                same = all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run, strict=True))
+                label = f"{name} {shape} {str(dtype).removeprefix('torch.')}"
+                error = max(errors) if same else float("nan")
+                results.append({"check": label, "error": error, "bound": bound, "repeats": same})
     return results
 
 
@@ -165,6 +193,42 @@ def ceilings(device: torch.device, clock: Clock, rehearse: bool) -> dict[str, fl
     return {"copy_gb_per_s": 2 * size / copy / 1e9, "bf16_tflop_per_s": 2 * n**3 / product / 1e12}
 
 
+def time_ops(device: torch.device, clock: Clock, rehearse: bool) -> list[dict[str, Any]]:
+    """Each op of XL/2 in bfloat16, fused and plain: forward, dual for a quarter of the rows, and forward + backward."""
+    batch, tokens, width, heads = (2, 16, 48, 2) if rehearse else (64, 256, 1152, 16)
+    rows = []
+    for name, (op, shapes) in op_cases(batch, tokens, width, heads).items():
+        inputs = [
+            [torch.randn(s, device=device).to(torch.bfloat16).requires_grad_() for s in shapes] for _ in range(4)
+        ]  # in turn, so that none of them stays in the cache
+        turn = 0
+
+        def rotate(inputs: Any = inputs) -> Any:
+            nonlocal turn
+            turn += 1
+            return inputs[turn % len(inputs)]
+
+        def forward(op: Any = op, rotate: Any = rotate) -> None:
+            with torch.no_grad():
+                op(*rotate())
+
+        def dual(op: Any = op, rotate: Any = rotate) -> None:
+            with torch.no_grad():
+                op(*(Dual(x, x[-(batch // 4) or -1 :]) for x in rotate()))
+
+        def both(op: Any = op, rotate: Any = rotate) -> None:
+            leaves = rotate()
+            torch.autograd.grad(sum(o.sum() for o in op(*leaves)), leaves)
+
+        for mode, f in (("forward", forward), ("dual", dual), ("forward + backward", both)):
+            row: dict[str, Any] = {"op": f"{name}, {mode}"}
+            for backend in ("torch",) if rehearse else ("triton", "torch"):
+                with ops.use_backend(backend):
+                    row[backend] = statistics.median(clock.measure(f, 0.05 if rehearse else 0.4))
+            rows.append(row)
+    return rows
+
+
 def time_steps(device: torch.device, clock: Clock, peak: float, rehearse: bool) -> list[dict[str, Any]]:
     """Training steps of b2 and xl2 at two local batches."""
     rows = []
@@ -174,12 +238,14 @@ def time_steps(device: torch.device, clock: Clock, peak: float, rehearse: bool) 
             for name, objective in OBJECTIVES.items():
                 row: dict[str, Any] = {"step": f"{preset} {name}", "batch": batch}
                 rows.append(row)
+                if device.type == "cuda":
+                    torch.cuda.empty_cache()
+                    torch.cuda.reset_peak_memory_stats()
                 try:
                     step = training_step(config, objective, batch, device, torch.bfloat16)
                     times = clock.measure(step, 0.1 if rehearse else 8.0)
                 except torch.OutOfMemoryError:
                     row["error"] = "out of memory"
-                    torch.cuda.empty_cache()
                     continue
                 median = statistics.median(times)
                 row |= {
@@ -192,7 +258,6 @@ def time_steps(device: torch.device, clock: Clock, peak: float, rehearse: bool) 
                 }
                 if device.type == "cuda":
                     row["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
-                    torch.cuda.reset_peak_memory_stats()
                 del step
     return rows
 
@@ -213,13 +278,17 @@ def main() -> int:
     failed = [row for row in report["checks"] if not row["error"] <= row["bound"]]
     report["ceilings"] = ceilings(device, clock, args.rehearse)
     print(report["ceilings"], flush=True)
+    report["ops"] = time_ops(device, clock, args.rehearse)
     report["steps"] = time_steps(device, clock, report["ceilings"]["bf16_tflop_per_s"], args.rehearse)
     if out := os.environ.get("OUT"):
         Path(out, "gpu.json").write_text(json.dumps(report, indent=1) + "\n")
 
     for row in report["checks"]:
         verdict = "FAILED" if row in failed else "ok"
-        print(f"{row['check']:34} {row['error']:9.2e} of {row['bound']:7.1e}  {verdict}")
+        print(f"{row['check']:44} {row['error']:9.2e} of {row['bound']:7.1e}  {verdict}")
+    print(f"\n{'op of XL/2, batch 64':36} {'fused ms':>9} {'plain ms':>9}")
+    for row in report["ops"]:
+        print(f"{row['op']:36} {row.get('triton', float('nan')) * 1e3:9.3f} {row['torch'] * 1e3:9.3f}")
     print(f"\n{'step':22} {'batch':>5} {'ms':>9} {'samples/s':>10} {'of matrix rate':>14}")
     for row in report["steps"]:
         if "error" in row:

@@ -179,19 +179,19 @@ def forward_dual(
     dx_out = torch.empty(dx.shape, dtype=x.dtype, device=x.device) if y is not None else dx
     o = torch.empty(x.shape, dtype=scale.dtype, device=x.device)
     do = torch.empty(dx.shape, dtype=scale.dtype, device=x.device)
-    lead = [a if a is None else a[:first] for a in (x, y, gate, shift, scale, x_out, o)]
-    _launch_forward(*lead, eps)  # type: ignore[arg-type]
+    lead_y, lead_gate = (None, None) if y is None or gate is None else (y[:first], gate[:first])
+    _launch_forward(x[:first], lead_y, lead_gate, shift[:first], scale[:first], x_out[:first], o[:first], eps)
     if do.numel():
-        x, y, gate, shift, scale, x_tail, o_tail = (
-            a if a is None else a[first:] for a in (x, y, gate, shift, scale, x_out, o)
-        )
         residual = y is not None
-        y, gate, dy, dgate = (x, shift, dx, dshift) if y is None else (y, gate, dy, dgate)  # not read
-        config = CONFIGS["dual"]
+        # Without a residual y and gate are not read, and anything stands in for them.
+        y, gate, dy, dgate = (x, shift, dx, dshift) if y is None else (y, gate, dy, dgate)
+        assert y is not None
+        assert gate is not None
+        x, y, gate, shift, scale = (a[first:] for a in (x, y, gate, shift, scale))
         dual_kernel[(duals * tokens,)](
-            x, y, gate, shift, scale, dx, dy, dgate, dshift, dscale, x_tail, o_tail, dx_out, do,
+            x, y, gate, shift, scale, dx, dy, dgate, dshift, dscale, x_out[first:], o[first:], dx_out, do,
             *_strides(x, y), *_strides(gate, shift, scale), *_strides(dx, dy), *_strides(dgate, dshift, dscale),
-            tokens, width, eps, RESIDUAL=residual, BLOCK=block(width), **config.kwargs,
+            tokens, width, eps, RESIDUAL=residual, BLOCK=block(width), **CONFIGS["dual"].kwargs,
         )  # fmt: skip
     return x_out, o, dx_out, do
 

@@ -462,7 +462,8 @@ def width_class(dim: int) -> str:
 
 
 # Chosen by `python -m benchmarks.static`: no stack on sm_80, sm_90 and sm_100 in float16 and bfloat16. float32 is not
-# compiled there: Triton 3.9 aborts on the dual kernel, and ops leave it to plain PyTorch on a GPU. Times: not measured yet.
+# compiled there: Triton 3.9 aborts on the dual kernel, so ops leave it to plain PyTorch on a GPU.
+# Times: not measured yet.
 CONFIGS: dict[str, dict[str, Config]] = {
     "forward": {
         "narrow": Config(BLOCK_M=128, BLOCK_N=64, num_warps=8, num_stages=2),

@@ -15,7 +15,7 @@ from typing import Any, TypeVar, get_type_hints
 
 import tyro
 
-from mfengine.errors import DataError, InputError, TrainingError
+from mfengine.errors import InputError, RankError, TrainingError
 
 T = TypeVar("T")
 
@@ -42,9 +42,11 @@ def parse(arguments: type[T], args: Sequence[str], prog: str, default: T | None 
         if not stop.code:
             raise  # --help
     message = _message(report.getvalue())
-    unknown = re.match(r"Unrecognized options: (--[\w.-]+)", message)
-    if unknown:
+    unknown = re.match(r"Unrecognized options: ([^\s=,]+)", message)
+    if unknown and unknown[1].startswith("--"):
         message = f"there is no option {unknown[1]}; the nearest is {_nearest(unknown[1], _options(arguments))}"
+    elif unknown:
+        message = f"unexpected argument {unknown[1]}"
     raise InputError(f"{message} (`{prog} --help` lists the options)")
 
 
@@ -83,7 +85,7 @@ def run(command: Callable[[Sequence[str]], int | None]) -> None:
     except (InputError, TrainingError) as error:
         # What is wrong is wrong on every rank alike and the first one says it, unless only one rank can know.
         rank = int(os.environ.get("RANK", 0))
-        if rank == 0 or isinstance(error, DataError):
+        if rank == 0 or isinstance(error, RankError):
             print(f"error: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr)
         code = 2 if isinstance(error, InputError) else 1
     sys.exit(code)

@@ -78,6 +78,8 @@ def from_sit(checkpoint: Mapping[str, Any], reverse_time: bool = False) -> Conve
     Raises:
         ValueError: there is no DiT in the checkpoint.
     """
+    if not isinstance(checkpoint, Mapping):
+        raise ValueError(f"no DiT in this checkpoint: it is a {type(checkpoint).__name__}, not a state dict")
     for key in ("ema", "model", "state_dict"):
         if isinstance(checkpoint.get(key), Mapping):
             checkpoint = checkpoint[key]

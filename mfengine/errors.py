@@ -5,8 +5,8 @@ class InputError(ValueError):
     """Wrong input: a command prints the message and exits with code 2."""
 
 
-class DataError(InputError):
-    """Data that cannot be read: the rank that reads it tells of it, the others cannot know."""
+class RankError(InputError):
+    """Wrong input that only this rank knows of, and so has to tell: unreadable data, a missing GPU."""
 
 
 class TrainingError(RuntimeError):

@@ -33,7 +33,7 @@ class EvaluateArgs:
     data: Path
     """the data set the model was trained on"""
     out: Path | None = None
-    """where to write the figures; metrics.json in the run folder if not given"""
+    """where to write the figures; metrics.json in the run folder if not given, nowhere for an export"""
     num: int = 2000
     """samples to draw, their labels spread evenly"""
     seed: int = 0
@@ -97,16 +97,14 @@ def main(args: Sequence[str]) -> None:
         "samples": config.num,
         "checkpoint": path.name,
     }
-    out = config.out or run_folder(path) / "metrics.json"
-    out.write_text(json.dumps(figures, indent=1) + "\n")
     for name, value in figures.items():
         print(f"{name:14} {value:.4g}" if isinstance(value, float) else f"{name:14} {value}")
-    print(f"written to {out}")
-
-
-def run_folder(path: Path) -> Path:
-    """RUN of RUN/checkpoints/step-00001000; the folder of an export."""
-    return path.parent if path.suffix == ".safetensors" else path.parent.parent
+    out = config.out
+    if out is None and path.parent.name == "checkpoints":
+        out = path.parent.parent / "metrics.json"
+    if out is not None:
+        out.write_text(json.dumps(figures, indent=1) + "\n")
+        print(f"written to {out}")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -135,6 +136,23 @@ def test_training_starts_from_other_weights(trained, digits, tmp_path):
     assert "sit.pt is of another architecture: size mismatch" in other.stderr
 
 
+def test_run_that_was_killed_as_it_began(digits, tmp_path):
+    (tmp_path / "runs/digits").mkdir(parents=True)
+    (tmp_path / "runs/digits/.partial-config.json").write_text("{")
+    done = run_command("mfengine.train", *SMALL, f"--data={digits}", "--steps=1", "--resume=auto", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+def test_checkpoint_under_another_name(trained, tmp_path, monkeypatch, capsys):
+    shutil.copytree(newest_checkpoint(trained[0]), tmp_path / "best")
+    code, _, _ = run_in_process("mfengine.sample", "best", cwd=tmp_path, monkeypatch=monkeypatch, capsys=capsys)
+    assert code == 0
+    (tmp_path / "best/checkpoint.json").write_text("")
+    code, _, errors = run_in_process("mfengine.sample", "best", cwd=tmp_path, monkeypatch=monkeypatch, capsys=capsys)
+    assert code == 2
+    assert "cannot read best/checkpoint.json" in errors
+
+
 # ----------------------------------------------------------------------------
 # Being stopped.
 
@@ -209,7 +227,12 @@ def test_weights_that_are_not_finite_are_not_saved(digits, tmp_path):
         (["mfengine.train", "--batch-sise", "4"], "there is no option --batch-sise; the nearest is --batch-size"),
         (["mfengine.train", "--batch-size", "many"], "Error parsing --batch-size"),
         (["mfengine.train", "--model.depth", "0"], "depth must be at least 1, not 0"),
-        (["mfengine.train", "--data=nowhere"], "dataset.json does not exist"),
+        (["mfengine.train", "--data=nowhere"], "dataset.json does not exist: see docs/data.md"),
+        (["mfengine.train", "xl2", "digits"], "unexpected argument digits"),
+        (["mfengine.train", "--optim.betas", "2", "3"], "betas must be in [0, 1)"),
+        (["mfengine.train", "--epochs", "nan"], "epochs must be positive"),
+        (["mfengine.train", "--name", ""], "name must be the name of a folder"),
+        (["mfengine.train", "--data=DATA", "--init=list.pt"], "no DiT in this checkpoint: it is a list"),
         (["mfengine.train", "--data=DATA", "--batch-size=250"], "interval share of 0.25 does not divide"),
         (["mfengine.train", "--data=DATA", "--accumulation=3"], "not a multiple of ranks x accumulation = 1 x 3"),
         (["mfengine.train", "--data=DATA", "--model.input-size=16"], "holds latents of (1, 8, 8); the model takes"),
@@ -233,6 +256,7 @@ def test_wrong_input(trained, digits, tmp_path, monkeypatch, capsys, args, messa
     if "cuda" in args[-1] and torch.cuda.is_available():
         pytest.skip("there is a GPU")
     (tmp_path / "broken.safetensors").write_bytes(b"not safetensors")
+    torch.save([1], tmp_path / "list.pt")
     places = {"DATA": str(digits), "RUN": str(trained[0])}
     args = [places.get(part, part) for part in args]
     args = [part.replace("=DATA", f"={digits}") for part in args]
@@ -241,7 +265,7 @@ def test_wrong_input(trained, digits, tmp_path, monkeypatch, capsys, args, messa
     assert errors.startswith("error: ")
     assert errors.count("\n") == 1, errors
     assert message in errors
-    assert {p.name for p in tmp_path.rglob("*")} == {"broken.safetensors"}
+    assert {p.name for p in tmp_path.rglob("*")} == {"broken.safetensors", "list.pt"}
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
@@ -256,6 +280,8 @@ def test_wrong_input_ends_the_process_with_2(tmp_path, encoding):
     [
         ([], "holds a run: continue it with --resume auto, or choose another --name"),
         (["--resume=auto", "--model.depth=2"], "has a run with model.depth 1, not 2"),
+        (["--resume=auto", "--seed=7"], "has a run with seed 0, not 7: it cannot be continued so"),
+        (["--resume=auto", "--method.kappa=0.5"], "has a run with method.kappa 0.0, not 0.5"),
         (["--resume=auto", "--optim.ema-decays", "0.9"], "has a run with optim.ema_decays [0.9, 0.5], not [0.9]"),
         (["--name=checkpoints", "--runs=RUN"], "is not a run folder"),
     ],

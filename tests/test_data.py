@@ -8,7 +8,7 @@ import torch
 
 from mfengine import ModelConfig
 from mfengine.engine.data import DESCRIPTION, Dataset, LatentSpace, Loader, read_means, write_dataset
-from mfengine.errors import DataError, InputError
+from mfengine.errors import InputError, RankError
 
 CPU = torch.device("cpu")
 SPACE = LatentSpace(shape=(2, 3, 3), num_classes=101, scale=0.5, bias=1.0)
@@ -105,7 +105,7 @@ def truncate(path, size):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda d: (d.folder / DESCRIPTION).unlink(), "dataset.json does not exist; `python -m mfengine.prepare"),
+        (lambda d: (d.folder / DESCRIPTION).unlink(), "dataset.json does not exist: see docs/data.md"),
         (lambda d: (d.folder / DESCRIPTION).write_text("{"), "is not a description of a data set"),
         (lambda d: edit(d, shards=[]), "lists no shards"),
         (lambda d: edit(d, count=100), "says 100 samples"),
@@ -116,6 +116,7 @@ def truncate(path, size):
         (lambda d: truncate(d.folder / "000000.idx", 0), "000000.idx does not list the 40 samples"),
         (lambda d: edit(d, space={**json.loads(json.dumps(vars(SPACE))), "shape": [2, 4, 4]}), "bytes per sample"),
         (lambda d: edit(d, flips=2), "bytes per sample"),
+        (lambda d: (d.folder / "000000.idx").write_text("v1.2 40\nmoments 512"), "bytes per sample"),
         (lambda d: edit(d, space={"colour": 1}), "LatentSpace has no colour"),
     ],
 )
@@ -140,14 +141,14 @@ def test_data_of_another_model(dataset, model, message):
 def test_label_out_of_range(dataset):
     edit(dataset, space={**json.loads(json.dumps(vars(SPACE))), "num_classes": 50})
     loader = Loader(Dataset.open(dataset.folder), 101, 0, 1, seed=0, device=CPU)
-    with pytest.raises(DataError, match="label outside of 0 to 49"):
+    with pytest.raises(RankError, match="label outside of 0 to 49"):
         next(loader)
 
 
 def test_shard_cut_off_while_training(dataset):
     dataset = Dataset.open(dataset.folder)
     truncate(dataset.folder / "000001.tar", 1024)
-    with pytest.raises(DataError, match=r"cannot read .*data: Malformed index file .* outside of the archive"):
+    with pytest.raises(RankError, match=r"cannot read .*data: Malformed index file .* outside of the archive"):
         labels_of(Loader(dataset, 101, 0, 1, seed=0, device=CPU), 2)
 
 
@@ -167,6 +168,19 @@ def test_writer_refuses_what_contradicts_the_description(tmp_path, sample, messa
     with pytest.raises(InputError, match=message):
         write_dataset(tmp_path / "data", "n", SPACE, [sample])
     assert not (tmp_path / "data" / DESCRIPTION).exists()
+
+
+def test_writer_that_was_killed_leaves_no_data_set(tmp_path):
+    def broken():
+        yield from list(numbered())[:50]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_dataset(tmp_path / "data", "n", SPACE, broken(), shard_samples=40)
+    assert not (tmp_path / "data").exists()
+    dataset = write_dataset(tmp_path / "data", "n", SPACE, numbered(), shard_samples=40)
+    assert Dataset.open(tmp_path / "data") == dataset
+    assert [p.name for p in tmp_path.iterdir()] == ["data"]
 
 
 def test_writer_overwrites_nothing(dataset):

@@ -7,12 +7,14 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import SMALL, checkpoint_contents, run_command
 from golden_cases import relative_error
 
 from mfengine.engine.checkpoint import load_model, newest_checkpoint
+from mfengine.engine.data import LatentSpace, write_dataset
 
 GUIDED = ("--method.omega=0.2", "--method.kappa=0.92", "--method.t-end=0.75")
 STEPS = ("--steps=20", "--checkpoint-every=10")
@@ -25,7 +27,8 @@ def train(digits, cwd, name, *args, ranks=1):
 
 
 def weights(cwd, name):
-    return load_model(cwd / "runs" / name)[0].state_dict()
+    """Of the network itself: its moving average is still near the common start."""
+    return {k: v for k, v in checkpoint_contents(cwd / "runs" / name).items() if k.startswith("/model/")}
 
 
 def assert_near(actual, expected, tolerance=1e-5):
@@ -70,6 +73,13 @@ def test_clipping_takes_the_norm_over_all_ranks(single, digits):
     assert_near(weights(single, "clipped-sharded"), weights(single, "clipped"))
 
 
+def test_one_process_in_two_passes_continues_what_two_began(single, digits):
+    train(digits, single, "passes", "--steps=7", *GUIDED, ranks=2)
+    done = train(digits, single, "passes", *STEPS, *GUIDED, "--resume=auto", "--accumulation=2")
+    assert "restarts" not in done.stderr
+    assert_near(weights(single, "passes"), weights(single, "single"))
+
+
 def test_another_number_of_processes_resumes(single, digits):
     train(digits, single, "moved", "--steps=10", *GUIDED, ranks=2)
     before = checkpoint_contents(single / "runs/moved")
@@ -89,6 +99,35 @@ def test_error_on_every_rank_is_told_once(digits, tmp_path):
     done = run_command("mfengine.train", *SMALL, f"--data={digits}", "--batch-size=33", cwd=tmp_path, ranks=2)
     assert done.returncode != 0
     assert done.stderr.count("error: batch_size 33 is not a multiple of ranks x accumulation = 2 x 1") == 1
+
+
+def write_bad(folder, make):
+    """64 samples in two shards, one for each of two ranks; `make(i)` is the mean of sample i."""
+    space = LatentSpace(shape=(1, 8, 8), num_classes=10)
+    samples = [(np.full((1, 2, 1, 8, 8), make(i)), i % 10) for i in range(64)]
+    return write_dataset(folder, "bad", space, samples, shard_samples=32)
+
+
+def test_loss_that_is_not_finite_on_one_rank(tmp_path):
+    write_bad(tmp_path / "bad", lambda i: np.inf if i >= 32 else 0)
+    args = ("mfengine.train", *SMALL, "--data=bad", "--steps=3")
+    done = run_command(*args, cwd=tmp_path, ranks=2)
+    assert done.returncode != 0
+    assert done.stderr.count("error: the loss is not finite at step 1 on rank 1, after 0 skipped step(s)") == 1
+    done = run_command(*args, "--name=lenient", "--max-skipped-steps=3", cwd=tmp_path, ranks=2)
+    assert done.returncode == 0, done.stderr
+    model, _, _ = load_model(tmp_path / "runs/lenient")
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_data_that_only_one_rank_finds_unreadable(tmp_path):
+    dataset = write_bad(tmp_path / "bad", lambda i: 0)
+    index = dataset.folder / "000001.idx"
+    lines = index.read_text().splitlines()
+    index.write_text("\n".join([*lines[:2], *["moments 99999999 256 x label 0 4 y"] * 31]) + "\n")
+    done = run_command("mfengine.train", *SMALL, "--data=bad", "--steps=3", cwd=tmp_path, ranks=2)
+    assert done.returncode != 0
+    assert "cannot read bad: Malformed index file" in done.stderr
 
 
 def test_sigterm_to_torchrun_writes_a_checkpoint(digits, tmp_path):

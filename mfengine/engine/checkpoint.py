@@ -12,9 +12,7 @@ import pickle
 import re
 import shutil
 import warnings
-from collections.abc import Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +29,9 @@ from mfengine.engine.data import LatentSpace
 from mfengine.engine.distributed import World
 from mfengine.errors import InputError
 from mfengine.model import DiT, ModelConfig
+
+# A single process has no process group, which is as it should be.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 DESCRIPTION = "checkpoint.json"
 _WHOLE = re.compile(r"step-(\d{8})")
@@ -55,7 +56,7 @@ class Checkpointer:
         self.newest = world.on_main(lambda: newest_checkpoint(folder))
         if world.main:
             self._folder.mkdir(parents=True, exist_ok=True)
-            for leftover in self._folder.glob(".*"):
+            for leftover in (*self._folder.glob(".partial-*"), *self._folder.glob(".removed-*")):
                 shutil.rmtree(leftover)
 
     def save(self, step: int, state: dict[str, Any], description: dict[str, Any]) -> None:
@@ -77,8 +78,7 @@ class Checkpointer:
             assert isinstance(future, Future)
             self._pending = (step, future)
         else:
-            with _quiet():
-                dcp.save(state, checkpoint_id=partial, no_dist=alone)
+            dcp.save(state, checkpoint_id=partial, no_dist=alone)
             self._finish(step)
 
     def poll(self) -> None:
@@ -99,7 +99,10 @@ class Checkpointer:
         whole = self._folder / f"step-{step:08d}"
         self.newest = whole
         if self._world.main:
-            self._partial(step).rename(whole)
+            partial = self._partial(step)
+            _sync(partial / DESCRIPTION)
+            _sync(partial)
+            partial.rename(whole)
             _sync(self._folder)
             for old in _whole_checkpoints(self._folder)[: -self._keep]:
                 # Renamed first: a kill in the midst of the removal must not leave a folder that looks whole.
@@ -111,17 +114,9 @@ class Checkpointer:
         return self._folder / f".partial-step-{step:08d}"
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without DCP's warning that a single process has no process group."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield
-
-
-def _sync(folder: Path) -> None:
-    """Make a rename in `folder` survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    """Make what was written to a file, or renamed in a folder, survive a power cut; DCP does so for its own files."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
@@ -140,7 +135,11 @@ def newest_checkpoint(run: Path) -> Path | None:
 
 
 def read_description(checkpoint: Path) -> dict[str, Any]:
-    return json.loads((checkpoint / DESCRIPTION).read_text())
+    """What checkpoint.json says; InputError if it cannot be read."""
+    try:
+        return json.loads((checkpoint / DESCRIPTION).read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read {checkpoint / DESCRIPTION}: {error}") from None
 
 
 def load_state(checkpoint: Path, state: dict[str, Any], world: World) -> None:
@@ -150,8 +149,7 @@ def load_state(checkpoint: Path, state: dict[str, Any], world: World) -> None:
         InputError: the checkpoint has not all of it, or in other shapes.
     """
     try:
-        with _quiet():
-            dcp.load(state, checkpoint_id=checkpoint, no_dist=world.size == 1)
+        dcp.load(state, checkpoint_id=checkpoint, no_dist=world.size == 1)
     except (dcp.api.CheckpointException, RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[-1]
         raise InputError(f"cannot read {checkpoint}: {reason}") from None
@@ -200,12 +198,13 @@ def export_model(checkpoint: Path, out: Path, ema_decay: float | None = None) ->
     return checkpoint
 
 
-def load_initial_weights(model: DiT, path: Path) -> list[str]:
+def load_initial_weights(model: DiT, path: Path, reverse_time: bool) -> list[str]:
     """Start `model` from other weights.
 
     Args:
         model: on the host.
         path: what `load_model` takes, or a DiT, SiT or MeanFlow checkpoint (.pt, .pth) as `convert.from_sit` takes.
+        reverse_time: of `convert.from_sit`.
 
     Returns:
         The parameters that it left fresh.
@@ -218,7 +217,7 @@ def load_initial_weights(model: DiT, path: Path) -> list[str]:
         weights = load_model(path)[0].state_dict()
     else:
         try:
-            weights, fresh, _ = from_sit(torch.load(path, map_location="cpu", weights_only=True))
+            weights, fresh, _ = from_sit(torch.load(path, map_location="cpu", weights_only=True), reverse_time)
         except (OSError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
             raise InputError(f"cannot read {path}: {str(error).splitlines()[0]}") from None
     try:
@@ -234,7 +233,7 @@ def describe_model(model: ModelConfig, space: LatentSpace) -> dict[str, Any]:
 
 
 def _find_checkpoint(path: Path) -> Path:
-    if (path / DESCRIPTION).is_file() and _WHOLE.fullmatch(path.name):
+    if (path / DESCRIPTION).is_file() and not path.resolve().name.startswith("."):
         return path
     newest = newest_checkpoint(path)
     if newest is None:

@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeVar
 from mfengine.errors import InputError
 from mfengine.method import MeanFlowConfig
 from mfengine.model import ModelConfig
+from mfengine.ops.backend import Backend
 
 C = TypeVar("C")
 
@@ -33,9 +34,13 @@ class OptimConfig:
     """one moving average of the weights per decay; the first one is sampled from"""
 
     def __post_init__(self) -> None:
-        if self.lr <= 0:
+        if not self.lr > 0:
             raise ValueError(f"lr must be positive, not {self.lr}")
-        if self.clip_norm is not None and self.clip_norm <= 0:
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas must be in [0, 1), not {self.betas}")
+        if not (self.eps > 0 and self.weight_decay >= 0):
+            raise ValueError(f"eps must be positive and weight_decay not negative, not {self.eps}, {self.weight_decay}")
+        if self.clip_norm is not None and not self.clip_norm > 0:
             raise ValueError(f"clip_norm must be positive, not {self.clip_norm}")
         if not self.ema_decays or not all(0 <= decay < 1 for decay in self.ema_decays):
             raise ValueError(f"ema_decays must be one or more numbers in [0, 1), not {self.ema_decays}")
@@ -67,11 +72,15 @@ class TrainConfig:
     """weights, order of the data, times, noise and dropped labels derive from it"""
     init: Path | None = None
     """start from these weights: a run, a checkpoint, an export, or a DiT/SiT checkpoint (.pt)"""
+    init_reverse_time: bool = False
+    """the .pt has data at t = 1 and predicts data minus noise, as the original SiT does"""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes a GPU where there is one"""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """of matrix products; auto is bfloat16 on GPUs and float32 on CPUs. Weights stay float32"""
+    ops: Backend = "auto"
+    """fused Triton kernels, or plain PyTorch; auto takes the kernels on GPUs in bfloat16"""
     compile: bool = False
     """compile the blocks with torch.compile"""
     recompute: bool = False
@@ -98,10 +107,12 @@ class TrainConfig:
         for name in ("batch_size", "accumulation", "replicas", "log_every", "checkpoint_every", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if not self.name or "/" in self.name:
+            raise ValueError(f"name must be the name of a folder, not '{self.name}'")
         for name in ("sample_every", "max_skipped_steps", "seed"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, not {getattr(self, name)}")
-        if self.epochs <= 0 or (self.steps is not None and self.steps < 1):
+        if not 0 < self.epochs < float("inf") or (self.steps is not None and self.steps < 1):
             raise ValueError("epochs must be positive and steps at least 1")
 
     @property

@@ -12,6 +12,7 @@ import dataclasses
 import json
 import math
 import re
+import shutil
 import tarfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor
 
 from mfengine.engine.config import from_json
-from mfengine.errors import DataError, InputError
+from mfengine.errors import InputError, RankError
 from mfengine.model import ModelConfig
 
 DESCRIPTION = "dataset.json"
@@ -78,7 +79,12 @@ class Dataset:
         """
         path = folder / DESCRIPTION
         if not path.is_file():
-            raise InputError(f"{path} does not exist; `python -m mfengine.prepare digits {folder}` writes a data set")
+            hint = (
+                f"`python -m mfengine.prepare digits {folder}` writes it"
+                if folder.name == "digits"
+                else "see docs/data.md"
+            )
+            raise InputError(f"{path} does not exist: {hint}")
         try:
             values = json.loads(path.read_text())
             dataset = cls(
@@ -113,7 +119,7 @@ class Dataset:
                 header, first = lines.readline().split(), lines.readline().split()
             if header != [INDEX_VERSION, str(shard.count)]:
                 raise InputError(f"index {index} does not list the {shard.count} samples of {DESCRIPTION}")
-            found = {first[i]: int(first[i + 2]) for i in range(0, len(first), 4)}
+            found = dict(zip(first[::4], map(int, first[2::4]), strict=False)) if len(first) % 4 == 0 else first
             if found != sizes:
                 raise InputError(
                     f"shard {path} holds {found} bytes per sample; shape {self.space.shape} with {self.flips} flip(s) "
@@ -138,10 +144,10 @@ def write_dataset(
     samples: Iterable[tuple[np.ndarray, int]],
     shard_samples: int = 32_768,
 ) -> Dataset:
-    """Write a data set; `dataset.json` comes last, so that what is not whole is not a data set.
+    """Write a data set, aside, and give the folder its name when it is whole.
 
     Args:
-        folder: created if need be; it must not hold anything.
+        folder: must not exist, or be empty.
         name: of the data set.
         space: what the latents mean.
         samples: in random order: moments (flips, 2, C, H, W), cast to float16, and the label.
@@ -152,15 +158,18 @@ def write_dataset(
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} is not an empty folder: choose another one, or remove it first")
-    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder.with_name(f".partial-{folder.name}")
+    if partial.exists():
+        shutil.rmtree(partial)  # of a writer that was killed
+    partial.mkdir(parents=True)
     shards: list[Shard] = []
     pending: list[tuple[np.ndarray, int]] = []
     flips = count = 0
 
     def flush() -> None:
         file = f"{len(shards):06d}.tar"
-        _write_shard(folder / file, pending, count - len(pending))
-        shards.append(Shard(file, len(pending), (folder / file).stat().st_size))
+        _write_shard(partial / file, pending, count - len(pending))
+        shards.append(Shard(file, len(pending), (partial / file).stat().st_size))
         pending.clear()
 
     for moments, label in samples:
@@ -178,7 +187,10 @@ def write_dataset(
     dataset = Dataset(folder, name, space, flips, count, tuple(shards))
     values = dataclasses.asdict(dataset)
     del values["folder"]
-    (folder / DESCRIPTION).write_text(json.dumps(values, indent=1) + "\n")
+    (partial / DESCRIPTION).write_text(json.dumps(values, indent=1) + "\n")
+    if folder.exists():
+        folder.rmdir()
+    partial.rename(folder)
     return dataset
 
 
@@ -243,7 +255,7 @@ class Loader:
         y = batch["labels"].flatten().long()
         classes = self._dataset.space.num_classes
         if int(y.min()) < 0 or int(y.max()) >= classes:
-            raise DataError(
+            raise RankError(
                 f"{self._dataset.folder} has a label outside of 0 to {classes - 1}, the classes of {DESCRIPTION}"
             )
         return batch["latents"], y
@@ -260,7 +272,7 @@ class Loader:
         except RuntimeError as error:
             reason = str(error).rpartition("encountered:")[2].strip().splitlines()[0]
             reason = re.sub("^Assert on .* failed: ", "", reason)
-            raise DataError(f"cannot read {self._dataset.folder}: {reason}") from None
+            raise RankError(f"cannot read {self._dataset.folder}: {reason}") from None
 
 
 def _pipeline(

@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
-from mfengine.errors import InputError
+from mfengine.errors import InputError, RankError
 from mfengine.model import DiT
 from mfengine.ops import Dual
 
@@ -78,7 +78,7 @@ def world(device: str) -> Iterator[World]:
         if not torch.cuda.is_available():
             raise InputError("device cuda was asked for, but torch finds no GPU; use --device cpu")
         if local_rank >= torch.cuda.device_count():
-            raise InputError(f"local rank {local_rank} has no GPU: there are {torch.cuda.device_count()}")
+            raise RankError(f"local rank {local_rank} has no GPU: there are {torch.cuda.device_count()}")
         torch.cuda.set_device(local_rank)
         here = torch.device("cuda", local_rank)
     else:
@@ -124,7 +124,8 @@ def prepare_model(
         if compile:
             block.forward = torch.compile(block.forward)
         if recompute:
-            block.forward = _recomputed(block.forward)
+            # A compiled block must be called as in the forward, to save the same tensors.
+            block.forward = _recomputed(block.forward, without_tangents=not compile)
     if world.size == 1:
         return model.to(world.device)
 
@@ -145,10 +146,14 @@ def prepare_model(
     return model.to(world.device)  # buffers; the parameters are there already
 
 
-def reduce_gradients(model: nn.Module, enabled: bool) -> None:
-    """Whether the next backward reduces gradients over the ranks, or only accumulates them."""
+def reduce_gradients(model: nn.Module, enabled: bool, reshard: bool) -> None:
+    """Whether the next backward reduces gradients over the ranks, or only accumulates them.
+
+    In between, gathered parameters stay for the next pass, unless `reshard` is to save memory.
+    """
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(enabled)
+        model.set_reshard_after_backward(enabled or reshard)
 
 
 def free_gathered(model: nn.Module) -> None:
@@ -163,8 +168,8 @@ def local(x: Tensor) -> Tensor:
     return x.to_local() if isinstance(x, DTensor) else x
 
 
-def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Activation checkpointing of a block whose tangents, which no backward needs, are not computed again."""
+def _recomputed(forward: Callable[..., Any], without_tangents: bool) -> Callable[..., Any]:
+    """Activation checkpointing of a block; its tangents, which no backward needs, can be left out the second time."""
 
     def call(*args: Any) -> Any:
         in_backward = False
@@ -179,10 +184,12 @@ def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
                 in_backward = False
 
         def run(*args: Any) -> Any:
-            if in_backward:
+            if in_backward and without_tangents:
                 args = tuple(a.primal if isinstance(a, Dual) else a for a in args)
             return forward(*args)
 
-        return checkpoint(run, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), backward()))
+        return checkpoint(
+            run, *args, use_reentrant=False, preserve_rng_state=False, context_fn=lambda: (nullcontext(), backward())
+        )
 
     return call

@@ -13,8 +13,11 @@ from mfengine.engine.distributed import free_gathered, local
 
 
 def adamw(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW in one pass over each parameter (fused)."""
-    return torch.optim.AdamW(
+    """AdamW in one pass over each parameter (fused), with its state there from the beginning.
+
+    Reading the state of an optimizer that has none yet would make it, by a step that counts.
+    """
+    optimizer = torch.optim.AdamW(
         model.parameters(),
         lr=config.lr,
         betas=config.betas,
@@ -22,6 +25,13 @@ def adamw(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
         weight_decay=config.weight_decay,
         fused=True,
     )
+    for p in model.parameters():
+        optimizer.state[p] = {
+            "step": torch.zeros((), dtype=torch.float32, device=p.device),
+            "exp_avg": torch.zeros_like(p),
+            "exp_avg_sq": torch.zeros_like(p),
+        }
+    return optimizer
 
 
 class EMA:

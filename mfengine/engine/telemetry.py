@@ -58,7 +58,7 @@ class Telemetry:
             self._tensorboard.close()
 
     def step(self, loss: float, v_loss: float) -> None:
-        """One more step, with its figures, the means over all ranks; nan for a step that was skipped."""
+        """One more step, with its figures, the means over all ranks that have finite ones; nan if none has."""
         if self._enabled:
             if np.isfinite(loss):
                 self._figures.append((loss, v_loss))

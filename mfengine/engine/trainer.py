@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import signal
 from collections.abc import Iterator
@@ -38,9 +37,30 @@ from mfengine.engine.optim import EMA, adamw
 from mfengine.engine.telemetry import Telemetry
 from mfengine.errors import InputError, TrainingError
 from mfengine.method import MeanFlow, sample
-from mfengine.model import DiT, ModelConfig
+from mfengine.method.objective import to_device
+from mfengine.model import DiT
+from mfengine.ops import use_backend
 
 CONFIG = "config.json"
+MAY_CHANGE = (
+    # Where and how a run is computed, watched and kept, and how fast it learns: not what it learns from.
+    *(
+        "data",
+        "name",
+        "runs",
+        "accumulation",
+        "epochs",
+        "steps",
+        "init",
+        "device",
+        "precision",
+        "ops",
+        "compile",
+        "recompute",
+    ),
+    *("replicas", "reshard", "log_every", "sample_every", "checkpoint_every", "keep", "max_skipped_steps", "resume"),
+    *("optim.lr", "optim.betas", "optim.eps", "optim.weight_decay", "optim.clip_norm", "space.pixel_range"),
+)
 PICTURE_SAMPLES = 64
 
 
@@ -61,9 +81,8 @@ def train(config: TrainConfig, world: World) -> int:
     config.local_batch(world.size)
     dataset = world.on_main(lambda: Dataset.open(config.data))
     dataset.check_model(config.model)
-    trainer = Trainer(config, world, dataset)
-    with caught_signals() as caught:
-        return trainer.run(caught)
+    with use_backend(config.ops), caught_signals() as caught:
+        return Trainer(config, world, dataset).run(caught)
 
 
 # ----------------------------------------------------------------------------
@@ -89,7 +108,7 @@ class Trainer:
             f"{world.size} x {world.device.type} in {str(model.compute_dtype).removeprefix('torch.')}"
         ]
         if config.init is not None and newest is None:
-            fresh = load_initial_weights(model, config.init)
+            fresh = load_initial_weights(model, config.init, config.init_reverse_time)
             if fresh:
                 notes.append(f"{config.init} leaves {', '.join(fresh)} as initialised")
         self.model = prepare_model(
@@ -143,12 +162,12 @@ class Trainer:
             latents, labels = next(loader)
             generator = step_generator(config.seed, self.step, self._part(i))
             draws = self.method.draw(latents.shape, generator, world.device)
-            loss, metrics = self.method.loss(self.model, latents, labels.to(world.device, non_blocking=True), draws)
+            loss, metrics = self.method.loss(self.model, latents, to_device(labels, world.device), draws)
             figures.append(torch.stack([metrics["loss"], metrics["v_loss"].mean()]))
             if last:
                 # Copied before the backward is queued: reading it later waits for the forward only.
                 means = HostCopy(torch.stack(figures).mean(0))
-            reduce_gradients(self.model, last)
+            reduce_gradients(self.model, last, config.reshard)
             (loss / config.accumulation).backward()
 
         # Every rank decides the same: by what all of them have seen.
@@ -304,13 +323,17 @@ def step_generator(seed: int, step: int, part: int) -> torch.Generator:
 
 @contextmanager
 def caught_signals() -> Iterator[list[int]]:
-    """A list that SIGTERM or SIGINT is put on; a second one acts as usual."""
+    """A list that SIGTERM or SIGINT is put on.
+
+    A second SIGINT acts as usual; SIGTERM may come twice, from a scheduler and through torchrun.
+    """
     caught: list[int] = []
     usual = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
 
     def catch(signum: int, frame: FrameType | None) -> None:
         caught.append(signum)
-        signal.signal(signum, usual[signal.Signals(signum)])
+        if signum == signal.SIGINT:
+            signal.signal(signum, usual[signal.SIGINT])
 
     for signum in usual:
         signal.signal(signum, catch)
@@ -333,23 +356,25 @@ def check_run_folder(config: TrainConfig, dataset: Dataset) -> Path | None:
             architecture.
     """
     folder, path = config.folder, config.folder / CONFIG
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+    # A run that was killed as it began has left a half-written configuration at most.
+    if not folder.exists() or (folder.is_dir() and all(p.name.startswith(".partial-") for p in folder.iterdir())):
         return None
     if not path.is_file():
         raise InputError(f"{folder} is not a run folder: choose another --name")
     if config.resume == "never":
         raise InputError(f"{folder} holds a run: continue it with --resume auto, or choose another --name")
-    before, now = json.loads(path.read_text()), _config_values(config, dataset)
-    for section, names in (
-        ("model", [field.name for field in dataclasses.fields(ModelConfig)]),
-        ("optim", ["ema_decays"]),
-        ("space", ["shape", "num_classes", "scale", "bias"]),
-    ):
-        for name in names:
-            old, new = before[section].get(name), now[section][name]
-            if old != new:
-                raise InputError(f"{folder} has a run with {section}.{name} {old}, not {new}: it cannot be continued")
-    return newest_checkpoint(folder)
+    try:
+        before = _flatten(json.loads(path.read_text()))
+    except ValueError as error:
+        raise InputError(f"{path} cannot be read: {error}") from None
+    newest = newest_checkpoint(folder)
+    for name, value in _flatten(_config_values(config, dataset)).items():
+        if before.get(name) != value and name not in MAY_CHANGE:
+            raise InputError(
+                f"{folder} has a run with {name} {before.get(name)}, not {value}: "
+                "it cannot be continued so; start another run from its weights with --init"
+            )
+    return newest
 
 
 def write_config(config: TrainConfig, dataset: Dataset) -> None:
@@ -361,4 +386,13 @@ def write_config(config: TrainConfig, dataset: Dataset) -> None:
 
 
 def _config_values(config: TrainConfig, dataset: Dataset) -> dict[str, Any]:
-    return {**to_json(config), "space": to_json(dataset.space)}
+    """The configuration, and what it was trained on."""
+    description = {"name": dataset.name, "count": dataset.count, "flips": dataset.flips}
+    return {**to_json(config), "space": to_json(dataset.space), "dataset": description}
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat

@@ -44,6 +44,8 @@ class ModelConfig:
         for name in ("input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads", "num_classes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if not self.mlp_ratio * self.hidden_size >= 1:
+            raise ValueError(f"mlp_ratio must be positive, not {self.mlp_ratio}")
         if self.input_size % self.patch_size:
             raise ValueError(f"input_size {self.input_size} is not a multiple of patch_size {self.patch_size}")
         if self.hidden_size % self.num_heads:
@@ -151,7 +153,7 @@ class Block(nn.Module):
         self.adaLN_modulation = nn.Sequential(SiLU(), Linear(width, 6 * width))
 
     def forward(self, x: A, branch: A | None, gate: A | None, c: A) -> tuple[A, A, A]:
-        """Residual stream x (B, N, D), with branch (B, N, D) and gate (B, D) still to be added; conditioning c (B, D)."""
+        """Residual stream x (B, N, D), with branch (B, N, D) and gate (B, D) yet to be added; conditioning c (B, D)."""
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = ops.chunk(self.adaLN_modulation(c), 6)
         x, o = _add_and_modulate(x, branch, gate, shift_attn, scale_attn)
         x, o = ops.gated_residual_adaln(x, self.attn(o), gate_attn, shift_mlp, scale_mlp)

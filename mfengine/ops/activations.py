@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -105,12 +106,12 @@ def _(x: Tensor, bias: Tensor, go: Tensor) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), bias.new_empty(bias.shape)
 
 
-def _save_gelu(ctx, inputs, output) -> None:
+def _save_gelu(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.save_for_backward(*inputs[:2])
     ctx.tangents = len(inputs) - 2
 
 
-def _gelu_backward(ctx, go, *_):
+def _gelu_backward(ctx: Any, go: Tensor, *_: Any) -> tuple[Any, ...]:
     return (*_gelu_backward_op(*ctx.saved_tensors, go), *[None] * ctx.tangents)
 
 

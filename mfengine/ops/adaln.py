@@ -7,6 +7,8 @@ The modulation s, b, g is per sample: (B, D) against tokens (B, N, D).
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -184,22 +186,22 @@ def _(
 # The backward is that of the primal, with or without a tangent beside it.
 
 
-def _save_modulate(ctx, inputs, output) -> None:
+def _save_modulate(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.save_for_backward(inputs[0], inputs[2])
     ctx.tangents = len(inputs) - 3
 
 
-def _modulate_backward(ctx, go, *_):
+def _modulate_backward(ctx: Any, go: Tensor, *_: Any) -> tuple[Any, ...]:
     return (*_modulate_backward_op(*ctx.saved_tensors, go), *[None] * ctx.tangents)
 
 
-def _save_residual(ctx, inputs, output) -> None:
+def _save_residual(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     _, y, gate, _, scale = inputs[:5]
     ctx.save_for_backward(output[0], y, gate, scale)
     ctx.tangents = len(inputs) - 5
 
 
-def _residual_backward(ctx, gx_out, go, *_):
+def _residual_backward(ctx: Any, gx_out: Tensor, go: Tensor, *_: Any) -> tuple[Any, ...]:
     return (*_residual_backward_op(*ctx.saved_tensors, gx_out, go), *[None] * ctx.tangents)
 
 

@@ -6,6 +6,7 @@ Tangent: with S' = a (Q' K^T + Q K'^T), O' = (P * S') V + P V' - rowsum(P * S') 
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -198,25 +199,25 @@ def _(qkv: Tensor, o: Tensor, lse: Tensor, go: Tensor, heads: int) -> Tensor:
 # The backward is that of the primal, with or without a tangent beside it: tangents are not differentiated.
 
 
-def _save_attention(ctx, inputs, output) -> None:
+def _save_attention(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     q, k, v = inputs[:3]
     ctx.save_for_backward(q, k, v, output[0], output[1])
     ctx.scale = inputs[-1]
     ctx.tangents = len(inputs) - 4
 
 
-def _attention_backward(ctx, go, *_):
+def _attention_backward(ctx: Any, go: Tensor, *_: Any) -> tuple[Any, ...]:
     q, k, v, o, lse = ctx.saved_tensors
     return (*_attention_backward_op(q, k, v, o, lse, go, ctx.scale), *[None] * ctx.tangents, None)
 
 
-def _save_packed(ctx, inputs, output) -> None:
+def _save_packed(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.save_for_backward(inputs[0], output[0], output[1])
     ctx.heads = inputs[-1]
     ctx.tangents = len(inputs) - 2
 
 
-def _packed_backward(ctx, go, *_):
+def _packed_backward(ctx: Any, go: Tensor, *_: Any) -> tuple[Any, ...]:
     qkv, o, lse = ctx.saved_tensors
     return (_packed_backward_op(qkv, o, lse, go, ctx.heads), *[None] * ctx.tangents, None)
 
