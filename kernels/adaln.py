@@ -234,7 +234,7 @@ def backward(
             RESIDUAL=residual, STREAM=gx_out is not None, TOKENS=TOKENS_PER_PROGRAM, BLOCK=block(width),
             **CONFIGS["backward"].kwargs,
         )  # fmt: skip
-    gshift, gscale, ggate = sums.sum(1).unbind(1)  # zero where there are no tokens
+    gshift, gscale, ggate = (sums[:, :, i].sum(1) for i in range(3))  # zero where there are no tokens
     return gx, gy, None if gate is None else ggate.to(gate.dtype), gshift.to(scale.dtype), gscale.to(scale.dtype)
 
 
