@@ -229,6 +229,53 @@ def time_ops(device: torch.device, clock: Clock, rehearse: bool) -> list[dict[st
     return rows
 
 
+def time_dual_attention(device: torch.device, clock: Clock, rehearse: bool) -> list[dict[str, Any]]:
+    """Output and tangent of attention in bfloat16: ours, `torch.func.jvp` over plain PyTorch, and jvp_flash_attention.
+
+    256 tokens, 16 heads, every sample with a tangent. The peer has no head dim 72; at 64 and 128 all three do the same.
+    """
+    batch, heads, tokens = (1, 2, 16) if rehearse else (64, 16, 256)
+    peer = None
+    if find_spec("jvp_flash_attention") and not rehearse:
+        from jvp_flash_attention.jvp_attention import JVPAttn
+
+        peer = JVPAttn.fwd_dual
+    rows = []
+    for dim in (16,) if rehearse else (64, 72, 128):
+        inputs = [
+            [torch.randn(batch, heads, tokens, dim, device=device, dtype=torch.bfloat16) for _ in range(6)]
+            for _ in range(4)
+        ]
+        turn = 0
+
+        def rotate(inputs: Any = inputs) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+            nonlocal turn
+            turn += 1
+            arrays = inputs[turn % len(inputs)]
+            return tuple(arrays[:3]), tuple(arrays[3:])
+
+        def explicit(rotate: Any = rotate) -> None:
+            primals, tangents = rotate()
+            ops.attention(*(Dual(p, t) for p, t in zip(primals, tangents, strict=True)))
+
+        def transform(f: Any, rotate: Any = rotate) -> None:
+            torch.func.jvp(f, *rotate())
+
+        row: dict[str, Any] = {"dim": dim, "flops": 12 * batch * heads * tokens**2 * dim}
+        seconds = 0.05 if rehearse else 0.4
+        with torch.no_grad():
+            row["ours"] = statistics.median(clock.measure(explicit, seconds))
+            with ops.use_backend("torch"):
+                row["func.jvp"] = statistics.median(clock.measure(lambda: transform(ops.attention), seconds))
+            if peer and dim != 72:
+                try:
+                    row["jvp_flash_attention"] = statistics.median(clock.measure(lambda: transform(peer), seconds))
+                except Exception as error:  # somebody else's code must not end the report
+                    row["peer_error"] = str(error).splitlines()[0]
+        rows.append(row)
+    return rows
+
+
 def time_steps(device: torch.device, clock: Clock, peak: float, rehearse: bool) -> list[dict[str, Any]]:
     """Training steps of b2 and xl2 at two local batches."""
     rows = []
@@ -279,6 +326,7 @@ def main() -> int:
     report["ceilings"] = ceilings(device, clock, args.rehearse)
     print(report["ceilings"], flush=True)
     report["ops"] = time_ops(device, clock, args.rehearse)
+    report["dual_attention"] = time_dual_attention(device, clock, args.rehearse)
     report["steps"] = time_steps(device, clock, report["ceilings"]["bf16_tflop_per_s"], args.rehearse)
     if out := os.environ.get("OUT"):
         Path(out, "gpu.json").write_text(json.dumps(report, indent=1) + "\n")
@@ -289,6 +337,11 @@ def main() -> int:
     print(f"\n{'op of XL/2, batch 64':36} {'fused ms':>9} {'plain ms':>9}")
     for row in report["ops"]:
         print(f"{row['op']:36} {row.get('triton', float('nan')) * 1e3:9.3f} {row['torch'] * 1e3:9.3f}")
+    columns = ("ours", "func.jvp", "jvp_flash_attention")
+    print(f"\n{'dual attention, head dim':24} {'TFLOP/s':>8}" + "".join(f" {name:>16} ms" for name in columns))
+    for row in report["dual_attention"]:
+        times = "".join(f" {row.get(name, float('nan')) * 1e3:19.3f}" for name in columns)
+        print(f"{row['dim']:24} {row['flops'] / row['ours'] / 1e12:8.1f}{times}")
     print(f"\n{'step':22} {'batch':>5} {'ms':>9} {'samples/s':>10} {'of matrix rate':>14}")
     for row in report["steps"]:
         if "error" in row:
