@@ -42,24 +42,9 @@ from mfengine.model import DiT
 from mfengine.ops import use_backend
 
 CONFIG = "config.json"
-MAY_CHANGE = (
-    # Where and how a run is computed, watched and kept, and how fast it learns: not what it learns from.
-    *(
-        "data",
-        "name",
-        "runs",
-        "accumulation",
-        "epochs",
-        "steps",
-        "init",
-        "device",
-        "precision",
-        "ops",
-        "compile",
-        "recompute",
-    ),
-    *("replicas", "reshard", "log_every", "sample_every", "checkpoint_every", "keep", "max_skipped_steps", "resume"),
-    *("optim.lr", "optim.betas", "optim.eps", "optim.weight_decay", "optim.clip_norm", "space.pixel_range"),
+FIXED = (  # what a run learns and from what; how it is computed, watched and kept may change when it is continued
+    *("model.", "method.", "optim.ema_decays", "batch_size", "seed"),
+    *("space.shape", "space.num_classes", "space.scale", "space.bias", "dataset."),
 )
 PICTURE_SAMPLES = 64
 
@@ -369,7 +354,7 @@ def check_run_folder(config: TrainConfig, dataset: Dataset) -> Path | None:
         raise InputError(f"{path} cannot be read: {error}") from None
     newest = newest_checkpoint(folder)
     for name, value in _flatten(_config_values(config, dataset)).items():
-        if before.get(name) != value and name not in MAY_CHANGE:
+        if before.get(name) != value and name.startswith(FIXED):
             raise InputError(
                 f"{folder} has a run with {name} {before.get(name)}, not {value}: "
                 "it cannot be continued so; start another run from its weights with --init"
