@@ -39,7 +39,7 @@ def test_description_and_shards_are_read_back(dataset):
 
 
 def test_latents_are_scaled_and_belong_to_their_labels(dataset):
-    latents, labels = next(Loader(dataset, 32, 0, 1, seed=0, device=CPU))
+    latents, labels = Loader(dataset, 32, 0, 1, seed=0, device=CPU).draw(torch.Generator())
     assert (latents.dtype, latents.shape, labels.dtype) == (torch.float32, (32, *SPACE.shape), torch.int64)
     expected = ((labels.float() - SPACE.bias) * SPACE.scale)[:, None, None, None].expand_as(latents)
     torch.testing.assert_close(latents, expected)
@@ -68,8 +68,8 @@ def test_position_continues_exactly(tmp_path, stop):
     for _ in range(stop):
         next(loader)
     again = Loader(dataset, 16, 0, 1, seed=3, device=CPU, position=loader.position())
-    for _ in range(9):
-        a, b = next(loader), next(again)
+    for step in range(9):
+        a, b = (x.draw(torch.Generator().manual_seed(step)) for x in (loader, again))
         assert torch.equal(a[0], b[0])
         assert torch.equal(a[1], b[1])
 
@@ -77,9 +77,10 @@ def test_position_continues_exactly(tmp_path, stop):
 def test_flips_and_posterior(tmp_path):
     dataset = write_dataset(tmp_path / "data", "n", SPACE, numbered(flips=2, std=2.0))
     loader = Loader(dataset, 101, 0, 1, seed=0, device=CPU)
+    generator = torch.Generator().manual_seed(0)
     flipped, residuals = [], []
     for _ in range(20):
-        latents, labels = next(loader)
+        latents, labels = loader.draw(generator)
         residual = SPACE.unscale(latents) - labels[:, None, None, None]
         flipped.append(residual.mean((1, 2, 3)) > 500)
         residuals.append(residual - 1000 * flipped[-1][:, None, None, None])

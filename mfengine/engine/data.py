@@ -27,6 +27,7 @@ from torch import Tensor
 
 from mfengine.engine.config import from_json
 from mfengine.errors import InputError, RankError
+from mfengine.method.objective import device_generator
 from mfengine.model import ModelConfig
 
 DESCRIPTION = "dataset.json"
@@ -217,15 +218,14 @@ class Loader:
     """Endless batches of latents and labels from one part of the data.
 
     The data is dealt in `num_parts` equal parts, one per rank and accumulation pass. Within an epoch each sample is
-    drawn once; parts change hands after each epoch, and batches run over its end. The posterior is sampled and a
-    flip chosen anew each time.
+    drawn once; parts change hands after each epoch, and batches run over its end. A flip is chosen anew each time.
 
     Args:
         dataset: where to read.
         batch: rows per batch.
         part, num_parts: which part of the data to read.
-        seed: of shuffling, flips and posterior samples.
-        device: where the latents go; they are made there too.
+        seed: of shuffling and flips.
+        device: where the latents are made.
         position: what `position` returned, to continue from there.
     """
 
@@ -246,10 +246,29 @@ class Loader:
         self._dataset = dataset
         pipeline = _pipeline(dataset, batch, part, num_parts, seed, device, position)
         with self._readable():
-            self._batches = DALIGenericIterator([pipeline], ["latents", "labels"])
+            self._batches = DALIGenericIterator([pipeline], ["moments", "labels"])
+
+    def draw(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """The next batch, with latents drawn from their posteriors.
+
+        DALI hands over float16 moments and PyTorch draws: on two cores that is ten times as fast as DALI's own
+        random numbers, and nothing of it need be saved to repeat it.
+
+        Args:
+            generator: a host generator; the noise on the device is seeded from it.
+
+        Returns:
+            Latents (B, C, H, W) float32 on the device, labels (B,) int64 on the host.
+        """
+        moments, labels = next(self)
+        mean, std = moments.unbind(1)  # (B, C, H, W) float16 each
+        device, space = moments.device, self._dataset.space
+        latents = torch.randn(mean.shape, generator=device_generator(generator, device), device=device)
+        latents.mul_(std).add_(mean).sub_(space.bias).mul_(space.scale)
+        return latents, labels
 
     def __next__(self) -> tuple[Tensor, Tensor]:
-        """Latents (B, C, H, W) float32 on the device, labels (B,) int64 on the host."""
+        """The next batch: moments (B, 2, C, H, W) float16 on the device, labels (B,) int64 on the host."""
         with self._readable():
             batch = next(self._batches)[0]
         y = batch["labels"].flatten().long()
@@ -258,7 +277,7 @@ class Loader:
             raise RankError(
                 f"{self._dataset.folder} has a label outside of 0 to {classes - 1}, the classes of {DESCRIPTION}"
             )
-        return batch["latents"], y
+        return batch["moments"], y
 
     def position(self) -> bytes:
         """The state of reader and random numbers after the last batch."""
@@ -282,7 +301,6 @@ def _pipeline(
 
     gpu = device.type == "cuda"
     paths = [dataset.folder / shard.file for shard in dataset.shards]
-    space = dataset.space
 
     @pipeline_def(
         batch_size=batch,
@@ -304,15 +322,10 @@ def _pipeline(
             random_shuffle=True,
             initial_fill=min(SHUFFLE_BUFFER, dataset.count),
         )
-        moments = fn.reshape(moments, shape=[dataset.flips, 2, *space.shape])
+        moments = fn.reshape(moments, shape=[dataset.flips, 2, *dataset.space.shape])
         flip = fn.random.coin_flip() if dataset.flips > 1 else 0
         moments = moments[flip]  # (2, C, H, W)
-        if gpu:
-            moments = moments.gpu()
-        moments = fn.cast(moments, dtype=types.DALIDataType.FLOAT)
-        mean, std = moments[0], moments[1]
-        latents = (mean + std * fn.random.normal(mean) - space.bias) * space.scale
-        return latents, label
+        return moments.gpu() if gpu else moments, label
 
     return pipeline()
 

@@ -144,8 +144,8 @@ class Trainer:
         figures = []
         for i, loader in enumerate(self.loaders):
             last = i == config.accumulation - 1
-            latents, labels = next(loader)
             generator = step_generator(config.seed, self.step, self._part(i))
+            latents, labels = loader.draw(generator)
             draws = self.method.draw(latents.shape, generator, world.device)
             loss, metrics = self.method.loss(self.model, latents, to_device(labels, world.device), draws)
             figures.append(torch.stack([metrics["loss"], metrics["v_loss"].mean()]))

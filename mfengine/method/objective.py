@@ -116,8 +116,7 @@ class MeanFlow:
         t, r = times.amax(0), times.amin(0)
         r[:num_instant] = t[:num_instant]
         num_dropped = int((torch.rand(batch, generator=generator) < cfg.label_dropout).sum())
-        seed = int(torch.randint(2**62, (), generator=generator))
-        noise = torch.randn(shape, generator=torch.Generator(device).manual_seed(seed), device=device)
+        noise = torch.randn(shape, generator=device_generator(generator, device), device=device)
         return Draws(t, r, noise, num_dropped)
 
     def loss(
@@ -196,6 +195,11 @@ class MeanFlow:
 def column(t: Tensor) -> Tensor:
     """(B,) to (B, 1, 1, 1)."""
     return t[:, None, None, None]
+
+
+def device_generator(generator: torch.Generator, device: torch.device | str) -> torch.Generator:
+    """A generator on the device, seeded from one on the host."""
+    return torch.Generator(device).manual_seed(int(torch.randint(2**62, (), generator=generator)))
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:
