@@ -37,6 +37,7 @@ def test_run_folder(trained):
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [5, 10, 15, 20]
     assert all(line["samples_per_second"] > 0 and 0 < line["loss"] <= 1 for line in lines)
+    assert all(0 < line["mfu"] < 2 for line in lines)  # a share; the ceiling is measured, so noise may pass it
     assert sorted(p.name for p in (run / "samples").iterdir()) == ["00000010.png", "00000020.png"]
     assert any((run / "tensorboard").iterdir())
     assert "M parameters, 20 steps of 32 samples, 1 x cpu in float32" in done.stderr

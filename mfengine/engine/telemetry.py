@@ -27,10 +27,12 @@ class Telemetry:
         enabled: whether this rank reports.
         step, total_steps: where the run starts and ends.
         batch_size: samples per step.
+        peak: samples per second if all of the step's arithmetic ran at the devices' matrix rate; speed is told as a
+            share of it, the MFU.
     """
 
-    def __init__(self, folder: Path, enabled: bool, step: int, total_steps: int, batch_size: int) -> None:
-        self._enabled, self._batch_size = enabled, batch_size
+    def __init__(self, folder: Path, enabled: bool, step: int, total_steps: int, batch_size: int, peak: float) -> None:
+        self._enabled, self._batch_size, self._peak = enabled, batch_size, peak
         self._last = (step, time.monotonic())
         self._figures: list[tuple[float, float]] = []
         if not enabled:
@@ -62,7 +64,10 @@ class Telemetry:
         if self._enabled:
             if np.isfinite(loss):
                 self._figures.append((loss, v_loss))
-            self._bar.set_postfix(loss=f"{loss:.4f}", v_loss=f"{v_loss:.4g}", refresh=False)
+            figures = {"loss": f"{loss:.4f}", "v_loss": f"{v_loss:.4g}"}
+            if rate := self._bar.format_dict["rate"]:
+                figures["mfu"] = f"{rate / self._peak:.0%}"
+            self._bar.set_postfix(figures, refresh=False)
             self._bar.update(self._batch_size)
 
     def log(self, step: int, epoch: float, skipped_steps: int) -> None:
@@ -72,12 +77,14 @@ class Telemetry:
         now = time.monotonic()
         since, started = self._last
         loss, v_loss = np.mean(self._figures, axis=0).tolist() if self._figures else (None, None)
+        speed = (step - since) * self._batch_size / (now - started)
         line = {
             "step": step,
             "epoch": round(epoch, 4),
             "loss": loss,
             "v_loss": v_loss,
-            "samples_per_second": round((step - since) * self._batch_size / (now - started), 1),
+            "samples_per_second": round(speed, 1),
+            "mfu": round(speed / self._peak, 4),
             "skipped_steps": skipped_steps,
         }
         self._figures.clear()

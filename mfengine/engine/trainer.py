@@ -33,6 +33,7 @@ from mfengine.engine.config import TrainConfig, to_json
 from mfengine.engine.data import Dataset, Loader
 from mfengine.engine.decode import draw_latents
 from mfengine.engine.distributed import World, local, prepare_model, reduce_gradients
+from mfengine.engine.flops import matrix_rate, step_flops
 from mfengine.engine.optim import EMA, adamw
 from mfengine.engine.telemetry import Telemetry
 from mfengine.errors import InputError, TrainingError
@@ -115,7 +116,8 @@ class Trainer:
         # Nothing is written before here, so that wrong input leaves nothing behind.
         world.on_main(lambda: write_config(config, dataset))
         self.checkpointer = Checkpointer(config.folder, world, config.keep, asynchronous=world.device.type == "cuda")
-        self.telemetry = Telemetry(config.folder, world.main, self.step, self.total_steps, config.batch_size)
+        peak = world.size * matrix_rate(world.device, model.compute_dtype) / step_flops(config.model, config.method)
+        self.telemetry = Telemetry(config.folder, world.main, self.step, self.total_steps, config.batch_size, peak)
         for note in notes:
             self.telemetry.say(note)
 
