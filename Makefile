@@ -27,8 +27,9 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Throughput, beside baselines and the machine's ceilings; fails where it fell below the accepted figures.
 bench: install
-	$(BIN)/python -m pytest benchmarks
+	$(BIN)/python -m pytest benchmarks --guard
 
 # Runs with nothing installed but torch: the figures of this GPU, as JSON in $$OUT when that is set.
 gpu:

@@ -9,8 +9,9 @@ from golden_cases import NAMES, GoldenCase, relative_error
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.baselines.port import Port, PortDiT, jvp_flash_attention, plain_attention, sdpa
-from benchmarks.workload import OBJECTIVES, forward_flops, training_step
+from benchmarks.workload import OBJECTIVES, training_step
 from mfengine import MeanFlow, ModelConfig
+from mfengine.engine.flops import forward_flops
 
 TOLERANCE = 1e-5
 

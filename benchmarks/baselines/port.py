@@ -8,6 +8,7 @@ that must go through DistributedDataParallel run the network once more for u, at
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -258,7 +259,7 @@ class Port:
 
     def _velocity(self, network: PortDiT, z: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """Instantaneous velocity u(z, t, 0, y)."""
-        with self._autocast(z):
+        with self.autocast(z):
             return network(z, t, torch.zeros_like(t), y, self.attention).float()
 
     def _velocity_and_jvp(
@@ -269,12 +270,14 @@ class Port:
         def u(z: Tensor, t: Tensor, r: Tensor) -> Tensor:
             # A region of autocast keeps its casts of the weights: one around the guidance, too, would keep casts
             # that were made without gradient.
-            with self._autocast(z):
+            with self.autocast(z):
                 return network(z, t, t - r, y, self.jvp_attention).float()
 
         # Compiled, a du/dt that left this function with its graph would be differentiated, which fails (torch 2.13).
         primal, du_dt = torch.func.jvp(u, (z, t, r), (v_g, torch.ones_like(t), torch.zeros_like(r)))
         return primal, du_dt.detach()
 
-    def _autocast(self, z: Tensor) -> torch.autocast:
-        return torch.autocast(z.device.type, self.compute_dtype, enabled=self.compute_dtype != torch.float32)
+    def autocast(self, z: Tensor) -> AbstractContextManager[None]:
+        if self.compute_dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(z.device.type, self.compute_dtype)

@@ -1,0 +1,434 @@
+"""What is timed: each case is one piece of work, with the implementations that do it and the least that it costs.
+
+The first implementation of a case is ours, the others are its baselines.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.baselines.port import Port, PortDiT, jvp_flash_attention, modulate, plain_attention, sdpa
+from benchmarks.measure import Row, summarise
+from benchmarks.workload import IMPLEMENTATIONS, OBJECTIVES, make_model, small, training_step
+from mfengine import ModelConfig, ops, sample
+from mfengine.engine.config import PRESETS, OptimConfig
+from mfengine.engine.data import Dataset, LatentSpace, Loader, write_dataset
+from mfengine.engine.distributed import World
+from mfengine.engine.flops import forward_flops, step_flops
+from mfengine.engine.optim import EMA, adamw
+from mfengine.ops import Dual
+
+OURS = "mfengine"
+Call = Callable[[], Any]
+Array = tuple[tuple[int, ...], torch.dtype]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A piece of work."""
+
+    suite: str
+    name: str
+    implementations: dict[str, Callable[[], Call]]  # by name: makes the inputs, and returns what is timed
+    samples: int  # of one call
+    flops: float = 0.0  # of one call: the least that it needs
+    bytes: float = 0.0  # of one call, moved to and from memory: the least that it needs
+
+    def row(self, implementation: str, rounds: list[float]) -> Row:
+        """What the seconds of some rounds say."""
+        timed = summarise(rounds)
+        return Row(
+            self.suite, self.name, implementation, samples=self.samples, flops=self.flops, bytes=self.bytes, **timed
+        )
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where cases run, and so how large they are."""
+
+    device: torch.device
+    folder: Path  # an empty one, for data and checkpoints
+
+    @property
+    def gpu(self) -> bool:
+        return self.device.type == "cuda"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of matrix products."""
+        return torch.bfloat16 if self.gpu else torch.float32
+
+    def model(self, preset: str) -> ModelConfig:
+        config = PRESETS[preset][1].model
+        return config if self.gpu else small(config)
+
+
+def cases(machine: Machine, peer: Callable[..., Call] | None = None) -> Iterator[Case]:
+    """All cases for a machine.
+
+    Args:
+        machine: where they run.
+        peer: somebody else's training step, timed beside ours: (model config, objective config, batch, device,
+            dtype) -> a function that does one optimizer step.
+    """
+    yield from kernels(machine)
+    yield from steps(machine, peer)
+    yield from optimizer(machine)
+    yield from data(machine)
+    yield from sampler(machine)
+    yield from checkpoint(machine)
+
+
+def rotating(make: Callable[[], Any], number: int = 4) -> Callable[[], Any]:
+    """A function that gives several inputs in turn, so that none of them stays in a cache."""
+    inputs = [make() for _ in range(number)]
+    turn = 0
+
+    def following() -> Any:
+        nonlocal turn
+        turn += 1
+        return inputs[turn % number]
+
+    return following
+
+
+# ----------------------------------------------------------------------------
+# Kernels: output; output and tangent of every row; output and gradients.
+
+
+@dataclass(frozen=True)
+class FusedOp:
+    """One of ours, the same written with PyTorch's own operators, and what goes in and out."""
+
+    name: str
+    ours: Callable[..., tuple[Any, ...]]
+    plain: Callable[..., tuple[Tensor, ...]]
+    arguments: list[Array]
+    outputs: list[Array]
+    constants: int = 0  # trailing arguments that have no tangent
+    product: int = 0  # FLOPs of one product of the scores' size; an attention's forward takes two
+    other_primal: dict[str, Callable[..., Any]] = field(default_factory=dict)  # further baselines
+    other_dual: dict[str, Callable[..., Any]] = field(default_factory=dict)
+
+    @property
+    def bytes(self) -> int:
+        """What a forward reads and writes."""
+        return sum(math.prod(shape) * dtype.itemsize for shape, dtype in self.arguments + self.outputs)
+
+
+def fused_ops(config: ModelConfig, batch: int, dtype: torch.dtype) -> list[FusedOp]:
+    """The ops as the network uses them: a float32 residual stream, everything else in `dtype`."""
+    tokens, width, heads = config.num_tokens, config.hidden_size, config.num_heads
+    stream: Array = ((batch, tokens, width), torch.float32)
+    branch: Array = ((batch, tokens, width), dtype)
+    row: Array = ((batch, width), dtype)
+    head: Array = ((batch, heads, tokens, width // heads), dtype)
+    hidden: Array = ((batch, tokens, 4 * width), dtype)
+
+    def adaln(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        return modulate(F.layer_norm(x, x.shape[-1:], eps=1e-6), shift, scale).to(scale.dtype)
+
+    def residual_adaln(x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        x = x + gate[:, None] * y
+        return x, adaln(x, shift, scale)
+
+    return [
+        FusedOp(
+            "attention", lambda *qkv: (ops.attention(*qkv),), lambda *qkv: (plain_attention(*qkv),), [head] * 3, [head],
+            product=2 * batch * tokens**2 * width,
+            other_primal={"SDPA": lambda *qkv: (sdpa(*qkv),)},
+            other_dual={"jvp_flash_attention": lambda *qkv: (jvp_flash_attention(*qkv),)}
+            if find_spec("jvp_flash_attention")
+            else {},
+        ),
+        FusedOp(
+            "adaln", lambda *x: (ops.adaln_modulate(*x),), lambda *x: (adaln(*x),),
+            [stream, row, row], [branch],
+        ),
+        FusedOp(
+            "residual adaln", ops.gated_residual_adaln, residual_adaln,
+            [stream, branch, row, row, row], [stream, branch],
+        ),
+        FusedOp(
+            "bias gelu", lambda x, bias: (ops.gelu(x, bias),),
+            lambda x, bias: (F.gelu(x + bias, approximate="tanh"),), [hidden, ((4 * width,), dtype)], [hidden],
+            constants=1,
+        ),
+    ]  # fmt: skip
+
+
+def kernels(machine: Machine) -> Iterator[Case]:
+    for preset in ("xl2", "b2") if machine.gpu else ("xl2",):
+        for batch in (32, 256) if machine.gpu else (32,):
+            for op in fused_ops(machine.model(preset), batch, machine.dtype):
+                for mode, products, passes, make in (
+                    ("primal", 2, 1, primal_call),
+                    ("dual", 6, 2, dual_call),
+                    ("forward + backward", 9, 3, backward_call),
+                ):
+                    other = op.other_dual if mode == "dual" else op.other_primal
+                    plain = "torch.func.jvp" if mode == "dual" else "plain"
+                    yield Case(
+                        "kernels",
+                        f"{op.name}, {mode}, {preset} of {batch}",
+                        {OURS: partial(make, machine, op, op.ours, explicit=True)}
+                        | {name: partial(make, machine, op, f) for name, f in ({plain: op.plain} | other).items()},
+                        samples=batch,
+                        flops=products * op.product,
+                        bytes=passes * op.bytes,
+                    )
+
+
+def primal_call(machine: Machine, op: FusedOp, f: Callable[..., Any], explicit: bool = False) -> Call:
+    following = rotating(lambda: arrays(machine, op.arguments))
+
+    def call() -> None:
+        with torch.no_grad():
+            f(*following())
+
+    return call
+
+
+def dual_call(machine: Machine, op: FusedOp, f: Callable[..., Any], explicit: bool = False) -> Call:
+    """Output and tangent: from our explicit duals, or by `torch.func.jvp`."""
+    active = len(op.arguments) - op.constants
+    following = rotating(lambda: (arrays(machine, op.arguments), arrays(machine, op.arguments[:active])))
+
+    def call() -> None:
+        primals, tangents = following()
+        constants = primals[active:]
+        with torch.no_grad():
+            if explicit:
+                f(*map(Dual, primals[:active], tangents), *constants)
+            else:
+                torch.func.jvp(lambda *x: f(*x, *constants), tuple(primals[:active]), tuple(tangents))
+
+    return call
+
+
+def backward_call(machine: Machine, op: FusedOp, f: Callable[..., Any], explicit: bool = False) -> Call:
+    following = rotating(lambda: (arrays(machine, op.arguments), arrays(machine, op.outputs)))
+
+    def call() -> None:
+        primals, gradients = following()
+        leaves = [x.detach().requires_grad_() for x in primals]
+        torch.autograd.grad(f(*leaves), leaves, gradients)
+
+    return call
+
+
+def arrays(machine: Machine, kinds: list[Array]) -> list[Tensor]:
+    return [torch.randn(shape, device=machine.device).to(dtype) for shape, dtype in kinds]
+
+
+# ----------------------------------------------------------------------------
+# Training steps: loss, backward, AdamW and EMA.
+
+
+def steps(machine: Machine, peer: Callable[..., Call] | None = None) -> Iterator[Case]:
+    """Our step and its peers on the same random latents, with the same draws."""
+    for preset in ("b2", "l2", "xl2") if machine.gpu else ("b2",):
+        config = machine.model(preset)
+        for batch in (32, 256) if machine.gpu else (16,):
+            for name, objective in OBJECTIVES.items():
+                arguments = (config, objective, batch, machine.device, machine.dtype)
+                implementations: dict[str, Callable[[], Call]] = {
+                    implementation: partial(training_step, *arguments, implementation=implementation)
+                    for implementation in IMPLEMENTATIONS
+                    if usable(implementation, machine)
+                }
+                if peer is not None:
+                    implementations["peer"] = partial(peer, *arguments)
+                yield Case(
+                    "step",
+                    f"{name}, {preset} of {batch}",
+                    implementations,
+                    batch,
+                    batch * step_flops(config, objective),
+                )
+
+
+def usable(implementation: str, machine: Machine) -> bool:
+    """Compiling takes minutes on a CPU, and the published kernel needs a GPU."""
+    if "jvp_flash_attention" in implementation:
+        return machine.gpu and find_spec("jvp_flash_attention") is not None
+    return machine.gpu or "compiled" not in implementation
+
+
+# ----------------------------------------------------------------------------
+# The rest of training and sampling.
+
+
+def optimizer(machine: Machine) -> Iterator[Case]:
+    """AdamW and one EMA, over float32 parameters: ours, and stock AdamW with an EMA written as a loop."""
+    config = machine.model("xl2")
+    shapes = [p.shape for p in make_model(config, torch.device("meta")).parameters()]
+
+    def parameters() -> nn.ParameterDict:
+        model = nn.ParameterDict({str(i): torch.zeros(s, device=machine.device) for i, s in enumerate(shapes)})
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        return model
+
+    def ours() -> Call:
+        model = parameters()
+        optimizer, ema = adamw(model, OptimConfig()), EMA(model, (0.9999,))
+
+        def call() -> None:
+            optimizer.step()
+            ema.update()
+
+        return call
+
+    def loop() -> Call:
+        model = parameters()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0)
+        averages = [p.detach().clone() for p in model.parameters()]
+
+        @torch.no_grad()
+        def call() -> None:
+            optimizer.step()
+            for average, p in zip(averages, model.parameters(), strict=True):
+                average.lerp_(p, 1e-4)
+
+        return call
+
+    count = sum(s.numel() for s in shapes)
+    # Parameter, gradient, two moments and the average are read; all but the gradient are written.
+    yield Case(
+        "optimizer", f"{count / 1e6:.1f} M parameters", {OURS: ours, "AdamW, EMA loop": loop}, 0, bytes=36 * count
+    )
+
+
+def data(machine: Machine) -> Iterator[Case]:
+    """Batches of moments, 2 x 4 x 32 x 32 in float16, by DALI from shards and by a DataLoader from one file each."""
+    batch, count, space = 256, 8192, LatentSpace((4, 32, 32), num_classes=1000)
+    generator = np.random.default_rng(0)
+
+    def moments() -> Iterator[tuple[np.ndarray, int]]:
+        for i in range(count):
+            yield generator.standard_normal((1, 2, *space.shape), np.float32), i % space.num_classes
+
+    def dali() -> Call:
+        folder = machine.folder / "shards"
+        dataset = (
+            Dataset.open(folder) if folder.exists() else write_dataset(folder, "random", space, moments(), count // 2)
+        )
+        return Loader(dataset, batch, 0, 1, 0, machine.device).__next__
+
+    def files() -> Call:
+        folder = machine.folder / "files"
+        if not folder.exists():
+            folder.mkdir()
+            for i, (array, label) in enumerate(moments()):
+                np.savez(folder / f"{i:06d}.npz", moments=array.astype(np.float16), label=label)
+        loader = torch.utils.data.DataLoader(
+            _Files(folder), batch, shuffle=True, num_workers=torch.get_num_threads(), persistent_workers=True,
+            drop_last=True, pin_memory=machine.gpu,
+        )  # fmt: skip
+
+        def endless() -> Iterator[Any]:
+            while True:
+                yield from loader
+
+        return endless().__next__
+
+    size = batch * 2 * 2 * math.prod(space.shape)
+    yield Case("data", f"moments of 8 x 32 x 32, {batch}", {OURS: dali, "DataLoader": files}, batch, bytes=2 * size)
+
+
+class _Files(torch.utils.data.Dataset[tuple[Tensor, int]]):
+    """One file per sample, as MeanFlow ports read them."""
+
+    def __init__(self, folder: Path) -> None:
+        self._paths = sorted(folder.iterdir())
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int]:
+        with np.load(self._paths[i]) as file:
+            return torch.from_numpy(file["moments"][0]), int(file["label"])
+
+
+def sampler(machine: Machine) -> Iterator[Case]:
+    """One-step samples: our network, and the port's with SDPA."""
+    config, batch = machine.model("xl2"), 64 if machine.gpu else 16
+    shape = (batch, config.in_channels, config.input_size, config.input_size)
+
+    def inputs() -> tuple[Tensor, Tensor]:
+        return torch.randn(shape, device=machine.device), torch.zeros(batch, dtype=torch.long, device=machine.device)
+
+    def ours() -> Call:
+        model, following = make_model(config, machine.device, machine.dtype), rotating(inputs)
+        return lambda: sample(model, *following())
+
+    def port() -> Call:
+        network, following = PortDiT(config).to(machine.device), rotating(inputs)
+        velocity = Port(OBJECTIVES["unguided"], machine.dtype, attention=sdpa)
+        one = torch.ones(batch, device=machine.device)
+
+        @torch.no_grad()
+        def call() -> Tensor:
+            z, y = following()
+            with velocity.autocast(z):
+                return z - network(z, one, one, y, sdpa)
+
+        return call
+
+    flops = batch * forward_flops(config)
+    yield Case("sampler", f"one step, xl2 of {batch}", {OURS: ours, "port SDPA": port}, batch, flops)
+
+
+def checkpoint(machine: Machine) -> Iterator[Case]:
+    """Weights, two moments and one average to disk, whole when the call returns; by us and by `torch.save`."""
+    config = machine.model("b2")
+
+    def state() -> dict[str, Any]:
+        model = make_model(config, machine.device)
+        names = [name for name, _ in model.named_parameters()]
+        parts = ("model", "exp_avg", "exp_avg_sq", "ema")
+        return {
+            part: {name: p.detach().clone() for name, p in zip(names, model.parameters(), strict=True)}
+            for part in parts
+        }
+
+    def ours() -> Call:
+        from mfengine.engine.checkpoint import Checkpointer  # needs packages that the GPU script does without
+
+        world = World(0, 1, machine.device)
+        writer = Checkpointer(machine.folder / "run", world, keep=1, asynchronous=machine.gpu)
+        kept, step = state(), itertools.count()
+
+        def call() -> None:
+            writer.save(next(step), kept, {})
+            writer.wait()
+
+        return call
+
+    def plain() -> Call:
+        kept = state()
+
+        def call() -> None:
+            with (machine.folder / "plain.pt").open("wb") as file:
+                torch.save(kept, file)
+                file.flush()
+                os.fsync(file.fileno())
+
+        return call
+
+    size = 16 * sum(p.numel() for p in make_model(config, torch.device("meta")).parameters())
+    yield Case("checkpoint", f"{size / 1e6:.0f} MB", {OURS: ours, "torch.save": plain}, 0, bytes=2 * size)

@@ -1,0 +1,134 @@
+"""What a training step costs whatever the machine: FLOPs, bytes saved, launches, waits. Counted exactly, without a GPU.
+
+The step of the workload runs on meta tensors, which have shapes and no values, through the operators that a GPU would
+run; a dispatch mode sees each of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
+
+from benchmarks.cases import OURS
+from benchmarks.workload import training_step
+from mfengine.engine.flops import forward_flops
+from mfengine.method import MeanFlowConfig
+from mfengine.model import ModelConfig
+from mfengine.ops import use_backend
+
+META = torch.device("meta")
+ATTENTION_PRODUCTS = {"primal": 2, "tangent": 4, "backward": 7}  # of N x N by d; the backward makes the scores twice
+LAUNCHES = {  # of operators that launch more than one kernel
+    "mfengine::attention_dual": 2,  # rows without a tangent, rows with one
+    "mfengine::attention_packed_dual": 2,
+    "mfengine::attention_backward": 3,  # row sums, keys and values, queries
+    "mfengine::attention_packed_backward": 3,
+    "mfengine::adaln_dual": 2,
+    "mfengine::residual_adaln_dual": 2,
+    "mfengine::gelu_dual": 2,
+}
+NO_LAUNCH = (
+    *("aten::detach", "aten::_unsafe_view", "aten::promote_types", "aten::lift_fresh", "profiler::"),
+    *("aten::empty", "aten::new_empty", "aten::alias"),
+)
+WAITS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten::masked_select")
+
+
+@register_flop_formula(torch.ops.mfengine.attention_packed)
+def _packed(qkv: Any, heads: int, **_: Any) -> int:
+    return ATTENTION_PRODUCTS["primal"] * _product(qkv)
+
+
+@register_flop_formula(torch.ops.mfengine.attention_packed_dual)
+def _packed_dual(qkv: Any, dqkv: Any, heads: int, **_: Any) -> int:
+    return ATTENTION_PRODUCTS["primal"] * _product(qkv) + ATTENTION_PRODUCTS["tangent"] * _product(dqkv)
+
+
+@register_flop_formula(torch.ops.mfengine.attention_packed_backward)
+def _packed_backward(qkv: Any, *_: Any, **__: Any) -> int:
+    return ATTENTION_PRODUCTS["backward"] * _product(qkv)
+
+
+def _product(qkv: Any) -> int:
+    """FLOPs of one product of the scores' size, over all heads, for a packed qkv of this shape."""
+    batch, tokens, width = qkv
+    return 2 * batch * tokens**2 * (width // 3)
+
+
+class Recorder(TorchDispatchMode):
+    """Counts the operators that launch kernels, and those for which the host would wait."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.launches = self.waits = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name
+        result = func(*args, **(kwargs or {}))
+        read, made = ([x for x in tree_leaves(tree) if isinstance(x, Tensor)] for tree in ((args, kwargs), result))
+        if any(x.is_meta for x in read) and (name in WAITS or any(not x.is_meta for x in made)):
+            self.waits += 1
+        if any(x.is_meta for x in read + made) and not func.is_view and not name.startswith(NO_LAUNCH):
+            self.launches += LAUNCHES.get(name, 1)
+        return result
+
+
+class Saved(saved_tensors_hooks):
+    """Bytes that a forward keeps for its backward, beside the parameters."""
+
+    def __init__(self) -> None:
+        super().__init__(self._pack, lambda x: x)
+        self._kept: dict[int, Tensor] = {}  # by storage; the tensor is held, so that no other gets its place
+
+    def _pack(self, x: Tensor) -> Tensor:
+        base = x._base if x._is_view() and x._base is not None else x
+        if x.is_meta and not (base.is_leaf and base.requires_grad):
+            self._kept[x.untyped_storage()._cdata] = x
+        return x
+
+    @property
+    def bytes(self) -> int:
+        return sum(x.untyped_storage().nbytes() for x in self._kept.values())
+
+
+def count(model: ModelConfig, objective: MeanFlowConfig, implementation: str, batch: int = 256) -> dict[str, Any]:
+    """Counts of one optimizer step, in bfloat16 through the fused ops, as on a GPU.
+
+    Args:
+        model, objective, implementation: as `training_step`; a peer is counted in float32, meta tensors having no
+            autocast, and so without its bytes.
+        batch: rows.
+
+    Returns:
+        `flops` per sample, and `forwards`, the same in forward passes; for ours also `launches` and `host_waits` per
+        step, and `saved_bytes` per sample and layer: what the forward keeps for the backward.
+    """
+    ours = implementation == OURS
+    dtype = torch.bfloat16 if ours else torch.float32
+    with use_backend("triton"):
+        step = training_step(model, objective, batch, META, dtype, 1, implementation)
+        with FlopCounterMode(display=False) as flops, Recorder() as recorder:
+            step()
+        per_sample = flops.get_total_flops() / batch
+        found = {"flops": per_sample, "forwards": per_sample / forward_flops(model)}
+        if not ours:
+            return found
+        kept = []
+        for depth in (1, 2):
+            step = training_step(dataclasses.replace(model, depth=depth), objective, batch, META, dtype, 1, OURS)
+            saved = Saved()
+            with saved:
+                step()
+            kept.append(saved.bytes)
+    return found | {
+        "launches": recorder.launches,
+        "host_waits": recorder.waits,
+        "saved_bytes": (kept[1] - kept[0]) / batch,
+    }

@@ -1,0 +1,141 @@
+"""How everything here is timed, and beside what: the clock, the machine's ceilings, and a row of the tables."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mfengine.engine.flops import matrix_rate
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One implementation of one case, timed."""
+
+    suite: str
+    case: str
+    implementation: str
+    seconds: float  # of one call: the median of the rounds
+    fastest: float  # seconds
+    slowest: float  # seconds
+    rounds: int
+    samples: int  # of one call
+    flops: float  # of one call: the least that the case needs, whatever the implementation does
+    bytes: float  # of one call, likewise
+
+    @property
+    def label(self) -> str:
+        return f"{self.suite}: {self.case}"
+
+    def floor(self, ceilings: dict[str, float]) -> float:
+        """Seconds of one call if the needed arithmetic, or the needed memory traffic, ran at the machine's ceiling."""
+        return max(self.flops / ceilings["matrix_flops_per_s"], self.bytes / ceilings["copy_bytes_per_s"])
+
+
+def make_clock(device: torch.device) -> Callable[[], float]:
+    """A function that tells seconds since some moment: the host's on a CPU, of CUDA events on a GPU.
+
+    On a GPU it waits until all that was queued is done; what is between two calls is the device's time.
+    """
+    if device.type != "cuda":
+        return time.perf_counter
+    last = torch.cuda.Event(enable_timing=True)
+    last.record()
+    total = 0.0
+
+    def clock() -> float:
+        nonlocal last, total
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        event.synchronize()
+        total += last.elapsed_time(event) / 1e3  # summed here: an event's float32 would lose microseconds in a minute
+        last = event
+        return total
+
+    return clock
+
+
+def measure(f: Callable[[], Any], clock: Callable[[], float], seconds: float, warmup: int = 3) -> list[float]:
+    """Seconds of one call of f, for each of several rounds that take about so long in all."""
+    for _ in range(warmup):
+        f()
+    start = clock()
+    f()
+    once = max(clock() - start, 1e-7)
+    # Short calls are queued one behind the other, so that the device does not wait for the host.
+    calls = max(1, min(50, int(2e-3 / once)))
+    rounds = []
+    until = time.monotonic() + seconds
+    while len(rounds) < 3 or time.monotonic() < until:
+        start = clock()
+        for _ in range(calls):
+            f()
+        rounds.append((clock() - start) / calls)
+    return rounds
+
+
+def summarise(rounds: list[float]) -> dict[str, Any]:
+    """The fields of a `Row` that come from its rounds."""
+    return {
+        "seconds": statistics.median(rounds),
+        "fastest": min(rounds),
+        "slowest": max(rounds),
+        "rounds": len(rounds),
+    }
+
+
+def ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+    """What this machine reaches: copying a large array, and a large matrix product in `dtype`."""
+    size = 2**30 if device.type == "cuda" else 2**27
+    a = torch.zeros(size, dtype=torch.uint8, device=device)
+    b = torch.zeros_like(a)
+    copy = min(measure(lambda: b.copy_(a), make_clock(device), 0.5))
+    return {"copy_bytes_per_s": 2 * size / copy, "matrix_flops_per_s": matrix_rate(device, dtype)}
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """The machine, the versions and the commit that figures belong to."""
+    commit = None
+    if shutil.which("git"):
+        done = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40"],
+            cwd=ROOT, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        commit = done.stdout.strip() or None
+    return {
+        "device": device_name(device),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "triton": version("triton") if find_spec("triton") else None,
+        "python": platform.python_version(),
+        "commit": commit,
+    }
+
+
+def device_name(device: torch.device) -> str:
+    """The model of the GPU, or the CPU with the threads that PyTorch uses."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} threads"
+
+
+def short_name(device: torch.device) -> str:
+    """The folder of this device's accepted figures: h200, cpu-2."""
+    if device.type == "cuda":
+        return device_name(device).lower().removeprefix("nvidia ").split()[0]
+    return f"cpu-{torch.get_num_threads()}"

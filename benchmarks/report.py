@@ -1,0 +1,187 @@
+"""`python -m benchmarks.report FILE`: tables (Markdown) and plots (PNG) from the JSON of a benchmark run.
+
+FILE comes from `pytest benchmarks/ --record FILE`, or from `make gpu`. The tables go to the terminal; with --out FOLDER
+they go to FOLDER/report.md, beside the plots.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from benchmarks.cases import OURS
+from benchmarks.measure import Row
+
+
+def render(report: dict[str, Any]) -> str:
+    """All tables of a report, as Markdown."""
+    parts = [_machine(report)]
+    rows = [Row(**row) for row in report.get("rows", [])]
+    for suite in dict.fromkeys(row.suite for row in rows):
+        parts.append(
+            f"## {suite.capitalize()}\n\n" + _timings([r for r in rows if r.suite == suite], report["ceilings"])
+        )
+    if report.get("splits"):
+        parts.append("## Where a guided step's time goes\n\n" + _splits(report["splits"]))
+    if report.get("counts"):
+        parts.append("## Counts of a step\n\n" + _counts(report["counts"]))
+    return "\n\n".join(parts) + "\n"
+
+
+def table(header: list[str], lines: list[list[str]]) -> str:
+    """A Markdown table, its columns aligned for the terminal too: text to the left, figures to the right."""
+    widths = [max(len(line[i]) for line in [header, *lines]) for i in range(len(header))]
+    left = [not any(line[i][:1].isdigit() for line in lines) for i in range(len(header))]
+
+    def row(cells: list[str]) -> str:
+        padded = [c.ljust(w) if is_left else c.rjust(w) for c, w, is_left in zip(cells, widths, left, strict=True)]
+        return f"| {' | '.join(padded)} |"
+
+    rule = [("-" * w) if is_left else ("-" * (w - 1) + ":") for w, is_left in zip(widths, left, strict=True)]
+    return "\n".join([row(header), f"| {' | '.join(rule)} |", *map(row, lines)])
+
+
+def _machine(report: dict[str, Any]) -> str:
+    environment, ceilings = report["environment"], report.get("ceilings")
+    text = f"# {environment['device']}\n\n" + ", ".join(
+        f"{name} {environment[name]}" for name in ("torch", "cuda", "triton", "python", "commit") if environment[name]
+    )
+    if ceilings:
+        text += (
+            f"\n\nCeilings, measured in the same run: {ceilings['copy_bytes_per_s'] / 1e9:,.1f} GB/s copying, "
+            f"{ceilings['matrix_flops_per_s'] / 1e12:,.3f} TFLOP/s in a large matrix product."
+        )
+    return text
+
+
+def _timings(rows: list[Row], ceilings: dict[str, float]) -> str:
+    lines = []
+    ours = {row.case: row for row in rows if row.implementation == OURS}
+    for row in rows:
+        floor = row.floor(ceilings)
+        own = ours.get(row.case)
+        lines.append(
+            [
+                row.case if row is own or own is None else "",
+                row.implementation,
+                f"{row.seconds * 1e3:.3f}",
+                f"{row.fastest * 1e3:.3f} to {row.slowest * 1e3:.3f}",
+                f"{row.samples / row.seconds:,.0f}" if row.samples else "",
+                f"{row.flops / row.seconds / 1e12:.3f}" if row.flops else "",
+                f"{row.bytes / row.seconds / 1e9:.1f}" if row.bytes else "",
+                f"{floor / row.seconds:.0%}" if floor else "",
+                f"{row.seconds / own.seconds:.2f} x" if own and row is not own else "",
+            ]
+        )
+    header = ["case", "implementation", "ms", "range", "samples/s", "TFLOP/s", "GB/s", "of ceiling", "ours is faster"]
+    used = [i for i in range(len(header)) if any(line[i] for line in lines)]
+    return table([header[i] for i in used], [[line[i] for i in used] for line in lines])
+
+
+def _splits(splits: dict[str, dict[str, float]]) -> str:
+    names = list(next(iter(splits.values())))
+    return table(
+        ["ms", *names],
+        [[case, *(f"{split[name] * 1e3:.2f}" for name in names)] for case, split in splits.items()],
+    )
+
+
+def _counts(counts: dict[str, dict[str, Any]]) -> str:
+    columns = {
+        "forwards per sample": ("forwards", "{:.2f}", 1),
+        "GFLOP per sample": ("flops", "{:,.1f}", 1e-9),
+        "launches": ("launches", "{:,}", 1),
+        "host waits": ("host_waits", "{}", 1),
+        "saved MB per layer and sample": ("saved_bytes", "{:.2f}", 1e-6),
+    }
+    lines = [
+        [name, *(text.format(row[key] * unit) if key in row else "" for key, text, unit in columns.values())]
+        for name, row in counts.items()
+    ]
+    return table(["step", *columns], lines)
+
+
+# ----------------------------------------------------------------------------
+# Plots.
+
+
+def plot(report: dict[str, Any], folder: Path) -> list[Path]:
+    """One picture per suite that has baselines, the share of the ceiling, and the split of a step."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [Row(**row) for row in report["rows"]]
+    made = []
+
+    def save(figure: Any, name: str) -> None:
+        figure.savefig(folder / name, dpi=110, bbox_inches="tight")
+        plt.close(figure)
+        made.append(folder / name)
+
+    for suite in dict.fromkeys(row.suite for row in rows):
+        chosen = [row for row in rows if row.suite == suite]
+        names = list(dict.fromkeys(row.implementation for row in chosen))
+        labels = list(dict.fromkeys(row.case for row in chosen))
+        ours = {row.case: row.seconds for row in chosen if row.implementation == OURS}
+        figure, axes = plt.subplots(figsize=(8, 0.6 + 0.16 * len(labels) * (len(names) + 1)))
+        height = 0.8 / len(names)
+        for i, name in enumerate(names):
+            found = {row.case: ours[row.case] / row.seconds for row in chosen if row.implementation == name}
+            at = [labels.index(label) + i * height for label in found]
+            axes.barh(at, list(found.values()), height * 0.9, label=name, color=f"C{i}", zorder=2)
+        axes.set_yticks([i + 0.4 - height / 2 for i in range(len(labels))], labels)
+        axes.invert_yaxis()
+        axes.set_xlabel(f"speed, {OURS} = 1")
+        axes.set_title(f"{suite.capitalize()}, {report['environment']['device']}")
+        axes.grid(axis="x", color="0.9", zorder=0)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+        save(figure, f"{suite}.png")
+
+    if splits := report.get("splits"):
+        figure, axes = plt.subplots(figsize=(8, 1 + 0.5 * len(splits)))
+        for i, name in enumerate(n for n in next(iter(splits.values())) if n != "step"):
+            before = [sum(list(s.values())[1 : i + 1]) * 1e3 for s in splits.values()]
+            axes.barh(list(splits), [s[name] * 1e3 for s in splits.values()], left=before, label=name, color=f"C{i}")
+        axes.invert_yaxis()
+        axes.set_xlabel("ms per step")
+        axes.set_title(f"Where a guided step's time goes, {report['environment']['device']}")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+        save(figure, "split.png")
+    return made
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", type=Path, help="JSON of a run")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="write report.md and plots there")
+    args = parser.parse_args()
+    try:
+        report = json.loads(args.file.read_text())
+        text = render(report)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        print(f"error: {args.file} is not the JSON of a benchmark run: {error!r}", file=sys.stderr)
+        return 2
+    if args.out is None:
+        print(text)
+        return 0
+    args.out.mkdir(parents=True, exist_ok=True)
+    try:
+        pictures = plot(report, args.out)
+    except ImportError:
+        print("error: plots need matplotlib: install mfengine[bench]", file=sys.stderr)
+        return 2
+    text += "".join(f"\n![{picture.stem}]({picture.name})\n" for picture in pictures)
+    (args.out / "report.md").write_text(text)
+    print(args.out / "report.md")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,190 @@
+"""`python -m benchmarks.split PRESET`: where the time of a guided training step goes, from a profiler trace.
+
+Under torchrun the model is sharded as in training, and communication shows. On a GPU a pass is charged with the
+kernels that it launches, on a CPU with the time that it takes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from benchmarks.workload import OBJECTIVES, make_model, small
+from mfengine import MeanFlow, MeanFlowConfig, ModelConfig
+from mfengine.engine.config import PRESETS, OptimConfig
+from mfengine.engine.data import LatentSpace, Loader, write_dataset
+from mfengine.engine.distributed import World, prepare_model, world
+from mfengine.engine.optim import EMA, adamw
+from mfengine.method.objective import to_device
+
+PASSES = ("data wait", "guidance", "primal", "tangent", "backward", "optimizer", "communication", "rest")
+STEPS = 5
+
+
+class Labelled:
+    """A network whose passes have names in a trace."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self.num_classes = model.num_classes
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with record_function("forward" if torch.is_grad_enabled() else "guidance"):
+            return self._model(*args, **kwargs)
+
+
+def split(
+    config: ModelConfig,
+    objective: MeanFlowConfig,
+    world: World,
+    dtype: torch.dtype,
+    batches: Iterator[tuple[Tensor, Tensor]],
+) -> dict[str, float]:
+    """Seconds of one step by pass.
+
+    The tangent is what the forward takes beyond one without tangents, which is run beside the steps. Communication that
+    runs at the same time as other work is counted with both, so parts may add up to more than the step.
+
+    Args:
+        config, objective: network and method.
+        world: the ranks; one process for each.
+        dtype: of matrix products.
+        batches: endless; latents (B, C, H, W) and labels (B,), on the device.
+
+    Returns:
+        Seconds for each of `PASSES`, and `step`, all of it.
+    """
+    device = world.device
+    model = prepare_model(make_model(config, torch.device("cpu"), dtype), world)
+    optimizer, ema = adamw(model, OptimConfig()), EMA(model, (0.9999,))
+    method, labelled = MeanFlow(objective), Labelled(model)
+    generator = torch.Generator().manual_seed(0)
+
+    def step() -> None:
+        with record_function("data wait"):
+            latents, labels = next(batches)
+        draws = method.draw(latents.shape, generator, device)
+        loss, _ = method.loss(labelled, latents, labels, draws)
+        with record_function("backward"):
+            loss.backward()
+        with record_function("optimizer"):
+            optimizer.step()
+            ema.update()
+            optimizer.zero_grad()
+
+    def primal() -> None:
+        latents, labels = next(batches)
+        t = torch.full((len(latents),), 0.5, device=device)
+        with record_function("primal"):
+            model(latents, t, torch.zeros_like(t), labels)
+
+    for run in (step, primal, step):
+        run()
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
+    with profile(activities=activities) as trace:
+        for name, run in (("step", step), ("alone", primal)):
+            for _ in range(STEPS):
+                with record_function(name):
+                    run()
+                    synchronise(device)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        trace.export_chrome_trace(str(path))
+        events = json.loads(path.read_text())["traceEvents"]
+
+    spent = _seconds(events, device.type == "cuda")
+    found = {name: spent.get(name, 0.0) / STEPS for name in ("step", *PASSES)}
+    found["tangent"] = max(0.0, spent["forward"] / STEPS - found["primal"])
+    found["rest"] = max(0.0, found["step"] - sum(found[name] for name in PASSES[:-2]))
+    return found
+
+
+def _seconds(events: list[dict[str, Any]], gpu: bool) -> dict[str, float]:
+    """Seconds by the name of a labelled range; `communication` is that of collectives within steps."""
+    ranges = [e for e in events if e.get("cat") == "user_annotation" and e.get("ph") == "X"]
+    steps = [e for e in ranges if e["name"] == "step"]
+
+    def in_step(event: dict[str, Any]) -> bool:
+        return any(s["ts"] <= event["ts"] < s["ts"] + s["dur"] for s in steps)
+
+    spent: dict[str, float] = {"communication": 0.0}
+    for event in ranges:
+        if event["name"].startswith("gloo:") and in_step(event):
+            spent["communication"] += event["dur"] / 1e6
+        elif not gpu or event["name"] == "step":
+            spent[event["name"]] = spent.get(event["name"], 0.0) + event["dur"] / 1e6
+    if not gpu:
+        return spent
+    launched = {e["args"]["correlation"]: e["ts"] for e in events if e.get("cat") == "cuda_runtime"}
+    passes = [e for e in ranges if e["name"] not in ("step", "alone") and ":" not in e["name"]]
+    for kernel in events:
+        if kernel.get("cat") not in ("kernel", "gpu_memcpy", "gpu_memset"):
+            continue
+        at = launched.get(kernel["args"].get("correlation"))
+        if "nccl" in kernel["name"]:
+            spent["communication"] += kernel["dur"] / 1e6
+            continue
+        for event in passes:
+            if at is not None and event["ts"] <= at < event["ts"] + event["dur"]:
+                spent[event["name"]] = spent.get(event["name"], 0.0) + kernel["dur"] / 1e6
+    return spent
+
+
+def synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def batches(config: ModelConfig, world: World, batch: int, folder: Path) -> Iterator[tuple[Tensor, Tensor]]:
+    """Random latents for a model, by way of shards and DALI as in training, or made on the device without DALI."""
+    shape = (config.in_channels, config.input_size, config.input_size)
+    labels = torch.zeros(batch, dtype=torch.long, device=world.device)
+    if not find_spec("nvidia.dali"):
+        latents = torch.randn(batch, *shape, device=world.device)
+        while True:
+            yield latents, labels
+    space = LatentSpace(shape, config.num_classes)
+    moments = np.random.default_rng(0).standard_normal((1, 2, *shape))
+    dataset = write_dataset(folder / f"rank-{world.rank}", "random", space, ((moments, 0) for _ in range(4 * batch)))
+    loader = Loader(dataset, batch, 0, 1, 0, world.device)
+    generator = torch.Generator().manual_seed(0)
+    while True:
+        latents, labels = loader.draw(generator)
+        yield latents, to_device(labels, world.device)
+
+
+def guided_split(preset: str, batch: int, ranks: World) -> dict[str, float]:
+    """`split` of a preset's guided step; of a small network like it where there is no GPU."""
+    gpu = ranks.device.type == "cuda"
+    config = PRESETS[preset][1].model if gpu else small(PRESETS[preset][1].model)
+    with tempfile.TemporaryDirectory() as folder:
+        inputs = batches(config, ranks, batch, Path(folder))
+        return split(config, OBJECTIVES["guided"], ranks, torch.bfloat16 if gpu else torch.float32, inputs)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("preset", choices=[name for name in PRESETS if name != "digits"])
+    parser.add_argument("--batch", type=int, default=16, help="samples per rank")
+    args = parser.parse_args()
+    with world("auto") as ranks:
+        found = guided_split(args.preset, args.batch, ranks)
+    if ranks.main:
+        for name, seconds in found.items():
+            print(f"{name:14} {seconds * 1e3:9.3f} ms {seconds / found['step']:7.1%}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,30 @@
+"""Counts of a training step that need no GPU, and where its time goes; `--guard` compares the counts exactly."""
+
+import pytest
+import torch
+
+from benchmarks.counts import count
+from benchmarks.split import guided_split
+from benchmarks.workload import OBJECTIVES
+from mfengine.engine.config import PRESETS
+from mfengine.engine.distributed import World
+
+
+@pytest.mark.parametrize("name", ["mfengine", "port"])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("preset", ["b2", "l2", "xl2"])
+def test_counts(preset, objective, name, session):
+    counts = count(PRESETS[preset][1].model, OBJECTIVES[objective], name)
+    session.counts[f"{preset}, {objective}, {name}"] = counts
+    assert counts["forwards"] >= 3 - 1e-3
+    assert counts.get("host_waits", 0) == 0
+
+
+@pytest.mark.parametrize("preset", ["b2", "xl2"])
+def test_split(preset, session):
+    gpu = session.machine.gpu
+    for batch in (32, 256) if gpu else (16,):
+        world = World(0, 1, torch.device("cuda", 0) if gpu else torch.device("cpu"))
+        found = guided_split(preset, batch, world)
+        session.splits[f"{preset} of {batch}"] = found
+        assert 0 < found["primal"] < found["step"]
