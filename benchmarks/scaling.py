@@ -13,7 +13,7 @@ import json
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from benchmarks.workload import OBJECTIVES, small
+from benchmarks.workload import small
 from mfengine import DiT, MeanFlow
 from mfengine.cli import parse, run
 from mfengine.engine.config import PRESETS, TrainConfig, to_json
@@ -134,7 +134,8 @@ class Step:
         return [c for name, phase in self.phases.items() if name != "host" for c in phase.each if c.kind == kind]
 
 
-KINDS: dict[str, Any] = {
+KINDS = ("all-gather", "reduce-scatter", "all-reduce")
+OPERATORS: dict[str, Any] = {
     "c10d::_allgather_base_": "all-gather",
     "c10d::allgather_": "all-gather",
     "c10d::_reduce_scatter_base_": "reduce-scatter",
@@ -172,17 +173,18 @@ class Recorder(TorchDispatchMode):
         group = next(dist.ProcessGroup.unbox(a) for a in args if isinstance(a, torch.ScriptObject))
         ranks = dist.get_process_group_ranks(group)
         sizes = [sum(x.nbytes for x in tree_leaves(a) if isinstance(x, Tensor)) for a in args]
-        return Collective(KINDS[name], len(ranks), len({r // self.gpus_per_node for r in ranks}), max(sizes))
+        return Collective(OPERATORS[name], len(ranks), len({r // self.gpus_per_node for r in ranks}), max(sizes))
+
+
+IDLE = {"empty", "empty_like", "empty_strided", "new_empty", "promote_types", "_unsafe_view"}
 
 
 def launches(func: Any) -> bool:
     """Whether an operator gives the device something to do: no view, no bare allocation, no bookkeeping."""
-    if func.namespace not in ("aten", "mfengine", "fsdp", "c10d"):
-        return False
-    if func._schema.name in ("aten::empty", "aten::empty_like", "aten::new_empty", "aten::_unsafe_view"):
-        return False
+    space, _, name = func._schema.name.partition("::")
     returns = func._schema.returns
-    return not returns or any(r.alias_info is None or r.alias_info.is_write for r in returns)
+    view = returns and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
+    return space in ("aten", "mfengine", "fsdp", "c10d") and name not in IDLE and not view
 
 
 def layout(strategy: Strategy, ranks: int, gpus_per_node: int) -> dict[str, Any]:
@@ -431,20 +433,21 @@ def scaling(args: Arguments) -> dict[str, Any]:
     config = PRESETS["xl2"][1]
     if args.rehearse:
         config = dataclasses.replace(config, model=small(config.model))
-    if config.method != OBJECTIVES["guided"]:
-        raise AssertionError("benchmarks.gpu measures another objective")
     flops = count_flops(config)
     hw = args.hardware
     if args.measured:
         hw = dataclasses.replace(hw, matrix_share=measured_share(args.measured, sum(flops.values()), hw))
     counts, points = [], []
+    infeasible: dict[int, str] = {}
     for ranks in args.gpus:
+        batches = {WEAK: WEAK_BATCH}
+        try:
+            batches[STRONG] = config.local_batch(ranks)
+        except InputError as error:
+            infeasible[ranks] = str(error)
         for strategy in strategies(ranks, hw):
             step = count_fake(config, ranks, strategy, hw.gpus_per_node)
             counts.append(counted(step))
-            batches = {WEAK: WEAK_BATCH}
-            with suppress(InputError):  # fewer rows than ranks, or too few for a quarter of them to be interval rows
-                batches[STRONG] = config.local_batch(ranks)
             for regime, batch in batches.items():
                 point = model_point(config, flops, step, batch, hw)
                 rates = {
@@ -455,20 +458,21 @@ def scaling(args: Arguments) -> dict[str, Any]:
                 }
                 points.append({"regime": regime, **point._asdict(), **rates})
     return {
-        "note": "collectives, launches and FLOPs are counted; every time is modelled, none is measured",
+        "note": "collectives, launches and FLOPs are counted; every time is modelled",
         "hardware": to_json(hw),
         "flops_per_sample": flops,
         "epochs": config.epochs,
         "counts": counts,
         "points": points,
+        "infeasible": {STRONG: infeasible},
     }
 
 
 def counted(step: Step) -> dict[str, Any]:
     """One row of counts: collectives between devices, and the bytes that they make each rank send."""
-    every = [c for kind in ("all-gather", "reduce-scatter", "all-reduce") for c in step.of_kind(kind)]
+    every = [c for kind in KINDS for c in step.of_kind(kind)]
     row: dict[str, Any] = {"ranks": step.ranks, "strategy": step.strategy, "parameters": step.parameters}
-    for kind in ("all-gather", "reduce-scatter", "all-reduce"):
+    for kind in KINDS:
         row[kind] = {"count": len(step.of_kind(kind)), "bytes": sum(c.bytes for c in step.of_kind(kind))}
     between = sum(c.sent_between_nodes for c in every)
     row["sent_in_node"] = sum(c.sent for c in every) - between
@@ -491,10 +495,11 @@ def tables(report: dict[str, Any]) -> str:
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in report["counts"]:
-        kinds = [row[kind] for kind in ("all-gather", "reduce-scatter", "all-reduce")]
+        kinds = [row[kind] for kind in KINDS]
         cells = [f"{k['count']}, {k['bytes'] / 1e9:.2f}" if k["count"] else "-" for k in kinds]
         sent = [f"{row[where] / 1e9:.2f}" for where in ("sent_in_node", "sent_between_nodes")]
-        lines.append(f"| {row['ranks']} | {' | '.join([row['strategy'], *cells, *sent])} |")
+        if row["ranks"] > 1:
+            lines.append(f"| {row['ranks']} | {' | '.join([row['strategy'], *cells, *sent])} |")
     for regime in (STRONG, WEAK):
         lines += [
             "",
@@ -508,10 +513,12 @@ def tables(report: dict[str, Any]) -> str:
             if p["regime"] == regime:
                 ms = " | ".join(f"{p[name] * 1e3:.1f}" for name in ("compute", "launch", "exposed", "step"))
                 fits = "" if p["fits"] else ", too much"
+                strategy = p["strategy"] if p["ranks"] > 1 else "-"
                 lines.append(
-                    f"| {p['ranks']} | {p['strategy']} | {p['batch']} | {ms} | {p['samples_per_s']:,.0f} | "
+                    f"| {p['ranks']} | {strategy} | {p['batch']} | {ms} | {p['samples_per_s']:,.0f} | "
                     f"{p['memory'] / 1e9:.0f}{fits} | {p['days']:.2f} | {p['gpu_hours']:,.0f} |"
                 )
+        lines += [f"\nInfeasible on {n} GPUs: {why}." for n, why in report["infeasible"].get(regime, {}).items()]
     return "\n".join(lines)
 
 
@@ -523,14 +530,17 @@ def draw(report: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(10, 4), layout="constrained")
     FigureCanvasAgg(figure)
     weak, strong = figure.subplots(1, 2)
+    gpus_per_node = report["hardware"]["gpus_per_node"]
     styles = {"full": ("#b5402f", "s"), "gathered once": ("#2f6db5", "o"), "hybrid": ("#2f8f5b", "^")}
     for axes, regime, value in (
         (weak, WEAK, lambda p: p["samples_per_s"] / p["ranks"]),
         (strong, STRONG, lambda p: p["days"]),
     ):
+        shown = [p for p in report["points"] if p["regime"] == regime and p["fits"]]
+        node = [p for p in shown if p["strategy"] == "gathered once" and p["ranks"] <= gpus_per_node]
+        begins = {"full": node[:1], "gathered once": [], "hybrid": node[-1:]}  # where layouts are still the same
         for strategy, (colour, marker) in styles.items():
-            points = [p for p in report["points"] if p["regime"] == regime and p["fits"]]
-            points = [p for p in points if p["strategy"] == strategy or p["ranks"] == 1]
+            points = begins[strategy] + [p for p in shown if p["strategy"] == strategy]
             x, y = [p["ranks"] for p in points], [value(p) for p in points]
             axes.plot(x, y, color=colour, marker=marker, markersize=5, label=strategy)
         axes.set_xscale("log", base=2)
@@ -545,7 +555,8 @@ def draw(report: dict[str, Any], path: Path) -> None:
     weak.legend()
     strong.set_title("256 rows in all")
     strong.set_ylabel(f"days for {report['epochs']:g} epochs (modelled)")
-    strong.set_yscale("log")
+    strong.set_yscale("log", base=2)
+    strong.yaxis.set_major_formatter("{x:g}")
     ones = [p for p in report["points"] if p["regime"] == STRONG and p["ranks"] == 1]
     if ones:
         x = sorted({p["ranks"] for p in report["points"] if p["regime"] == STRONG})
@@ -556,6 +567,9 @@ def draw(report: dict[str, Any], path: Path) -> None:
 
 def main(argv: Sequence[str]) -> None:
     args = parse(Arguments, argv, "python -m benchmarks.scaling")
+    for path in (args.json, args.plot):
+        if path and not path.parent.is_dir():
+            raise InputError(f"there is no folder {path.parent} to write {path.name} to")
     if args.plot:
         try:
             import matplotlib  # noqa: F401

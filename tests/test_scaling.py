@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -155,16 +156,20 @@ def test_command(tmp_path, monkeypatch, capsys):
     where = {"tmp_path": tmp_path, "monkeypatch": monkeypatch, "capsys": capsys}
     gpu = {"steps": [{"step": "xl2 guided", "batch": 32, "samples_per_s": 100.0}]}
     (tmp_path / "gpu.json").write_text(json.dumps(gpu))
-    code, out, _ = command("--gpus", "1", "16", "--measured=gpu.json", "--json=out.json", **where)
+    plot = ["--plot=out.png"] if find_spec("matplotlib") else []
+    code, out, _ = command("--gpus", "1", "16", "128", "--measured=gpu.json", "--json=out.json", *plot, **where)
     assert code == 0
+    assert not plot or (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
     assert "Modelled, not measured" in out
     report = json.loads((tmp_path / "out.json").read_text())
     rate = report["hardware"]["matrix_tflops"] * 1e12 * report["hardware"]["matrix_share"]
     assert rate == pytest.approx(100 * sum(report["flops_per_sample"].values()))
     assert [(row["ranks"], row["strategy"]) for row in report["counts"]] == [
         (1, "gathered once"), (16, "full"), (16, "gathered once"), (16, "hybrid"),
+        (128, "full"), (128, "gathered once"), (128, "hybrid"),
     ]  # fmt: skip
     assert {p["batch"] for p in report["points"] if p["regime"] == "global batch 256"} == {256, 16}
+    assert list(report["infeasible"]["global batch 256"]) == ["128"]  # two rows: a quarter is no number of rows
     for point in report["points"]:
         assert point["gpu_hours"] == pytest.approx(point["days"] * 24 * point["ranks"])
 
@@ -177,6 +182,7 @@ def test_command(tmp_path, monkeypatch, capsys):
         (("--hardware.matrix-share=0",), "matrix_share must be positive"),
         (("--measured=nowhere.json",), "cannot read nowhere.json"),
         (("--measured=other.json",), "has no measured step"),
+        (("--json=nowhere/out.json",), "there is no folder nowhere"),
         (("--nodes=3",), "there is no option --nodes"),
     ],
 )
