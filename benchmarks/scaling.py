@@ -546,6 +546,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
         axes.set_xscale("log", base=2)
         ticks = sorted({p["ranks"] for p in report["points"] if p["regime"] == regime})
         axes.set_xticks(ticks, [f"{n:,}" for n in ticks])
+        axes.tick_params(axis="x", labelsize=9)
         axes.minorticks_off()
         axes.set_xlabel("GPUs")
         axes.grid(alpha=0.3)
