@@ -25,19 +25,7 @@ from mfengine.ops import use_backend
 
 META = torch.device("meta")
 ATTENTION_PRODUCTS = {"primal": 2, "tangent": 4, "backward": 7}  # of N x N by d; the backward makes the scores twice
-LAUNCHES = {  # of operators that launch more than one kernel
-    "mfengine::attention_dual": 2,  # rows without a tangent, rows with one
-    "mfengine::attention_packed_dual": 2,
-    "mfengine::attention_backward": 3,  # row sums, keys and values, queries
-    "mfengine::attention_packed_backward": 3,
-    "mfengine::adaln_dual": 2,
-    "mfengine::residual_adaln_dual": 2,
-    "mfengine::gelu_dual": 2,
-}
-NO_LAUNCH = (
-    *("aten::detach", "aten::_unsafe_view", "aten::promote_types", "aten::lift_fresh", "profiler::"),
-    *("aten::empty", "aten::new_empty", "aten::alias"),
-)
+IDLE = {"detach", "lift_fresh", "empty", "empty_like", "empty_strided", "new_empty", "promote_types", "_unsafe_view"}
 WAITS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten::masked_select")
 
 
@@ -62,8 +50,16 @@ def _product(qkv: Any) -> int:
     return 2 * batch * tokens**2 * (width // 3)
 
 
+def launches(func: Any) -> bool:
+    """Whether an operator gives the device something to do: no view, no bare allocation, no bookkeeping."""
+    space, _, name = func._schema.name.partition("::")
+    returns = func._schema.returns
+    view = returns and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
+    return space in ("aten", "mfengine", "fsdp", "c10d") and name not in IDLE and not view
+
+
 class Recorder(TorchDispatchMode):
-    """Counts the operators that launch kernels, and those for which the host would wait."""
+    """Counts the operators that launch kernels, one or more each, and those for which the host would wait."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -75,8 +71,7 @@ class Recorder(TorchDispatchMode):
         read, made = ([x for x in tree_leaves(tree) if isinstance(x, Tensor)] for tree in ((args, kwargs), result))
         if any(x.is_meta for x in read) and (name in WAITS or any(not x.is_meta for x in made)):
             self.waits += 1
-        if any(x.is_meta for x in read + made) and not func.is_view and not name.startswith(NO_LAUNCH):
-            self.launches += LAUNCHES.get(name, 1)
+        self.launches += launches(func) and any(x.is_meta for x in read + made)
         return result
 
 

@@ -28,6 +28,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from benchmarks.cases import OURS
+from benchmarks.counts import launches
+from benchmarks.measure import Row
 from benchmarks.workload import small
 from mfengine import DiT, MeanFlow
 from mfengine.cli import parse, run
@@ -174,17 +177,6 @@ class Recorder(TorchDispatchMode):
         ranks = dist.get_process_group_ranks(group)
         sizes = [sum(x.nbytes for x in tree_leaves(a) if isinstance(x, Tensor)) for a in args]
         return Collective(OPERATORS[name], len(ranks), len({r // self.gpus_per_node for r in ranks}), max(sizes))
-
-
-IDLE = {"empty", "empty_like", "empty_strided", "new_empty", "promote_types", "_unsafe_view"}
-
-
-def launches(func: Any) -> bool:
-    """Whether an operator gives the device something to do: no view, no bare allocation, no bookkeeping."""
-    space, _, name = func._schema.name.partition("::")
-    returns = func._schema.returns
-    view = returns and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
-    return space in ("aten", "mfengine", "fsdp", "c10d") and name not in IDLE and not view
 
 
 def layout(strategy: Strategy, ranks: int, gpus_per_node: int) -> dict[str, Any]:
@@ -411,14 +403,14 @@ def measured_share(path: Path, flops_per_sample: float, hw: Hardware) -> float:
         InputError: the file has no such step.
     """
     try:
-        rows = json.loads(path.read_text())["steps"]
-        rows = [row for row in rows if row["step"] == "xl2 guided" and "samples_per_s" in row]
+        rows = [Row(**row) for row in json.loads(path.read_text())["rows"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"cannot read {path} as the report of benchmarks.gpu: {error!r}") from None
+    rows = [row for row in rows if row.implementation == OURS and row.label.startswith("step: guided, xl2 ")]
     if not rows:
-        raise InputError(f"{path} has no measured step 'xl2 guided'; run python -m benchmarks.gpu on a GPU")
-    best = max(rows, key=lambda row: row["batch"])
-    return best["samples_per_s"] * flops_per_sample / (hw.matrix_tflops * 1e12)
+        raise InputError(f"{path} has no measured step 'guided, xl2'; run python -m benchmarks.gpu on a GPU")
+    best = max(rows, key=lambda row: row.samples)
+    return best.samples / best.seconds * flops_per_sample / (hw.matrix_tflops * 1e12)
 
 
 def strategies(ranks: int, hw: Hardware) -> list[Strategy]:

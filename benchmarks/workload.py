@@ -28,9 +28,8 @@ OBJECTIVES: dict[str, MeanFlowConfig] = {
 Update = Callable[[Tensor, Tensor, Draws], None]  # latents (B, C, H, W), labels (B,), draws: one optimizer step
 
 
-def engine_update(model: DiT, objective: MeanFlowConfig, compute_dtype: torch.dtype) -> Update:
+def engine_update(model: DiT, objective: MeanFlowConfig) -> Update:
     """mfengine's step."""
-    model.compute_dtype = compute_dtype
     optimizer, ema = adamw(model, OptimConfig()), EMA(model, (0.9999,))
     method = MeanFlow(objective)
 
@@ -44,9 +43,9 @@ def engine_update(model: DiT, objective: MeanFlowConfig, compute_dtype: torch.dt
     return update
 
 
-def port_update(model: DiT, objective: MeanFlowConfig, compute_dtype: torch.dtype, **options: Any) -> Update:
+def port_update(model: DiT, objective: MeanFlowConfig, **options: Any) -> Update:
     """A port's step, with `Port`'s options; its optimizer and EMA are the fastest that PyTorch has, as ours are."""
-    port = Port(objective, compute_dtype, **options)
+    port = Port(objective, model.compute_dtype, **options)
     device = model.pos_embed.device
     with device:
         network = PortDiT(model.config).to(device)
@@ -62,7 +61,7 @@ def port_update(model: DiT, objective: MeanFlowConfig, compute_dtype: torch.dtyp
     return update
 
 
-IMPLEMENTATIONS: dict[str, Callable[[DiT, MeanFlowConfig, torch.dtype], Update]] = {
+IMPLEMENTATIONS: dict[str, Callable[[DiT, MeanFlowConfig], Update]] = {
     "mfengine": engine_update,
     "port": port_update,
     "port SDPA": partial(port_update, attention=sdpa),
@@ -82,8 +81,8 @@ def training_step(
     implementation: str = "mfengine",
 ) -> Callable[[], None]:
     """A function that does one optimizer step of one of IMPLEMENTATIONS, on `num_inputs` batches in turn."""
-    model = make_model(model_config, device)
-    update = IMPLEMENTATIONS[implementation](model, objective, compute_dtype)
+    model = make_model(model_config, device, compute_dtype)
+    update = IMPLEMENTATIONS[implementation](model, objective)
     method = MeanFlow(objective)
     generator = torch.Generator().manual_seed(0)
     shape = (batch, model_config.in_channels, model_config.input_size, model_config.input_size)

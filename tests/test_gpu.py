@@ -10,8 +10,6 @@ import torch
 from conftest import SMALL, run_command
 
 from benchmarks import gpu
-from benchmarks.workload import forward_flops
-from mfengine import DiT, ModelConfig
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -29,15 +27,6 @@ def test_rehearsal_of_the_gpu_script(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert "xl2 guided" in done.stdout
     assert (tmp_path / "gpu.json").exists()
-
-
-def test_formula_of_forward_flops_is_what_pytorch_counts():
-    from torch.utils.flop_counter import FlopCounterMode
-
-    config = ModelConfig(8, 2, 4, hidden_size=24, depth=3, num_heads=2, num_classes=3)
-    with FlopCounterMode(display=False) as counter:
-        DiT(config)(torch.randn(1, 4, 8, 8), torch.rand(1), torch.rand(1), torch.tensor([0]))
-    assert counter.get_total_flops() == forward_flops(config)
 
 
 @needs_gpu

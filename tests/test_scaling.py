@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 from conftest import run_in_process
 from scaling_worker import CONFIG, collectives
 
+from benchmarks.measure import Row
 from benchmarks.scaling import (
     STRATEGIES,
     Hardware,
@@ -22,8 +24,8 @@ from benchmarks.scaling import (
     model_point,
     phase_seconds,
 )
-from benchmarks.workload import forward_flops
 from mfengine import DiT
+from mfengine.engine.flops import forward_flops
 
 WORKER = Path(__file__).parent / "scaling_worker.py"
 NODE = 8
@@ -154,8 +156,8 @@ def command(*args, tmp_path, monkeypatch, capsys):
 
 def test_command(tmp_path, monkeypatch, capsys):
     where = {"tmp_path": tmp_path, "monkeypatch": monkeypatch, "capsys": capsys}
-    gpu = {"steps": [{"step": "xl2 guided", "batch": 32, "samples_per_s": 100.0}]}
-    (tmp_path / "gpu.json").write_text(json.dumps(gpu))
+    row = Row("step", "guided, xl2 of 32", "mfengine", 0.32, 0.3, 0.4, 5, samples=32, flops=0, bytes=0)
+    (tmp_path / "gpu.json").write_text(json.dumps({"rows": [asdict(row)]}))
     plot = ["--plot=out.png"] if find_spec("matplotlib") else []
     code, out, _ = command("--gpus", "1", "16", "128", "--measured=gpu.json", "--json=out.json", *plot, **where)
     assert code == 0
@@ -187,7 +189,7 @@ def test_command(tmp_path, monkeypatch, capsys):
     ],
 )
 def test_bad_arguments(args, message, tmp_path, monkeypatch, capsys):
-    (tmp_path / "other.json").write_text('{"steps": []}')
+    (tmp_path / "other.json").write_text('{"rows": []}')
     code, _, err = command(*args, tmp_path=tmp_path, monkeypatch=monkeypatch, capsys=capsys)
     assert code == 2
     assert err.startswith("error: ")

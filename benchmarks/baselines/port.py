@@ -1,8 +1,11 @@
 """The usual PyTorch port of MeanFlow (Geng et al., arXiv 2505.13447), written from the paper as a peer to measure.
 
 Its form is what a competent port on one GPU has: a DiT of stock modules under autocast; guidance by network passes
-without gradient, for the rows it applies to; u and du/dt of all rows from one `torch.func.jvp`, u with its graph. Ports
-that must go through DistributedDataParallel run the network once more for u, at one F more than this.
+without gradient, for the rows it applies to; u and du/dt of all rows from one `torch.func.jvp`, u with its graph.
+
+In F, the FLOPs of one forward pass of one sample: primal and its backward 3, tangent 2, guidance about 1.5. The tangent
+is not 1 because PyTorch's JVP of `nn.Linear` multiplies the input with the zero tangent of the weight as well, eager
+and compiled (torch 2.13). Ports that run the network once more for u, as for DistributedDataParallel, pay 1 more.
 """
 
 from __future__ import annotations
@@ -193,8 +196,8 @@ class Port:
         compute_dtype: of autocast; float32 is no autocast.
         jvp_attention: attention inside the JVP.
         attention: attention where no JVP is taken, in guidance passes and in plain flow matching.
-        compiled: `torch.compile` for the function that calls `torch.func.jvp` inside, and for that of the guidance
-            passes, whose number of rows changes from step to step: the second step compiles that once more.
+        compiled: `torch.compile` for the function that calls `torch.func.jvp` inside, and for that of the passes
+            without one; the rows of guidance change from step to step, so the second step compiles that once more.
     """
 
     def __init__(
@@ -268,13 +271,14 @@ class Port:
         """Average velocity u and du/dt, its JVP along (v_g, 1, 0) in (z, t, r)."""
 
         def u(z: Tensor, t: Tensor, r: Tensor) -> Tensor:
-            # A region of autocast keeps its casts of the weights: one around the guidance, too, would keep casts
-            # that were made without gradient.
+            # A region of autocast keeps its casts of the weights. One region for the guidance, too, would hand on
+            # casts that were made without gradient.
             with self.autocast(z):
                 return network(z, t, t - r, y, self.jvp_attention).float()
 
         # Compiled, a du/dt that left this function with its graph would be differentiated, which fails (torch 2.13).
-        primal, du_dt = torch.func.jvp(u, (z, t, r), (v_g, torch.ones_like(t), torch.zeros_like(r)))
+        tangents = (v_g, torch.ones_like(t), torch.zeros_like(r))
+        primal, du_dt = torch.func.jvp(u, (z, t, r), tangents)  # type: ignore[misc]
         return primal, du_dt.detach()
 
     def autocast(self, z: Tensor) -> AbstractContextManager[None]:

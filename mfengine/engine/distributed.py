@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -22,6 +23,10 @@ from mfengine.model import DiT
 from mfengine.ops import Dual
 
 T = TypeVar("T")
+
+
+# A block hands on the gate of its MLP, a view; nothing is done to it in place.
+warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view tensor")
 
 
 @dataclass(frozen=True)

@@ -107,6 +107,7 @@ def _(x: Tensor, bias: Tensor, go: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _save_gelu(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.set_materialize_grads(False)  # a tangent has no gradient, and none is made up for it
     ctx.save_for_backward(*inputs[:2])
     ctx.tangents = len(inputs) - 2
 

@@ -183,10 +183,12 @@ def _(
     return _like(x_out), _like(y), _like(gate), _like(scale), _like(scale)
 
 
-# The backward is that of the primal, with or without a tangent beside it.
+# The backward is that of the primal, with or without a tangent beside it. Tangents have no gradient, and none is made
+# up for them.
 
 
 def _save_modulate(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(inputs[0], inputs[2])
     ctx.tangents = len(inputs) - 3
 
@@ -197,12 +199,16 @@ def _modulate_backward(ctx: Any, go: Tensor, *_: Any) -> tuple[Any, ...]:
 
 def _save_residual(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     _, y, gate, _, scale = inputs[:5]
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(output[0], y, gate, scale)
     ctx.tangents = len(inputs) - 5
 
 
-def _residual_backward(ctx: Any, gx_out: Tensor, go: Tensor, *_: Any) -> tuple[Any, ...]:
-    return (*_residual_backward_op(*ctx.saved_tensors, gx_out, go), *[None] * ctx.tangents)
+def _residual_backward(ctx: Any, gx_out: Tensor | None, go: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    x_out, y, gate, scale = ctx.saved_tensors
+    gx_out = torch.zeros_like(x_out) if gx_out is None else gx_out  # of one that nothing used
+    go = torch.zeros_like(x_out, dtype=scale.dtype) if go is None else go
+    return (*_residual_backward_op(x_out, y, gate, scale, gx_out, go), *[None] * ctx.tangents)
 
 
 _modulate_op.register_autograd(_modulate_backward, setup_context=_save_modulate)

@@ -196,11 +196,13 @@ def _(qkv: Tensor, o: Tensor, lse: Tensor, go: Tensor, heads: int) -> Tensor:
     return qkv.new_empty(qkv.shape)
 
 
-# The backward is that of the primal, with or without a tangent beside it: tangents are not differentiated.
+# The backward is that of the primal, with or without a tangent beside it: tangents are not differentiated, and no
+# gradient is made up for them.
 
 
 def _save_attention(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     q, k, v = inputs[:3]
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(q, k, v, output[0], output[1])
     ctx.scale = inputs[-1]
     ctx.tangents = len(inputs) - 4
@@ -212,6 +214,7 @@ def _attention_backward(ctx: Any, go: Tensor, *_: Any) -> tuple[Any, ...]:
 
 
 def _save_packed(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(inputs[0], output[0], output[1])
     ctx.heads = inputs[-1]
     ctx.tangents = len(inputs) - 2
