@@ -24,7 +24,6 @@ from mfengine.ops import Dual
 
 T = TypeVar("T")
 
-
 # A block hands on the gate of its MLP, a view; nothing is done to it in place.
 warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view tensor")
 

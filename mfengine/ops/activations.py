@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from functools import partial
 from typing import Any
 
@@ -12,9 +11,6 @@ from torch import Tensor
 
 from mfengine.ops.backend import fused
 from mfengine.ops.dual import A, accumulation_dtype, primal_of, push, push_fused
-
-_C = math.sqrt(2 / math.pi)
-_CUBIC = 0.044715  # gelu(x) ~ x / 2 (1 + tanh(_C (x + _CUBIC x^3))), Hendrycks and Gimpel, arXiv 1606.08415
 
 
 def gelu(x: A, bias: Tensor | None = None) -> A:
@@ -52,18 +48,18 @@ def _gelu(x: Tensor, bias: Tensor) -> Tensor:
     return F.gelu(x.to(wide) + bias.to(wide), approximate="tanh").to(x.dtype)
 
 
+# Pointwise functions multiply a tangent, like a gradient, by their derivative: PyTorch's backward serves for both.
+
+
 def _gelu_tangent(x: Tensor, dx: Tensor, bias: Tensor) -> Tensor:
     wide = accumulation_dtype(x)
     w = x.to(wide) + bias.to(wide)
-    tanh = torch.tanh(_C * (w + _CUBIC * w**3))
-    slope = 0.5 * (1 + tanh) + 0.5 * w * (1 - tanh.square()) * _C * (1 + 3 * _CUBIC * w.square())
-    return (slope * dx).to(x.dtype)
+    return torch.ops.aten.gelu_backward(dx.to(wide), w, approximate="tanh").to(x.dtype)
 
 
 def _silu_tangent(x: Tensor, dx: Tensor) -> Tensor:
-    w = x.to(accumulation_dtype(x))
-    sigmoid = torch.sigmoid(w)
-    return (sigmoid * (1 + w * (1 - sigmoid)) * dx).to(x.dtype)
+    wide = accumulation_dtype(x)
+    return torch.ops.aten.silu_backward(dx.to(wide), x.to(wide)).to(x.dtype)
 
 
 # ----------------------------------------------------------------------------
