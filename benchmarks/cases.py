@@ -336,7 +336,7 @@ def data(machine: Machine) -> Iterator[Case]:
             for i, (array, label) in enumerate(moments()):
                 np.savez(folder / f"{i:06d}.npz", moments=array.astype(np.float16), label=label)
         loader = torch.utils.data.DataLoader(
-            _Files(folder), batch, shuffle=True, num_workers=torch.get_num_threads(), persistent_workers=True,
+            _Files(folder), batch, shuffle=True, num_workers=os.cpu_count() or 1, persistent_workers=True,
             drop_last=True, pin_memory=machine.gpu,
         )  # fmt: skip
 

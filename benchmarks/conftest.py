@@ -39,6 +39,8 @@ class Session:
     def __init__(self, config: pytest.Config) -> None:
         self.folder = tempfile.TemporaryDirectory(prefix="mfengine-benchmarks-")
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if device.type == "cpu":
+            torch.set_num_threads(1)  # threads that wait for each other stall as soon as anything else runs
         self.machine = Machine(device, Path(self.folder.name))
         self.cases = list(cases(self.machine, _load_peer(config.option.peer)))
         self.rows: list[Row] = []
@@ -92,7 +94,7 @@ SESSION = pytest.StashKey[Session]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.option.benchmark_quiet = True  # the table at the end says more
+    config.option.benchmark_quiet = True  # our table says more than that of pytest-benchmark
     config.stash[SESSION] = Session(config)
 
 

@@ -118,7 +118,6 @@ def environment(device: torch.device) -> dict[str, Any]:
         commit = done.stdout.strip() or None
     return {
         "device": device_name(device),
-        "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "triton": version("triton") if find_spec("triton") else None,
@@ -128,14 +127,10 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def device_name(device: torch.device) -> str:
-    """The model of the GPU, or the CPU with the threads that PyTorch uses."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"CPU, {torch.get_num_threads()} threads"
+    """The model of the GPU, or a CPU's."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU, one thread"
 
 
 def short_name(device: torch.device) -> str:
-    """The folder of this device's accepted figures: h200, cpu-2."""
-    if device.type == "cuda":
-        return device_name(device).lower().removeprefix("nvidia ").split()[0]
-    return f"cpu-{torch.get_num_threads()}"
+    """The folder of this device's accepted figures: h200, cpu."""
+    return device_name(device).lower().removeprefix("nvidia ").split()[0].rstrip(",")
