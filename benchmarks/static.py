@@ -30,6 +30,7 @@ ARCHITECTURES = (80, 90, 100)
 TENSOR_CORES = re.compile(r"\b(?:HMMA|HGMMA|UTC\w*MMA)\b")
 HEAD_DIMS = (64, 72, 96, 128)  # B/2 and L/2; XL/2; the widest of each configuration
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+TANGENTS = ("dx", "dy", "dgate", "dshift", "dscale", "dx_out", "do")  # None in a forward kernel's primal case
 WIDTHS = (768, 1024, 1152)  # of B/2, L/2 and XL/2
 
 
@@ -52,28 +53,29 @@ def kernels() -> Iterator[tuple[str, Any, Config, dict[str, Any], dict[str, str]
                 yield f"attention.{name} d{dim} {dtype}", kernel, config, names, pointers, name != "delta"
     for width in WIDTHS:
         constants = {"BLOCK": adaln.block(width)}
-        backward = {"STREAM": True, "TOKENS": adaln.TOKENS_PER_PROGRAM}
+        backward = {"TOKENS": adaln.TOKENS_PER_PROGRAM}
         for dtype in ("bf16", "fp32"):
             # The residual stream is float32 whatever the rest is.
             pointers = dict.fromkeys(("x", "dx", "x_out", "dx_out", "gx_out", "gx", "sums"), "fp32") | dict.fromkeys(
                 ("y", "gate", "shift", "scale", "o", "dy", "dgate", "dshift", "dscale", "do", "go", "gy"), dtype
             )
             for name, kernel, more in (
-                ("forward", adaln.forward_kernel, {}),
-                ("dual", adaln.dual_kernel, {}),
+                ("forward", adaln.forward_kernel, dict.fromkeys(TANGENTS)),
+                ("dual", adaln.forward_kernel, {}),
                 ("backward", adaln.backward_kernel, backward),
             ):
                 for residual in (True, False):
                     label = f"adaln.{name} D{width}{'' if residual else ' first'} {dtype}"
-                    all_constants = constants | more | {"RESIDUAL": residual}
+                    first = {} if residual else dict.fromkeys(("y", "gate", "dy", "dgate", "gy"))
+                    all_constants = constants | more | first
                     yield label, kernel, adaln.CONFIGS[name], all_constants, pointers, False
     constants = {"ROWS": gelu.BLOCK_ROWS, "COLS": gelu.BLOCK_COLS}
     backward = {"STEPS": gelu.ROWS_PER_PROGRAM // gelu.BLOCK_ROWS}
     for dtype in ("bf16", "fp32"):
         pointers = dict.fromkeys(("x", "dx", "o", "do", "go", "gx"), dtype) | {"bias": "fp32", "sums": "fp32"}
         for name, kernel, more in (
-            ("forward", gelu.forward_kernel, {}),
-            ("dual", gelu.dual_kernel, {}),
+            ("forward", gelu.forward_kernel, dict.fromkeys(TANGENTS)),
+            ("dual", gelu.forward_kernel, {}),
             ("backward", gelu.backward_kernel, backward),
         ):
             yield f"gelu.{name} {dtype}", kernel, gelu.CONFIGS[name], constants | more, pointers, False
