@@ -7,7 +7,8 @@ A head dim that is no power of two is split into a power of two and a tail padde
 so that 72 costs 80 columns and not 128. Softmax runs in base 2 and float32. All strides are free.
 
 float32 products are three TF32 products on the tensor cores, which keep float32's precision. Their operands, split in
-two, do not fit into the registers for long: scores are summed over 32 columns at a time, read anew for every tile.
+two, do not fit into the registers for long: scores are summed over 32 columns at a time, read anew for every tile, and
+a tail is padded to 32 columns or more.
 """
 
 from __future__ import annotations

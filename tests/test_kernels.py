@@ -18,7 +18,8 @@ pytest.importorskip("triton", reason="the fused kernels need triton")
 
 from mfengine import DiT, ModelConfig, ops
 from mfengine.kernels import adaln, attention, gelu
-from mfengine.ops import Dual, backend
+from mfengine.ops import Dual
+from mfengine.ops.backend import fused
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BOUNDS = {torch.float32: 1e-5, torch.float16: 2e-3}
@@ -386,7 +387,7 @@ def test_wrong_adaln_and_gelu_arguments():
 @pytest.mark.parametrize("is_cuda", [True, False])
 def test_auto_fuses_what_the_kernels_take(is_cuda, dtype):
     with ops.use_backend("auto"):
-        assert backend.fused(SimpleNamespace(is_cuda=is_cuda, dtype=dtype)) == (is_cuda and dtype != torch.float64)
+        assert fused(SimpleNamespace(is_cuda=is_cuda, dtype=dtype)) == (is_cuda and dtype != torch.float64)
 
 
 def test_unknown_backend():
