@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -28,14 +29,16 @@ from mfengine.kernels.launch import Config
 ARCHITECTURES = (80, 90, 100)
 TENSOR_CORES = re.compile(r"\b(?:HMMA|HGMMA|UTC\w*MMA)\b")
 HEAD_DIMS = (64, 72, 96, 128)  # B/2 and L/2; XL/2; the widest of each configuration
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+TANGENTS = ("dx", "dy", "dgate", "dshift", "dscale", "dx_out", "do")  # None in a forward kernel's primal case
 WIDTHS = (768, 1024, 1152)  # of B/2, L/2 and XL/2
 
 
 def kernels() -> Iterator[tuple[str, Any, Config, dict[str, Any], dict[str, str], bool]]:
     """Name, kernel, configuration, constants, dtypes of pointers, and whether it has dot products."""
     for dim in HEAD_DIMS:
-        names = {"DIM": dim, "HEAD": attention.widths(dim)[0], "TAIL": attention.widths(dim)[1]}
-        for dtype in ("bf16", "fp16"):
+        for dtype, torch_dtype in DTYPES.items():
+            names = dict(zip(("DIM", "HEAD", "TAIL"), attention.shape_constants(dim, torch_dtype), strict=True))
             for name, kernel in (
                 ("forward", attention.forward_kernel),
                 ("dual", attention.dual_kernel),
@@ -43,35 +46,39 @@ def kernels() -> Iterator[tuple[str, Any, Config, dict[str, Any], dict[str, str]
                 ("backward_kv", attention.backward_kv_kernel),
                 ("backward_q", attention.backward_q_kernel),
             ):
-                config = attention.CONFIGS[name][attention.width_class(dim)]
+                config = attention.CONFIGS[name][attention.tile_class(dim, torch_dtype)]
                 pointers = dict.fromkeys(
                     ("q", "k", "v", "dq", "dk", "dv", "o", "do", "go", "gq", "gk", "gv"), dtype
                 ) | {"lse": "fp32", "delta": "fp32"}
                 yield f"attention.{name} d{dim} {dtype}", kernel, config, names, pointers, name != "delta"
     for width in WIDTHS:
-        pointers = dict.fromkeys(("x", "dx", "x_out", "dx_out", "gx_out", "gx", "sums"), "fp32") | dict.fromkeys(
-            ("y", "gate", "shift", "scale", "o", "dy", "dgate", "dshift", "dscale", "do", "go", "gy"), "bf16"
-        )
         constants = {"BLOCK": adaln.block(width)}
-        backward = {"STREAM": True, "TOKENS": adaln.TOKENS_PER_PROGRAM}
-        for name, kernel, more in (
-            ("forward", adaln.forward_kernel, {}),
-            ("dual", adaln.dual_kernel, {}),
-            ("backward", adaln.backward_kernel, backward),
-        ):
-            for residual in (True, False):
-                label = f"adaln.{name} D{width}{'' if residual else ' first'}"
-                all_constants = constants | more | {"RESIDUAL": residual}
-                yield label, kernel, adaln.CONFIGS[name], all_constants, pointers, False
+        backward = {"TOKENS": adaln.TOKENS_PER_PROGRAM}
+        for dtype in ("bf16", "fp32"):
+            # The residual stream is float32 whatever the rest is.
+            pointers = dict.fromkeys(("x", "dx", "x_out", "dx_out", "gx_out", "gx", "sums"), "fp32") | dict.fromkeys(
+                ("y", "gate", "shift", "scale", "o", "dy", "dgate", "dshift", "dscale", "do", "go", "gy"), dtype
+            )
+            for name, kernel, more in (
+                ("forward", adaln.forward_kernel, dict.fromkeys(TANGENTS)),
+                ("dual", adaln.forward_kernel, {}),
+                ("backward", adaln.backward_kernel, backward),
+            ):
+                for residual in (True, False):
+                    label = f"adaln.{name} D{width}{'' if residual else ' first'} {dtype}"
+                    first = {} if residual else dict.fromkeys(("y", "gate", "dy", "dgate", "gy"))
+                    all_constants = constants | more | first
+                    yield label, kernel, adaln.CONFIGS[name], all_constants, pointers, False
     constants = {"ROWS": gelu.BLOCK_ROWS, "COLS": gelu.BLOCK_COLS}
-    pointers = dict.fromkeys(("x", "dx", "o", "do", "go", "gx"), "bf16") | {"bias": "fp32", "sums": "fp32"}
     backward = {"STEPS": gelu.ROWS_PER_PROGRAM // gelu.BLOCK_ROWS}
-    for name, kernel, more in (
-        ("forward", gelu.forward_kernel, {}),
-        ("dual", gelu.dual_kernel, {}),
-        ("backward", gelu.backward_kernel, backward),
-    ):
-        yield f"gelu.{name}", kernel, gelu.CONFIGS[name], constants | more, pointers, False
+    for dtype in ("bf16", "fp32"):
+        pointers = dict.fromkeys(("x", "dx", "o", "do", "go", "gx"), dtype) | {"bias": "fp32", "sums": "fp32"}
+        for name, kernel, more in (
+            ("forward", gelu.forward_kernel, dict.fromkeys(TANGENTS)),
+            ("dual", gelu.forward_kernel, {}),
+            ("backward", gelu.backward_kernel, backward),
+        ):
+            yield f"gelu.{name} {dtype}", kernel, gelu.CONFIGS[name], constants | more, pointers, False
 
 
 def compile_kernel(kernel: Any, config: Config, constants: dict[str, Any], pointers: dict[str, str], arch: int) -> Any:

@@ -8,6 +8,8 @@ sigma from x' rather than storing them, and sums over a sample's tokens in a fix
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -33,57 +35,39 @@ def _moments(x, mask, width, eps):
 
 @triton.jit
 def forward_kernel(
-    x, y, gate, shift, scale, x_out, o,
-    x_b, x_n, y_b, y_n, gate_b, shift_b, scale_b,
-    tokens, width, eps,
-    RESIDUAL: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    b, n = row // tokens, row % tokens
-    cols = tl.arange(0, BLOCK)
-    mask = cols < width
-    stream = tl.load(x + b * x_b + n * x_n + cols, mask=mask, other=0.0).to(tl.float32)
-    if RESIDUAL:
-        branch = tl.load(y + b * y_b + n * y_n + cols, mask=mask, other=0.0).to(tl.float32)
-        stream += tl.load(gate + b * gate_b + cols, mask=mask, other=0.0).to(tl.float32) * branch
-        tl.store(x_out + row * width + cols, stream.to(x_out.dtype.element_ty), mask=mask)
-    normal, _ = _moments(stream, mask, width, eps)
-    s = tl.load(scale + b * scale_b + cols, mask=mask, other=0.0).to(tl.float32)
-    t = tl.load(shift + b * shift_b + cols, mask=mask, other=0.0).to(tl.float32)
-    tl.store(o + row * width + cols, (normal * (1.0 + s) + t).to(o.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def dual_kernel(
     x, y, gate, shift, scale, dx, dy, dgate, dshift, dscale, x_out, o, dx_out, do,
     x_b, x_n, y_b, y_n, gate_b, shift_b, scale_b, dx_b, dx_n, dy_b, dy_n, dgate_b, dshift_b, dscale_b,
     tokens, width, eps,
-    RESIDUAL: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """Dual if there is a dx, with a residual if there is a y: what there is not is None."""
     row = tl.program_id(0).to(tl.int64)
     b, n = row // tokens, row % tokens
     cols = tl.arange(0, BLOCK)
     mask = cols < width
     stream = tl.load(x + b * x_b + n * x_n + cols, mask=mask, other=0.0).to(tl.float32)
-    dstream = tl.load(dx + b * dx_b + n * dx_n + cols, mask=mask, other=0.0).to(tl.float32)
-    if RESIDUAL:
+    if dx is not None:
+        dstream = tl.load(dx + b * dx_b + n * dx_n + cols, mask=mask, other=0.0).to(tl.float32)
+    if y is not None:
         branch = tl.load(y + b * y_b + n * y_n + cols, mask=mask, other=0.0).to(tl.float32)
-        dbranch = tl.load(dy + b * dy_b + n * dy_n + cols, mask=mask, other=0.0).to(tl.float32)
         g = tl.load(gate + b * gate_b + cols, mask=mask, other=0.0).to(tl.float32)
-        dg = tl.load(dgate + b * dgate_b + cols, mask=mask, other=0.0).to(tl.float32)
+        if dx is not None:
+            dbranch = tl.load(dy + b * dy_b + n * dy_n + cols, mask=mask, other=0.0).to(tl.float32)
+            dg = tl.load(dgate + b * dgate_b + cols, mask=mask, other=0.0).to(tl.float32)
+            dstream += dg * branch + g * dbranch
+            tl.store(dx_out + row * width + cols, dstream.to(dx_out.dtype.element_ty), mask=mask)
         stream += g * branch
-        dstream += dg * branch + g * dbranch
         tl.store(x_out + row * width + cols, stream.to(x_out.dtype.element_ty), mask=mask)
-        tl.store(dx_out + row * width + cols, dstream.to(dx_out.dtype.element_ty), mask=mask)
     normal, rstd = _moments(stream, mask, width, eps)
-    along = tl.sum(normal * dstream, 0) / width
-    dnormal = tl.where(mask, (dstream - tl.sum(dstream, 0) / width - normal * along) * rstd, 0.0)
     s = tl.load(scale + b * scale_b + cols, mask=mask, other=0.0).to(tl.float32)
     t = tl.load(shift + b * shift_b + cols, mask=mask, other=0.0).to(tl.float32)
-    ds = tl.load(dscale + b * dscale_b + cols, mask=mask, other=0.0).to(tl.float32)
-    dt = tl.load(dshift + b * dshift_b + cols, mask=mask, other=0.0).to(tl.float32)
+    if dx is not None:
+        along = tl.sum(normal * dstream, 0) / width
+        dnormal = tl.where(mask, (dstream - tl.sum(dstream, 0) / width - normal * along) * rstd, 0.0)
+        ds = tl.load(dscale + b * dscale_b + cols, mask=mask, other=0.0).to(tl.float32)
+        dt = tl.load(dshift + b * dshift_b + cols, mask=mask, other=0.0).to(tl.float32)
+        tl.store(do + row * width + cols, (dnormal * (1.0 + s) + normal * ds + dt).to(do.dtype.element_ty), mask=mask)
     tl.store(o + row * width + cols, (normal * (1.0 + s) + t).to(o.dtype.element_ty), mask=mask)
-    tl.store(do + row * width + cols, (dnormal * (1.0 + s) + normal * ds + dt).to(do.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -91,11 +75,11 @@ def backward_kernel(
     x, y, gate, scale, gx_out, go, gx, gy, sums,
     x_b, x_n, y_b, y_n, gate_b, scale_b, gx_out_b, gx_out_n, go_b, go_n,
     tokens, width, eps,
-    RESIDUAL: tl.constexpr, STREAM: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
+    TOKENS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """x is x' of the forward. `sums` (B, parts, 3, width): this part's gradients of shift, scale and gate.
 
-    STREAM: x' has a gradient of its own, besides that through o.
+    Without a gx_out, x' has no gradient but that through o.
     """
     b, part = tl.program_id(1).to(tl.int64), tl.program_id(0)
     cols = tl.arange(0, BLOCK)
@@ -103,7 +87,7 @@ def backward_kernel(
     slope = 1.0 + tl.load(scale + b * scale_b + cols, mask=mask, other=0.0).to(tl.float32)
     gshift = tl.zeros((BLOCK,), tl.float32)
     gscale = tl.zeros((BLOCK,), tl.float32)
-    if RESIDUAL:
+    if y is not None:
         g = tl.load(gate + b * gate_b + cols, mask=mask, other=0.0).to(tl.float32)
         ggate = tl.zeros((BLOCK,), tl.float32)
     for n in range(part * TOKENS, tl.minimum(part * TOKENS + TOKENS, tokens)):
@@ -116,17 +100,17 @@ def backward_kernel(
         gnormal = gout * slope
         along = tl.sum(gnormal * normal, 0) / width
         gstream = (gnormal - tl.sum(gnormal, 0) / width - normal * along) * rstd
-        if STREAM:
+        if gx_out is not None:
             gstream += tl.load(gx_out + b * gx_out_b + n * gx_out_n + cols, mask=mask, other=0.0).to(tl.float32)
         tl.store(gx + row * width + cols, gstream.to(gx.dtype.element_ty), mask=mask)
-        if RESIDUAL:
+        if y is not None:
             branch = tl.load(y + b * y_b + n * y_n + cols, mask=mask, other=0.0).to(tl.float32)
             ggate += gstream * branch
             tl.store(gy + row * width + cols, (gstream * g).to(gy.dtype.element_ty), mask=mask)
     at = sums + (b * tl.num_programs(0) + part) * 3 * width + cols
     tl.store(at, gshift, mask=mask)
     tl.store(at + width, gscale, mask=mask)
-    if RESIDUAL:
+    if y is not None:
         tl.store(at + 2 * width, ggate, mask=mask)
 
 
@@ -153,7 +137,7 @@ def forward(
     check_arguments(x, y, gate, shift, scale)
     x_out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if y is not None else x
     o = torch.empty(x.shape, dtype=scale.dtype, device=x.device)
-    _launch_forward(x, y, gate, shift, scale, x_out, o, eps)
+    _launch_forward((x, y, gate, shift, scale), None, x_out, o, None, None, eps)
     return x_out, o
 
 
@@ -179,20 +163,10 @@ def forward_dual(
     dx_out = torch.empty(dx.shape, dtype=x.dtype, device=x.device) if y is not None else dx
     o = torch.empty(x.shape, dtype=scale.dtype, device=x.device)
     do = torch.empty(dx.shape, dtype=scale.dtype, device=x.device)
-    lead_y, lead_gate = (None, None) if y is None or gate is None else (y[:first], gate[:first])
-    _launch_forward(x[:first], lead_y, lead_gate, shift[:first], scale[:first], x_out[:first], o[:first], eps)
-    if do.numel():
-        residual = y is not None
-        # Without a residual y and gate are not read, and anything stands in for them.
-        y, gate, dy, dgate = (x, shift, dx, dshift) if y is None else (y, gate, dy, dgate)
-        assert y is not None
-        assert gate is not None
-        x, y, gate, shift, scale = (a[first:] for a in (x, y, gate, shift, scale))
-        dual_kernel[(duals * tokens,)](
-            x, y, gate, shift, scale, dx, dy, dgate, dshift, dscale, x_out[first:], o[first:], dx_out, do,
-            *_strides(x, y), *_strides(gate, shift, scale), *_strides(dx, dy), *_strides(dgate, dshift, dscale),
-            tokens, width, eps, RESIDUAL=residual, BLOCK=block(width), **CONFIGS["dual"].kwargs,
-        )  # fmt: skip
+    primals, tangents = (x, y, gate, shift, scale), (dx, dy, dgate, dshift, dscale)
+    lead, tail = (tuple(None if a is None else a[part] for a in primals) for part in (slice(first), slice(first, None)))
+    _launch_forward(lead, None, x_out[:first], o[:first], None, None, eps)
+    _launch_forward(tail, tangents, x_out[first:], o[first:], dx_out, do, eps)
     return x_out, o, dx_out, do
 
 
@@ -219,37 +193,32 @@ def backward(
         raise ValueError(f"gradients must be of shape {tuple(x_out.shape)}")
     go = _rows(go)
     gx_out = None if gx_out is None else _rows(gx_out)
-    residual = y is not None
     gx = torch.empty(x_out.shape, dtype=x_out.dtype, device=x_out.device)
     gy = None if y is None else torch.empty(y.shape, dtype=y.dtype, device=y.device)
     parts = -(-tokens // TOKENS_PER_PROGRAM)
     sums = torch.empty(batch, parts, 3, width, dtype=torch.float32, device=x_out.device)
     if x_out.numel():
-        read = x_out if gx_out is None else gx_out
         backward_kernel[(parts, batch)](
-            x_out, x_out if y is None else y, scale if gate is None else gate, scale, read, go, gx,
-            gx if gy is None else gy, sums,
-            *_strides(x_out, x_out if y is None else y), *_strides(scale if gate is None else gate, scale),
-            *_strides(read, go), tokens, width, eps,
-            RESIDUAL=residual, STREAM=gx_out is not None, TOKENS=TOKENS_PER_PROGRAM, BLOCK=block(width),
-            **CONFIGS["backward"].kwargs,
+            x_out, y, gate, scale, gx_out, go, gx, gy, sums,
+            *_strides(2, x_out, y), *_strides(1, gate, scale), *_strides(2, gx_out, go), tokens, width, eps,
+            TOKENS=TOKENS_PER_PROGRAM, BLOCK=block(width), **CONFIGS["backward"].kwargs,
         )  # fmt: skip
     gshift, gscale, ggate = (sums[:, :, i].sum(1) for i in range(3))  # zero where there are no tokens
     return gx, gy, None if gate is None else ggate.to(gate.dtype), gshift.to(scale.dtype), gscale.to(scale.dtype)
 
 
 def _launch_forward(
-    x: Tensor, y: Tensor | None, gate: Tensor | None, shift: Tensor, scale: Tensor, x_out: Tensor, o: Tensor, eps: float
-) -> None:
-    batch, tokens, width = x.shape
-    if not x.numel():
+    primals: Sequence[Tensor | None], tangents: Sequence[Tensor | None] | None,
+    x_out: Tensor, o: Tensor, dx_out: Tensor | None, do: Tensor | None, eps: float,
+) -> None:  # fmt: skip
+    if not o.numel():
         return
-    residual = y is not None
-    y, gate = (x, shift) if y is None else (y, gate)  # not read
-    assert gate is not None
+    batch, tokens, width = o.shape
+    tangents = [None] * 5 if tangents is None else tangents
+    strides = [stride for x, y, *rows in (primals, tangents) for stride in (*_strides(2, x, y), *_strides(1, *rows))]
     forward_kernel[(batch * tokens,)](
-        x, y, gate, shift, scale, x_out, o, *_strides(x, y), *_strides(gate, shift, scale), tokens, width, eps,
-        RESIDUAL=residual, BLOCK=block(width), **CONFIGS["forward"].kwargs,
+        *primals, *tangents, x_out, o, dx_out, do, *strides, tokens, width, eps,
+        BLOCK=block(width), **CONFIGS["forward" if dx_out is None else "dual"].kwargs,
     )  # fmt: skip
 
 
@@ -281,9 +250,9 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _strides(*tensors: Tensor | None) -> list[int]:
-    """All strides but the last."""
-    return [stride for x in tensors if x is not None for stride in x.stride()[:-1]]
+def _strides(dims: int, *tensors: Tensor | None) -> list[int]:
+    """The first strides of each; zeros for what there is not."""
+    return [0 if x is None else x.stride(i) for x in tensors for i in range(dims)]
 
 
 def block(width: int) -> int:

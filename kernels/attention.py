@@ -5,6 +5,10 @@ O' = (P * S') V + P V' - rowsum(P * S') * O, and one accumulator holds (P * S') 
 
 A head dim that is no power of two is split into a power of two and a tail padded to one (72 = 64 + 8 padded to 16),
 so that 72 costs 80 columns and not 128. Softmax runs in base 2 and float32. All strides are free.
+
+float32 products are three TF32 products on the tensor cores, which keep float32's precision. Their operands, split in
+two, do not fit into the registers for long: scores are summed over 32 columns at a time, read anew for every tile, and
+a tail is padded to 32 columns or more.
 """
 
 from __future__ import annotations
@@ -17,15 +21,16 @@ from torch import Tensor
 from mfengine.kernels.launch import Config, check_dtype, check_like, widths
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+COLUMNS = tl.constexpr(32)  # of float32 operands at a time
 
 # ----------------------------------------------------------------------------
 # Kernels. Names: BLOCK_M rows of queries, BLOCK_N rows of keys, HEAD + TAIL columns of a head.
 
 
 @triton.jit
-def _tile(base, rows, num_rows, stride_row, stride_col, FIRST: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr):
-    """Columns FIRST to FIRST + WIDTH of some rows, zero outside of the matrix (num_rows, DIM)."""
-    cols = FIRST + tl.arange(0, WIDTH)
+def _tile(base, rows, num_rows, stride_row, stride_col, first, WIDTH: tl.constexpr, DIM: tl.constexpr):
+    """Columns first to first + WIDTH of some rows, zero outside of the matrix (num_rows, DIM)."""
+    cols = first + tl.arange(0, WIDTH)
     mask = (rows < num_rows)[:, None] & (cols < DIM)[None, :]
     return tl.load(base + rows[:, None] * stride_row + cols[None, :] * stride_col, mask=mask, other=0.0)
 
@@ -42,15 +47,24 @@ def _store(
 
 @triton.jit
 def _dot(a, b, acc):
-    # float32 operands are multiplied as such, not rounded to TF32.
-    return tl.dot(a, b, acc, input_precision="ieee")
+    return tl.dot(a, b, acc, input_precision="tf32x3")  # which says nothing of operands in half precision
+
+
+@triton.jit
+def _dot_by_columns(a, a_rows, a_num, a_n, a_d, b, b_rows, b_num, b_n, b_d, acc, dim, DIM: tl.constexpr):
+    """acc + A B^T over some rows of each. `dim` is DIM, but no constant, or the loop would be unrolled and spill."""
+    for first in range(0, dim, COLUMNS):
+        a_tile = _tile(a, a_rows, a_num, a_n, a_d, first, COLUMNS, DIM)
+        b_tile = _tile(b, b_rows, b_num, b_n, b_d, first, COLUMNS, DIM)
+        acc = _dot(a_tile, b_tile.T, acc)
+    return acc
 
 
 @triton.jit
 def forward_kernel(
     q, k, v, o, lse,
     q_b, q_h, q_n, q_d, k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d, o_b, o_h, o_n, o_d,
-    heads, queries, keys, scale,
+    heads, queries, keys, dim, scale,
     DIM: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     b, h = (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads
@@ -70,11 +84,15 @@ def forward_kernel(
 
     for start in range(0, keys, BLOCK_N):
         cols = start + tl.arange(0, BLOCK_N)
-        k1 = _tile(k, cols, keys, k_n, k_d, 0, HEAD, DIM)
-        s = _dot(q1, k1.T, tl.zeros((BLOCK_M, BLOCK_N), tl.float32))
-        if TAIL:
-            k2 = _tile(k, cols, keys, k_n, k_d, HEAD, TAIL, DIM)
-            s = _dot(q2, k2.T, s)
+        s = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        if q.dtype.element_ty == tl.float32:
+            s = _dot_by_columns(q, rows, queries, q_n, q_d, k, cols, keys, k_n, k_d, s, dim, DIM)
+        else:
+            k1 = _tile(k, cols, keys, k_n, k_d, 0, HEAD, DIM)
+            s = _dot(q1, k1.T, s)
+            if TAIL:
+                k2 = _tile(k, cols, keys, k_n, k_d, HEAD, TAIL, DIM)
+                s = _dot(q2, k2.T, s)
         s = tl.where((cols < keys)[None, :], s * (scale * LOG2_E), float("-inf"))
         higher = tl.maximum(peak, tl.max(s, 1))
         shrink = tl.exp2(peak - higher)
@@ -102,7 +120,7 @@ def dual_kernel(
     q_b, q_h, q_n, q_d, k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d,
     dq_b, dq_h, dq_n, dq_d, dk_b, dk_h, dk_n, dk_d, dv_b, dv_h, dv_n, dv_d,
     o_b, o_h, o_n, o_d, do_b, do_h, do_n, do_d,
-    heads, queries, keys, scale,
+    heads, queries, keys, dim, scale,
     DIM: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     b, h = (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads
@@ -131,17 +149,24 @@ def dual_kernel(
 
     for start in range(0, keys, BLOCK_N):
         cols = start + tl.arange(0, BLOCK_N)
-        k1 = _tile(k, cols, keys, k_n, k_d, 0, HEAD, DIM)
-        dk1 = _tile(dk, cols, keys, dk_n, dk_d, 0, HEAD, DIM)
-        s = _dot(q1, k1.T, tl.zeros((BLOCK_M, BLOCK_N), tl.float32))
-        ds = _dot(dq1, k1.T, tl.zeros((BLOCK_M, BLOCK_N), tl.float32))
-        ds = _dot(q1, dk1.T, ds)
-        if TAIL:
-            k2 = _tile(k, cols, keys, k_n, k_d, HEAD, TAIL, DIM)
-            dk2 = _tile(dk, cols, keys, dk_n, dk_d, HEAD, TAIL, DIM)
-            s = _dot(q2, k2.T, s)
-            ds = _dot(dq2, k2.T, ds)
-            ds = _dot(q2, dk2.T, ds)
+        s = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        ds = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        if q.dtype.element_ty == tl.float32:
+            s = _dot_by_columns(q, rows, queries, q_n, q_d, k, cols, keys, k_n, k_d, s, dim, DIM)
+            ds = _dot_by_columns(dq, rows, queries, dq_n, dq_d, k, cols, keys, k_n, k_d, ds, dim, DIM)
+            ds = _dot_by_columns(q, rows, queries, q_n, q_d, dk, cols, keys, dk_n, dk_d, ds, dim, DIM)
+        else:
+            k1 = _tile(k, cols, keys, k_n, k_d, 0, HEAD, DIM)
+            dk1 = _tile(dk, cols, keys, dk_n, dk_d, 0, HEAD, DIM)
+            s = _dot(q1, k1.T, s)
+            ds = _dot(dq1, k1.T, ds)
+            ds = _dot(q1, dk1.T, ds)
+            if TAIL:
+                k2 = _tile(k, cols, keys, k_n, k_d, HEAD, TAIL, DIM)
+                dk2 = _tile(dk, cols, keys, dk_n, dk_d, HEAD, TAIL, DIM)
+                s = _dot(q2, k2.T, s)
+                ds = _dot(dq2, k2.T, ds)
+                ds = _dot(q2, dk2.T, ds)
         s = tl.where((cols < keys)[None, :], s * (scale * LOG2_E), float("-inf"))
         higher = tl.maximum(peak, tl.max(s, 1))
         shrink = tl.exp2(peak - higher)
@@ -202,7 +227,7 @@ def backward_kv_kernel(
     q, k, v, go, lse, delta, gk, gv,
     q_b, q_h, q_n, q_d, k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d, go_b, go_h, go_n, go_d,
     gk_b, gk_h, gk_n, gk_d, gv_b, gv_h, gv_n, gv_d,
-    heads, queries, keys, scale,
+    heads, queries, keys, dim, scale,
     DIM: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a block of keys and values, over all queries."""
@@ -229,13 +254,20 @@ def backward_kv_kernel(
         rows = start + tl.arange(0, BLOCK_M)
         q1 = _tile(q, rows, queries, q_n, q_d, 0, HEAD, DIM)
         go1 = _tile(go, rows, queries, go_n, go_d, 0, HEAD, DIM)
-        s = _dot(k1, q1.T, tl.zeros((BLOCK_N, BLOCK_M), tl.float32))  # transposed: keys by queries
-        gp = _dot(v1, go1.T, tl.zeros((BLOCK_N, BLOCK_M), tl.float32))
         if TAIL:
             q2 = _tile(q, rows, queries, q_n, q_d, HEAD, TAIL, DIM)
             go2 = _tile(go, rows, queries, go_n, go_d, HEAD, TAIL, DIM)
-            s = _dot(k2, q2.T, s)
-            gp = _dot(v2, go2.T, gp)
+        s = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)  # transposed: keys by queries
+        gp = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+        if q.dtype.element_ty == tl.float32:
+            s = _dot_by_columns(k, cols, keys, k_n, k_d, q, rows, queries, q_n, q_d, s, dim, DIM)
+            gp = _dot_by_columns(v, cols, keys, v_n, v_d, go, rows, queries, go_n, go_d, gp, dim, DIM)
+        else:
+            s = _dot(k1, q1.T, s)
+            gp = _dot(v1, go1.T, gp)
+            if TAIL:
+                s = _dot(k2, q2.T, s)
+                gp = _dot(v2, go2.T, gp)
         # Rows beyond the last query get probability 0.
         row_lse = tl.load(lse + rows, mask=rows < queries, other=float("inf"))
         row_delta = tl.load(delta + rows, mask=rows < queries, other=0.0)
@@ -261,7 +293,7 @@ def backward_kv_kernel(
 def backward_q_kernel(
     q, k, v, go, lse, delta, gq,
     q_b, q_h, q_n, q_d, k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d, go_b, go_h, go_n, go_d, gq_b, gq_h, gq_n, gq_d,
-    heads, queries, keys, scale,
+    heads, queries, keys, dim, scale,
     DIM: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a block of queries, over all keys."""
@@ -287,13 +319,20 @@ def backward_q_kernel(
         cols = start + tl.arange(0, BLOCK_N)
         k1 = _tile(k, cols, keys, k_n, k_d, 0, HEAD, DIM)
         v1 = _tile(v, cols, keys, v_n, v_d, 0, HEAD, DIM)
-        s = _dot(q1, k1.T, tl.zeros((BLOCK_M, BLOCK_N), tl.float32))
-        gp = _dot(go1, v1.T, tl.zeros((BLOCK_M, BLOCK_N), tl.float32))
         if TAIL:
             k2 = _tile(k, cols, keys, k_n, k_d, HEAD, TAIL, DIM)
             v2 = _tile(v, cols, keys, v_n, v_d, HEAD, TAIL, DIM)
-            s = _dot(q2, k2.T, s)
-            gp = _dot(go2, v2.T, gp)
+        s = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        gp = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        if q.dtype.element_ty == tl.float32:
+            s = _dot_by_columns(q, rows, queries, q_n, q_d, k, cols, keys, k_n, k_d, s, dim, DIM)
+            gp = _dot_by_columns(go, rows, queries, go_n, go_d, v, cols, keys, v_n, v_d, gp, dim, DIM)
+        else:
+            s = _dot(q1, k1.T, s)
+            gp = _dot(go1, v1.T, gp)
+            if TAIL:
+                s = _dot(q2, k2.T, s)
+                gp = _dot(go2, v2.T, gp)
         # Keys beyond the last are zero, and so is what they add.
         p = tl.exp2(s * (scale * LOG2_E) - (row_lse * LOG2_E)[:, None])
         gs = (p * (gp - row_delta[:, None])).to(k1.dtype)
@@ -363,11 +402,11 @@ def forward_dual(
         do.zero_()
     elif do.numel():
         heads, queries, dim = q.shape[1:]
-        config = CONFIGS["dual"][tile_class(q)]
+        config = CONFIGS["dual"][tile_class(dim, q.dtype)]
         dual_kernel[config.grid(queries, duals * heads)](
             q, k, v, dq, dk, dv, o[first:], do, lse[first:],
             *q.stride(), *k.stride(), *v.stride(), *dq.stride(), *dk.stride(), *dv.stride(), *o.stride(), *do.stride(),
-            heads, queries, k.shape[2], _scale(scale, dim), *shape_constants(dim), **config.kwargs,
+            heads, queries, k.shape[2], dim, _scale(scale, dim), *shape_constants(dim, q.dtype), **config.kwargs,
         )  # fmt: skip
     return o, lse, do
 
@@ -390,23 +429,23 @@ def backward(
         for g in (gq, gk, gv):
             g.zero_()
         return
-    constants, factor = shape_constants(dim), _scale(scale, dim)
+    constants, factor = shape_constants(dim, q.dtype), _scale(scale, dim)
     delta = torch.empty_like(lse)
-    config = CONFIGS["delta"][tile_class(q)]
+    config = CONFIGS["delta"][tile_class(dim, q.dtype)]
     delta_kernel[config.grid(queries, batch * heads)](
         o, go, delta, *o.stride(), *go.stride(), heads, queries, *constants, **config.kwargs
     )
-    config = CONFIGS["backward_kv"][tile_class(q)]
+    config = CONFIGS["backward_kv"][tile_class(dim, q.dtype)]
     backward_kv_kernel[config.grid(keys, batch * heads, "BLOCK_N")](
         q, k, v, go, lse, delta, gk, gv,
         *q.stride(), *k.stride(), *v.stride(), *go.stride(), *gk.stride(), *gv.stride(),
-        heads, queries, keys, factor, *constants, **config.kwargs,
+        heads, queries, keys, dim, factor, *constants, **config.kwargs,
     )  # fmt: skip
-    config = CONFIGS["backward_q"][tile_class(q)]
+    config = CONFIGS["backward_q"][tile_class(dim, q.dtype)]
     backward_q_kernel[config.grid(queries, batch * heads)](
         q, k, v, go, lse, delta, gq,
         *q.stride(), *k.stride(), *v.stride(), *go.stride(), *gq.stride(),
-        heads, queries, keys, factor, *constants, **config.kwargs,
+        heads, queries, keys, dim, factor, *constants, **config.kwargs,
     )  # fmt: skip
 
 
@@ -417,10 +456,10 @@ def _launch_forward(q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, sca
     if not k.numel():
         o.zero_()
         return
-    config = CONFIGS["forward"][tile_class(q)]
+    config = CONFIGS["forward"][tile_class(dim, q.dtype)]
     forward_kernel[config.grid(queries, batch * heads)](
         q, k, v, o, lse, *q.stride(), *k.stride(), *v.stride(), *o.stride(),
-        heads, queries, k.shape[2], _scale(scale, dim), *shape_constants(dim), **config.kwargs,
+        heads, queries, k.shape[2], dim, _scale(scale, dim), *shape_constants(dim, q.dtype), **config.kwargs,
     )  # fmt: skip
 
 
@@ -447,43 +486,39 @@ def _scale(scale: float | None, dim: int) -> float:
     return dim**-0.5 if scale is None else scale
 
 
-def shape_constants(dim: int) -> tuple[int, int, int]:
+def shape_constants(dim: int, dtype: torch.dtype) -> tuple[int, int, int]:
     """DIM, HEAD and TAIL of a head dim."""
-    return (dim, *widths(dim))
+    return (dim, *widths(dim, COLUMNS.value if dtype == torch.float32 else 16))
 
 
-def tile_class(q: Tensor) -> str:
+def tile_class(dim: int, dtype: torch.dtype) -> str:
     """Which configuration fits: by the columns that a row occupies and the bytes of an element."""
-    return "float32" if q.dtype == torch.float32 else width_class(q.shape[-1])
-
-
-def width_class(dim: int) -> str:
+    if dtype == torch.float32:
+        return "float32"
     return "narrow" if sum(widths(dim)) <= 80 else "wide"
 
 
-# Chosen by `python -m benchmarks.static`: no stack on sm_80, sm_90 and sm_100 in float16 and bfloat16. float32 is not
-# compiled there: Triton 3.9 aborts on the dual kernel, so ops leave it to plain PyTorch on a GPU.
-# Times: not measured yet.
+# Chosen by `python -m benchmarks.static`: no stack on sm_80, sm_90 and sm_100. Times: not measured yet.
 CONFIGS: dict[str, dict[str, Config]] = {
     "forward": {
         "narrow": Config(BLOCK_M=128, BLOCK_N=64, num_warps=8, num_stages=2),
         "wide": Config(BLOCK_M=128, BLOCK_N=32, num_warps=8, num_stages=2),
-        "float32": Config(BLOCK_M=16, BLOCK_N=32, num_warps=4, num_stages=1),
+        "float32": Config(BLOCK_M=16, BLOCK_N=16, num_warps=4, num_stages=1),
     },
     "dual": {
         "narrow": Config(BLOCK_M=64, BLOCK_N=32, num_warps=4, num_stages=2),
         "wide": Config(BLOCK_M=64, BLOCK_N=16, num_warps=8, num_stages=2),
-        "float32": Config(BLOCK_M=16, BLOCK_N=32, num_warps=4, num_stages=1),
+        "float32": Config(BLOCK_M=16, BLOCK_N=16, num_warps=4, num_stages=1),
     },
     "delta": dict.fromkeys(("narrow", "wide", "float32"), Config(BLOCK_M=16, num_warps=4, num_stages=1)),
     "backward_kv": {
         "narrow": Config(BLOCK_M=32, BLOCK_N=64, num_warps=4, num_stages=2),
         "wide": Config(BLOCK_M=32, BLOCK_N=64, num_warps=8, num_stages=2),
-        "float32": Config(BLOCK_M=16, BLOCK_N=32, num_warps=4, num_stages=1),
+        "float32": Config(BLOCK_M=16, BLOCK_N=16, num_warps=4, num_stages=1),
     },
     "backward_q": {
         "narrow": Config(BLOCK_M=64, BLOCK_N=32, num_warps=4, num_stages=2),
         "wide": Config(BLOCK_M=64, BLOCK_N=32, num_warps=8, num_stages=2),
-        "float32": Config(BLOCK_M=16, BLOCK_N=32, num_warps=4, num_stages=1),
+        "float32": Config(BLOCK_M=16, BLOCK_N=16, num_warps=4, num_stages=1),
     },
 }

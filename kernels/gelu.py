@@ -26,27 +26,18 @@ def _gelu_and_slope(x):
 
 
 @triton.jit
-def forward_kernel(x, bias, o, rows, width, ROWS: tl.constexpr, COLS: tl.constexpr):
-    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-    cols = tl.program_id(1) * COLS + tl.arange(0, COLS)
-    mask = (row < rows)[:, None] & (cols < width)[None, :]
-    at = row[:, None] * width + cols[None, :]
-    b = tl.load(bias + cols, mask=cols < width, other=0.0).to(tl.float32)
-    value, _ = _gelu_and_slope(tl.load(x + at, mask=mask, other=0.0).to(tl.float32) + b[None, :])
-    tl.store(o + at, value.to(o.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def dual_kernel(x, bias, dx, o, do, rows, width, ROWS: tl.constexpr, COLS: tl.constexpr):
+def forward_kernel(x, bias, dx, o, do, rows, width, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Dual if there is a dx: without, dx and do are None."""
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     cols = tl.program_id(1) * COLS + tl.arange(0, COLS)
     mask = (row < rows)[:, None] & (cols < width)[None, :]
     at = row[:, None] * width + cols[None, :]
     b = tl.load(bias + cols, mask=cols < width, other=0.0).to(tl.float32)
     value, slope = _gelu_and_slope(tl.load(x + at, mask=mask, other=0.0).to(tl.float32) + b[None, :])
-    tangent = slope * tl.load(dx + at, mask=mask, other=0.0).to(tl.float32)
+    if dx is not None:
+        tangent = slope * tl.load(dx + at, mask=mask, other=0.0).to(tl.float32)
+        tl.store(do + at, tangent.to(do.dtype.element_ty), mask=mask)
     tl.store(o + at, value.to(o.dtype.element_ty), mask=mask)
-    tl.store(do + at, tangent.to(do.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -80,7 +71,7 @@ def forward(x: Tensor, bias: Tensor) -> Tensor:
     """
     check_arguments(x, bias)
     o = torch.empty_like(x)
-    _launch_forward(x, bias, o)
+    _launch_forward(x, bias, None, o, None)
     return o
 
 
@@ -98,13 +89,8 @@ def forward_dual(x: Tensor, bias: Tensor, dx: Tensor) -> tuple[Tensor, Tensor]:
         )
     first = x.shape[0] - dx.shape[0]
     o, do = torch.empty_like(x), torch.empty_like(dx)
-    _launch_forward(x[:first], bias, o[:first])
-    if dx.numel():
-        width = bias.shape[0]
-        rows = dx.numel() // width
-        dual_kernel[_grid(rows, width)](
-            x[first:], bias, dx, o[first:], do, rows, width, BLOCK_ROWS, BLOCK_COLS, **CONFIGS["dual"].kwargs
-        )
+    _launch_forward(x[:first], bias, None, o[:first], None)
+    _launch_forward(x[first:], bias, dx, o[first:], do)
     return o, do
 
 
@@ -131,15 +117,14 @@ def backward(x: Tensor, bias: Tensor, go: Tensor) -> tuple[Tensor, Tensor]:
     return gx, sums.sum(0).to(bias.dtype)
 
 
-def _launch_forward(x: Tensor, bias: Tensor, o: Tensor) -> None:
+def _launch_forward(x: Tensor, bias: Tensor, dx: Tensor | None, o: Tensor, do: Tensor | None) -> None:
     if x.numel():
         width = bias.shape[0]
         rows = x.numel() // width
-        forward_kernel[_grid(rows, width)](x, bias, o, rows, width, BLOCK_ROWS, BLOCK_COLS, **CONFIGS["forward"].kwargs)
-
-
-def _grid(rows: int, width: int) -> tuple[int, int]:
-    return -(-rows // BLOCK_ROWS), -(-width // BLOCK_COLS)
+        config = CONFIGS["forward" if dx is None else "dual"]
+        forward_kernel[(-(-rows // BLOCK_ROWS), -(-width // BLOCK_COLS))](
+            x, bias, dx, o, do, rows, width, BLOCK_ROWS, BLOCK_COLS, **config.kwargs
+        )
 
 
 def check_arguments(x: Tensor, bias: Tensor, prefix: str = "") -> None:

@@ -26,11 +26,11 @@ class Config:
         return -(-rows // self.blocks[block]), others
 
 
-def widths(dim: int) -> tuple[int, int]:
-    """A head dim as a power of two and a tail padded to one; tensor cores take no fewer than 16 columns."""
+def widths(dim: int, least: int = 16) -> tuple[int, int]:
+    """A head dim as a power of two and a tail padded to one; `least` columns are the fewest of a tail."""
     head = max(16, 1 << (dim.bit_length() - 1))
     rest = dim - head
-    return head, max(16, 1 << (rest - 1).bit_length()) if rest > 0 else 0
+    return head, max(least, 1 << (rest - 1).bit_length()) if rest > 0 else 0
 
 
 def check_dtype(name: str, x: Tensor) -> None:

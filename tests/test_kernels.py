@@ -7,7 +7,9 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from golden_cases import NAMES, GoldenCase, relative_error
@@ -17,6 +19,7 @@ pytest.importorskip("triton", reason="the fused kernels need triton")
 from mfengine import DiT, ModelConfig, ops
 from mfengine.kernels import adaln, attention, gelu
 from mfengine.ops import Dual
+from mfengine.ops.backend import fused
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BOUNDS = {torch.float32: 1e-5, torch.float16: 2e-3}
@@ -97,6 +100,27 @@ def test_attention_packed(rows, dtype):
     primals, tangents = [randn(0, 2, tokens, 3 * 16, dtype=dtype)], [randn(1, rows, tokens, 3 * 16, dtype=dtype)]
     op = lambda x: ops.attention_packed(x, heads)  # noqa: E731
     check(op, primals, tangents, [randn(2, 2, tokens, 16, dtype=dtype)])
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="tensor cores make these products themselves")
+@pytest.mark.parametrize("dim", [72, 128])
+def test_float32_attention_from_tf32_products(dim, monkeypatch):
+    """The interpreter multiplies in float32; here as the kernels ask for, in three products of TF32 operands."""
+    from triton.runtime import interpreter
+
+    def tf32(x):
+        return ((x.view(np.int32) + 0x1000) & ~0x1FFF).view(np.float32)
+
+    def dot(self, a, b, acc, precision, _):
+        assert precision.name == "TF32x3"
+        a, b = a.data, b.data
+        a_high, b_high = tf32(a), tf32(b)
+        product = tf32(a - a_high) @ b_high + a_high @ tf32(b - b_high) + a_high @ b_high
+        return interpreter.TensorHandle(product + acc.data, acc.dtype.scalar)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", dot)
+    q, k, v, dq, dk, dv, w = (randn(i, 1, 1, 33, dim) for i in range(7))
+    check(ops.attention, [q, k, v], [dq, dk, dv], [w])
 
 
 def test_attention_with_strided_heads_and_a_scale():
@@ -359,6 +383,13 @@ def test_wrong_adaln_and_gelu_arguments():
             gelu.forward(*arguments)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("is_cuda", [True, False])
+def test_auto_fuses_what_the_kernels_take(is_cuda, dtype):
+    with ops.use_backend("auto"):
+        assert fused(SimpleNamespace(is_cuda=is_cuda, dtype=dtype)) == (is_cuda and dtype != torch.float64)
+
+
 def test_unknown_backend():
     with (
         pytest.raises(ValueError, match="there is no backend cudnn; accepted are auto, triton, torch"),
@@ -371,7 +402,7 @@ def test_unknown_backend():
 # What the compiler makes of them.
 
 
-@pytest.mark.parametrize("only", ["d72 bf16", "D1152", "gelu"])
+@pytest.mark.parametrize("only", ["d72 bf16", "d72 fp32", "D1152", "gelu"])
 def test_static_gate(only, tmp_path):
     """XL/2's kernels compile for sm_80, sm_90 and sm_100 without stack, with tensor cores where there are products."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
@@ -404,3 +435,4 @@ def test_head_dims_are_split():
     assert [attention.widths(d) for d in (8, 16, 24, 64, 72, 80, 96, 104, 128)] == [
         (16, 0), (16, 0), (16, 16), (64, 0), (64, 16), (64, 16), (64, 32), (64, 64), (128, 0),
     ]  # fmt: skip
+    assert attention.shape_constants(72, torch.float32) == (72, 64, 32)

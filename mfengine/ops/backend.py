@@ -1,4 +1,4 @@
-"""Which implementation an op runs: fused Triton kernels on CUDA in half precision, plain PyTorch elsewhere."""
+"""Which implementation an op runs: fused Triton kernels on CUDA, plain PyTorch elsewhere."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ def use_backend(name: Backend) -> Iterator[None]:
 
 
 def fused(x: Tensor) -> bool:
-    """Whether an op on x runs fused kernels. Under "auto" they are for half precision, where tensor cores are."""
+    """Whether an op on x runs fused kernels. They take no float64, which "auto" leaves to plain PyTorch."""
     if _backend == "auto":
-        return x.is_cuda and x.dtype in (torch.float16, torch.bfloat16) and _has_triton()
+        return x.is_cuda and x.dtype in (torch.float16, torch.bfloat16, torch.float32) and _has_triton()
     return _backend == "triton"
 
 
