@@ -51,7 +51,7 @@ def _machine(report: dict[str, Any]) -> str:
     )
     if ceilings:
         text += (
-            f"\n\nCeilings, measured in the same run: {ceilings['copy_bytes_per_s'] / 1e9:,.1f} GB/s copying, "
+            f"\n\nCeilings, of the same run: {ceilings['memory_bytes_per_s'] / 1e9:,.1f} GB/s to and from memory, "
             f"{ceilings['matrix_flops_per_s'] / 1e12:,.3f} TFLOP/s in a large matrix product."
         )
     return text

@@ -23,6 +23,8 @@ def test_counts(preset, objective, name, session):
 @pytest.mark.parametrize("preset", ["b2", "xl2"])
 def test_split(preset, session):
     gpu = session.machine.gpu
+    if not gpu and preset != "xl2":
+        pytest.skip("small networks are all alike")
     for batch in (32, 256) if gpu else (16,):
         world = World(0, 1, torch.device("cuda", 0) if gpu else torch.device("cpu"))
         found = guided_split(preset, batch, world)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mfengine.ops.backend import fused
-from mfengine.ops.dual import A, accumulation_dtype, primal_of, push, push_fused
+from mfengine.ops.dual import A, Dual, accumulation_dtype, linear_map, primal_of, push_fused
 
 
 def attention(q: A, k: A, v: A, scale: float | None = None) -> A:
@@ -31,7 +31,7 @@ def attention(q: A, k: A, v: A, scale: float | None = None) -> A:
     """
     if fused(primal_of(q)):
         return push_fused(partial(_fused, scale=scale), partial(_fused_dual, scale=scale), q, k, v)[0]
-    return push(partial(_primal, scale=scale), partial(_tangent, scale=scale), q, k, v)
+    return _plain(q, k, v, scale)
 
 
 def attention_packed(qkv: A, num_heads: int) -> A:
@@ -51,13 +51,11 @@ def attention_packed(qkv: A, num_heads: int) -> A:
         heads = num_heads
         return push_fused(partial(_fused_packed, heads=heads), partial(_fused_packed_dual, heads=heads), qkv)[0]
 
-    def primal(qkv: Tensor) -> Tensor:
-        return _merge_heads(_primal(*_split_heads(qkv, num_heads)))
-
-    def tangent(qkv: Tensor, dqkv: Tensor) -> Tensor:
-        return _merge_heads(_tangent(*_split_heads(qkv, num_heads), *_split_heads(dqkv, num_heads)))
-
-    return push(primal, tangent, qkv)
+    if isinstance(qkv, Dual):
+        q, k, v = map(Dual, _split_heads(qkv.primal, num_heads), _split_heads(qkv.tangent, num_heads))
+    else:
+        q, k, v = _split_heads(qkv, num_heads)
+    return linear_map(_merge_heads, _plain(q, k, v))
 
 
 def _split_heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -75,23 +73,27 @@ def _merge_heads(o: Tensor) -> Tensor:
 # Reference.
 
 
+def _plain(q: A, k: A, v: A, scale: float | None = None) -> A:
+    scale = primal_of(q).shape[-1] ** -0.5 if scale is None else scale
+    if not isinstance(q, Dual):
+        return _probabilities(q, k, scale).to(v.dtype) @ v
+    p = _probabilities(q.primal, k.primal, scale)
+    o = p.to(v.primal.dtype) @ v.primal
+    with torch.no_grad():
+        duals = slice(len(p) - len(q.tangent), None)
+        q, k, v = (Dual(x.primal[duals], x.tangent) for x in (q, k, v))
+        return Dual(o, _tangent(q, k, v, p[duals], scale))
+
+
 def _probabilities(q: Tensor, k: Tensor, scale: float) -> Tensor:
     return torch.softmax((q * scale) @ k.mT, dim=-1, dtype=accumulation_dtype(q))  # (B, H, N, M)
 
 
-def _primal(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return _probabilities(q, k, scale).to(v.dtype) @ v
-
-
-def _tangent(q: Tensor, k: Tensor, v: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, scale: float | None = None) -> Tensor:
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    p = _probabilities(q, k, scale)
-    ds = (dq * scale) @ k.mT + (q * scale) @ dk.mT
-    pds = p * ds
-    # (P * S') V - rowsum(P * S') O = (P * S' - rowsum(P * S') P) V: the softmax's own JVP, then two products.
-    dp = pds - p * pds.sum(-1, keepdim=True)
-    return dp.to(v.dtype) @ v + p.to(v.dtype) @ dv
+def _tangent(q: Dual, k: Dual, v: Dual, p: Tensor, scale: float) -> Tensor:
+    ds = (q.tangent * scale) @ k.primal.mT + (q.primal * scale) @ k.tangent.mT
+    # The softmax's Jacobian is symmetric: PyTorch's backward, P * S' - rowsum(P * S') P, serves for the tangent.
+    dp = torch.ops.aten._softmax_backward_data(ds.to(p.dtype), p, -1, p.dtype)
+    return dp.to(v.primal.dtype) @ v.primal + p.to(v.primal.dtype) @ v.tangent
 
 
 # ----------------------------------------------------------------------------
