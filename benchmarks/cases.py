@@ -75,6 +75,10 @@ class Machine:
         config = PRESETS[preset][1].model
         return config if self.gpu else small(config)
 
+    def name(self, preset: str) -> str:
+        """What `model(preset)` is called in the tables."""
+        return preset if self.gpu else "small"
+
     def state(self) -> ModelConfig:
         """A network whose weights no cache holds."""
         config = PRESETS["xl2" if self.gpu else "b2"][1].model
@@ -188,7 +192,7 @@ def kernels(machine: Machine) -> Iterator[Case]:
                     plain = "torch.func.jvp" if mode == "dual" else "plain"
                     yield Case(
                         "kernels",
-                        f"{op.name}, {mode}, {preset} of {batch}",
+                        f"{op.name}, {mode}, {machine.name(preset)} of {batch}",
                         {OURS: partial(make, machine, op, op.ours, explicit=True)}
                         | {name: partial(make, machine, op, f) for name, f in ({plain: op.plain} | other).items()},
                         samples=batch,
@@ -259,7 +263,7 @@ def steps(machine: Machine, peer: Callable[..., Call] | None = None) -> Iterator
                     implementations["peer"] = partial(peer, *arguments)
                 yield Case(
                     "step",
-                    f"{name}, {preset} of {batch}",
+                    f"{name}, {machine.name(preset)} of {batch}",
                     implementations,
                     batch,
                     batch * step_flops(config, objective),
@@ -399,7 +403,7 @@ def sampler(machine: Machine) -> Iterator[Case]:
         return call
 
     flops = batch * forward_flops(config)
-    yield Case("sampler", f"one step, xl2 of {batch}", {OURS: ours, "port SDPA": port}, batch, flops)
+    yield Case("sampler", f"one step, {machine.name('xl2')} of {batch}", {OURS: ours, "port SDPA": port}, batch, flops)
 
 
 def checkpoint(machine: Machine) -> Iterator[Case]:

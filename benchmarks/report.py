@@ -125,17 +125,21 @@ def plot(report: dict[str, Any], folder: Path) -> list[Path]:
 
     for suite in dict.fromkeys(row.suite for row in rows):
         chosen = [row for row in rows if row.suite == suite]
-        names = list(dict.fromkeys(row.implementation for row in chosen))
-        labels = list(dict.fromkeys(row.case for row in chosen))
         ours = {row.case: row.seconds for row in chosen if row.implementation == OURS}
-        figure, axes = plt.subplots(figsize=(8, 0.6 + 0.16 * len(labels) * (len(names) + 1)))
-        height = 0.8 / len(names)
+        names = list(dict.fromkeys(row.implementation for row in chosen))
+        at, ticks, position = {}, {}, 0.0
+        for case in dict.fromkeys(row.case for row in chosen):
+            bars = [row.implementation for row in chosen if row.case == case]
+            at |= {(case, name): position + i for i, name in enumerate(bars)}
+            ticks[case] = position + (len(bars) - 1) / 2
+            position += len(bars) + 0.7
+        figure, axes = plt.subplots(figsize=(8, 1 + 0.17 * position))
         for i, name in enumerate(names):
-            found = {row.case: ours[row.case] / row.seconds for row in chosen if row.implementation == name}
-            at = [labels.index(label) + i * height for label in found]
-            axes.barh(at, list(found.values()), height * 0.9, label=name, color=f"C{i}", zorder=2)
-        axes.set_yticks([i + 0.4 - height / 2 for i in range(len(labels))], labels)
-        axes.invert_yaxis()
+            found = [row for row in chosen if row.implementation == name and row.case in ours]
+            speeds = [ours[row.case] / row.seconds for row in found]
+            axes.barh([at[row.case, name] for row in found], speeds, 0.85, label=name, color=f"C{i}", zorder=2)
+        axes.set_yticks(list(ticks.values()), list(ticks))
+        axes.set_ylim(position - 0.6, -0.8)
         axes.set_xlabel(f"speed, {OURS} = 1")
         axes.set_title(f"{suite.capitalize()}, {report['environment']['device']}")
         axes.grid(axis="x", color="0.9", zorder=0)

@@ -150,7 +150,7 @@ def batches(config: ModelConfig, world: World, batch: int, folder: Path) -> Iter
     """Random latents for a model, by way of shards and DALI as in training, or made on the device without DALI."""
     shape = (config.in_channels, config.input_size, config.input_size)
     labels = torch.zeros(batch, dtype=torch.long, device=world.device)
-    if not find_spec("nvidia.dali"):
+    if not (find_spec("nvidia") and find_spec("nvidia.dali")):
         latents = torch.randn(batch, *shape, device=world.device)
         while True:
             yield latents, labels

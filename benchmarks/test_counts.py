@@ -28,5 +28,5 @@ def test_split(preset, session):
     for batch in (32, 256) if gpu else (16,):
         world = World(0, 1, torch.device("cuda", 0) if gpu else torch.device("cpu"))
         found = guided_split(preset, batch, world)
-        session.splits[f"{preset} of {batch}"] = found
+        session.splits[f"{session.machine.name(preset)} of {batch}"] = found
         assert 0 < found["primal"] < found["step"]

@@ -25,7 +25,7 @@ def test_rehearsal_of_the_gpu_script(tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "xl2 guided" in done.stdout
+    assert "guided, small of 16" in done.stdout
     assert (tmp_path / "gpu.json").exists()
 
 
