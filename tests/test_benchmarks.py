@@ -70,7 +70,12 @@ mfengine.ops.gelu, mfengine.method.MeanFlow.loss = slow_gelu, costly_loss
 """
 
 
-SELECTION = "(gelu and dual) or (counts and b2 and guided and mfengine)"
+PEER = """
+def step(model, objective, batch, device, dtype):
+    assert model.num_tokens == 64 and device.type == "cpu"
+    return lambda: None
+"""
+SELECTION = "(gelu and dual) or (counts and b2 and guided and mfengine) or (step and peer)"
 
 
 def run_benchmarks(*options, cwd, plugin=None):
@@ -99,8 +104,10 @@ def run_benchmarks(*options, cwd, plugin=None):
 
 
 def test_guard_trips_on_a_slow_op_and_on_an_extra_forward(tmp_path):
-    accepted = run_benchmarks("--accept", f"--record={tmp_path / 'run.json'}", cwd=tmp_path)
+    (tmp_path / "somebody.py").write_text(PEER)
+    accepted = run_benchmarks("--accept", f"--record={tmp_path / 'run.json'}", "--peer=somebody:step", cwd=tmp_path)
     assert accepted.returncode == 0, accepted.stdout + accepted.stderr
+    assert "| peer " in accepted.stdout
     assert "of ceiling" in accepted.stdout
     (tmp_path / "planted.py").write_text(PLANTED)
     guarded = run_benchmarks("--guard", cwd=tmp_path, plugin="planted")
@@ -117,6 +124,12 @@ def test_guard_trips_on_a_slow_op_and_on_an_extra_forward(tmp_path):
     assert "## Kernels" in text
     assert "## Counts" in text
     assert (tmp_path / "report" / "kernels.png").stat().st_size > 5_000
+
+
+def test_peer_that_is_not_there(tmp_path):
+    done = run_benchmarks("--peer=mfengine:nobody", cwd=tmp_path)
+    assert done.returncode == 4
+    assert "--peer mfengine:nobody is not MODULE:FUNCTION" in done.stderr
 
 
 def test_report_of_something_else(tmp_path, monkeypatch, capsys):
