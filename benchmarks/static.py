@@ -30,7 +30,18 @@ ARCHITECTURES = (80, 90, 100)
 TENSOR_CORES = re.compile(r"\b(?:HMMA|HGMMA|UTC\w*MMA)\b")
 HEAD_DIMS = (64, 72, 96, 128)  # B/2 and L/2; XL/2; the widest of each configuration
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-TANGENTS = ("dx", "dy", "dgate", "dshift", "dscale", "dx_out", "do")  # None in a forward kernel's primal case
+TANGENTS = (
+    "dq",
+    "dk",
+    "dv",
+    "dx",
+    "dy",
+    "dgate",
+    "dshift",
+    "dscale",
+    "dx_out",
+    "do",
+)  # None in a forward kernel's primal case
 WIDTHS = (768, 1024, 1152)  # of B/2, L/2 and XL/2
 
 
@@ -39,18 +50,18 @@ def kernels() -> Iterator[tuple[str, Any, Config, dict[str, Any], dict[str, str]
     for dim in HEAD_DIMS:
         for dtype, torch_dtype in DTYPES.items():
             names = dict(zip(("DIM", "HEAD", "TAIL"), attention.shape_constants(dim, torch_dtype), strict=True))
-            for name, kernel in (
-                ("forward", attention.forward_kernel),
-                ("dual", attention.dual_kernel),
-                ("delta", attention.delta_kernel),
-                ("backward_kv", attention.backward_kv_kernel),
-                ("backward_q", attention.backward_q_kernel),
+            for name, kernel, more in (
+                ("forward", attention.forward_kernel, dict.fromkeys(TANGENTS)),
+                ("dual", attention.forward_kernel, {}),
+                ("delta", attention.delta_kernel, {}),
+                ("backward_kv", attention.backward_kv_kernel, {}),
+                ("backward_q", attention.backward_q_kernel, {}),
             ):
                 config = attention.CONFIGS[name][attention.tile_class(dim, torch_dtype)]
                 pointers = dict.fromkeys(
                     ("q", "k", "v", "dq", "dk", "dv", "o", "do", "go", "gq", "gk", "gv"), dtype
                 ) | {"lse": "fp32", "delta": "fp32"}
-                yield f"attention.{name} d{dim} {dtype}", kernel, config, names, pointers, name != "delta"
+                yield f"attention.{name} d{dim} {dtype}", kernel, config, names | more, pointers, name != "delta"
     for width in WIDTHS:
         constants = {"BLOCK": adaln.block(width)}
         backward = {"TOKENS": adaln.TOKENS_PER_PROGRAM}

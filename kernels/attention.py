@@ -62,60 +62,6 @@ def _dot_by_columns(a, a_rows, a_num, a_n, a_d, b, b_rows, b_num, b_n, b_d, acc,
 
 @triton.jit
 def forward_kernel(
-    q, k, v, o, lse,
-    q_b, q_h, q_n, q_d, k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d, o_b, o_h, o_n, o_d,
-    heads, queries, keys, dim, scale,
-    DIM: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    b, h = (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads
-    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    q += b * q_b + h * q_h
-    k += b * k_b + h * k_h
-    v += b * v_b + h * v_h
-    o += b * o_b + h * o_h
-
-    q1 = _tile(q, rows, queries, q_n, q_d, 0, HEAD, DIM)
-    acc1 = tl.zeros((BLOCK_M, HEAD), tl.float32)
-    if TAIL:
-        q2 = _tile(q, rows, queries, q_n, q_d, HEAD, TAIL, DIM)
-        acc2 = tl.zeros((BLOCK_M, TAIL), tl.float32)
-    peak = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    total = tl.zeros((BLOCK_M,), tl.float32)
-
-    for start in range(0, keys, BLOCK_N):
-        cols = start + tl.arange(0, BLOCK_N)
-        s = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        if q.dtype.element_ty == tl.float32:
-            s = _dot_by_columns(q, rows, queries, q_n, q_d, k, cols, keys, k_n, k_d, s, dim, DIM)
-        else:
-            k1 = _tile(k, cols, keys, k_n, k_d, 0, HEAD, DIM)
-            s = _dot(q1, k1.T, s)
-            if TAIL:
-                k2 = _tile(k, cols, keys, k_n, k_d, HEAD, TAIL, DIM)
-                s = _dot(q2, k2.T, s)
-        s = tl.where((cols < keys)[None, :], s * (scale * LOG2_E), float("-inf"))
-        higher = tl.maximum(peak, tl.max(s, 1))
-        shrink = tl.exp2(peak - higher)
-        peak = higher
-        p = tl.exp2(s - peak[:, None])
-        total = total * shrink + tl.sum(p, 1)
-
-        v1 = _tile(v, cols, keys, v_n, v_d, 0, HEAD, DIM)
-        acc1 = _dot(p.to(v1.dtype), v1, acc1 * shrink[:, None])
-        if TAIL:
-            v2 = _tile(v, cols, keys, v_n, v_d, HEAD, TAIL, DIM)
-            acc2 = _dot(p.to(v2.dtype), v2, acc2 * shrink[:, None])
-
-    _store(o, rows, queries, o_n, o_d, acc1 / total[:, None], 0, HEAD, DIM)
-    if TAIL:
-        _store(o, rows, queries, o_n, o_d, acc2 / total[:, None], HEAD, TAIL, DIM)
-    tl.store(
-        lse + tl.program_id(1).to(tl.int64) * queries + rows, (peak + tl.log2(total)) / LOG2_E, mask=rows < queries
-    )
-
-
-@triton.jit
-def dual_kernel(
     q, k, v, dq, dk, dv, o, do, lse,
     q_b, q_h, q_n, q_d, k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d,
     dq_b, dq_h, dq_n, dq_d, dk_b, dk_h, dk_n, dk_d, dv_b, dv_h, dv_n, dv_d,
@@ -123,29 +69,33 @@ def dual_kernel(
     heads, queries, keys, dim, scale,
     DIM: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
+    """Output and log-sum-exp; the output's tangent too where tangents are given, which are None otherwise."""
     b, h = (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     q += b * q_b + h * q_h
     k += b * k_b + h * k_h
     v += b * v_b + h * v_h
-    dq += b * dq_b + h * dq_h
-    dk += b * dk_b + h * dk_h
-    dv += b * dv_b + h * dv_h
     o += b * o_b + h * o_h
-    do += b * do_b + h * do_h
+    if dq is not None:
+        dq += b * dq_b + h * dq_h
+        dk += b * dk_b + h * dk_h
+        dv += b * dv_b + h * dv_h
+        do += b * do_b + h * do_h
 
     q1 = _tile(q, rows, queries, q_n, q_d, 0, HEAD, DIM)
-    dq1 = _tile(dq, rows, queries, dq_n, dq_d, 0, HEAD, DIM)
     acc1 = tl.zeros((BLOCK_M, HEAD), tl.float32)
-    dacc1 = tl.zeros((BLOCK_M, HEAD), tl.float32)
     if TAIL:
         q2 = _tile(q, rows, queries, q_n, q_d, HEAD, TAIL, DIM)
-        dq2 = _tile(dq, rows, queries, dq_n, dq_d, HEAD, TAIL, DIM)
         acc2 = tl.zeros((BLOCK_M, TAIL), tl.float32)
-        dacc2 = tl.zeros((BLOCK_M, TAIL), tl.float32)
     peak = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
-    dtotal = tl.zeros((BLOCK_M,), tl.float32)  # rowsum(P * S')
+    if dq is not None:
+        dq1 = _tile(dq, rows, queries, dq_n, dq_d, 0, HEAD, DIM)
+        dacc1 = tl.zeros((BLOCK_M, HEAD), tl.float32)
+        if TAIL:
+            dq2 = _tile(dq, rows, queries, dq_n, dq_d, HEAD, TAIL, DIM)
+            dacc2 = tl.zeros((BLOCK_M, TAIL), tl.float32)
+        dtotal = tl.zeros((BLOCK_M,), tl.float32)  # rowsum(P * S')
 
     for start in range(0, keys, BLOCK_N):
         cols = start + tl.arange(0, BLOCK_N)
@@ -153,50 +103,59 @@ def dual_kernel(
         ds = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         if q.dtype.element_ty == tl.float32:
             s = _dot_by_columns(q, rows, queries, q_n, q_d, k, cols, keys, k_n, k_d, s, dim, DIM)
-            ds = _dot_by_columns(dq, rows, queries, dq_n, dq_d, k, cols, keys, k_n, k_d, ds, dim, DIM)
-            ds = _dot_by_columns(q, rows, queries, q_n, q_d, dk, cols, keys, dk_n, dk_d, ds, dim, DIM)
+            if dq is not None:
+                ds = _dot_by_columns(dq, rows, queries, dq_n, dq_d, k, cols, keys, k_n, k_d, ds, dim, DIM)
+                ds = _dot_by_columns(q, rows, queries, q_n, q_d, dk, cols, keys, dk_n, dk_d, ds, dim, DIM)
         else:
             k1 = _tile(k, cols, keys, k_n, k_d, 0, HEAD, DIM)
-            dk1 = _tile(dk, cols, keys, dk_n, dk_d, 0, HEAD, DIM)
             s = _dot(q1, k1.T, s)
-            ds = _dot(dq1, k1.T, ds)
-            ds = _dot(q1, dk1.T, ds)
+            if dq is not None:
+                dk1 = _tile(dk, cols, keys, dk_n, dk_d, 0, HEAD, DIM)
+                ds = _dot(dq1, k1.T, ds)
+                ds = _dot(q1, dk1.T, ds)
             if TAIL:
                 k2 = _tile(k, cols, keys, k_n, k_d, HEAD, TAIL, DIM)
-                dk2 = _tile(dk, cols, keys, dk_n, dk_d, HEAD, TAIL, DIM)
                 s = _dot(q2, k2.T, s)
-                ds = _dot(dq2, k2.T, ds)
-                ds = _dot(q2, dk2.T, ds)
+                if dq is not None:
+                    dk2 = _tile(dk, cols, keys, dk_n, dk_d, HEAD, TAIL, DIM)
+                    ds = _dot(dq2, k2.T, ds)
+                    ds = _dot(q2, dk2.T, ds)
         s = tl.where((cols < keys)[None, :], s * (scale * LOG2_E), float("-inf"))
         higher = tl.maximum(peak, tl.max(s, 1))
         shrink = tl.exp2(peak - higher)
         peak = higher
         p = tl.exp2(s - peak[:, None])
-        pds = p * (ds * scale)
         total = total * shrink + tl.sum(p, 1)
-        dtotal = dtotal * shrink + tl.sum(pds, 1)
+        if dq is not None:
+            pds = p * (ds * scale)
+            dtotal = dtotal * shrink + tl.sum(pds, 1)
+            pds = pds.to(v.dtype.element_ty)
+        p = p.to(v.dtype.element_ty)
 
         v1 = _tile(v, cols, keys, v_n, v_d, 0, HEAD, DIM)
-        dv1 = _tile(dv, cols, keys, dv_n, dv_d, 0, HEAD, DIM)
-        p, pds = p.to(v1.dtype), pds.to(v1.dtype)
         acc1 = _dot(p, v1, acc1 * shrink[:, None])
-        dacc1 = _dot(pds, v1, dacc1 * shrink[:, None])
-        dacc1 = _dot(p, dv1, dacc1)
+        if dq is not None:
+            dv1 = _tile(dv, cols, keys, dv_n, dv_d, 0, HEAD, DIM)
+            dacc1 = _dot(pds, v1, dacc1 * shrink[:, None])
+            dacc1 = _dot(p, dv1, dacc1)
         if TAIL:
             v2 = _tile(v, cols, keys, v_n, v_d, HEAD, TAIL, DIM)
-            dv2 = _tile(dv, cols, keys, dv_n, dv_d, HEAD, TAIL, DIM)
             acc2 = _dot(p, v2, acc2 * shrink[:, None])
-            dacc2 = _dot(pds, v2, dacc2 * shrink[:, None])
-            dacc2 = _dot(p, dv2, dacc2)
+            if dq is not None:
+                dv2 = _tile(dv, cols, keys, dv_n, dv_d, HEAD, TAIL, DIM)
+                dacc2 = _dot(pds, v2, dacc2 * shrink[:, None])
+                dacc2 = _dot(p, dv2, dacc2)
 
-    mean = (dtotal / total)[:, None]
     o1 = acc1 / total[:, None]
     _store(o, rows, queries, o_n, o_d, o1, 0, HEAD, DIM)
-    _store(do, rows, queries, do_n, do_d, dacc1 / total[:, None] - mean * o1, 0, HEAD, DIM)
     if TAIL:
         o2 = acc2 / total[:, None]
         _store(o, rows, queries, o_n, o_d, o2, HEAD, TAIL, DIM)
-        _store(do, rows, queries, do_n, do_d, dacc2 / total[:, None] - mean * o2, HEAD, TAIL, DIM)
+    if dq is not None:
+        mean = (dtotal / total)[:, None]
+        _store(do, rows, queries, do_n, do_d, dacc1 / total[:, None] - mean * o1, 0, HEAD, DIM)
+        if TAIL:
+            _store(do, rows, queries, do_n, do_d, dacc2 / total[:, None] - mean * o2, HEAD, TAIL, DIM)
     tl.store(
         lse + tl.program_id(1).to(tl.int64) * queries + rows, (peak + tl.log2(total)) / LOG2_E, mask=rows < queries
     )
@@ -396,18 +355,7 @@ def forward_dual(
     o, lse = _outputs(q)
     do, _ = _outputs(dq)
     _launch_forward(q[:first], k[:first], v[:first], o[:first], lse[:first], scale)
-    q, k, v = q[first:], k[first:], v[first:]
-    if do.numel() and not k.numel():
-        o[first:].zero_()
-        do.zero_()
-    elif do.numel():
-        heads, queries, dim = q.shape[1:]
-        config = CONFIGS["dual"][tile_class(dim, q.dtype)]
-        dual_kernel[config.grid(queries, duals * heads)](
-            q, k, v, dq, dk, dv, o[first:], do, lse[first:],
-            *q.stride(), *k.stride(), *v.stride(), *dq.stride(), *dk.stride(), *dv.stride(), *o.stride(), *do.stride(),
-            heads, queries, k.shape[2], dim, _scale(scale, dim), *shape_constants(dim, q.dtype), **config.kwargs,
-        )  # fmt: skip
+    _launch_forward(q[first:], k[first:], v[first:], o[first:], lse[first:], scale, (dq, dk, dv, do))
     return o, lse, do
 
 
@@ -449,16 +397,25 @@ def backward(
     )  # fmt: skip
 
 
-def _launch_forward(q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float | None) -> None:
+def _launch_forward(
+    q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float | None,
+    tangents: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
+) -> None:  # fmt: skip
+    """Fill o and lse and, of the tangents of q, k, v and o, that of o."""
     batch, heads, queries, dim = q.shape
     if not q.numel():
         return
     if not k.numel():
         o.zero_()
+        if tangents:
+            tangents[-1].zero_()
         return
-    config = CONFIGS["forward"][tile_class(dim, q.dtype)]
+    config = CONFIGS["dual" if tangents else "forward"][tile_class(dim, q.dtype)]
+    dq, dk, dv, do = tangents or (None,) * 4
+    # Strides of what is not there are never read.
+    strides = [n for x in (q, k, v, *(tangents or (q, k, v))[:3], o, (tangents or (o,))[-1]) for n in x.stride()]
     forward_kernel[config.grid(queries, batch * heads)](
-        q, k, v, o, lse, *q.stride(), *k.stride(), *v.stride(), *o.stride(),
+        q, k, v, dq, dk, dv, o, do, lse, *strides,
         heads, queries, k.shape[2], dim, _scale(scale, dim), *shape_constants(dim, q.dtype), **config.kwargs,
     )  # fmt: skip
 
