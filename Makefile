@@ -20,7 +20,7 @@ demo: install
 	$(BIN)/python -m mfengine.evaluate runs/digits --data data/digits
 
 test: install lint
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests --numprocesses 2 --dist worksteal
 
 lint: install
 	$(BIN)/ruff check .

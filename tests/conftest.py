@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 
+torch.set_num_threads(1)  # tests run in several processes
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before the first import of triton: kernels then run on CPU tensors
 
