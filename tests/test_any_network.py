@@ -7,6 +7,7 @@ from stranger import Stranger
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+import mfengine
 from benchmarks.baselines.port import sdpa
 from mfengine import MeanFlow, MeanFlowConfig, ModelConfig
 
@@ -93,6 +94,15 @@ def test_compiled_network():
     network = stranger()
     compiled = torch.compile(network, backend="eager")
     actual = gradients(compiled, network.parameters())
+    assert max(map(relative_error, actual, expected)) < TOLERANCE
+
+
+@pytest.mark.skipif(not hasattr(mfengine, "jvp_attention"), reason="until jvp_attention is merged")
+def test_attention_of_pytorch():
+    expected = gradients(reference := stranger(), reference.parameters())
+    network = stranger(attend=sdpa)
+    with mfengine.jvp_attention():
+        actual = gradients(network, network.parameters())
     assert max(map(relative_error, actual, expected)) < TOLERANCE
 
 
