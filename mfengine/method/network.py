@@ -114,7 +114,7 @@ _HOOKS = "activation checkpointing, or another hook on saved tensors, does not w
 
 
 def _check_sharding(network: Network) -> None:
-    """NotImplementedError for FSDP2 before torch 2.13, on every rank alike and before anyone waits for another."""
+    """NotImplementedError for FSDP2 before torch 2.13, on every rank alike."""
     if torch.__version__ >= "2.13" or not isinstance(network, nn.Module):
         return
     from torch.distributed.fsdp import FSDPModule
