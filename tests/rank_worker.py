@@ -1,11 +1,17 @@
 """Checks that run on each rank of a process group; `test_distributed.py` starts them under torchrun."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from stranger import Stranger
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.torch_version import TorchVersion
 
 from mfengine import DiT, Draws, MeanFlow, MeanFlowConfig, ModelConfig
 from mfengine.engine.checkpoint import Checkpointer, load_state, newest_checkpoint
@@ -44,6 +50,56 @@ def zero_guided_rows(here):
     for (name, p), expected in zip(model.named_parameters(), reference.parameters(), strict=True):
         gradient = p.grad.full_tensor()
         assert (gradient - expected.grad).norm() <= 1e-5 * expected.grad.norm() + 1e-9, name
+
+
+def strangers_network(here):
+    """A network without tangents in DDP and FSDP2, and ours in DDP: gradients are the mean over ranks to 1e-5.
+
+    DDP's default broadcasts buffers in its forward, and `find_unused_parameters` adds an autograd.Function to it:
+    neither can be differentiated forward.
+    """
+
+    def shard(network, reshard):
+        for module in (*network.blocks, network):
+            fully_shard(module, mesh=mesh, reshard_after_forward=reshard)
+        return network
+
+    def network(cls):
+        network = cls(CONFIG)
+        network.load_state_dict(make_model().state_dict())
+        return network
+
+    mesh = init_device_mesh("cpu", (here.size,))
+    wrappers = {
+        "DDP": lambda: DistributedDataParallel(network(Stranger)),
+        "DDP, unused": lambda: DistributedDataParallel(network(Stranger), find_unused_parameters=True),
+        "DDP, compiled": lambda: DistributedDataParallel(torch.compile(network(Stranger), backend="eager")),
+        "DDP, ours": lambda: DistributedDataParallel(network(DiT)),
+        "FSDP2": lambda: shard(network(Stranger), True),
+        "FSDP2, gathered": lambda: shard(network(Stranger), False),
+    }
+    batches = [batch(rank) for rank in range(here.size)]
+    for share in (0.25, 1.0):
+        method = MeanFlow(replace(METHOD.config, interval_share=share))
+        reference = make_model()
+        for latents, labels, draws in batches:
+            (method.loss(reference, latents, labels, draws)[0] / here.size).backward()
+        for name, wrap in wrappers.items():
+            model = wrap()
+            for _ in range(2):  # the first step is not like the others to DDP
+                model.zero_grad()
+                method.loss(model, *batches[here.rank])[0].backward()
+            for p, expected in zip(model.parameters(), reference.parameters(), strict=True):
+                gradient = p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad
+                error = (gradient - expected.grad).norm() / expected.grad.norm()
+                assert error <= 1e-5, (name, share, error)
+    torch.__version__ = TorchVersion("2.12.1")
+    try:
+        METHOD.loss(shard(network(Stranger), True), *batch(here.rank))
+    except NotImplementedError as error:
+        assert "torch 2.12.1 cannot differentiate FSDP2 forward" in str(error)  # noqa: PT017
+    else:
+        raise AssertionError("torch 2.12 was not refused")
 
 
 def bfloat16(here):
@@ -96,6 +152,7 @@ if __name__ == "__main__":
     with world("cpu") as here:
         {
             "zero_guided_rows": zero_guided_rows,
+            "strangers_network": strangers_network,
             "bfloat16": bfloat16,
             "asynchronous_checkpoint": asynchronous_checkpoint,
         }[sys.argv[1]](here)

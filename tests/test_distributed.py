@@ -148,12 +148,12 @@ def test_sigterm_to_torchrun_writes_a_checkpoint(digits, tmp_path):
 WORKER = Path(__file__).parent / "rank_worker.py"
 
 
-@pytest.mark.parametrize("check", ["zero_guided_rows", "asynchronous_checkpoint", "bfloat16"])
+@pytest.mark.parametrize("check", ["zero_guided_rows", "strangers_network", "asynchronous_checkpoint", "bfloat16"])
 def test_on_two_ranks(check, tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", str(WORKER), check],
         cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(WORKER.parent.parent)},  # for benchmarks
         capture_output=True,
         text=True,
         timeout=120,

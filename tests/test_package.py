@@ -4,9 +4,13 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
+
+import mfengine
 
 ROOT = Path(__file__).parent.parent
 PROBE = (
@@ -40,9 +44,15 @@ def source(tmp_path_factory):
 INSTALL = ("-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-build-isolation")
 
 
-def test_wheel(source, tmp_path):
-    python("-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", tmp_path, source, cwd=tmp_path)
+def test_wheel_of_the_source_distribution(source, tmp_path):
+    python("-c", f"from setuptools import build_meta; build_meta.build_sdist({str(tmp_path)!r})", cwd=source)
+    (sdist,) = tmp_path.glob("*.tar.gz")
+    python("-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", tmp_path, sdist, cwd=tmp_path)
     (wheel,) = tmp_path.glob("*.whl")
+    # Torch and all else that is there satisfies it: nothing but mfengine itself would be installed.
+    plan = python("-m", "pip", "install", "--dry-run", "--no-index", wheel, cwd=tmp_path)
+    assert "mfengine" in plan
+    assert plan.partition("Would install")[2].strip() in ("", wheel.name.partition("-py3")[0])
     python(*INSTALL, "--target", tmp_path / "site", wheel, cwd=tmp_path)
     where = python("-c", PROBE, cwd=tmp_path, PYTHONPATH=str(tmp_path / "site"))
     assert Path(where) == tmp_path / "site/mfengine/kernels/__init__.py"
@@ -63,6 +73,19 @@ def test_editable_install(source, tmp_path):
     done = subprocess.run([inner, "-c", probe], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert Path(done.stdout.strip()) == source / "kernels/__init__.py"
+
+
+def test_info(tmp_path):
+    """What is there, what is not, and what is there and broken."""
+    (tmp_path / "apex.py").write_text("raise OSError('libcudart.so.11: cannot open shared object file')")
+    out = python("-m", "mfengine.info", cwd=ROOT, PYTHONPATH=str(tmp_path))
+    rows = {line.split()[0]: line.split(None, 1)[1] for line in out.splitlines()}
+    assert rows["torch"] == torch.__version__
+    assert rows["mfengine"] == mfengine.__version__
+    assert rows["apex"] == "installed, but does not import: libcudart.so.11: cannot open shared object file"
+    assert torch.cuda.is_available() or rows["ops"] == "torch: plain PyTorch, as tensors are on the CPU"
+    missing = [name for name in ("flash_attn", "jvp_flash_attention") if find_spec(name) is None]
+    assert all(rows[name.replace("flash_attn", "flash-attn")].startswith("not installed (") for name in missing)
 
 
 def test_sample_is_the_function(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -92,6 +93,7 @@ def world(device: str) -> Iterator[World]:
         dist.init_process_group(backend, timeout=timedelta(minutes=10))
     yield World(rank, size, here)
     if size > 1:  # not after an error: the other ranks may be waiting for this one
+        gc.collect()  # sharded modules are in cycles; a group that they hold aborts the interpreter's exit at times
         dist.destroy_process_group()
 
 

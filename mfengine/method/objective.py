@@ -15,10 +15,12 @@ host from `Draws`, before the step, so the step never waits for the device.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from mfengine.method.network import Network, null_class, velocity, velocity_and_jvp
 
 
 @dataclass(frozen=True)
@@ -76,17 +78,6 @@ class Draws(NamedTuple):
     num_dropped: int  # leading rows whose label becomes the null class
 
 
-class VelocityModel(Protocol):
-    """A network u(z, t, h, y) with explicit tangents; `DiT.forward` says what it takes and returns."""
-
-    @property
-    def num_classes(self) -> int: ...
-
-    def __call__(
-        self, z: Tensor, t: Tensor, h: Tensor, y: Tensor, tangents: tuple[Tensor, Tensor, Tensor] | None = None
-    ) -> Any: ...
-
-
 class MeanFlow:
     """Draws and loss of MeanFlow training.
 
@@ -119,14 +110,14 @@ class MeanFlow:
         noise = torch.randn(shape, generator=device_generator(generator, device), device=device)
         return Draws(t, r, noise, num_dropped)
 
-    def loss(
-        self, model: VelocityModel, latents: Tensor, labels: Tensor, draws: Draws
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, model: Network, latents: Tensor, labels: Tensor, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
         """The training loss of one local batch.
 
         Args:
-            model: the network; its `num_classes` is the null class. It is called in the same sequence whatever
-                the draws are, with zero rows if need be, so that ranks that share its parameters stay together.
+            model: the network u(z, t, h, y), z (B, C, H, W), t and h (B,), y (B,) int64 -> (B, C, H, W); its attribute
+                `num_classes` is the null class. A forward with a parameter `tangents`, as `DiT`'s, gives du/dt itself;
+                any other is differentiated by `torch.func.jvp`. Calls come in the same sequence whatever the draws
+                are, with a row of zeros if need be, so that ranks that share its parameters stay together.
             latents: (B, C, H, W) float32, clean.
             labels: (B,) int64.
             draws: of `draw`.
@@ -134,6 +125,12 @@ class MeanFlow:
         Returns:
             The loss, a scalar with a graph, and detached figures: `loss` (), `v_loss` (B,), the squared distance
             to the sample's own velocity, and `v_g`, `u` (B, C, H, W), `du_dt` (K, C, H, W) of the K interval rows.
+
+        Raises:
+            ValueError: the interval share does not divide B, or the model has no `num_classes` or returns another
+                shape than that of z.
+            TypeError: the model does not return a tensor.
+            NotImplementedError: something in the model cannot be differentiated forward.
         """
         cfg, device = self.config, latents.device
         batch, num_interval = latents.shape[0], cfg.num_interval(latents.shape[0])
@@ -145,7 +142,8 @@ class MeanFlow:
         z = (1 - column(t)) * x + column(t) * e
         v = e - x
         y = labels.clone()
-        y[: draws.num_dropped] = model.num_classes
+        null = null_class(model)
+        y[: draws.num_dropped] = null
 
         # Guided velocity: v_g = omega v + (1 - omega - kappa) u(z, t, 0, null) + kappa u(z, t, 0, y).
         v_g = v.clone()
@@ -162,11 +160,10 @@ class MeanFlow:
 
             rows = torch.cat([null_rows, cond_rows])
             y_guide = y[rows]
-            y_guide[: len(null_rows)] = model.num_classes
+            y_guide[: len(null_rows)] = null
             with torch.no_grad():
-                u_null, u_cond = model(z[rows], t[rows], torch.zeros_like(t[rows]), y_guide).split(
-                    [len(null_rows), len(cond_rows)]
-                )
+                u_guide = velocity(model, z[rows], t[rows], torch.zeros_like(t[rows]), y_guide)
+            u_null, u_cond = u_guide.split([len(null_rows), len(cond_rows)])
             v_g[guided] = cfg.omega * v[guided]
             v_g[null_rows] += unconditional * u_null
             v_g[cond_rows] += cfg.kappa * u_cond
@@ -174,9 +171,9 @@ class MeanFlow:
         # Average velocity u and, for interval rows, its JVP along (v_g, 1, 0) in (z, t, r), so 1 in h = t - r.
         if num_interval:
             one = torch.ones(num_interval, device=device)
-            u, du_dt = model(z, t, h, y, tangents=(v_g[num_instant:], one, one))
+            u, du_dt = velocity_and_jvp(model, z, t, h, y, (v_g[num_instant:], one, one))
         else:
-            u = model(z, t, h, y)
+            u = velocity(model, z, t, h, y)
             du_dt = u.detach()[:0]
 
         with torch.no_grad():

@@ -1,0 +1,79 @@
+"""`python -m mfengine.info`: what is active in this environment, and why something is not."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+from importlib import import_module
+from importlib.util import find_spec
+
+import torch
+
+import mfengine
+from mfengine.ops.backend import fused
+
+OPTIONAL = {
+    # module: (what it is called, what it is to mfengine)
+    "nvidia.dali": ("DALI", "reads data sets in mfengine.train; pip install nvidia-dali-cuda130"),
+    "diffusers": ("diffusers", 'decodes latents with a VAE; pip install "mfengine[vae]"'),
+    "flash_attn": (
+        "flash-attn",
+        "nothing here needs it: it has no JVP, and mfengine.ops.attention has kernels of its own",
+    ),
+    "apex": ("apex", "nothing here needs it: AdamW is PyTorch's own fused one"),
+    "jvp_flash_attention": ("jvp_flash_attention", "only a peer in the benchmarks; pip install jvp_flash_attention"),
+}
+
+
+def rows() -> list[tuple[str, str]]:
+    """(what, its state) of everything that decides how fast mfengine runs here."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return [
+        ("mfengine", mfengine.__version__),
+        ("Python", platform.python_version()),
+        ("torch", torch.__version__),
+        ("device", _device(device)),
+        ("ops", _ops(device)),
+        ("Triton", _package("triton", "the fused kernels are written in it; pip install triton")),
+        *((name, _package(module, purpose)) for module, (name, purpose) in OPTIONAL.items()),
+    ]
+
+
+def _device(device: torch.device) -> str:
+    if device.type == "cuda":
+        gpu = torch.cuda.get_device_properties(0)
+        return f"{gpu.name}, sm_{gpu.major}{gpu.minor}, CUDA {torch.version.cuda}; {torch.cuda.device_count()} in all"
+    return "CPU: " + ("torch is a build without CUDA" if torch.version.cuda is None else "torch finds no GPU")
+
+
+def _ops(device: torch.device) -> str:
+    """Which implementation the ops run on tensors of the device."""
+    if fused(torch.empty(0, device=device)):
+        return "triton: fused kernels"
+    return "torch: plain PyTorch, as " + ("Triton is missing" if device.type == "cuda" else "tensors are on the CPU")
+
+
+def _package(module: str, purpose: str) -> str:
+    """Version of a package, or why there is none. It is imported: one built for another torch is found only so."""
+    try:
+        if find_spec(module) is None:
+            return f"not installed ({purpose})"
+        return str(getattr(import_module(module), "__version__", "installed, of unknown version"))
+    except ModuleNotFoundError as error:
+        if error.name and module.startswith(error.name):  # the parent of nvidia.dali
+            return f"not installed ({purpose})"
+        return f"installed, but does not import: {error}"
+    except Exception as error:
+        return f"installed, but does not import: {str(error).partition(chr(10))[0]}"
+
+
+def main() -> None:
+    argparse.ArgumentParser(prog="python -m mfengine.info", description=__doc__).parse_args()
+    table = rows()
+    width = max(len(name) for name, _ in table)
+    for name, state in table:
+        print(f"{name:{width}}  {state}")
+
+
+if __name__ == "__main__":
+    main()
