@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import cache
 from types import FunctionType
@@ -21,16 +22,17 @@ from mfengine.ops.backend import chosen, fused, transformed
 def jvp_attention() -> AbstractContextManager[Any]:
     """Make `torch.nn.functional.scaled_dot_product_attention` differentiable in forward mode inside.
 
-    For any model, whatever name it imported the function by, and for `torch.nn.MultiheadAttention`: under
-    `torch.func.jvp`, `torch.func.jacfwd` and `torch.autograd.forward_ad`, with backward through the output after it,
-    eagerly and in `torch.compile`, the context being inside of the compiled function or around it. Outside of forward
-    mode, PyTorch's own attention runs as before.
+    For any model, by whatever name it imported the function, and for `torch.nn.MultiheadAttention`. Works under
+    `torch.func.jvp`, `torch.func.jacfwd` and `torch.autograd.forward_ad`, with backward through the output afterwards,
+    and in `torch.compile`, whether the context is inside of the compiled function or around it. Outside of forward mode
+    PyTorch's own attention runs, as without the context.
 
-    Forward mode takes the fused kernel where `mfengine.ops.attention` would and q, k and v are (B, H, N, d), (B, H, M,
-    d), (B, H, M, d) of one dtype, d a multiple of 8 up to 128. Everything else is computed by plain PyTorch, rightly but
-    with the scores in memory: attn_mask, is_causal and dropout_p, of which a warning tells once, enable_gqa, other
-    shapes, float64, and `torch.func.vmap`, `grad` and `jacfwd` around the jvp. The fused kernel's tangent is a constant
-    for autograd: who differentiates the tangent itself wants `use_backend("torch")`.
+    In forward mode the fused kernel runs where `mfengine.ops.attention` would run it and takes the arguments: q (B, H,
+    N, d), k and v (B, H, M, d) of one dtype, float16, bfloat16 or float32, with d a multiple of 8 up to 128. All else
+    is computed by plain PyTorch, correctly but with the scores in memory: attn_mask, is_causal and dropout_p, of which
+    a warning tells once each; enable_gqa, other shapes and dtypes; `torch.func.vmap`, `grad` or a second jvp around the
+    jvp, so `jacfwd` too. The fused tangent is a constant for autograd: to differentiate it, `use_backend("torch")`.
+    `torch.utils.checkpoint` recomputes without tangents, and raises an error of its own.
 
     Raises:
         ValueError: in forward mode under `use_backend("triton")`, whatever the fused kernel does not take.
@@ -58,7 +60,7 @@ def scaled_dot_product_attention(
     is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
 ) -> Tensor:  # fmt: skip
     """PyTorch's function, which is what runs outside of forward mode; see `jvp_attention` for what runs in it."""
-    options = {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
+    options: dict[str, Any] = {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
     if not _forward_mode(query, key, value, attn_mask):
         return F.scaled_dot_product_attention(query, key, value, attn_mask, **options)
     query, key, value = _autocast(query, key, value)
@@ -106,20 +108,19 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 @cache
 def _warn_plain(name: str) -> None:
     warnings.warn(
-        f"forward mode through attention with {name} takes plain PyTorch, which is slower and keeps the scores in memory",
+        f"forward mode through attention with {name} takes plain PyTorch: slower, and with the scores in memory",
         stacklevel=4,
     )
 
 
-# PyTorch hides a mode from what the mode calls: `multi_head_attention_forward` would not meet ours in its body.
+# PyTorch hides a mode from what the mode calls: the body of `multi_head_attention_forward` would not meet it. So it is
+# given ours as a global. Not its __name__: torch.compile would look for globals in the module of that name.
+_globals = {**vars(F), "scaled_dot_product_attention": scaled_dot_product_attention}
+del _globals["__name__"]
 _multi_head_attention_forward = FunctionType(
-    F.multi_head_attention_forward.__code__,
-    # torch.compile guards on globals through the module that __name__ tells, and these are of none.
-    {k: v for k, v in vars(F).items() if k != "__name__"}
-    | {"scaled_dot_product_attention": scaled_dot_product_attention},
+    F.multi_head_attention_forward.__code__, _globals, argdefs=F.multi_head_attention_forward.__defaults__
 )
-_multi_head_attention_forward.__defaults__ = F.multi_head_attention_forward.__defaults__
-_REPLACED = {
+_REPLACED: dict[Any, Callable[..., Any]] = {
     F.scaled_dot_product_attention: scaled_dot_product_attention,
     F.multi_head_attention_forward: _multi_head_attention_forward,
 }
