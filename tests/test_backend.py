@@ -4,6 +4,7 @@ import copy
 import doctest
 import importlib
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -151,8 +152,8 @@ def plain(model):
     for module in model.modules():
         if hasattr(module, "fused_attn"):
             module.fused_attn = False
-        if hasattr(module, "set_attn_processor"):
-            module.set_attn_processor(importlib.import_module("diffusers.models.attention_processor").AttnProcessor())
+        if hasattr(module, "set_processor"):
+            module.set_processor(importlib.import_module("diffusers.models.attention_processor").AttnProcessor())
     return model
 
 
@@ -217,7 +218,7 @@ def test_accelerated(name, backend):
 
 @NAMES
 def test_compiled_inside_jvp_attention(name):
-    model, primals, tangents = build(name)
+    model, primals, tangents = build(name, depth=1)
     expected = run(plain(model), primals, tangents)
 
     def inside(f):
@@ -228,14 +229,19 @@ def test_compiled_inside_jvp_attention(name):
         return compiled(g)
 
     assert_near(run(model, primals, tangents, inside), expected)
+
+
+def test_compiled_with_jvp_attention_around():
+    model, primals, tangents = build("DiT", depth=1)
+    expected = run(plain(model), primals, tangents)
+    f = compiled(lambda p, t: jvp(velocity(model), p, t))
     with jvp_attention():
-        assert_near(run(model, primals, tangents, compiled), expected)
-    with pytest.raises(Exception, match="forward AD"):  # the context is over: no stale graph is used
-        compiled(lambda p, t: jvp(velocity(model), p, t))(primals, tangents)
+        assert_near(run(model, primals, tangents, lambda _: f), expected)
+    with pytest.raises(Exception, match="forward AD"):  # the context is over, and the graph not used again
+        f(primals, tangents)
 
 
-@BACKENDS
-@NAMES
+@pytest.mark.parametrize(("name", "backend"), [*((name, "torch") for name in CASES), ("diffusers", "triton")])
 def test_compiled_accelerated(name, backend):
     model, primals, tangents = build(name, depth=1)
     expected = run(plain(model), primals, tangents)
@@ -342,9 +348,12 @@ def test_auto_fuses_what_the_kernels_take(name, monkeypatch):
     """As on a GPU, with a mark in place of the fused op."""
     fused = []
     monkeypatch.setattr(sdpa, "fused", lambda x: True)
-    monkeypatch.setattr(
-        sdpa, "attention", lambda q, k, v, scale: (fused.append(1), written_out(q, k, v, scale=scale))[1]
-    )
+
+    def attention(q, k, v, scale):
+        fused.append(1)
+        return written_out(q, k, v, scale=scale)
+
+    monkeypatch.setattr(sdpa, "attention", attention)
     monkeypatch.setattr(sdpa, "_warn_plain", lambda name: None)
     shapes, options = OPTIONS[name]
     primals, tangents = duals(shapes)
@@ -371,11 +380,12 @@ def test_dropout():
 
 def test_a_tangent_of_one_argument_or_none():
     (q, k, v), (dq, _, dv) = duals(SELF)
+    of_q, of_v = (lambda f: lambda x: f(x, k, v)), (lambda f: lambda x: f(q, k, x))
     for backend in ("torch", "triton"):
         with ops.use_backend(backend), jvp_attention():
-            for f, x, dx in ((lambda q: (q, k, v), q, dq), (lambda v: (q, k, v), v, dv)):
-                actual = jvp(lambda x: F.scaled_dot_product_attention(*f(x)), (x,), (dx,))
-                assert_near(actual, jvp(lambda x: written_out(*f(x)), (x,), (dx,)))
+            for of, x, dx in ((of_q, q, dq), (of_v, v, dv)):
+                actual = jvp(of(F.scaled_dot_product_attention), (x,), (dx,))
+                assert_near(actual, jvp(of(written_out), (x,), (dx,)))
             y, dy = jvp(lambda x: x * F.scaled_dot_product_attention(q, k, v), (q,), (dq,))
             assert_near((y, dy), (q * written_out(q, k, v), dq * written_out(q, k, v)))
     mask, dmask = randn(7, 5, 5), randn(8, 5, 5)
@@ -404,9 +414,10 @@ def test_transforms(name):
     f = lambda x: F.scaled_dot_product_attention(x, k, v)  # noqa: E731
     with jvp_attention():
         assert_near([transform(f, x, dx)], [expected])
-        torch._dynamo.reset()
-        assert_near([torch.compile(transform, backend="aot_eager")(f, x, dx)], [expected])
-    with ops.use_backend("triton"), pytest.raises(ValueError, match="under a single torch.func.jvp"):
+        if name != "vmap of jvp":  # which PyTorch 2.13 cannot compile of anything
+            torch._dynamo.reset()
+            assert_near([torch.compile(transform, backend="aot_eager")(f, x, dx)], [expected])
+    with ops.use_backend("triton"), pytest.raises(ValueError, match=r"under a single torch.func.jvp"):
         transform(lambda x: ops.attention(x, k, v), x, dx)
 
 
@@ -450,9 +461,7 @@ def test_pytorchs_attention_runs_outside_of_forward_mode():
 def test_autocast_casts_as_for_pytorchs():
     (q, k, v), tangents = duals(SELF)
     with jvp_attention(), torch.autocast("cpu", torch.bfloat16):
-        o, do = jvp(
-            F.scaled_dot_product_attention, (q, k.bfloat16(), v), (tangents[0], tangents[1].bfloat16(), tangents[2])
-        )
+        o, do = jvp(lambda q, k, v: F.scaled_dot_product_attention(q, k.bfloat16(), v), (q, k, v), tangents)
         assert o.dtype == do.dtype == F.scaled_dot_product_attention(q, k, v).dtype == torch.bfloat16
     assert_near((o.float(), do.float()), jvp(written_out, (q, k, v), tangents), bound=0.1)
 
@@ -461,10 +470,12 @@ def test_a_warning_tells_once():
     sdpa._warn_plain.cache_clear()
     primals, tangents = duals(SELF)
     f = lambda *x: F.scaled_dot_product_attention(*x, is_causal=True)  # noqa: E731
-    with jvp_attention(), pytest.warns(UserWarning, match="is_causal takes plain PyTorch") as warnings:
-        for _ in range(3):
+    with jvp_attention():
+        with pytest.warns(UserWarning, match="is_causal takes plain PyTorch"):
             jvp(f, primals, tangents)
-    assert len(warnings) == 1
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            jvp(f, primals, tangents)
 
 
 # ----------------------------------------------------------------------------
@@ -596,13 +607,13 @@ def test_a_mask_and_dropout_after_accelerate():
     new = copy.deepcopy(old)
     accelerate(new)
     x = randn(0, 2, 5, 32)
-    torch.testing.assert_close(new(x, attn_mask=MASK), old(x, attn_mask=MASK))
     for training in (True, False):
         outputs = []
         for module in (old, new):
             torch.manual_seed(1)
             outputs.append(module.train(training)(x))
         torch.testing.assert_close(*outputs)
+    torch.testing.assert_close(new(x, attn_mask=MASK), old(x, attn_mask=MASK))
 
 
 def test_diffusers_attention_of_other_models():
@@ -636,11 +647,9 @@ def test_wrong_tangents_on_the_fused_path():
     heads = torch.zeros(2, 3, 5, 16)
     wrong = (
         (ops.attention, [(heads, heads[:, :2]), (heads, heads), (heads, heads)], r"dq must be of shape \(2, 3, 5, 16\)"),
-        (ops.attention, [(heads, heads.to("meta")), (heads, heads), (heads, heads)], "dq must be on cpu, not meta"),
         (ops.attention, [(heads.double(), heads.double())] * 3, "q is torch.float64; accepted are"),
         (ops.adaln_modulate, [(x, x[:, :4]), (row, row), (row, row)], r"dx must be \(K, 5, 16\) with K at most 2"),
         (ops.adaln_modulate, [(x, x), (row, row[:1]), (row, row)], r"dshift must be of shape \(2, 16\)"),
-        (ops.adaln_modulate, [(x, x.to("meta"))] + [(row, row.to("meta"))] * 2, "dx must be on cpu, not meta"),
         (ops.gated_residual_adaln, [(x, x), (x, x[:1])] + [(row, row)] * 3, r"dy must be of shape \(2, 5, 16\)"),
         (ops.gelu, [(x, torch.zeros(3, 5, 16))], r"dx must be \(K, ...\) like x"),
     )  # fmt: skip

@@ -24,15 +24,27 @@ def adaln_modulate(x: A, shift: A, scale: A, eps: float = EPS) -> A:
     """LN(x) * (1 + scale) + shift.
 
     Args:
-        x: (B, N, D) float, the residual stream.
-        shift, scale: (B, D) float.
+        x: (B, N, D) float, the residual stream; or a dual, with a tangent (K, N, D) of its last K rows.
+        shift, scale: (B, D) float; or duals, with tangents (K, D).
         eps: of the LayerNorm.
 
     Returns:
-        (B, N, D) in the dtype of scale; computed in float32.
+        (B, N, D) in the dtype of scale; of duals the same with a tangent (K, N, D). Computed in float32, of float64 in
+        float64.
 
     Raises:
-        ValueError: on the fused path, shapes or dtypes that the kernels do not take (see `mfengine.kernels.adaln`).
+        ValueError: on the fused path, whatever the kernels do not take: D above 8192, a dtype other than float16,
+            bfloat16 and float32, shapes or devices that do not go together.
+
+    Example:
+        >>> import torch
+        >>> from mfengine.ops import Dual, adaln_modulate
+        >>> x, shift, scale = torch.randn(4, 10, 32), torch.randn(4, 32), torch.randn(4, 32)
+        >>> adaln_modulate(x, shift, scale).shape
+        torch.Size([4, 10, 32])
+        >>> o, do = adaln_modulate(Dual(x, x[2:]), Dual(shift, shift[2:]), Dual(scale, scale[2:]))
+        >>> do.shape
+        torch.Size([2, 10, 32])
     """
     if fused(primal_of(scale)):
         return push_fused(partial(_fused_modulate, eps=eps), partial(_modulate_dual_op, eps=eps), x, shift, scale)[0]
@@ -43,15 +55,27 @@ def gated_residual_adaln(x: A, y: A, gate: A, shift: A, scale: A, eps: float = E
     """x' = x + gate * y and LN(x') * (1 + scale) + shift, for shapes as in `adaln_modulate`.
 
     Args:
-        x: (B, N, D) float, the residual stream; y: (B, N, D) float, what a branch adds to it.
-        gate, shift, scale: (B, D) float.
+        x: (B, N, D) float, the residual stream; y: (B, N, D) float, what a branch adds to it. Or duals, with tangents
+            (K, N, D) of their last K rows.
+        gate, shift, scale: (B, D) float; or duals, with tangents (K, D).
         eps: of the LayerNorm.
 
     Returns:
-        (x', o): the residual stream in the dtype of x, the modulated one in the dtype of scale.
+        (x', o), each (B, N, D): the residual stream in the dtype of x, the modulated one in the dtype of scale. Of
+        duals two duals.
 
     Raises:
         ValueError: as `adaln_modulate`.
+
+    Example:
+        >>> import torch
+        >>> from mfengine.ops import Dual, gated_residual_adaln
+        >>> x, y = torch.randn(2, 4, 10, 32)
+        >>> gate, shift, scale = torch.randn(3, 4, 32)
+        >>> x_out, o = gated_residual_adaln(x, y, gate, shift, scale)
+        >>> x_out, o = gated_residual_adaln(*(Dual(a, a[3:]) for a in (x, y, gate, shift, scale)))
+        >>> x_out.primal.shape, o.tangent.shape
+        (torch.Size([4, 10, 32]), torch.Size([1, 10, 32]))
     """
     if fused(primal_of(scale)):
         rules = partial(_residual_op, eps=eps), partial(_residual_dual_op, eps=eps)
@@ -96,10 +120,16 @@ def _residual_tangent(x: Tensor, y: Tensor, gate: Tensor, dx: Tensor, dy: Tensor
 # Fused, as operators that PyTorch knows by name.
 
 
+def _rows(*tensors: Tensor) -> list[Tensor]:
+    """As the kernels read them: each row in one piece."""
+    return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
+
+
 @torch.library.custom_op("mfengine::adaln", mutates_args=())
 def _modulate_op(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
     from mfengine.kernels import adaln as kernel
 
+    x, shift, scale = _rows(x, shift, scale)
     return kernel.forward(x, None, None, shift, scale, eps)[1]
 
 
@@ -109,6 +139,7 @@ def _modulate_dual_op(
 ) -> tuple[Tensor, Tensor]:
     from mfengine.kernels import adaln as kernel
 
+    x, shift, scale, dx, dshift, dscale = _rows(x, shift, scale, dx, dshift, dscale)
     _, o, _, do = kernel.forward_dual(x, None, None, shift, scale, dx, None, None, dshift, dscale, eps)
     return o, do
 
@@ -117,6 +148,7 @@ def _modulate_dual_op(
 def _modulate_backward_op(x: Tensor, scale: Tensor, go: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     from mfengine.kernels import adaln as kernel
 
+    x, scale = _rows(x, scale)
     gx, _, _, gshift, gscale = kernel.backward(x, None, None, scale, None, go, eps)
     return gx, gshift, gscale
 
@@ -125,7 +157,7 @@ def _modulate_backward_op(x: Tensor, scale: Tensor, go: Tensor, eps: float) -> t
 def _residual_op(x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     from mfengine.kernels import adaln as kernel
 
-    return kernel.forward(x, y, gate, shift, scale, eps)
+    return kernel.forward(*_rows(x, y, gate, shift, scale), eps)
 
 
 @torch.library.custom_op("mfengine::residual_adaln_dual", mutates_args=())
@@ -135,7 +167,7 @@ def _residual_dual_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     from mfengine.kernels import adaln as kernel
 
-    return kernel.forward_dual(x, y, gate, shift, scale, dx, dy, dgate, dshift, dscale, eps)
+    return kernel.forward_dual(*_rows(x, y, gate, shift, scale, dx, dy, dgate, dshift, dscale), eps)
 
 
 @torch.library.custom_op("mfengine::residual_adaln_backward", mutates_args=())
@@ -144,6 +176,7 @@ def _residual_backward_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     from mfengine.kernels import adaln as kernel
 
+    y, gate, scale = _rows(y, gate, scale)
     gx, gy, ggate, gshift, gscale = kernel.backward(x_out, y, gate, scale, gx_out, go, eps)
     assert gy is not None
     assert ggate is not None

@@ -74,6 +74,8 @@ def scaled_dot_product_attention(
             _warn_plain(name)
     if not any(unfused.values()) and _fuses(query, key, value):
         return attention(query, key, value, scale)
+    if attn_mask is not None and attn_mask.dtype == torch.bool:  # the operator below adds what it is given
+        attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill(~attn_mask, -torch.inf)
     return torch.ops.aten._scaled_dot_product_attention_math(query, key, value, attn_mask, **options)[0]
 
 
