@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import warnings
 from collections import defaultdict
 from collections.abc import Callable
@@ -37,7 +38,7 @@ class Swaps:
             for what, names in groups.items():
                 shown = ", ".join(names if len(names) < 4 else [names[0], "...", names[-1]])
                 lines.append(f"{verb} {len(names)} ({shown}): {what}")
-        return "\n".join(lines) or "found no attention and no adaLN block of a known family"
+        return "\n".join(lines) or "found no attention and no adaLN block to swap"
 
 
 def accelerate(model: nn.Module) -> Swaps:
@@ -80,12 +81,7 @@ def accelerate(model: nn.Module) -> Swaps:
         if family.done(module):
             swaps.swapped[name] = family.title
             continue
-        reason = family.unfit(module)
-        if reason is None:
-            key = _configuration(module)
-            if key not in verdicts:
-                verdicts[key] = _difference(family, module)
-            reason = verdicts[key]
+        reason = _why_not(family, module, verdicts)
         if reason is None:
             family.put(module)
             swaps.swapped[name] = family.title
@@ -101,6 +97,16 @@ def accelerate(model: nn.Module) -> Swaps:
 
 
 class _Swapped(nn.Module):
+    _argument_names: tuple[str, ...]  # of the old forward
+
+    def _first(self, count: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any] | None:
+        """The first arguments of the forward, given by position or by name, if no others are given."""
+        if len(args) > len(self._argument_names):
+            return None
+        named = {**dict(zip(self._argument_names, args, strict=False)), **kwargs}
+        first = [named.pop(name, None) for name in self._argument_names[:count]]
+        return None if any(a is None for a in first) or _any_given(*named.values()) else first
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         """The subclass stands in no file: it is made again where the module is copied or loaded."""
         new, old = type(self).__bases__
@@ -108,10 +114,12 @@ class _Swapped(nn.Module):
 
 
 class _TimmAttention(_Swapped):
-    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Tensor:
         """x (B, N, D) -> (B, N, D); with a mask, or whatever else, the old forward."""
-        if x.ndim != 3 or _any_given(*args, *kwargs.values()):
-            return super().forward(x, *args, **kwargs)
+        first = self._first(1, args, kwargs)
+        if first is None or first[0].ndim != 3:
+            return super().forward(*args, **kwargs)
+        (x,) = first
         qkv = self.qkv(x).unflatten(2, (3, self.num_heads, -1))  # (B, N, 3, H, d)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, H, N, d)
         q, k = _apply(self, "q_norm", q), _apply(self, "k_norm", k)
@@ -122,10 +130,12 @@ class _TimmAttention(_Swapped):
 
 
 class _DiTBlock(_Swapped):
-    def forward(self: Any, x: Tensor, c: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Tensor:
         """x (B, N, D), c (B, C) -> (B, N, D); with whatever else, the old forward."""
-        if x.ndim != 3 or c.ndim != 2 or _any_given(*args, *kwargs.values()):
-            return super().forward(x, c, *args, **kwargs)
+        first = self._first(2, args, kwargs)
+        if first is None or (first[0].ndim, first[1].ndim) != (3, 2):
+            return super().forward(*args, **kwargs)
+        x, c = first
         return _block(x, self.adaLN_modulation(c), self.norm1, self.attn, self.norm2, self.mlp)
 
 
@@ -191,7 +201,9 @@ def _any_given(*arguments: Any) -> bool:
 
 @cache
 def _subclass(new: Any, old: Any) -> Any:
-    return type(old.__name__, (new, old), {"__module__": old.__module__, "__qualname__": old.__qualname__})
+    names = tuple(inspect.signature(old.forward).parameters)[1:]
+    body = {"__module__": old.__module__, "__qualname__": old.__qualname__, "_argument_names": names}
+    return type(old.__name__, (new, old), body)
 
 
 def _empty(new: type, old: type) -> Any:
@@ -249,7 +261,7 @@ class _DiTBlocks(_Family):
 
 class _DiffusersAttentions(_Family):
     title = "attention"
-    attributes = ("to_q", "to_k", "to_v", "to_out", "heads", "set_processor")
+    attributes = ("to_q", "to_k", "to_v", "to_out", "heads", "processor", "set_processor")
     new = _DiffusersProcessor
     processors = ("AttnProcessor", "AttnProcessor2_0")
 
@@ -338,32 +350,44 @@ def _configuration(module: nn.Module) -> Any:
     return tuple((name, type(part), *settings(part)) for name, part in module.named_modules())
 
 
+def _why_not(family: _Family, module: nn.Module, verdicts: dict[Any, str | None]) -> str | None:
+    """What speaks against a swap of the module, if anything."""
+    try:
+        reason = family.unfit(module)
+        if reason is None:
+            key = _configuration(module)
+            if key not in verdicts:
+                verdicts[key] = _difference(family, module)
+            reason = verdicts[key]
+    except Exception as e:  # the code is not ours: on our input it may fail in any way
+        reason = f"it could not be checked: {type(e).__name__}: {(str(e).splitlines() or [''])[0]}"
+    return reason
+
+
 def _difference(family: _Family, module: nn.Module) -> str | None:
     """Why the new forward cannot be taken for the old: both run on copies with random parameters, in both modes."""
-    try:
-        old = copy.deepcopy(module)
-        like = next(p for p in old.parameters() if p.is_floating_point())
-        if like.is_meta:
-            return "it is on the meta device, where nothing can be checked"
-        generator = torch.Generator().manual_seed(0)
+    old = copy.deepcopy(module)
+    like = next(p for p in old.parameters() if p.is_floating_point())
+    if like.is_meta:
+        return "it is on the meta device, where nothing can be checked"
+    generator = torch.Generator().manual_seed(0)
 
-        def randn(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=generator).to(like)
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(like)
 
-        with torch.no_grad():
-            for p in old.parameters():
-                p.copy_(randn(*p.shape) * (p.shape[0] / p.numel()) ** 0.5 if p.numel() else p)
-        new = copy.deepcopy(old)
-        family.put(new)
-        inputs = family.inputs(old, randn)
-        for training in (False, True):
-            expected, actual = (_run(part.train(training), inputs) for part in (old, new))
-            if (expected.shape, expected.dtype) != (actual.shape, actual.dtype):
-                return "its forward returns another shape or dtype than ours"
-            if not (expected - actual).norm() <= torch.finfo(like.dtype).eps ** 0.5 * expected.norm():
-                return "its forward computes something else than ours" + " in training" * training
-    except Exception as e:  # the code is not ours: on our input it may fail in any way
-        return f"it could not be checked: {type(e).__name__}: {(str(e).splitlines() or [''])[0]}"
+    with torch.no_grad():
+        for p in old.parameters():
+            if p.ndim and p.numel():
+                p.copy_(randn(*p.shape) * (p.shape[0] / p.numel()) ** 0.5)
+    new = copy.deepcopy(old)
+    family.put(new)
+    inputs = family.inputs(old, randn)
+    for training in (False, True):
+        expected, actual = (_run(part.train(training), inputs) for part in (old, new))
+        if (expected.shape, expected.dtype) != (actual.shape, actual.dtype):
+            return "its forward returns another shape or dtype than ours"
+        if not (expected - actual).norm() <= torch.finfo(like.dtype).eps ** 0.5 * expected.norm():
+            return "its forward computes something else than ours" + " in training" * training
     return None
 
 

