@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mfengine.kernels.launch import Config, check_dtype
+from mfengine.kernels.launch import Config, check_device, check_dtype
 
 MAX_WIDTH = 8192
 TOKENS_PER_PROGRAM = 16  # of the backward, which adds up a sample's gradients over so many tokens before writing
@@ -155,6 +155,7 @@ def forward_dual(
     """
     check_arguments(x, y, gate, shift, scale)
     check_arguments(dx, dy, dgate, dshift, dscale, prefix="d")
+    check_device("dx", dx, x)
     duals, (batch, tokens, width) = dx.shape[0], x.shape
     if duals > batch or dx.shape[1:] != x.shape[1:] or (y is None) != (dy is None):
         raise ValueError(f"dx must be (K, {tokens}, {width}) with K at most {batch}, not {tuple(dx.shape)}")
@@ -239,8 +240,7 @@ def check_arguments(
         check_dtype(prefix + name, a)
         if tuple(a.shape) != tuple(shape):
             raise ValueError(f"{prefix}{name} must be of shape {tuple(shape)}, not {tuple(a.shape)}")
-        if a.device != x.device:
-            raise ValueError(f"{prefix}{name} must be on {x.device}, not {a.device}")
+        check_device(prefix + name, a, x)
         if a.stride(-1) != 1 and a.shape[-1] > 1:
             raise ValueError(f"{prefix}{name} must be contiguous in its last dimension, not of strides {a.stride()}")
 

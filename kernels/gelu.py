@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mfengine.kernels.launch import Config, check_dtype
+from mfengine.kernels.launch import Config, check_device, check_dtype
 
 BLOCK_ROWS, BLOCK_COLS = 4, 1024
 ROWS_PER_PROGRAM = 64  # of the backward, which adds up the bias's gradient over so many rows before writing
@@ -82,6 +82,7 @@ def forward_dual(x: Tensor, bias: Tensor, dx: Tensor) -> tuple[Tensor, Tensor]:
         ValueError: an argument that the kernel cannot take; nothing is launched.
     """
     check_arguments(x, bias)
+    check_device("dx", dx, x)
     check_arguments(dx, bias, prefix="d")
     if dx.shape[1:] != x.shape[1:] or dx.shape[0] > x.shape[0]:
         raise ValueError(
@@ -134,8 +135,7 @@ def check_arguments(x: Tensor, bias: Tensor, prefix: str = "") -> None:
             raise ValueError(f"{name} must be contiguous, not of strides {a.stride()}")
     if bias.ndim != 1 or x.ndim < 2 or x.shape[-1] != bias.shape[0] or not bias.shape[0]:
         raise ValueError(f"bias must be (F,) for {prefix}x (..., F), not {tuple(bias.shape)} for {tuple(x.shape)}")
-    if bias.device != x.device:
-        raise ValueError(f"bias must be on {x.device}, not {bias.device}")
+    check_device("bias", bias, x)
 
 
 # Times on a GPU: not measured yet.

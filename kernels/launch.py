@@ -44,5 +44,9 @@ def check_like(name: str, x: Tensor, shape: Sequence[int], like: Tensor) -> None
         raise ValueError(f"{name} must be of shape {tuple(shape)}, not {tuple(x.shape)}")
     if x.dtype != like.dtype:
         raise ValueError(f"{name} must be {like.dtype}, not {x.dtype}")
+    check_device(name, x, like)
+
+
+def check_device(name: str, x: Tensor, like: Tensor) -> None:
     if x.device != like.device:
         raise ValueError(f"{name} must be on {like.device}, not {x.device}")

@@ -173,6 +173,16 @@ def test_adaln(batch, tokens, width, rows, dtype):
     check(ops.adaln_modulate, [primals[i] for i in first], [tangents[i] for i in first], weights[1:])
 
 
+def test_adaln_of_columns():
+    """A residual stream of (B, D, N) in memory, as a convolution that embeds patches leaves it."""
+    primals, tangents = ([randn(j, 2, 24, 9).mT, *(randn(j + i, 24, 2).mT for i in (1, 2, 3))] for j in (0, 50))
+    stream, *rows = primals
+    dstream, *drows = tangents
+    weights = [randn(i, 2, 9, 24) for i in (30, 31)]
+    check(ops.gated_residual_adaln, [stream, stream, *rows], [dstream, dstream, *drows], weights)
+    check(ops.adaln_modulate, [stream, *rows[:2]], [dstream, *drows[:2]], weights[1:])
+
+
 def test_sums_over_tokens_do_not_vary():
     x, go = randn(0, 2, 100, 64), randn(1, 2, 100, 64)
     scale = randn(2, 2, 64)
@@ -361,6 +371,14 @@ def test_wrong_tangents():
         attention.forward_dual(q, k, v, *(torch.zeros(3, 3, 5, 16, device=DEVICE) for _ in range(3)))
     with pytest.raises(ValueError, match=r"dk must be of shape \(1, 3, 5, 16\), not \(1, 3, 4, 16\)"):
         attention.forward_dual(q, k, v, q[:1], q[:1, :, :4], v[:1])
+    with pytest.raises(ValueError, match=r"dq must be on .*, not meta"):
+        attention.forward_dual(q, k, v, q.to("meta"), k, v)
+    x, row = torch.zeros(2, 5, 8, device=DEVICE), torch.zeros(2, 8, device=DEVICE)
+    dx, drow = x.to("meta"), row.to("meta")
+    with pytest.raises(ValueError, match=r"dx must be on .*, not meta"):
+        adaln.forward_dual(x, None, None, row, row, dx, None, None, drow, drow, 1e-6)
+    with pytest.raises(ValueError, match=r"dx must be on .*, not meta"):
+        gelu.forward_dual(x, row[0], dx)
 
 
 def test_wrong_adaln_and_gelu_arguments():

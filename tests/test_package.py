@@ -15,7 +15,7 @@ import mfengine
 ROOT = Path(__file__).parent.parent
 PROBE = (
     "import sys, mfengine, mfengine.kernels, mfengine.ops; "
-    "assert not {'nvidia.dali', 'tyro', 'tensorboard', 'kernels'} & set(sys.modules); "
+    "assert not {'nvidia.dali', 'tyro', 'tensorboard', 'kernels', 'triton', 'diffusers', 'timm'} & set(sys.modules); "
     "print(mfengine.kernels.__file__)"
 )
 

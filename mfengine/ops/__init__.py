@@ -1,9 +1,11 @@
 """Differentiable ops: forward and backward by autograd, and an explicit tangent for `Dual` arguments.
 
 Given tensors, an op returns a tensor and works with autograd, `torch.func.jvp`, `torch.autograd.forward_ad` and
-`torch.compile`. Given duals, it returns a dual: the primal as before, and the tangent of the trailing rows outside
-autograd. On CUDA tensors, attention, adaLN and GELU run the fused Triton kernels of `mfengine.kernels`; each file has
-the plain PyTorch reference beside them, which is what runs elsewhere. `use_backend` overrides the choice.
+`torch.compile`. Given duals (`Dual`), it returns a dual: the primal as before, and the tangent of the trailing rows
+outside autograd. On CUDA tensors, attention, adaLN and GELU run the fused Triton kernels of `mfengine.kernels`, output
+and tangent in one pass, and the tangent is a constant for autograd then under PyTorch's forward mode too. Each file has
+the plain PyTorch reference beside them, which is what runs elsewhere, in float64, and under `torch.func.vmap`, `grad`
+and nested transforms. `use_backend` overrides the choice.
 """
 
 from mfengine.ops.activations import gelu, silu

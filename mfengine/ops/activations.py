@@ -17,14 +17,25 @@ def gelu(x: A, bias: Tensor | None = None) -> A:
     """GELU of x + bias, in its tanh form.
 
     Args:
-        x: (B, ..., F) float.
-        bias: (F,) float, or None.
+        x: (B, ..., F) float; or a dual, with a tangent (K, ..., F) of its last K rows.
+        bias: (F,) float, or None. It has no tangent.
 
     Returns:
-        Shape and dtype of x.
+        Shape and dtype of x; of a dual the same with a tangent (K, ..., F). Computed in float32, of float64 in float64.
 
     Raises:
-        ValueError: on the fused path, shapes or dtypes that the kernels do not take (see `mfengine.kernels.gelu`).
+        ValueError: on the fused path, whatever the kernels do not take: a dtype other than float16, bfloat16 and
+            float32, shapes or devices that do not go together.
+
+    Example:
+        >>> import torch
+        >>> from mfengine.ops import Dual, gelu
+        >>> x, bias = torch.randn(4, 10, 32), torch.randn(32)
+        >>> gelu(x, bias).shape
+        torch.Size([4, 10, 32])
+        >>> o, do = gelu(Dual(x, torch.ones(1, 10, 32)), bias)
+        >>> do.shape
+        torch.Size([1, 10, 32])
     """
     primal = primal_of(x)
     if bias is None:

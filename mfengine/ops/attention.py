@@ -18,16 +18,35 @@ from mfengine.ops.dual import A, Dual, accumulation_dtype, linear_map, primal_of
 def attention(q: A, k: A, v: A, scale: float | None = None) -> A:
     """Non-causal softmax attention in the layout of `scaled_dot_product_attention`.
 
+    Given duals, (output, tangent) in one pass. For masks, causal attention, dropout and grouped queries, call PyTorch's
+    function inside `mfengine.jvp_attention()`.
+
     Args:
-        q: (B, H, N, d) float.
-        k, v: (B, H, M, d) float, same dtype as q.
+        q: (B, H, N, d) float, of any strides; or a dual, with a tangent (K, H, N, d) of its last K rows.
+        k, v: (B, H, M, d) float, same dtype as q; or duals, with tangents (K, H, M, d).
         scale: factor of the scores; 1 / sqrt(d) if None.
 
     Returns:
-        (B, H, N, d) in the dtype of q; the softmax is computed in float32.
+        (B, H, N, d) in the dtype of q; of duals the same with a tangent (K, H, N, d). The softmax is computed in
+        float32, of float64 in float64.
 
     Raises:
-        ValueError: on the fused path, shapes or dtypes that the kernels do not take (see `mfengine.kernels.attention`).
+        ValueError: on the fused path, whatever the kernels do not take: a head dim that is not a multiple of 8 up to
+            128, a dtype other than float16, bfloat16 and float32, shapes, dtypes or devices that do not go together.
+
+    Example:
+        >>> import torch
+        >>> from mfengine.ops import Dual, attention
+        >>> q, k, v = torch.randn(3, 4, 2, 10, 16)
+        >>> attention(q, k, v).shape
+        torch.Size([4, 2, 10, 16])
+        >>> dq, dk, dv = torch.randn(3, 1, 2, 10, 16)  # of the last sample
+        >>> o, do = attention(Dual(q, dq), Dual(k, dk), Dual(v, dv))
+        >>> do.shape
+        torch.Size([1, 2, 10, 16])
+        >>> o, do = torch.func.jvp(lambda q: attention(q, k, v), (q,), (q,))
+        >>> do.shape
+        torch.Size([4, 2, 10, 16])
     """
     if fused(primal_of(q)):
         return push_fused(partial(_fused, scale=scale), partial(_fused_dual, scale=scale), q, k, v)[0]
@@ -38,14 +57,23 @@ def attention_packed(qkv: A, num_heads: int) -> A:
     """Self-attention over the packed output of one query-key-value projection.
 
     Args:
-        qkv: (B, N, 3 * H * d) float; the last dimension is ordered (q, k, v), then head, then channel.
+        qkv: (B, N, 3 * H * d) float; the last dimension is ordered (q, k, v), then head, then channel. Or a dual, with
+            a tangent (K, N, 3 * H * d) of its last K rows.
         num_heads: H.
 
     Returns:
-        (B, N, H * d), heads concatenated.
+        (B, N, H * d) in the dtype of qkv, heads concatenated; of a dual the same with a tangent (K, N, H * d).
 
     Raises:
         ValueError: as `attention`.
+
+    Example:
+        >>> import torch
+        >>> from mfengine.ops import Dual, attention_packed
+        >>> qkv, dqkv = torch.randn(4, 10, 3 * 2 * 16), torch.randn(1, 10, 3 * 2 * 16)
+        >>> o, do = attention_packed(Dual(qkv, dqkv), num_heads=2)
+        >>> o.shape, do.shape
+        (torch.Size([4, 10, 32]), torch.Size([1, 10, 32]))
     """
     if fused(primal_of(qkv)):
         heads = num_heads

@@ -32,11 +32,35 @@ def use_backend(name: Backend) -> Iterator[None]:
         _backend = before
 
 
+def chosen() -> Backend:
+    """What `use_backend` set."""
+    return _backend
+
+
 def fused(x: Tensor) -> bool:
-    """Whether an op on x runs fused kernels. They take no float64, which "auto" leaves to plain PyTorch."""
+    """Whether an op on x runs fused kernels.
+
+    "auto" leaves to plain PyTorch what they do not take: float64, and transforms of `torch.func` other than one jvp.
+
+    Raises:
+        ValueError: "triton" under such a transform.
+    """
     if _backend == "auto":
-        return x.is_cuda and x.dtype in (torch.float16, torch.bfloat16, torch.float32) and _has_triton()
+        kernels_take = x.is_cuda and x.dtype in (torch.float16, torch.bfloat16, torch.float32)
+        return kernels_take and _has_triton() and not transformed()
+    if _backend == "triton" and transformed():
+        raise ValueError(
+            "fused kernels run under a single torch.func.jvp, not under vmap, grad, jacfwd or nested transforms; "
+            'use_backend("auto") takes plain PyTorch there'
+        )
     return _backend == "triton"
+
+
+@torch.compiler.assume_constant_result  # torch.compile guards on the transforms that are active
+def transformed() -> bool:
+    """Whether transforms of `torch.func` other than a single jvp are active."""
+    stack = torch._C._functorch.get_interpreter_stack() or []
+    return len(stack) > 1 or any(level.key() != torch._C._functorch.TransformType.Jvp for level in stack)
 
 
 @cache

@@ -16,7 +16,19 @@ from torch import Tensor
 
 
 class Dual(NamedTuple):
-    """A primal of B rows with the tangent of its last K <= B rows."""
+    """A primal of B rows with the tangent of its last K <= B rows.
+
+    Ops take duals where they take tensors, all arguments or none, with one K, and return duals: the output, with
+    autograd's graph, and its tangent, without.
+
+    Example:
+        >>> import torch
+        >>> from mfengine.ops import Dual, silu
+        >>> x = torch.randn(4, 8, requires_grad=True)
+        >>> y, dy = silu(Dual(x, torch.ones(1, 8)))
+        >>> y.requires_grad, dy.requires_grad
+        (True, False)
+    """
 
     primal: Tensor  # (B, ...)
     tangent: Tensor  # (K, ...), belongs to primal[B - K:]
