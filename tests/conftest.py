@@ -8,13 +8,14 @@ import sys
 import pytest
 import torch
 
-torch.set_num_threads(1)  # tests run in several processes
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before the first import of triton: kernels then run on CPU tensors
 
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from mfengine.engine.checkpoint import newest_checkpoint
+
+torch.set_num_threads(1)  # tests run in several processes
 
 
 def run_command(*args, cwd, ranks=1, env=None, timeout=300):

@@ -97,7 +97,6 @@ def test_compiled_network():
     assert max(map(relative_error, actual, expected)) < TOLERANCE
 
 
-@pytest.mark.skipif(not hasattr(mfengine, "jvp_attention"), reason="until jvp_attention is merged")
 def test_attention_of_pytorch():
     expected = gradients(reference := stranger(), reference.parameters())
     network = stranger(attend=sdpa)

@@ -31,9 +31,6 @@ def test_meanflow_in_a_trainer_of_ones_own():
 
 def test_jvp_through_a_diffusers_model():
     pytest.importorskip("diffusers")
-    mfengine = pytest.importorskip("mfengine")
-    if not hasattr(mfengine, "jvp_attention"):
-        pytest.skip("until jvp_attention is merged")
     names = run("a JVP through a diffusers model")
     assert names["error"] < 0.02
     assert (names["swapped"] - names["du_dt"]).norm() < 1e-5 * names["du_dt"].norm()

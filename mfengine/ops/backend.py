@@ -56,11 +56,15 @@ def fused(x: Tensor) -> bool:
     return _backend == "triton"
 
 
-@torch.compiler.assume_constant_result  # torch.compile guards on the transforms that are active
 def transformed() -> bool:
     """Whether transforms of `torch.func` other than a single jvp are active."""
     stack = torch._C._functorch.get_interpreter_stack() or []
     return len(stack) > 1 or any(level.key() != torch._C._functorch.TransformType.Jvp for level in stack)
+
+
+# What torch.compiler.assume_constant_result does, without its import of the compiler, which takes a second: the
+# compiler guards on the transforms that are active.
+transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @cache
