@@ -336,7 +336,8 @@ def test_options_with_the_fused_path_forced(name):
             assert_near(jvp(f, primals, tangents), jvp(lambda *x: written_out(*x, **options), primals, tangents))
         else:
             message = {
-                "boolean mask": "takes no attn_mask", "float mask": "takes no attn_mask", "causal": "takes no is_causal",
+                "boolean mask": "takes no attn_mask", "float mask": "takes no attn_mask",
+                "causal": "takes no is_causal",
             }.get(name, "head dim|must be")  # fmt: skip
             with pytest.raises(ValueError, match=message):
                 jvp(f, primals, tangents)

@@ -79,7 +79,9 @@ SELECTION = "(gelu and dual) or (counts and b2 and guided and mfengine) or (step
 
 
 def run_benchmarks(*options, cwd, plugin=None):
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    # Nothing of the session that runs this: kernels are timed compiled, and not beside others under xdist.
+    inherited = ("TRITON_INTERPRET", "PYTEST_")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(inherited)}
     environment["PYTHONPATH"] = str(cwd)
     planted = ("-p", plugin) if plugin else ()
     return subprocess.run(
