@@ -186,7 +186,7 @@ def kernels(machine: Machine) -> Iterator[Case]:
                 for mode, products, passes, make in (
                     ("primal", 2, 1, primal_call),
                     ("dual", 6, 2, dual_call),
-                    ("forward + backward", 9, 3, backward_call),
+                    ("forward + backward", 7, 3, backward_call),
                 ):
                     other = op.other_dual if mode == "dual" else op.other_primal
                     plain = "torch.func.jvp" if mode == "dual" else "plain"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -120,7 +120,7 @@ def session(pytestconfig: pytest.Config) -> Session:
 
 
 @pytest.fixture
-def record(session: Session, benchmark: Any) -> Iterator[Any]:
+def record(session: Session, benchmark: Any) -> Callable[[Case, str], Row]:
     """Time one implementation of a case, and keep the row."""
 
     def run(case: Case, implementation: str) -> Row:

@@ -109,7 +109,7 @@ def _counts(counts: dict[str, dict[str, Any]]) -> str:
 
 
 def plot(report: dict[str, Any], folder: Path) -> list[Path]:
-    """One picture per suite that has baselines, the share of the ceiling, and the split of a step."""
+    """One picture per suite, and the split of a step."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -39,9 +39,9 @@ class Labelled:
         self._model = model
         self.num_classes = model.num_classes
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, z: Tensor, t: Tensor, h: Tensor, y: Tensor, tangents: Any = None) -> Any:
         with record_function("forward" if torch.is_grad_enabled() else "guidance"):
-            return self._model(*args, **kwargs)
+            return self._model(z, t, h, y, tangents)
 
 
 def split(

@@ -219,6 +219,7 @@ class _Family:
     title = "adaLN block"
     attributes: tuple[str, ...]
     new: type
+    inputs: Callable[[Any, Callable[..., Tensor]], tuple[Any, ...]]  # arguments of a module's forward
 
     def fits(self, module: Any) -> bool:
         return all(hasattr(module, name) for name in self.attributes)
@@ -232,10 +233,6 @@ class _Family:
 
     def put(self, module: Any) -> None:
         module.__class__ = _subclass(self.new, module.__class__)
-
-    def inputs(self, module: Any, randn: Callable[..., Tensor]) -> tuple[Any, ...]:
-        """Arguments of the forward."""
-        raise NotImplementedError
 
 
 class _TimmAttentions(_Family):

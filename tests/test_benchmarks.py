@@ -7,9 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import guard, report
 from benchmarks.measure import Row
+from benchmarks.split import Labelled
+from benchmarks.workload import OBJECTIVES
+from mfengine import DiT, MeanFlow, ModelConfig
 
 ROOT = Path(__file__).parent.parent
 CEILINGS = {"memory_bytes_per_s": 1e9, "matrix_flops_per_s": 1e12}
@@ -132,6 +136,16 @@ def test_peer_that_is_not_there(tmp_path):
     done = run_benchmarks("--peer=mfengine:nobody", cwd=tmp_path)
     assert done.returncode == 4
     assert "--peer mfengine:nobody is not MODULE:FUNCTION" in done.stderr
+
+
+def test_split_takes_tangents_as_training_does(monkeypatch):
+    """Not by `torch.func.jvp`, which is for networks without explicit ones."""
+    monkeypatch.setattr(torch.func, "jvp", None)
+    config = ModelConfig(8, 2, 4, hidden_size=24, depth=1, num_heads=2, num_classes=3)
+    method = MeanFlow(OBJECTIVES["guided"])
+    draws = method.draw((8, 4, 8, 8), torch.Generator().manual_seed(0))
+    loss, _ = method.loss(Labelled(DiT(config)), torch.randn(8, 4, 8, 8), torch.zeros(8, dtype=torch.long), draws)
+    assert loss.requires_grad
 
 
 def test_report_of_something_else(tmp_path, monkeypatch, capsys):
