@@ -10,6 +10,8 @@ from importlib.util import find_spec
 import torch
 
 import mfengine
+from mfengine.engine.config import PRESETS
+from mfengine.ops import choice
 from mfengine.ops.backend import fused
 
 OPTIONAL = {
@@ -18,7 +20,7 @@ OPTIONAL = {
     "diffusers": ("diffusers", 'decodes latents with a VAE; pip install "mfengine[vae]"'),
     "flash_attn": (
         "flash-attn",
-        "nothing here needs it: it has no JVP, and mfengine.ops.attention has kernels of its own",
+        "one more attention where no tangent is needed; pip install flash-attn",
     ),
     "apex": ("apex", "nothing here needs it: AdamW is PyTorch's own fused one"),
     "jvp_flash_attention": ("jvp_flash_attention", "only a peer in the benchmarks; pip install jvp_flash_attention"),
@@ -34,6 +36,7 @@ def rows() -> list[tuple[str, str]]:
         ("torch", torch.__version__),
         ("device", _device(device)),
         ("ops", _ops(device)),
+        ("attention", _attention(device)),
         ("Triton", _package("triton", "the fused kernels are written in it; pip install triton")),
         *((name, _package(module, purpose)) for module, (name, purpose) in OPTIONAL.items()),
     ]
@@ -51,6 +54,19 @@ def _ops(device: torch.device) -> str:
     if fused(torch.empty(0, device=device)):
         return "triton: fused kernels"
     return "torch: plain PyTorch, as " + ("Triton is missing" if device.type == "cuda" else "tensors are on the CPU")
+
+
+def _attention(device: torch.device) -> str:
+    """Which implementation computes the attention of XL/2 where no tangent is needed."""
+    model = PRESETS["xl2"][1].model
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    name = choice.choose("forward", device, dtype, model.hidden_size // model.num_heads, model.num_tokens)
+    if rows := choice.measured("forward", device, dtype):
+        names = ", ".join(sorted(set.intersection(*(set(row["times"]) for row in rows))))
+        why = f"by the times of {names} measured on {choice.device_name(device)}"
+    else:
+        why = "its times are not measured on this device: python -m benchmarks.attention"
+    return f"{name} where no tangent is needed (xl2, {str(dtype).removeprefix('torch.')}): {why}"
 
 
 def _package(module: str, purpose: str) -> str:
