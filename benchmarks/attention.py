@@ -9,8 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Iterator
-from importlib.metadata import version
-from importlib.util import find_spec
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ import torch
 
 from benchmarks.cases import rotating
 from benchmarks.measure import environment, make_clock, measure, summarise
-from benchmarks.report import table
+from benchmarks.report import attention_table
 from mfengine import ops
 from mfengine.engine.config import PRESETS
 from mfengine.ops.choice import TIMES, WORK, Implementation, Work, device_name, why_not
@@ -110,7 +109,9 @@ def make_call(
 
 def write(rows: list[Row], device: torch.device, file: Path) -> None:
     """Write the times of a device to `file`, beside those of the others that mfengine has."""
-    versions = {**environment(device), "flash-attn": version("flash-attn") if find_spec("flash_attn") else None}
+    versions = environment(device)
+    if any("flash-attn" in row["times"] for row in rows):
+        versions["flash-attn"] = import_module("flash_attn").__version__
     devices = json.loads(TIMES.read_text()) | {device_name(device): {"environment": versions, "rows": rows}}
     lines = []
     for name, entry in sorted(devices.items()):
@@ -132,18 +133,6 @@ def _rounded(row: Row) -> Row:
     return {**row, "times": times}
 
 
-def render(rows: list[Row]) -> str:
-    """A table: milliseconds of each implementation, and which is the fastest."""
-    names = list(dict.fromkeys(name for row in rows for name in row["times"]))
-    lines = []
-    for row in rows:
-        times = {name: found["seconds"] for name, found in row["times"].items()}
-        shape = f"{row['batch']} x {row['heads']} x {row['tokens']} x {row['dim']}"
-        cells = [f"{times[name] * 1e3:.3f}" if name in times else "" for name in names]
-        lines.append([row["work"], row["dtype"], shape, *cells, min(times, key=times.__getitem__)])
-    return table(["attention, ms", "dtype", "B x H x N x d", *names, "fastest"], lines)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=TIMES, metavar="FILE", help="write there, not into mfengine")
@@ -152,7 +141,7 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows = list(time_attention(device))
     write(rows, device, args.out)
-    print(f"{device_name(device)}\n\n{render(rows)}\n\nwritten to {args.out}")
+    print(f"{device_name(device)}\n\n{attention_table(rows)}\n\nwritten to {args.out}")
 
 
 if __name__ == "__main__":

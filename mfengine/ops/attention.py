@@ -182,7 +182,7 @@ def _sdpa_backward(
     if not q.is_cuda:
         flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
         return flash(go, q, k, v, o, lse, 0.0, False, scale=scale)
-    no_dropout = torch.zeros(2, dtype=torch.uint64, device=q.device)  # the random state, which nothing reads
+    no_dropout = torch.empty(2, dtype=torch.uint64, device=q.device)  # the random state, which nothing reads
     return torch.ops.aten._scaled_dot_product_flash_attention_backward(
         go, q, k, v, o, lse, None, None, q.shape[2], k.shape[2], 0.0, False, no_dropout, no_dropout, scale=scale
     )
@@ -191,7 +191,7 @@ def _sdpa_backward(
 def _flash_attn(q: Tensor, k: Tensor, v: Tensor, scale: float | None, **options: Any) -> Any:
     from flash_attn import flash_attn_func
 
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, N, H, d)
+    q, k, v = (_dense_heads(x.transpose(1, 2)) for x in (q, k, v))  # (B, N, H, d)
     deterministic = torch.are_deterministic_algorithms_enabled()
     return flash_attn_func(q, k, v, softmax_scale=scale, deterministic=deterministic, **options)
 
