@@ -35,7 +35,7 @@ def _packed(qkv: Any, heads: int, **_: Any) -> int:
 
 
 @register_flop_formula(torch.ops.mfengine.attention_packed_dual)
-def _packed_dual(qkv: Any, dqkv: Any, heads: int, **_: Any) -> int:
+def _packed_dual(qkv: Any, dqkv: Any, *_: Any, **__: Any) -> int:
     return ATTENTION_PRODUCTS["primal"] * _product(qkv) + ATTENTION_PRODUCTS["tangent"] * _product(dqkv)
 
 

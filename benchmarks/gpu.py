@@ -1,8 +1,10 @@
 """`python -m benchmarks.gpu`: is everything right on this GPU, and how fast is it?
 
 One script for ten minutes with a GPU: golden cases, ops against float64 (poisoned memory, fresh inputs, repeated), host
-synchronisations, ceilings of the machine, where a step's time goes, kernels and training steps beside their baselines.
-Tables come last; with OUT set, everything goes to $OUT/gpu.json. Needs torch, triton and numpy only.
+synchronisations, ceilings of the machine, where a step's time goes, implementations of attention, kernels and training
+steps beside their baselines. Tables come last; with OUT set, everything goes to $OUT/gpu.json, and the times by which
+mfengine chooses an attention to $OUT/attention_times.json, to be put into mfengine/ops. Needs torch, triton and numpy
+only.
 `--rehearse` runs all of it in miniature on a CPU, so that no time with a GPU is spent on debugging the script.
 """
 
@@ -16,12 +18,13 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks import cases
+from benchmarks import attention, cases
 from benchmarks.cases import Case, Machine
 from benchmarks.measure import ROOT, Row, ceilings, environment, make_clock, measure
 from benchmarks.report import render
@@ -31,6 +34,7 @@ from mfengine import ops
 from mfengine.engine.config import PRESETS
 from mfengine.engine.distributed import World
 from mfengine.ops import Dual
+from mfengine.ops.choice import WORK, why_not
 from mfengine.optim import AdamWEMA
 
 MINUTES = 8  # for all of it: no timing begins later
@@ -86,7 +90,7 @@ def check_ops(device: torch.device, rehearse: bool) -> list[dict[str, Any]]:
     """Output, tangent and gradients of each op against float64, over head dims and odd lengths.
 
     Memory is filled with nan before each run, so that what a kernel does not write shows; three runs must agree bit
-    for bit, so that a race shows.
+    for bit, so that a race shows. Attention is ours alone: others add gradients up in any order.
     """
     bounds = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 8e-3}
     grid = (
@@ -110,7 +114,8 @@ def check_ops(device: torch.device, rehearse: bool) -> list[dict[str, Any]]:
                 for _ in range(3):
                     poison = torch.full((2**20 if rehearse else 2**26,), float("nan"), device=device)
                     del poison
-                    runs.append(run_op(op, primals, tangents))
+                    with ops.use_attention("triton"):
+                        runs.append(run_op(op, primals, tangents))
                 errors = [float((a.double() - e).norm() / e.norm()) for a, e in zip(runs[0], exact, strict=True)]
                 same = all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run, strict=True))
                 label = f"{name} {shape} {str(dtype).removeprefix('torch.')}"
@@ -160,6 +165,39 @@ def check_optimizer(device: torch.device) -> list[dict[str, Any]]:
         error = error if same and kept else float("nan")
         rows.append({"check": f"AdamWEMA {ours.backend}", "error": error, "bound": 1e-6, "repeats": same})
     return rows
+
+
+def check_attention(device: torch.device, rehearse: bool) -> list[dict[str, Any]]:
+    """Each implementation of attention against float64: beside duals output, tangent and gradient, and without."""
+    bounds = {torch.float32: 1e-5, torch.float16: 2e-3}
+    shapes = [(3, 17, 24, 1)]
+    if not rehearse:
+        bounds[torch.bfloat16] = 8e-3
+        shapes = [(4, tokens, 16 * dim, 16) for dim in (64, 72) for tokens in (64, 257)]
+    results = []
+    for batch, tokens, width, heads in shapes:
+        for dtype, bound in bounds.items():
+            primal = torch.randn(batch, tokens, 3 * width, device=device).to(dtype)
+            tangent = torch.randn(1, tokens, 3 * width, device=device).to(dtype)
+            op = partial(ops.attention_packed, num_heads=heads)
+            with ops.use_backend("torch"):
+                exact = run_op(lambda x: (op(x),), [primal.double()], [tangent.double()])  # noqa: B023
+            for name in WORK["training"]:
+                if why_not(name, "training", device, dtype, width // heads):
+                    continue
+                leaf = primal.detach().requires_grad_()
+                with ops.use_attention(name), torch.no_grad():
+                    alone = [op(leaf)]
+                with ops.use_attention(name):
+                    beside = run_op(lambda x: (op(x),), [primal], [tangent])  # noqa: B023
+                    o = op(leaf)
+                weights = torch.linspace(-1, 1, width).to(o)
+                alone += [o.detach(), *torch.autograd.grad((o * weights).sum(), leaf)]
+                pairs = zip(beside + alone, [*exact, exact[0], exact[0], exact[2]], strict=True)
+                error = max(float((a.double() - e).norm() / e.norm()) for a, e in pairs)
+                label = f"attention by {name} {(batch, tokens, width, heads)} {str(dtype).removeprefix('torch.')}"
+                results.append({"check": label, "error": error, "bound": bound})
+    return results
 
 
 def check_synchronisation(device: torch.device) -> list[dict[str, Any]]:
@@ -242,6 +280,7 @@ def main() -> int:
             *check_golden(device),
             *check_ops(device, args.rehearse),
             *check_optimizer(device),
+            *check_attention(device, args.rehearse),
             *check_synchronisation(device),
         ]
         failed = [row for row in report["checks"] if not row["error"] <= row["bound"]]
@@ -255,6 +294,11 @@ def main() -> int:
             f"{machine.name(preset)} of {batch}": guided_split(preset, batch, ranks)
             for preset, batch in ((("b2", 16),) if args.rehearse else (("xl2", 32), ("xl2", 256), ("b2", 32)))
         }
+        keep()
+        small_shape = {"shapes": [(16, 5, 1)], "batches": (2,), "seconds": 0.01}
+        report["attention"] = list(attention.time_attention(device, **(small_shape if args.rehearse else {})))
+        if out := os.environ.get("OUT"):
+            attention.write(report["attention"], device, Path(out, attention.TIMES.name))
         keep()
         rows, report["missing"] = time_cases(machine, deadline, args.rehearse)
         report["rows"] = [asdict(row) for row in rows]

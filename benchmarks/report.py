@@ -24,6 +24,8 @@ def render(report: dict[str, Any]) -> str:
         parts.append(
             f"## {suite.capitalize()}\n\n" + _timings([r for r in rows if r.suite == suite], report["ceilings"])
         )
+    if report.get("attention"):
+        parts.append("## Implementations of attention\n\n" + attention_table(report["attention"]))
     if report.get("splits"):
         parts.append("## Where a guided step's time goes\n\n" + _splits(report["splits"]))
     if report.get("counts"):
@@ -87,6 +89,18 @@ def _splits(splits: dict[str, dict[str, float]]) -> str:
         ["ms", *names],
         [[case, *(f"{split[name] * 1e3:.2f}" for name in names)] for case, split in splits.items()],
     )
+
+
+def attention_table(rows: list[dict[str, Any]]) -> str:
+    """Rows of `benchmarks.attention`: milliseconds of each implementation, and which is the fastest."""
+    names = list(dict.fromkeys(name for row in rows for name in row["times"]))
+    lines = []
+    for row in rows:
+        times = {name: found["seconds"] for name, found in row["times"].items()}
+        shape = f"{row['batch']} x {row['heads']} x {row['tokens']} x {row['dim']}"
+        cells = [f"{times[name] * 1e3:.3f}" if name in times else "" for name in names]
+        lines.append([row["work"], row["dtype"], shape, *cells, min(times, key=times.__getitem__)])
+    return table(["ms", "dtype", "B x H x N x d", *names, "fastest"], lines)
 
 
 def _counts(counts: dict[str, dict[str, Any]]) -> str:

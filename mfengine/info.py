@@ -10,7 +10,9 @@ from importlib.util import find_spec
 import torch
 
 import mfengine
+from mfengine.engine.config import PRESETS
 from mfengine.kernels import multi_tensor
+from mfengine.ops import choice
 from mfengine.ops.backend import fused
 
 OPTIONAL = {
@@ -19,7 +21,7 @@ OPTIONAL = {
     "diffusers": ("diffusers", 'decodes latents with a VAE; pip install "mfengine[vae]"'),
     "flash_attn": (
         "flash-attn",
-        "nothing here needs it: it has no JVP, and mfengine.ops.attention has kernels of its own",
+        "one more attention where no tangent is needed; pip install flash-attn",
     ),
     "amp_C": ("apex", 'another AdamW for mfengine.optim.AdamWEMA(backend="apex"); from NVIDIA\'s repository'),
     "jvp_flash_attention": ("jvp_flash_attention", "only a peer in the benchmarks; pip install jvp_flash_attention"),
@@ -36,6 +38,7 @@ def rows() -> list[tuple[str, str]]:
         ("device", _device(device)),
         ("ops", _ops(device)),
         ("CUDA library", _library()),
+        ("attention", _attention(device)),
         ("Triton", _package("triton", "the fused kernels are written in it; pip install triton")),
         *((name, _package(module, purpose)) for module, (name, purpose) in OPTIONAL.items()),
     ]
@@ -62,6 +65,19 @@ def _library() -> str:
     except OSError as error:
         return f"{error}; mfengine.optim.AdamWEMA runs PyTorch's kernels"
     return "mfengine.optim.AdamWEMA in one pass over memory"
+
+
+def _attention(device: torch.device) -> str:
+    """Which implementation computes the attention of XL/2 where no tangent is needed."""
+    model = PRESETS["xl2"][1].model
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    name = choice.choose("forward", device, dtype, model.hidden_size // model.num_heads, model.num_tokens)
+    if rows := choice.measured("forward", device, dtype):
+        names = ", ".join(sorted(set.intersection(*(set(row["times"]) for row in rows))))
+        why = f"by the times of {names} measured on {choice.device_name(device)}"
+    else:
+        why = "its times are not measured on this device: python -m benchmarks.attention"
+    return f"{name} where no tangent is needed (xl2, {str(dtype).removeprefix('torch.')}): {why}"
 
 
 def _package(module: str, purpose: str) -> str:

@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mfengine import DiT, MeanFlow, MeanFlowConfig, ModelConfig
 from mfengine.engine.config import PRESETS
+from mfengine.ops import use_attention
 
 
 def small_model(**changes):
@@ -118,6 +119,7 @@ def test_every_batch_makes_the_same_sequence_of_calls(name):
 # Cost, in F: the FLOPs of one forward pass of one sample.
 
 
+@use_attention("torch")  # PyTorch's counter knows no flash attention on a CPU
 def counted_cost(cfg, batch=256):
     model = small_model(input_size=8, hidden_size=48, depth=4, num_heads=4)
     method = MeanFlow(cfg)

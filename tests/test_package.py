@@ -60,6 +60,8 @@ def test_wheel_of_the_source_distribution(source, tmp_path):
     where = python("-c", PROBE, cwd=tmp_path, PYTHONPATH=str(tmp_path / "site"))
     assert Path(where) == tmp_path / "site/mfengine/kernels/__init__.py"
     assert (tmp_path / "site/mfengine/py.typed").exists()
+    attention = "import torch, mfengine.ops as ops; print(ops.attention(*[torch.ones(1, 1, 2, 8)] * 3).sum().item())"
+    assert python("-c", attention, cwd=tmp_path, PYTHONPATH=str(tmp_path / "site")) == "16.0"  # by the times inside
     assert not (tmp_path / "site/kernels").exists()
 
 
@@ -127,6 +129,9 @@ def test_info(tmp_path):
     assert rows["mfengine"] == mfengine.__version__
     assert rows["apex"] == "installed, but does not import: libcudart.so.11: cannot open shared object file"
     assert torch.cuda.is_available() or rows["ops"] == "torch: plain PyTorch, as tensors are on the CPU"
+    assert torch.cuda.is_available() or rows["attention"].startswith(
+        "sdpa where no tangent is needed (xl2, float32): by"
+    )
     missing = [name for name in ("flash_attn", "jvp_flash_attention") if find_spec(name) is None]
     assert all(rows[name.replace("flash_attn", "flash-attn")].startswith("not installed (") for name in missing)
 

@@ -12,6 +12,7 @@ from mfengine.errors import InputError
 from mfengine.method import MeanFlowConfig
 from mfengine.model import ModelConfig
 from mfengine.ops.backend import Backend
+from mfengine.ops.choice import Attention
 from mfengine.optim import Backend as OptimBackend
 
 C = TypeVar("C")
@@ -84,6 +85,8 @@ class TrainConfig:
     """of matrix products; auto is bfloat16 on GPUs and float32 on CPUs. Weights stay float32"""
     ops: Backend = "auto"
     """fused Triton kernels, or plain PyTorch; auto takes the kernels on GPUs in bfloat16"""
+    attention: Attention = "auto"
+    """who computes attention that needs no tangent; auto takes the fastest that was measured on the device"""
     compile: bool = False
     """compile the blocks with torch.compile"""
     recompute: bool = False

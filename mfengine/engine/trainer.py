@@ -38,7 +38,8 @@ from mfengine.errors import InputError, TrainingError
 from mfengine.method import MeanFlow, sample
 from mfengine.method.objective import to_device
 from mfengine.model import DiT
-from mfengine.ops import use_backend
+from mfengine.ops import use_attention, use_backend
+from mfengine.ops.choice import why_not
 from mfengine.optim import local
 
 CONFIG = "config.json"
@@ -66,7 +67,8 @@ def train(config: TrainConfig, world: World) -> int:
     config.local_batch(world.size)
     dataset = world.on_main(lambda: Dataset.open(config.data))
     dataset.check_model(config.model)
-    with use_backend(config.ops), caught_signals() as caught:
+    check_attention(config, world)
+    with use_backend(config.ops), use_attention(config.attention), caught_signals() as caught:
         return Trainer(config, world, dataset).run(caught)
 
 
@@ -306,6 +308,15 @@ def compute_dtype(config: TrainConfig, world: World) -> torch.dtype:
     if config.precision == "auto":
         return torch.bfloat16 if world.device.type == "cuda" else torch.float32
     return getattr(torch, config.precision)
+
+
+def check_attention(config: TrainConfig, world: World) -> None:
+    """InputError if the attention asked for does not run here."""
+    if config.attention == "auto":
+        return
+    head = config.model.hidden_size // config.model.num_heads
+    if why := why_not(config.attention, "training", world.device, compute_dtype(config, world), head):
+        raise InputError(f"--attention {config.attention} cannot be had: {why}")
 
 
 def step_generator(seed: int, step: int, part: int) -> torch.Generator:

@@ -5,13 +5,15 @@ Given tensors, an op returns a tensor and works with autograd, `torch.func.jvp`,
 outside autograd. On CUDA tensors, attention, adaLN and GELU run the fused Triton kernels of `mfengine.kernels`, output
 and tangent in one pass, and the tangent is a constant for autograd then under PyTorch's forward mode too. Each file has
 the plain PyTorch reference beside them, which is what runs elsewhere, in float64, and under `torch.func.vmap`, `grad`
-and nested transforms. `use_backend` overrides the choice.
+and nested transforms. `use_backend` overrides the choice. Attention without a tangent has more implementations, of
+which the fastest measured runs; `use_attention` overrides that.
 """
 
 from mfengine.ops.activations import gelu, silu
 from mfengine.ops.adaln import adaln_modulate, gated_residual_adaln
 from mfengine.ops.attention import attention, attention_packed
 from mfengine.ops.backend import use_backend
+from mfengine.ops.choice import use_attention
 from mfengine.ops.dual import Dual, add, add_constant, chunk, linear_map
 from mfengine.ops.linear import linear, sinusoid
 
@@ -29,5 +31,6 @@ __all__ = [
     "linear_map",
     "silu",
     "sinusoid",
+    "use_attention",
     "use_backend",
 ]

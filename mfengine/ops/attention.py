@@ -5,13 +5,17 @@ Tangent: with S' = a (Q' K^T + Q K'^T), O' = (P * S') V + P V' - rowsum(P * S') 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
+import torch.autograd.forward_ad as fwad
+import torch.nn.functional as F
 from torch import Tensor
 
-from mfengine.ops.backend import fused
+from mfengine.ops.backend import fused, transformed
+from mfengine.ops.choice import Implementation, choose
 from mfengine.ops.dual import A, Dual, accumulation_dtype, linear_map, primal_of, push_fused
 
 
@@ -28,11 +32,12 @@ def attention(q: A, k: A, v: A, scale: float | None = None) -> A:
 
     Returns:
         (B, H, N, d) in the dtype of q; of duals the same with a tangent (K, H, N, d). The softmax is computed in
-        float32, of float64 in float64.
+        float32, of float64 in float64. Second derivatives need `use_backend("torch")`.
 
     Raises:
         ValueError: on the fused path, whatever the kernels do not take: a head dim that is not a multiple of 8 up to
-            128, a dtype other than float16, bfloat16 and float32, shapes, dtypes or devices that do not go together.
+            128, a dtype other than float16, bfloat16 and float32, shapes, dtypes or devices that do not go together;
+            without a tangent, what the implementation named by `use_attention` does not take.
 
     Example:
         >>> import torch
@@ -48,8 +53,15 @@ def attention(q: A, k: A, v: A, scale: float | None = None) -> A:
         >>> do.shape
         torch.Size([4, 2, 10, 16])
     """
-    if fused(primal_of(q)):
-        return push_fused(partial(_fused, scale=scale), partial(_fused_dual, scale=scale), q, k, v)[0]
+    if not isinstance(q, Dual) and not _in_forward_mode():
+        backward_follows = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+        name = choose("training" if backward_follows else "forward", q.device, q.dtype, q.shape[-1], q.shape[-2])
+        return IMPLEMENTATIONS[name](q, k, v, scale)
+    x = primal_of(q)
+    if fused(x):
+        instant, backward = _beside_duals(x, x.shape[-1], x.shape[-2])
+        dual = partial(_fused_dual, scale=scale, instant=instant, backward=backward)
+        return push_fused(partial(_fused, scale=scale), dual, q, k, v)[0]
     return _plain(q, k, v, scale)
 
 
@@ -75,10 +87,18 @@ def attention_packed(qkv: A, num_heads: int) -> A:
         >>> o.shape, do.shape
         (torch.Size([4, 10, 32]), torch.Size([1, 10, 32]))
     """
-    if fused(primal_of(qkv)):
-        heads = num_heads
-        return push_fused(partial(_fused_packed, heads=heads), partial(_fused_packed_dual, heads=heads), qkv)[0]
-
+    x, heads = primal_of(qkv), num_heads
+    dim, tokens = x.shape[-1] // (3 * heads), x.shape[-2]
+    if not isinstance(qkv, Dual) and not _in_forward_mode():
+        backward_follows = torch.is_grad_enabled() and qkv.requires_grad
+        name = choose("training" if backward_follows else "forward", x.device, x.dtype, dim, tokens)
+        if name == "triton":
+            return _fused_packed(qkv, heads)[0]
+        return _merge_heads(IMPLEMENTATIONS[name](*_split_heads(qkv, heads), None))
+    if fused(x):
+        instant, backward = _beside_duals(x, dim, tokens)
+        dual = partial(_fused_packed_dual, heads=heads, instant=instant, backward=backward)
+        return push_fused(partial(_fused_packed, heads=heads), dual, qkv)[0]
     if isinstance(qkv, Dual):
         q, k, v = map(Dual, _split_heads(qkv.primal, num_heads), _split_heads(qkv.tangent, num_heads))
     else:
@@ -95,6 +115,19 @@ def _split_heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def _merge_heads(o: Tensor) -> Tensor:
     return o.transpose(1, 2).flatten(2)  # (B, H, N, d) -> (B, N, H * d)
+
+
+def _in_forward_mode() -> bool:
+    """Or under transforms of `torch.func`: not every implementation works there."""
+    return fwad._current_level >= 0 or transformed()
+
+
+def _beside_duals(x: Tensor, dim: int, tokens: int) -> tuple[Implementation, Implementation]:
+    """Who does what the dual kernel leaves to others: leading rows, and the backward of all."""
+    return (
+        choose("instant", x.device, x.dtype, dim, tokens),
+        choose("backward", x.device, x.dtype, dim, tokens),
+    )
 
 
 # ----------------------------------------------------------------------------
@@ -125,6 +158,66 @@ def _tangent(q: Dual, k: Dual, v: Dual, p: Tensor, scale: float) -> Tensor:
 
 
 # ----------------------------------------------------------------------------
+# By others. Here too a log-sum-exp (B, H, N) is float32 and of natural logarithms, which is what ours is.
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, scale=scale)
+
+
+def _sdpa_with_lse(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
+    """By PyTorch's flash attention, whatever `scaled_dot_product_attention` would pick."""
+    q, k, v = map(_dense_heads, (q, k, v))
+    if q.is_cuda:
+        o, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, scale=scale)
+    else:
+        o, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, scale=scale)
+    return o, lse
+
+
+def _sdpa_backward(
+    q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, go: Tensor, scale: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v, o, go = map(_dense_heads, (q, k, v, o, go))
+    if not q.is_cuda:
+        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        return flash(go, q, k, v, o, lse, 0.0, False, scale=scale)
+    no_dropout = torch.empty(2, dtype=torch.uint64, device=q.device)  # the random state, which nothing reads
+    return torch.ops.aten._scaled_dot_product_flash_attention_backward(
+        go, q, k, v, o, lse, None, None, q.shape[2], k.shape[2], 0.0, False, no_dropout, no_dropout, scale=scale
+    )
+
+
+def _flash_attn(q: Tensor, k: Tensor, v: Tensor, scale: float | None, **options: Any) -> Any:
+    from flash_attn import flash_attn_func
+
+    q, k, v = (_dense_heads(x.transpose(1, 2)) for x in (q, k, v))  # (B, N, H, d)
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    return flash_attn_func(q, k, v, softmax_scale=scale, deterministic=deterministic, **options)
+
+
+def _flash_attn_with_lse(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
+    o, lse, _ = _flash_attn(q, k, v, scale, return_attn_probs=True)
+    return o.transpose(1, 2), lse
+
+
+def _dense_heads(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+IMPLEMENTATIONS: dict[Implementation, Callable[[Tensor, Tensor, Tensor, float | None], Tensor]] = {
+    "torch": _plain,
+    "triton": lambda *arguments: _fused(*arguments)[0],
+    "sdpa": _sdpa,
+    "flash-attn": lambda *arguments: _flash_attn(*arguments).transpose(1, 2),
+}
+WITH_LSE: dict[str, Callable[[Tensor, Tensor, Tensor, float | None], tuple[Tensor, Tensor]]] = {
+    "sdpa": _sdpa_with_lse,
+    "flash-attn": _flash_attn_with_lse,
+}
+
+
+# ----------------------------------------------------------------------------
 # Fused. Each operator is known to PyTorch by name, so that torch.compile and meta tensors see shapes only.
 
 
@@ -137,19 +230,21 @@ def _attention_op(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> tuple
 
 @torch.library.custom_op("mfengine::attention_dual", mutates_args=())
 def _attention_dual_op(
-    q: Tensor, k: Tensor, v: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, scale: float | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    from mfengine.kernels import attention as kernel
-
-    return kernel.forward_dual(q, k, v, dq, dk, dv, scale)
+    q: Tensor, k: Tensor, v: Tensor, dq: Tensor, dk: Tensor, dv: Tensor,
+    scale: float | None, instant: str, backward: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return _forward_dual(q, k, v, dq, dk, dv, scale, instant)
 
 
 @torch.library.custom_op("mfengine::attention_backward", mutates_args=())
 def _attention_backward_op(
-    q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, go: Tensor, scale: float | None
+    q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, go: Tensor, scale: float | None, backward: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     from mfengine.kernels import attention as kernel
 
+    if backward == "sdpa":
+        gq, gk, gv = (g.contiguous() for g in _sdpa_backward(q, k, v, o, lse, go, scale))
+        return gq, gk, gv
     gq, gk, gv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     kernel.backward(q, k, v, o, lse, go, gq, gk, gv, scale)
     return gq, gk, gv
@@ -164,21 +259,41 @@ def _packed_op(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.custom_op("mfengine::attention_packed_dual", mutates_args=())
-def _packed_dual_op(qkv: Tensor, dqkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    from mfengine.kernels import attention as kernel
-
-    o, lse, do = kernel.forward_dual(*_split_heads(qkv, heads), *_split_heads(dqkv, heads))
+def _packed_dual_op(
+    qkv: Tensor, dqkv: Tensor, heads: int, instant: str, backward: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    o, lse, do = _forward_dual(*_split_heads(qkv, heads), *_split_heads(dqkv, heads), None, instant)
     return _merge_heads(o), lse, _merge_heads(do)
 
 
 @torch.library.custom_op("mfengine::attention_packed_backward", mutates_args=())
-def _packed_backward_op(qkv: Tensor, o: Tensor, lse: Tensor, go: Tensor, heads: int) -> Tensor:
+def _packed_backward_op(qkv: Tensor, o: Tensor, lse: Tensor, go: Tensor, heads: int, backward: str) -> Tensor:
     from mfengine.kernels import attention as kernel
 
-    gqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
     o, go = (x.unflatten(2, (heads, -1)).transpose(1, 2) for x in (o, go))  # (B, H, N, d)
+    if backward == "sdpa":
+        gradients = _sdpa_backward(*_split_heads(qkv, heads), o, lse, go, None)
+        return torch.stack([g.transpose(1, 2) for g in gradients], 2).flatten(2)  # (B, N, 3 * H * d)
+    gqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
     kernel.backward(*_split_heads(qkv, heads), o, lse, go, *_split_heads(gqkv, heads))
     return gqkv
+
+
+def _forward_dual(
+    q: Tensor, k: Tensor, v: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, scale: float | None, instant: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output and log-sum-exp, and the output's tangent of trailing rows; leading rows by `instant`.
+
+    It computes all rows, and the dual kernel writes over its own: a quarter more of its work, where two halves of one
+    output would have to be copied together.
+    """
+    from mfengine.kernels import attention as kernel
+
+    outputs = None
+    if instant != "triton" and len(dq) < len(q):
+        o, lse = WITH_LSE[instant](q, k, v, scale)
+        outputs = o.transpose(1, 2).contiguous().transpose(1, 2), lse.contiguous()
+    return kernel.forward_dual(q, k, v, dq, dk, dv, scale, outputs)
 
 
 def _lse_like(q: Tensor) -> Tensor:
@@ -196,14 +311,15 @@ def _(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> tuple[Tensor, Ten
 
 @_attention_dual_op.register_fake
 def _(
-    q: Tensor, k: Tensor, v: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, scale: float | None
-) -> tuple[Tensor, Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, dq: Tensor, dk: Tensor, dv: Tensor,
+    scale: float | None, instant: str, backward: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     return _stored_by_token(q), _lse_like(q), _stored_by_token(dq)
 
 
 @_attention_backward_op.register_fake
 def _(
-    q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, go: Tensor, scale: float | None
+    q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, go: Tensor, scale: float | None, backward: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
@@ -215,14 +331,14 @@ def _(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor]:
 
 
 @_packed_dual_op.register_fake
-def _(qkv: Tensor, dqkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+def _(qkv: Tensor, dqkv: Tensor, heads: int, instant: str, backward: str) -> tuple[Tensor, Tensor, Tensor]:
     batch, tokens, width = qkv.shape
     o, lse = qkv.new_empty(batch, tokens, width // 3), qkv.new_empty(batch, heads, tokens, dtype=torch.float32)
     return o, lse, dqkv.new_empty(dqkv.shape[0], tokens, width // 3)
 
 
 @_packed_backward_op.register_fake
-def _(qkv: Tensor, o: Tensor, lse: Tensor, go: Tensor, heads: int) -> Tensor:
+def _(qkv: Tensor, o: Tensor, lse: Tensor, go: Tensor, heads: int, backward: str) -> Tensor:
     return qkv.new_empty(qkv.shape)
 
 
@@ -231,28 +347,27 @@ def _(qkv: Tensor, o: Tensor, lse: Tensor, go: Tensor, heads: int) -> Tensor:
 
 
 def _save_attention(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    q, k, v = inputs[:3]
+    (q, k, v), ctx.number = inputs[:3], len(inputs)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(q, k, v, output[0], output[1])
-    ctx.scale = inputs[-1]
-    ctx.tangents = len(inputs) - 4
+    ctx.scale, ctx.backward = (inputs[3], "triton") if len(inputs) == 4 else (inputs[6], inputs[8])
 
 
 def _attention_backward(ctx: Any, go: Tensor, *_: Any) -> tuple[Any, ...]:
-    q, k, v, o, lse = ctx.saved_tensors
-    return (*_attention_backward_op(q, k, v, o, lse, go, ctx.scale), *[None] * ctx.tangents, None)
+    gradients = _attention_backward_op(*ctx.saved_tensors, go, ctx.scale, ctx.backward)
+    return (*gradients, *[None] * (ctx.number - 3))
 
 
 def _save_packed(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.number = len(inputs)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(inputs[0], output[0], output[1])
-    ctx.heads = inputs[-1]
-    ctx.tangents = len(inputs) - 2
+    ctx.heads, ctx.backward = (inputs[1], "triton") if len(inputs) == 2 else (inputs[2], inputs[4])
 
 
 def _packed_backward(ctx: Any, go: Tensor, *_: Any) -> tuple[Any, ...]:
-    qkv, o, lse = ctx.saved_tensors
-    return (_packed_backward_op(qkv, o, lse, go, ctx.heads), *[None] * ctx.tangents, None)
+    gradient = _packed_backward_op(*ctx.saved_tensors, go, ctx.heads, ctx.backward)
+    return (gradient, *[None] * (ctx.number - 1))
 
 
 _attention_op.register_autograd(_attention_backward, setup_context=_save_attention)
@@ -266,9 +381,10 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> tuple[Tensor
 
 
 def _fused_dual(
-    q: Tensor, k: Tensor, v: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, scale: float | None
-) -> tuple[Tensor, Tensor]:
-    o, _, do = _attention_dual_op(q, k, v, dq, dk, dv, scale)
+    q: Tensor, k: Tensor, v: Tensor, dq: Tensor, dk: Tensor, dv: Tensor,
+    scale: float | None, instant: str, backward: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    o, _, do = _attention_dual_op(q, k, v, dq, dk, dv, scale, instant, backward)
     return o, do
 
 
@@ -276,6 +392,6 @@ def _fused_packed(qkv: Tensor, heads: int) -> tuple[Tensor]:
     return (_packed_op(qkv, heads)[0],)
 
 
-def _fused_packed_dual(qkv: Tensor, dqkv: Tensor, heads: int) -> tuple[Tensor, Tensor]:
-    o, _, do = _packed_dual_op(qkv, dqkv, heads)
+def _fused_packed_dual(qkv: Tensor, dqkv: Tensor, heads: int, instant: str, backward: str) -> tuple[Tensor, Tensor]:
+    o, _, do = _packed_dual_op(qkv, dqkv, heads, instant, backward)
     return o, do
