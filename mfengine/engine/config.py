@@ -119,6 +119,10 @@ class TrainConfig:
     def folder(self) -> Path:
         return self.runs / self.name
 
+    def total_steps(self, count: int) -> int:
+        """Optimizer steps of the run, over a data set of `count` samples."""
+        return self.steps or max(1, round(self.epochs * count / self.batch_size))
+
     def local_batch(self, world_size: int) -> int:
         """Rows of one forward pass on one rank; InputError if the batch cannot be divided so."""
         parts = world_size * self.accumulation

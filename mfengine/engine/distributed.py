@@ -101,6 +101,13 @@ def world(device: str) -> Iterator[World]:
 # Laying out the model.
 
 
+def num_shards(ranks: int, replicas: int) -> int:
+    """Into how many shards each parameter is divided; InputError unless `replicas` divides the ranks."""
+    if ranks % replicas:
+        raise InputError(f"replicas {replicas} does not divide the {ranks} rank(s)")
+    return ranks // replicas
+
+
 def prepare_model(
     model: DiT,
     world: World,
@@ -124,8 +131,7 @@ def prepare_model(
     Raises:
         InputError: replicas does not divide the ranks.
     """
-    if world.size % replicas:
-        raise InputError(f"replicas {replicas} does not divide the {world.size} rank(s)")
+    shards = num_shards(world.size, replicas)
     for block in model.blocks:
         if compile:
             block.forward = torch.compile(block.forward)
@@ -138,7 +144,7 @@ def prepare_model(
     shape: tuple[int, ...] = (world.size,)
     names: tuple[str, ...] = ("shard",)
     if replicas > 1:
-        shape, names = (replicas, world.size // replicas), ("replicate", "shard")
+        shape, names = (replicas, shards), ("replicate", "shard")
     mesh = init_device_mesh(world.device.type, shape, mesh_dim_names=names)
     # Inputs are not cast: the model itself keeps times, norms and the residual stream in float32.
     half = None if model.compute_dtype == torch.float32 else model.compute_dtype

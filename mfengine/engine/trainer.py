@@ -80,7 +80,7 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, world: World, dataset: Dataset) -> None:
         self.config, self.world, self.dataset = config, world, dataset
-        self.total_steps = config.steps or max(1, round(config.epochs * dataset.count / config.batch_size))
+        self.total_steps = config.total_steps(dataset.count)
         self.method = MeanFlow(config.method)
         self.step = 0
         self.skipped = 0
