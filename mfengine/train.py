@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 
 from mfengine import cli
 from mfengine.engine.config import PRESETS, TrainConfig
 from mfengine.engine.distributed import world
 from mfengine.engine.trainer import train
-from mfengine.errors import InputError
 
 PROG = "python -m mfengine.train"
 
@@ -27,10 +25,7 @@ def parse(args: Sequence[str]) -> TrainConfig:
         raise SystemExit(0)
     preset = "digits"
     if args and not args[0].startswith("-"):
-        preset, args = args[0], args[1:]
-    if preset not in PRESETS:
-        near = difflib.get_close_matches(preset, PRESETS, n=1, cutoff=0)
-        raise InputError(f"there is no preset {preset}; the nearest is {near[0]}, all are {', '.join(PRESETS)}")
+        preset, args = cli.choose("preset", args[0], PRESETS), args[1:]
     return cli.parse(TrainConfig, args, f"{PROG} {preset}", default=PRESETS[preset][1])
 
 
