@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -59,10 +58,7 @@ def parse(args: Sequence[str]) -> TrainArgs:
         raise SystemExit(0)
     preset = "digits"
     if args and not args[0].startswith("-"):
-        preset, args = args[0], args[1:]
-    if preset not in PRESETS:
-        near = difflib.get_close_matches(preset, PRESETS, n=1, cutoff=0)
-        raise InputError(f"there is no preset {preset}; the nearest is {near[0]}, all are {', '.join(PRESETS)}")
+        preset, args = cli.choose("preset", args[0], PRESETS), args[1:]
     return cli.parse(TrainArgs, args, f"{PROG} {preset}", default=TrainArgs.of(PRESETS[preset][1]))
 
 

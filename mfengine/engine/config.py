@@ -206,3 +206,11 @@ def from_json(cls: type[C], values: dict[str, Any]) -> C:
     if unknown:
         raise InputError(f"{cls.__name__} has no {', '.join(unknown)}: written by another version of mfengine")
     return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested JSON objects as {outer.inner: value}."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat

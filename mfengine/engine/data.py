@@ -1,23 +1,20 @@
-"""Data sets of precomputed latents: their description, the writer, and the DALI pipeline that feeds a rank.
+"""Data sets of precomputed latents: their description, and the DALI pipeline that feeds a rank.
 
 A data set is a folder of WebDataset tar shards, each with a DALI index (`.idx`), and `dataset.json`. A sample has
 two raw components: `moments`, float16 (flips, 2, C, H, W), the mean and the standard deviation of the VAE's
 posterior for the image and, where flips is 2, for its mirror image; and `label`, one int32. Samples are shuffled
-when they are written, so a reader's shuffle buffer need not hold the whole set.
+when they are written (`engine/shards.py`), so a reader's shuffle buffer need not hold the whole set.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import re
-import shutil
 import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from io import BytesIO
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +28,7 @@ from mfengine.method.objective import device_generator
 from mfengine.model import ModelConfig
 
 DESCRIPTION = "dataset.json"
+BROKEN = "broken.jsonl"  # samples that could not be read: a name and a reason each
 SHUFFLE_BUFFER = 4096  # samples a reader holds to draw from: 134 MB of 4 x 32 x 32 latents with both flips
 INDEX_VERSION = "v1.2"  # of DALI's WebDataset index
 
@@ -58,6 +56,7 @@ class Shard:
     file: str
     count: int  # samples
     bytes: int
+    sha256: str = ""  # of the tar; not known of those written by mfengine 0.1
 
 
 @dataclass(frozen=True)
@@ -70,6 +69,10 @@ class Dataset:
     flips: int  # 2 where mirror images are there too, else 1
     count: int  # samples over all shards
     shards: tuple[Shard, ...]
+    broken: int = 0  # samples that could not be read and are left out, listed in broken.jsonl
+    class_counts: tuple[int, ...] = ()  # samples of each class
+    class_names: tuple[str, ...] = ()  # in the order of the labels, where they are known
+    provenance: dict[str, Any] = field(default_factory=dict)  # what the samples were made of, and how
 
     @classmethod
     def open(cls, folder: Path) -> Dataset:
@@ -88,14 +91,9 @@ class Dataset:
             raise InputError(f"{path} does not exist: {hint}")
         try:
             values = json.loads(path.read_text())
-            dataset = cls(
-                folder,
-                values["name"],
-                from_json(LatentSpace, values["space"]),
-                values["flips"],
-                values["count"],
-                tuple(from_json(Shard, shard) for shard in values["shards"]),
-            )
+            values["space"] = from_json(LatentSpace, values["space"])
+            values["shards"] = [from_json(Shard, shard) for shard in values["shards"]]
+            dataset = from_json(cls, {"folder": folder, **values})
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"{path} is not a description of a data set: {error!r}") from None
         dataset._check_shards()
@@ -136,78 +134,6 @@ class Dataset:
             raise InputError(
                 f"{self.folder} has {self.space.num_classes} classes; model.num_classes is {model.num_classes}"
             )
-
-
-def write_dataset(
-    folder: Path,
-    name: str,
-    space: LatentSpace,
-    samples: Iterable[tuple[np.ndarray, int]],
-    shard_samples: int = 32_768,
-) -> Dataset:
-    """Write a data set, aside, and give the folder its name when it is whole.
-
-    Args:
-        folder: must not exist, or be empty.
-        name: of the data set.
-        space: what the latents mean.
-        samples: in random order: moments (flips, 2, C, H, W), cast to float16, and the label.
-        shard_samples: samples per shard, 1 GB for 4 x 32 x 32 latents with both flips.
-
-    Raises:
-        InputError: the folder is not empty, or a sample contradicts `space`.
-    """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"{folder} is not an empty folder: choose another one, or remove it first")
-    partial = folder.with_name(f".partial-{folder.name}")
-    if partial.exists():
-        shutil.rmtree(partial)  # of a writer that was killed
-    partial.mkdir(parents=True)
-    shards: list[Shard] = []
-    pending: list[tuple[np.ndarray, int]] = []
-    flips = count = 0
-
-    def flush() -> None:
-        file = f"{len(shards):06d}.tar"
-        _write_shard(partial / file, pending, count - len(pending))
-        shards.append(Shard(file, len(pending), (partial / file).stat().st_size))
-        pending.clear()
-
-    for moments, label in samples:
-        flips = flips or len(moments)
-        if moments.shape != (flips, 2, *space.shape):
-            raise InputError(f"sample {count} has moments of {moments.shape}, not {(flips, 2, *space.shape)}")
-        if not 0 <= label < space.num_classes:
-            raise InputError(f"sample {count} has label {label}, not one of 0 to {space.num_classes - 1}")
-        pending.append((moments, label))
-        count += 1
-        if len(pending) == shard_samples:
-            flush()
-    if pending:
-        flush()
-    dataset = Dataset(folder, name, space, flips, count, tuple(shards))
-    values = dataclasses.asdict(dataset)
-    del values["folder"]
-    (partial / DESCRIPTION).write_text(json.dumps(values, indent=1) + "\n")
-    if folder.exists():
-        folder.rmdir()
-    partial.rename(folder)
-    return dataset
-
-
-def _write_shard(path: Path, samples: list[tuple[np.ndarray, int]], first: int) -> None:
-    entries = []
-    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
-        for number, (moments, label) in enumerate(samples, start=first):
-            entry = []
-            for extension, array in (("moments", moments.astype("<f2")), ("label", np.array(label, "<i4"))):
-                member = tarfile.TarInfo(f"{number:09d}.{extension}")
-                member.size = array.nbytes
-                offset = tar.offset + tarfile.BLOCKSIZE  # the header is one block
-                tar.addfile(member, BytesIO(array.tobytes()))
-                entry.append(f"{extension} {offset} {member.size} {member.name}")
-            entries.append(" ".join(entry))
-    path.with_suffix(".idx").write_text("\n".join([f"{INDEX_VERSION} {len(entries)}", *entries]) + "\n")
 
 
 # ----------------------------------------------------------------------------

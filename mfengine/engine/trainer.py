@@ -29,7 +29,7 @@ from mfengine.engine.checkpoint import (
     newest_checkpoint,
     read_description,
 )
-from mfengine.engine.config import TrainConfig, to_json
+from mfengine.engine.config import TrainConfig, flatten, to_json
 from mfengine.engine.data import Dataset, Loader
 from mfengine.engine.decode import draw_latents
 from mfengine.engine.distributed import World, local, prepare_model, reduce_gradients
@@ -351,11 +351,11 @@ def check_run_folder(config: TrainConfig, dataset: Dataset) -> Path | None:
     if config.resume == "never":
         raise InputError(f"{folder} holds a run: continue it with --resume auto, or choose another --name")
     try:
-        before = _flatten(json.loads(path.read_text()))
+        before = flatten(json.loads(path.read_text()))
     except ValueError as error:
         raise InputError(f"{path} cannot be read: {error}") from None
     newest = newest_checkpoint(folder)
-    for name, value in _flatten(_config_values(config, dataset)).items():
+    for name, value in flatten(_config_values(config, dataset)).items():
         if before.get(name) != value and name.startswith(FIXED):
             raise InputError(
                 f"{folder} has a run with {name} {before.get(name)}, not {value}: "
@@ -376,10 +376,3 @@ def _config_values(config: TrainConfig, dataset: Dataset) -> dict[str, Any]:
     """The configuration, and what it was trained on."""
     description = {"name": dataset.name, "count": dataset.count, "flips": dataset.flips}
     return {**to_json(config), "space": to_json(dataset.space), "dataset": description}
-
-
-def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat
