@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,10 @@ import tyro
 
 from mfengine import cli
 from mfengine.engine.data import Dataset, LatentSpace
+from mfengine.engine.distributed import world
+from mfengine.engine.importers import ImportedSamples
 from mfengine.engine.shards import ArraySamples, write_dataset
+from mfengine.engine.verify import verify
 from mfengine.errors import InputError
 
 PROG = "python -m mfengine.prepare"
@@ -48,9 +52,75 @@ def report(dataset: Dataset) -> None:
     print(f"{dataset.folder}: {dataset.count} samples in {len(dataset.shards)} shard(s){left_out}")
 
 
+@dataclass(frozen=True)
+class ImportArgs:
+    """Latents that others have prepared: LMDB, .pt or .npy files, found by looking.
+
+    An LMDB of pickled moments, .pt files with image and label, or a folder or zip of .npy with a dataset.json, as
+    docs/data.md describes them. Pickles are never executed.
+    """
+
+    source: tyro.conf.Positional[Path]
+    """folder, LMDB or zip; nothing is written to it"""
+    out: tyro.conf.Positional[Path]
+    """an empty or new folder"""
+    num_classes: int | None = None
+    """labels are 0 to this less 1; for .npy files the highest label says it if not given"""
+    scale: float | None = None
+    """latents are (mean + std normal - bias) scale; for four channels 0.18215, as Stable Diffusion's, if not given"""
+    bias: float = 0.0
+    """see scale"""
+    seed: int = 0
+    """of the order in which samples are written"""
+    max_broken: float = 0.0
+    """share of samples that may be unreadable: those are left out and listed in broken.jsonl"""
+
+    def __post_init__(self) -> None:
+        if self.num_classes is not None and self.num_classes < 1:
+            raise ValueError(f"num_classes must be at least 1, not {self.num_classes}")
+        if self.scale is not None and not 0 < self.scale < float("inf"):
+            raise ValueError(f"scale must be positive, not {self.scale}")
+
+
+def import_latents(args: ImportArgs) -> None:
+    """Write what a source of latents holds; under torchrun, all ranks share the work."""
+    with world("cpu") as here:
+        samples = ImportedSamples(args.source, args.num_classes, args.scale, args.bias)
+        dataset = write_dataset(args.out, samples, here, seed=args.seed, max_broken=args.max_broken)
+        if here.main:
+            report(dataset)
+
+
+@dataclass(frozen=True)
+class CheckArgs:
+    """Read a data set from end to end: checksums, indices, every sample, statistics."""
+
+    folder: tyro.conf.Positional[Path]
+    """a data set; nothing is written to it"""
+
+
+def check(args: CheckArgs) -> None:
+    """Say what is wrong with a data set, a line each, or that nothing is."""
+    found = verify(args.folder)
+    for line in found.warnings:
+        print(f"warning: {line}", file=sys.stderr)
+    for line in found.problems:
+        print(f"problem: {line}", file=sys.stderr)
+    if found.problems:
+        raise InputError(f"{args.folder} is damaged: {len(found.problems)} problem(s)")
+    counts, dataset = found.class_counts, found.dataset
+    print(
+        f"{args.folder} is whole: {dataset.count} samples in {len(dataset.shards)} shard(s), {dataset.flips} flip(s) "
+        f"of {dataset.space.shape}, {len(counts)} classes of {min(counts.values())} to {max(counts.values())}; latents "
+        f"have mean {found.mean.mean():.3g} and standard deviation {np.sqrt((found.std**2).mean()):.3g}"
+    )
+
+
 COMMANDS: dict[str, tuple[str, type[Any], Callable[[Any], None]]] = {
     # name: (arguments as the list of commands shows them, arguments, what does it)
     "digits": ("OUT", DigitsArgs, digits),
+    "import": ("SRC OUT", ImportArgs, import_latents),
+    "check": ("DATA", CheckArgs, check),
 }
 
 

@@ -81,6 +81,14 @@ class Dataset:
         Raises:
             InputError: a file is missing, empty, truncated or contradicts the description.
         """
+        dataset = cls.read(folder)
+        for shard in dataset.shards:
+            dataset.check_shard(shard)
+        return dataset
+
+    @classmethod
+    def read(cls, folder: Path) -> Dataset:
+        """Read `dataset.json` alone; InputError unless it describes a data set."""
         path = folder / DESCRIPTION
         if not path.is_file():
             hint = (
@@ -96,34 +104,37 @@ class Dataset:
             dataset = from_json(cls, {"folder": folder, **values})
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"{path} is not a description of a data set: {error!r}") from None
-        dataset._check_shards()
+        if not dataset.shards:
+            raise InputError(f"{path} lists no shards")
+        if dataset.count != sum(shard.count for shard in dataset.shards):
+            raise InputError(f"{path} says {dataset.count} samples, but its shards add up to others")
         return dataset
 
-    def _check_shards(self) -> None:
-        if not self.shards:
-            raise InputError(f"{self.folder / DESCRIPTION} lists no shards")
-        if self.count != sum(shard.count for shard in self.shards):
-            raise InputError(f"{self.folder / DESCRIPTION} says {self.count} samples, but its shards add up to others")
-        sizes = {"moments": 2 * self.flips * 2 * math.prod(self.space.shape), "label": 4}
-        for shard in self.shards:
-            path = self.folder / shard.file
-            if not path.is_file():
-                raise InputError(f"shard {path} is missing")
-            if path.stat().st_size != shard.bytes:
-                raise InputError(f"shard {path} has {path.stat().st_size} bytes, {DESCRIPTION} says {shard.bytes}")
-            index = path.with_suffix(".idx")
-            if not index.is_file():
-                raise InputError(f"index {index} is missing")
-            with index.open() as lines:
-                header, first = lines.readline().split(), lines.readline().split()
-            if header != [INDEX_VERSION, str(shard.count)]:
-                raise InputError(f"index {index} does not list the {shard.count} samples of {DESCRIPTION}")
-            found = dict(zip(first[::4], map(int, first[2::4]), strict=False)) if len(first) % 4 == 0 else first
-            if found != sizes:
-                raise InputError(
-                    f"shard {path} holds {found} bytes per sample; shape {self.space.shape} with {self.flips} flip(s) "
-                    f"needs {sizes}"
-                )
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Bytes of a sample's components."""
+        return {"moments": 2 * self.flips * 2 * math.prod(self.space.shape), "label": 4}
+
+    def check_shard(self, shard: Shard) -> None:
+        """InputError unless the shard and its index are there, as long as described, and hold such samples."""
+        path = self.folder / shard.file
+        if not path.is_file():
+            raise InputError(f"shard {path} is missing")
+        if path.stat().st_size != shard.bytes:
+            raise InputError(f"shard {path} has {path.stat().st_size} bytes, {DESCRIPTION} says {shard.bytes}")
+        index = path.with_suffix(".idx")
+        if not index.is_file():
+            raise InputError(f"index {index} is missing")
+        with index.open() as lines:
+            header, first = lines.readline().split(), lines.readline().split()
+        if header != [INDEX_VERSION, str(shard.count)]:
+            raise InputError(f"index {index} does not list the {shard.count} samples of {DESCRIPTION}")
+        found = dict(zip(first[::4], map(int, first[2::4]), strict=False)) if len(first) % 4 == 0 else first
+        if found != self.sizes:
+            raise InputError(
+                f"shard {path} holds {found} bytes per sample; shape {self.space.shape} with {self.flips} flip(s) "
+                f"needs {self.sizes}"
+            )
 
     def check_model(self, model: ModelConfig) -> None:
         """InputError unless `model` fits these latents and labels."""
