@@ -5,8 +5,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import tyro
@@ -14,8 +15,11 @@ import tyro
 from mfengine import cli
 from mfengine.engine.data import Dataset, LatentSpace
 from mfengine.engine.distributed import world
+from mfengine.engine.images import EncodedImages
 from mfengine.engine.importers import ImportedSamples
-from mfengine.engine.shards import ArraySamples, write_dataset
+from mfengine.engine.shards import ArraySamples, check_vacant, write_dataset
+from mfengine.engine.sources import open_source
+from mfengine.engine.vae import VAE
 from mfengine.engine.verify import verify
 from mfengine.errors import InputError
 
@@ -44,6 +48,61 @@ def digits(args: DigitsArgs) -> None:
     # Pixels from 0, black, to 16 have mean 4.9 and standard deviation 6.0.
     space = LatentSpace(shape=(1, 8, 8), num_classes=10, scale=1 / 6, bias=5.0, pixel_range=(0.0, 16.0))
     report(write_dataset(args.out, ArraySamples("digits", space, moments, data.target), seed=args.seed))
+
+
+@dataclass(frozen=True)
+class ImagesArgs:
+    """Images of any sizes, cropped to squares as ADM does and encoded by a VAE. Goes on where it was killed."""
+
+    src: tyro.conf.Positional[Path]
+    """a folder with a folder per class, WebDataset tars (one, or a folder of them), or an LMDB: see docs/data.md"""
+    out: tyro.conf.Positional[Path]
+    """an empty or new folder"""
+    vae: str
+    """a folder or hub name that diffusers loads as AutoencoderKL"""
+    size: int = 256
+    """side of the squares, in pixels; smaller images are enlarged"""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """of the VAE; auto is bfloat16 on a GPU, else float32"""
+    batch_size: int = 64
+    """images encoded at a time by each rank"""
+    seed: int = 0
+    """of the order in which samples are written"""
+    shard_samples: int | None = None
+    """samples per shard; as many as make about 1 GB if not given"""
+    max_broken: float = 0.001
+    """the share of images that may be unreadable: they are listed and left out"""
+    one_class: bool = False
+    """all images are of one class, in whatever folders they lie"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes a GPU where there is one"""
+
+
+def images(args: ImagesArgs) -> None:
+    """Encode images, on every rank."""
+    if args.batch_size < 1:
+        raise InputError(f"--batch-size {args.batch_size} must be at least 1")
+    with world(args.device, patience=timedelta(hours=1)) as here:  # one rank lists the source, which may take long
+        here.on_main(lambda: check_vacant(args.out))
+        source = here.on_main(lambda: open_source(args.src, args.one_class))
+        precision = args.precision
+        if precision == "auto":
+            precision = "bfloat16" if here.device.type == "cuda" else "float32"
+        vae = VAE(args.vae, here.device, precision)
+        samples = EncodedImages(args.out.absolute().name, source, vae, args.size, args.batch_size, here.device)
+        if here.main:
+            classes = samples.space.num_classes
+            print(f"{args.src}, {source.kind}: {len(samples)} images in {classes} class(es)", file=sys.stderr)
+        dataset = write_dataset(
+            args.out,
+            samples,
+            here,
+            seed=args.seed,
+            shard_samples=args.shard_samples,
+            max_broken=args.max_broken,
+        )
+        if here.main:
+            report(dataset)
 
 
 def report(dataset: Dataset) -> None:
@@ -84,7 +143,8 @@ class ImportArgs:
 
 def import_latents(args: ImportArgs) -> None:
     """Write what a source of latents holds; under torchrun, all ranks share the work."""
-    with world("cpu") as here:
+    with world("cpu", patience=timedelta(hours=1)) as here:  # listing a source may take one rank longer than another
+        here.on_main(lambda: check_vacant(args.out))
         samples = ImportedSamples(args.source, args.num_classes, args.scale, args.bias)
         dataset = write_dataset(args.out, samples, here, seed=args.seed, max_broken=args.max_broken)
         if here.main:
@@ -119,6 +179,7 @@ def check(args: CheckArgs) -> None:
 COMMANDS: dict[str, tuple[str, type[Any], Callable[[Any], None]]] = {
     # name: (arguments as the list of commands shows them, arguments, what does it)
     "digits": ("OUT", DigitsArgs, digits),
+    "images": ("SRC OUT", ImagesArgs, images),
     "import": ("SRC OUT", ImportArgs, import_latents),
     "check": ("DATA", CheckArgs, check),
 }

@@ -339,12 +339,12 @@ def test_vae_decodes_latents(tmp_path):
         up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4, norm_num_groups=4,
     )  # fmt: skip
     vae.save_pretrained(tmp_path / "vae")
-    from mfengine.engine.decode import Decoder
+    from mfengine.engine.vae import VAE
 
     space = LatentSpace(shape=(4, 8, 8), num_classes=10, scale=0.2, bias=0.5)
     latents = torch.randn(2, 4, 8, 8)
     with torch.no_grad():
         expected = (vae.decode(latents / 0.2 + 0.5).sample / 2 + 0.5).clamp(0, 1)
-    images = Decoder(tmp_path / "vae", torch.device("cpu"))(latents, space)
+    images = VAE(tmp_path / "vae", torch.device("cpu")).decode(latents, space)
     torch.testing.assert_close(images, expected)
     assert images.shape == (2, 3, 16, 16)

@@ -228,7 +228,7 @@ def folder_of(tmp_path, *names):
         (lambda p: None, "source does not exist"),
         (lambda p: folder_of(p, "a.png"), "source is none of what can be imported: an LMDB (data.mdb)"),
         (lambda p: folder_of(p, "train/0.pt"), "no .pt files but in folders: give source/train"),
-        (lambda p: folder_of(p, "data.mdb"), "cannot read source as an LMDB"),
+        (lambda p: folder_of(p, "data.mdb"), "cannot open source"),
         (lambda p: folder_of(p, "0.pt"), "source/0.pt: "),
         (lambda p: put(p / "source", {"0": b"x"}), "source has no num_samples"),
         (lambda p: put(p / "source", {"num_samples": b"0"}), "source has no samples"),

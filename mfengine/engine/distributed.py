@@ -66,11 +66,12 @@ class World:
 
 
 @contextmanager
-def world(device: str) -> Iterator[World]:
+def world(device: str, patience: timedelta = timedelta(minutes=10)) -> Iterator[World]:
     """Join the other processes that torchrun started, if it did.
 
     Args:
         device: "cpu", "cuda", or "auto" for a GPU where there is one.
+        patience: how long the ranks wait for each other.
 
     Raises:
         InputError: there is no such device.
@@ -90,7 +91,7 @@ def world(device: str) -> Iterator[World]:
         here = torch.device("cpu")
     if size > 1:
         backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(minutes=10))
+        dist.init_process_group(backend, timeout=patience)
     yield World(rank, size, here)
     if size > 1:  # not after an error: the other ranks may be waiting for this one
         gc.collect()  # sharded modules are in cycles; a group that they hold aborts the interpreter's exit at times

@@ -28,6 +28,7 @@ import torch
 from mfengine.engine.data import DESCRIPTION, LatentSpace
 from mfengine.engine.pickles import Refused, load_record
 from mfengine.engine.shards import Broken
+from mfengine.engine.sources import open_lmdb
 from mfengine.errors import InputError
 
 SD_SCALE = 0.18215  # of the VAE of Stable Diffusion 1 and 2, four channels
@@ -178,17 +179,10 @@ def find_source(path: Path) -> Source:
 
 def _lmdb(path: Path) -> Source:
     """Keys `0`, `1`, ... and `num_samples`; values are pickled dicts, as github.com/zhuyu-cs/MeanFlow writes them."""
-    try:
-        import lmdb
-    except ImportError:
-        raise InputError("reading an LMDB needs the lmdb package: pip install 'mfengine[import]'") from None
-    try:
-        environment = lmdb.open(str(path), subdir=path.is_dir(), readonly=True, lock=False, readahead=False)
-        with environment.begin() as transaction:
-            number = transaction.get(b"num_samples")
-        written = environment.info()["last_txnid"]
-    except lmdb.Error as error:
-        raise InputError(f"cannot read {path} as an LMDB: {error}") from None
+    environment = open_lmdb(path)
+    with environment.begin() as transaction:
+        number = transaction.get(b"num_samples")
+    written = environment.info()["last_txnid"]
     if number is None or not number.isdigit():
         raise InputError(f"{path} has no num_samples: it was not written to its end, or holds something else")
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import fcntl
 import hashlib
 import json
 import math
@@ -129,6 +130,12 @@ def order(count: int, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).permutation(count)
 
 
+def check_vacant(folder: Path) -> None:
+    """InputError if there is something at a data set's future place."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder} is not an empty folder: choose another one, or remove it first")
+
+
 def write_dataset(
     folder: Path,
     samples: Samples,
@@ -164,18 +171,25 @@ def write_dataset(
         raise InputError(f"{shard_samples} samples per shard: at least 1 is needed")
     if not 0 <= max_broken < 1:
         raise InputError(f"a share of {max_broken:g} broken samples: it must be at least 0 and less than 1")
+    with closing(_Writer(folder, samples, shard_samples, seed)) as writer:
+        _share_out(writer, world, max_broken)
+        return world.on_main(writer.finish)
+
+
+def _share_out(writer: _Writer, world: World, max_broken: float) -> None:
+    """Write all shards that are not there, this rank its own; the ranks meet every few seconds."""
     from tqdm import tqdm  # benchmarks import this file where only torch is installed
 
-    writer = _Writer(folder, samples, shard_samples, seed)
     whole = world.on_main(writer.begin)
     pending = [shard for shard in range(writer.num_shards) if shard not in whole]
+    total = len(writer.samples)
     done = sum(count + broken for count, broken in whole.values())
     broken = sum(broken for _, broken in whole.values())
     found: list[Broken] = []  # by this rank
     ended = False
     with (
         closing(writer.write(pending[world.rank :: world.size])) as work,
-        tqdm(total=len(samples), initial=done, unit=" images", disable=not world.main, dynamic_ncols=True) as progress,
+        tqdm(total=total, initial=done, unit=" images", disable=not world.main, dynamic_ncols=True) as progress,
     ):
         while not ended:
             finished, known, error = 0, len(found), None
@@ -196,14 +210,13 @@ def write_dataset(
                 raise InputError(next(message for message in _gather(world, error) if message))
             done, broken, ended = done + int(news[0]), broken + int(news[1]), news[2] == world.size
             progress.update(int(news[0]))
-            if broken > max_broken * len(samples):
+            if broken > max_broken * total:
                 lists = _gather(world, found)
                 report = world.on_main(lambda: writer.report([b for part in lists for b in part]))  # noqa: B023
                 raise InputError(
-                    f"{broken} of the first {done} samples are broken, and {max_broken:g} of all {len(samples)} may be "
+                    f"{broken} of the first {done} samples are broken, and {max_broken:g} of all {total} may be "
                     f"(--max-broken); {report}"
                 )
-    return world.on_main(writer.finish)
 
 
 def _gather(world: World, value: T) -> list[T]:
@@ -219,10 +232,11 @@ class _Writer:
 
     def __init__(self, folder: Path, samples: Samples, shard_samples: int, seed: int) -> None:
         self.folder, self.samples, self.shard_samples = folder, samples, shard_samples
-        self.partial = folder.absolute().with_name(f".partial-{folder.name}")
+        self.partial = folder.absolute().with_name(f".partial-{folder.absolute().name}")
         self.data = self.partial / "data"
         self.order = order(len(samples), seed)
         self.num_shards = math.ceil(len(samples) / shard_samples)
+        self.lock: IO[str] | None = None  # on the first rank, from `begin` on
         self.plan = {
             "name": samples.name,
             "count": len(samples),
@@ -236,8 +250,16 @@ class _Writer:
 
     def begin(self) -> dict[int, tuple[int, int]]:
         """Make or find the partial folder: {shard: (samples, broken ones)} of those that are whole in it."""
-        if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
-            raise InputError(f"{self.folder} is not an empty folder: choose another one, or remove it first")
+        check_vacant(self.folder)
+        with self._disk():
+            self.data.mkdir(parents=True, exist_ok=True)
+            self.lock = (self.partial / "lock").open("w")
+            try:
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise InputError(f"another process is writing {self.folder}") from None
+            except OSError:
+                pass  # a file system without locks
         path, plan = self.partial / PLAN, json.loads(json.dumps(self.plan))
         if path.exists():
             begun = json.loads(path.read_text())
@@ -250,7 +272,6 @@ class _Writer:
                     f"cannot be continued so; remove it to start again"
                 )
         with self._disk():
-            self.data.mkdir(parents=True, exist_ok=True)
             if not path.exists():
                 _write_whole(path, plan)
         records = {k: self._record(k) for k in range(self.num_shards)}
@@ -276,6 +297,11 @@ class _Writer:
         with self._disk():
             _write_lines(path, broken)
         return f"{path} lists them, the first is {broken[0]['name']}: {broken[0]['reason']}"
+
+    def close(self) -> None:
+        """Let another process write."""
+        if self.lock:
+            self.lock.close()
 
     def write(self, shards: list[int]) -> Generator[Broken | None, None, None]:
         """Write shards; for each sample, Broken if it is, None if it was written."""
