@@ -16,6 +16,7 @@ OPTIONAL = {
     # module: (what it is called, what it is to mfengine)
     "nvidia.dali": ("DALI", "reads data sets in mfengine.train; pip install nvidia-dali-cuda130"),
     "diffusers": ("diffusers", 'decodes latents with a VAE; pip install "mfengine[vae]"'),
+    "torch_fidelity": ("torch-fidelity", 'FID against a reference in mfengine.evaluate; pip install "mfengine[fid]"'),
     "flash_attn": (
         "flash-attn",
         "nothing here needs it: it has no JVP, and mfengine.ops.attention has kernels of its own",
