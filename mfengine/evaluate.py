@@ -15,7 +15,7 @@ from mfengine.engine.data import Dataset
 from mfengine.engine.decode import Decoder, draw_latents
 from mfengine.engine.distributed import world
 from mfengine.engine.evaluation import Decode, SampleSet, evaluate, write_figures
-from mfengine.engine.fidelity import SPLITS, Fidelity, Reference
+from mfengine.engine.fidelity import SPLITS, Reference
 from mfengine.engine.image_files import check_new
 from mfengine.errors import InputError
 
@@ -92,13 +92,17 @@ def main(args: Sequence[str]) -> None:
                 decode = draw_latents
             else:
                 raise InputError(f"latents of {space.shape} become images by a VAE: give it with --vae")
-        fidelity = None
-        if reference is not None:
-            fidelity = Fidelity(reference, config.inception, config.batch_size, here)
-            if reference.images is None and here.main:
-                print(f"no precision and recall: {config.reference} has no images")
-        samples = SampleSet(space, config.num, config.batch_size, config.seed, config.labels)
-        figures = evaluate(model.to(here.device), samples, config.steps, here, dataset, decode, fidelity, config.save)
+        figures = evaluate(
+            model.to(here.device),
+            SampleSet(space, config.num, config.batch_size, config.seed, config.labels),
+            config.steps,
+            here,
+            dataset=dataset,
+            reference=reference,
+            inception=config.inception,
+            decode=decode,
+            save=config.save,
+        )
     if not here.main:
         return
     report = {**figures, "samples": config.num, "checkpoint": path.name}

@@ -21,10 +21,10 @@ from torch import Tensor, nn
 
 from mfengine.engine.data import Dataset, LatentSpace, iterate_means, read_means
 from mfengine.engine.distributed import World
-from mfengine.engine.fidelity import Fidelity
+from mfengine.engine.fidelity import Fidelity, Reference
 from mfengine.engine.image_files import ImageWriter
 from mfengine.engine.telemetry import progress
-from mfengine.errors import InputError
+from mfengine.errors import InputError, RankError
 from mfengine.method import sample
 
 MAX_DIMENSIONS = 16_384  # of latents whose covariance is taken: 4 x 64 x 64, and a matrix of 2 GiB
@@ -226,9 +226,11 @@ def evaluate(
     samples: SampleSet,
     steps: Sequence[int],
     world: World,
+    *,
     dataset: Dataset | None = None,
+    reference: Reference | None = None,
+    inception: Path | None = None,
     decode: Decode | None = None,
-    fidelity: Fidelity | None = None,
     save: Path | None = None,
 ) -> dict[str, float]:
     """Draw samples and compare them with data, with reference images, or with both; every rank calls it.
@@ -239,74 +241,85 @@ def evaluate(
         steps: network evaluations per sample: all figures are taken for each value.
         world: the ranks that share the work.
         dataset: gives the Frechet distance of latents and, where these are pixels, the share read as their label.
-        decode: makes images; needed with `fidelity` and `save`.
-        fidelity: compares images with a reference.
+        reference: gives the figures of `Fidelity`.
+        inception: weights for `Fidelity`.
+        decode: makes images; needed with `reference` and `save`.
         save: write the images of the first value of `steps` here, as `ImageWriter` does.
 
     Returns:
-        The figures by name, on rank 0; those that need all images are missing elsewhere.
+        The figures by name, on rank 0; those of images are missing elsewhere.
 
     Raises:
-        InputError: the decoder or the reference do not fit the model, samples are not finite, or images cannot be
-            written.
+        InputError: decoder or reference do not fit the model, a library is missing, something cannot be read or
+            written, or samples are not finite.
     """
     space, device = samples.space, world.device
     dimensions = math.prod(space.shape)
-    figures: dict[str, float] = {}
-    data = reader = writer = None
+    data = reader = fidelity = writer = None
+    # What may be wrong comes first, then what takes long.
     if decode is not None:
         height, width = decode(torch.zeros(1, *space.shape, device=device), space).shape[-2:]
-        if fidelity is not None:
-            fidelity.check_size(height, width)
-        if save is not None:
-            writer = ImageWriter(save, samples.count, height, width, world)
+        if reference is not None:
+            reference.check_size(height, width)
     if dataset is not None:
         first_half, second_half = data_moments(dataset, world, samples.seed)
         floor = frechet_distance(first_half.fit(), second_half.fit())
         first_half.merge(second_half)
         data = first_half.fit()
         for what, n in (("samples", samples.count), ("images in the data", dataset.count)):
-            if world.main and n <= dimensions:
-                print(
-                    f"note: {n:,} {what} leave a covariance of {dimensions:,} dimensions singular: "
-                    "the Frechet distance of latents then compares only with one from as many",
-                    file=sys.stderr,
+            if n <= dimensions:
+                _tell(
+                    f"{n:,} {what} leave a covariance of {dimensions:,} dimensions singular: their Frechet distance "
+                    "compares only with that of as many",
+                    world,
                 )
         if space.pixel_range is not None:
             reader = world.on_main(lambda: LabelReader(dataset))
+    if reference is not None:
+        fidelity = Fidelity(reference, inception, samples.batch, world)
+        if reference.images is None:
+            _tell(f"no precision and recall: {reference.path} has no images", world)
+    if save is not None:
+        writer = ImageWriter(save, samples.count, height, width, world)
 
-    for nfe in steps if dataset is not None or fidelity is not None else steps[:1]:
-        hits, features = 0, []
+    figures: dict[str, float] = {}
+    for nfe in steps if dataset is not None or reference is not None else steps[:1]:
         moments = Moments(dimensions, device) if data is not None else None
+        features, hits = [], 0
         with progress(samples.count, f"samples in {nfe} step(s)", world.main) as bar:
             for rows, latents, labels in samples.draw(model, nfe, world):
+                if not latents.isfinite().all():
+                    raise RankError(f"samples in {nfe} step(s) are not finite: these weights cannot be measured")
+                vectors = space.unscale(latents).flatten(1)
                 if moments is not None:
-                    vectors = space.unscale(latents).flatten(1)
                     moments.add(vectors)
-                    if reader is not None:
-                        hits += reader.hits(vectors, labels)
+                if reader is not None:
+                    hits += reader.hits(vectors, labels)
                 if decode is not None:
                     pixels = quantise(decode(latents, space))
                     if fidelity is not None:
                         features.append((rows, fidelity.features(pixels)))
                     if writer is not None:
                         writer.write(rows, pixels)
-                # This rank's slice is the first of as many as there are ranks.
+                # The first rank's slice is the first of as many as there are ranks.
                 bar.update(min(samples.count, rows.start + samples.batch * world.size) - bar.n)
         if writer is not None:
             writer.finish()
             writer = None
-        if moments is not None and data is not None:
+        if data is not None and moments is not None:
             figures[f"frechet_{nfe}nfe"] = frechet_distance(data, moments.over_ranks(world).fit())
-            if math.isnan(figures[f"frechet_{nfe}nfe"]):
-                raise InputError("the samples are not finite: the checkpoint cannot be measured")
         if reader is not None:
             figures[f"accuracy_{nfe}nfe"] = float(world.gather([hits]).sum()) / samples.count
         if fidelity is not None:
             figures |= {f"{name}_{nfe}nfe": value for name, value in fidelity.figures(features).items()}
-    if dataset is not None:
+    if data is not None:
         figures["frechet_floor"] = floor
     return figures
+
+
+def _tell(note: str, world: World) -> None:
+    if world.main:
+        print(f"note: {note}", file=sys.stderr)
 
 
 def quantise(images: Tensor) -> Tensor:

@@ -72,6 +72,14 @@ class Reference:
                     f"{self.path}: {name} is {self.statistics[name].shape}; of Inception features it is {shape}"
                 )
 
+    def check_size(self, height: int, width: int) -> None:
+        """InputError where there are images of another size than those to be compared."""
+        if self.images is not None and (self.images.height, self.images.width) != (height, width):
+            raise InputError(
+                f"the images of {self.path} are {self.images.width} x {self.images.height}, "
+                f"those of the model {width} x {height}"
+            )
+
 
 class Fidelity:
     """Compares images with a reference; features are taken on all ranks and compared on the first.
@@ -93,15 +101,6 @@ class Fidelity:
         self._reference_features = None
         if reference.images is not None:
             self._reference_features = self._gather(list(self._read(reference.images, batch)))
-
-    def check_size(self, height: int, width: int) -> None:
-        """InputError where reference images are of another size than those to be compared."""
-        images = self._reference.images
-        if images is not None and (images.height, images.width) != (height, width):
-            raise InputError(
-                f"the images of {self._reference.path} are {images.width} x {images.height}, "
-                f"those to compare {width} x {height}"
-            )
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
