@@ -17,6 +17,7 @@ OPTIONAL = {
     "nvidia.dali": ("DALI", "reads data sets in mfengine.train; pip install nvidia-dali-cuda130"),
     "diffusers": ("diffusers", 'decodes latents with a VAE; pip install "mfengine[vae]"'),
     "lmdb": ("lmdb", 'reads LMDBs in mfengine.prepare; pip install "mfengine[lmdb]"'),
+    "torch_fidelity": ("torch-fidelity", 'FID against a reference in mfengine.evaluate; pip install "mfengine[fid]"'),
     "flash_attn": (
         "flash-attn",
         "nothing here needs it: it has no JVP, and mfengine.ops.attention has kernels of its own",

@@ -6,7 +6,9 @@ import dataclasses
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
+
+import tyro
 
 from mfengine.errors import InputError
 from mfengine.method import MeanFlowConfig
@@ -94,6 +96,8 @@ class TrainConfig:
     """steps between lines in metrics.jsonl and TensorBoard"""
     sample_every: int = 5000
     """steps between sample pictures; 0 draws none"""
+    evaluate_every: Annotated[int, tyro.conf.arg(aliases=("--every",))] = 0
+    """steps between measurements of one-step samples: their Frechet distance from the data, in latents; 0 takes none"""
     checkpoint_every: int = 5000
     """steps between checkpoints; one is always written at the end"""
     keep: int = 3
@@ -109,7 +113,7 @@ class TrainConfig:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if not self.name or "/" in self.name:
             raise ValueError(f"name must be the name of a folder, not '{self.name}'")
-        for name in ("sample_every", "max_skipped_steps", "seed"):
+        for name in ("sample_every", "evaluate_every", "max_skipped_steps", "seed"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, not {getattr(self, name)}")
         if not 0 < self.epochs < float("inf") or (self.steps is not None and self.steps < 1):

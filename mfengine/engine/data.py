@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import tarfile
 from collections.abc import Iterator
@@ -269,15 +270,56 @@ def _pipeline(
 
 def read_means(dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
     """All posterior means (count, C, H, W) float32, not flipped and on the encoder's scale, and labels (count,)."""
-    means, labels = [], []
+    _, means, labels = zip(*iterate_means(dataset), strict=True)
+    return np.concatenate(means), np.concatenate(labels)
+
+
+def iterate_means(
+    dataset: Dataset, part: int = 0, num_parts: int = 1, batch: int = 4096
+) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """As `read_means`, a few at a time.
+
+    Args:
+        dataset: where to read.
+        part, num_parts: which of as many consecutive parts of the data to read.
+        batch: samples to read at a time, at most.
+
+    Yields:
+        The position of the first one, means (n, C, H, W) float32 and labels (n,) int32.
+
+    Raises:
+        RankError: a shard cannot be read.
+    """
+    start, stop = (dataset.count * i // num_parts for i in (part, part + 1))
+    size = 2 * math.prod(dataset.space.shape)  # the mean of the image itself comes first in its moments
+    before = 0  # samples in the shards before this one
     for shard in dataset.shards:
-        with tarfile.open(dataset.folder / shard.file) as tar:
-            for member in tar:
-                file = tar.extractfile(member)
-                assert file is not None
-                if member.name.endswith(".label"):
-                    labels.append(np.frombuffer(file.read(), "<i4")[0])
-                else:
-                    moments = np.frombuffer(file.read(), "<f2").reshape(dataset.flips, 2, *dataset.space.shape)
-                    means.append(moments[0, 0].astype(np.float32))
-    return np.stack(means), np.array(labels)
+        path = dataset.folder / shard.file
+        rows = range(max(start, before) - before, min(stop, before + shard.count) - before)
+        if rows:
+            try:
+                offsets = _read_index(path.with_suffix(".idx"))
+                with path.open("rb") as file:
+                    for first in rows[::batch]:
+                        chosen = offsets[first : min(first + batch, rows.stop)]
+                        means = b"".join(os.pread(file.fileno(), size, offset) for offset, _ in chosen)
+                        labels = b"".join(os.pread(file.fileno(), 4, offset) for _, offset in chosen)
+                        shape = (len(chosen), *dataset.space.shape)
+                        yield (
+                            before + first,
+                            np.frombuffer(means, "<f2").reshape(shape).astype(np.float32),
+                            np.frombuffer(labels, "<i4").reshape(len(chosen)),
+                        )
+            except (OSError, ValueError, KeyError) as error:
+                raise RankError(f"cannot read {path}: {error}") from None
+        before += shard.count
+
+
+def _read_index(path: Path) -> list[tuple[int, int]]:
+    """Where the moments and the label of each sample begin in its shard."""
+    offsets = []
+    for line in path.read_text().splitlines()[1:]:
+        fields = line.split()
+        at = dict(zip(fields[::4], map(int, fields[1::4]), strict=True))
+        offsets.append((at["moments"], at["label"]))
+    return offsets

@@ -50,6 +50,23 @@ class World:
         dist.all_gather(rows, mine)
         return torch.stack(rows)
 
+    def gather_rows(self, x: Tensor) -> Tensor | None:
+        """Everyone's rows, (n, ...) of each rank after those of the ranks before, on the host of rank 0; else None."""
+        x = x.cpu()
+        if self.size == 1:
+            return x
+        counts = self.gather([len(x)])[:, 0].long().tolist()
+        padded = x.new_zeros(max(counts), *x.shape[1:])
+        padded[: len(x)] = x
+        everyones = [torch.empty_like(padded) for _ in counts] if self.main else None
+        dist.gather(padded, everyones)
+        return torch.cat([rows[:n] for rows, n in zip(everyones, counts, strict=True)]) if everyones else None
+
+    def add_up(self, x: Tensor) -> None:
+        """Sum of everyone's `x`, in place."""
+        if self.size > 1:
+            dist.all_reduce(x)
+
     def on_main(self, action: Callable[[], T]) -> T:
         """Run `action` on rank 0; every rank gets its result, or its InputError."""
         outcome: list[Any] = [None, None]
