@@ -12,11 +12,12 @@ import tyro
 from mfengine import cli
 from mfengine.engine.checkpoint import load_model
 from mfengine.engine.data import Dataset
-from mfengine.engine.decode import Decoder, draw_latents
+from mfengine.engine.decode import draw_latents
 from mfengine.engine.distributed import world
 from mfengine.engine.evaluation import Decode, SampleSet, evaluate, write_figures
 from mfengine.engine.fidelity import SPLITS, Reference
 from mfengine.engine.image_files import check_new
+from mfengine.engine.vae import VAE
 from mfengine.errors import InputError
 
 
@@ -87,7 +88,7 @@ def main(args: Sequence[str]) -> None:
         decode: Decode | None = None
         if config.reference is not None or config.save is not None:
             if config.vae is not None:
-                decode = Decoder(config.vae, here.device)
+                decode = VAE(config.vae, here.device).decode
             elif space.pixel_range is not None:
                 decode = draw_latents
             else:

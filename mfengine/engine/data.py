@@ -12,7 +12,6 @@ import json
 import math
 import os
 import re
-import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
