@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from mfengine import DiT, ModelConfig
 from mfengine.engine.checkpoint import describe_model, load_model
-from mfengine.engine.data import Dataset, LatentSpace, iterate_means, read_means, write_dataset
+from mfengine.engine.data import Dataset, LatentSpace, iterate_means, read_means
 from mfengine.engine.distributed import World
 from mfengine.engine.evaluation import (
     LabelReader,
@@ -30,6 +30,7 @@ from mfengine.engine.evaluation import (
     latent_distance,
 )
 from mfengine.engine.image_files import ImageArchive, ImageFolder
+from mfengine.engine.shards import ArraySamples, order, write_dataset
 from mfengine.errors import RankError
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -175,11 +176,11 @@ def test_distance_of_what_is_not_finite_is_not_a_number():
 @pytest.mark.parametrize("num_parts", [1, 3])
 def test_means_are_read_in_parts(tmp_path, num_parts):
     moments = np.random.default_rng(0).standard_normal((50, 2, 2, *LATENTS.shape))
-    samples = [(row, i % 10) for i, row in enumerate(moments)]
-    dataset = write_dataset(tmp_path / "data", "x", LATENTS, samples, shard_samples=20)
+    labels, written = np.arange(50) % 10, order(50, seed=0)
+    dataset = write_dataset(tmp_path / "data", ArraySamples("x", LATENTS, moments, labels), shard_samples=20)
     found = [piece for part in range(num_parts) for piece in iterate_means(dataset, part, num_parts, batch=7)]
-    assert np.array_equal(np.concatenate([means for _, means, _ in found]), moments[:, 0, 0].astype(np.float16))
-    assert np.array_equal(np.concatenate([labels for _, _, labels in found]), np.arange(50) % 10)
+    assert np.array_equal(np.concatenate([means for _, means, _ in found]), moments[written, 0, 0].astype(np.float16))
+    assert np.array_equal(np.concatenate([labels for _, _, labels in found]), labels[written])
     assert [first for first, _, _ in found] == list(np.cumsum([0] + [len(means) for _, means, _ in found])[:-1])
 
 
@@ -290,9 +291,8 @@ def test_images_of_latents_are_decoded(export, vae, tmp_path, monkeypatch, capsy
 
 
 def test_too_few_samples_are_told(export, tmp_path, monkeypatch, capsys):
-    rng = np.random.default_rng(0)
-    rows = ((rng.standard_normal((1, 2, *LATENTS.shape)), i % 10) for i in range(300))
-    write_dataset(tmp_path / "data", "x", LATENTS, rows)
+    moments = np.random.default_rng(0).standard_normal((300, 1, 2, *LATENTS.shape))
+    write_dataset(tmp_path / "data", ArraySamples("x", LATENTS, moments, np.arange(300) % 10))
     args = ("mfengine.evaluate", export, "--data=data", "--steps=1", "--out=metrics.json")
     code, _, errors = run_in_process(*args, "--num=256", cwd=tmp_path, monkeypatch=monkeypatch, capsys=capsys)
     assert code == 0, errors
@@ -365,8 +365,9 @@ def test_wrong_input(trained, digits, tmp_path, monkeypatch, capsys, args, messa
     if "--device=cuda" in args and torch.cuda.is_available():
         pytest.skip("there is a GPU")
     references(tmp_path)
-    rows = ((np.zeros((1, 2, *LATENTS.shape)), i) for i in range(10))
-    write_dataset(tmp_path / "latents", "x", LATENTS, rows)
+    zeros = ArraySamples("x", LATENTS, np.zeros((10, 1, 2, *LATENTS.shape)), np.arange(10))
+    write_dataset(tmp_path / "latents", zeros)
+    capsys.readouterr()  # its progress
     before = sorted(tmp_path.rglob("*"))
     args = [part.replace("DATA", str(digits)).replace("LATENTS", "latents") for part in args]
     code, _, errors = run_in_process(
@@ -454,8 +455,8 @@ def test_samples_that_are_not_finite(export, digits, tmp_path, monkeypatch, caps
         metadata = file.metadata()
     weights["final_layer.linear.bias"].fill_(torch.inf)
     save_file(weights, tmp_path / "broken.safetensors", metadata=metadata)
-    rows = ((np.zeros((1, 2, *LATENTS.shape)), i) for i in range(10))
-    write_dataset(tmp_path / "data", "x", LATENTS, rows)
+    zeros = ArraySamples("x", LATENTS, np.zeros((10, 1, 2, *LATENTS.shape)), np.arange(10))
+    write_dataset(tmp_path / "data", zeros)
     code, _, errors = run_in_process(
         "mfengine.evaluate", "broken.safetensors", "--data=data", "--out=x.json",
         cwd=tmp_path, monkeypatch=monkeypatch, capsys=capsys,
