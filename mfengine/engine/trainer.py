@@ -135,7 +135,7 @@ class Trainer:
                     self._save()
                 if self.config.sample_every and self.step % self.config.sample_every == 0:
                     self._draw_samples()
-                if self.data is not None and self.step % self.config.evaluate_every == 0:
+                if self.data is not None and self.step % self.config.evaluate_every == 0 and not signum:
                     self._measure_samples(self.data)
                 if signum and self.step < self.total_steps:
                     break
