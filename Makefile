@@ -6,10 +6,11 @@ BIN := .venv/bin
 
 install: .venv/installed
 
-.venv/installed: setup.py pyproject.toml constraints.txt
+.venv/installed: setup.py pyproject.toml constraints.txt CMakeLists.txt $(wildcard kernels/cuda/*)
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt setuptools torch
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt setuptools cmake torch
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-build-isolation --editable ".[test]"
+	$(BIN)/python -m mfengine.info | grep CUDA
 	touch $@
 
 # Trains a one-step generator of digits on real data, draws samples and measures them. Run again, it goes on from where it was.

@@ -22,18 +22,18 @@ from torch import Tensor, nn
 
 from benchmarks.baselines.port import Port, PortDiT, jvp_flash_attention, modulate, plain_attention, sdpa
 from benchmarks.measure import Row, summarise
-from benchmarks.workload import IMPLEMENTATIONS, OBJECTIVES, make_model, small, training_step
+from benchmarks.workload import IMPLEMENTATIONS, OBJECTIVES, Call, make_model, small, torch_pair, training_step
 from mfengine import ModelConfig, ops, sample
-from mfengine.engine.config import PRESETS, OptimConfig
+from mfengine.engine.config import PRESETS
 from mfengine.engine.data import Dataset, LatentSpace, Loader
 from mfengine.engine.distributed import World
 from mfengine.engine.flops import forward_flops, step_flops
-from mfengine.engine.optim import EMA, adamw
 from mfengine.engine.shards import ArraySamples, write_dataset
+from mfengine.kernels import multi_tensor
 from mfengine.ops import Dual
+from mfengine.optim import AdamWEMA
 
 OURS = "mfengine"
-Call = Callable[[], Any]
 Array = tuple[tuple[int, ...], torch.dtype]
 
 
@@ -282,44 +282,61 @@ def usable(implementation: str, machine: Machine) -> bool:
 # The rest of training and sampling.
 
 
+@dataclass(frozen=True)
+class Update:
+    """What a step of the optimizer does beside AdamW and one EMA."""
+
+    label: str
+    clip_norm: float | None = None
+    copy: bool = False  # the parameters in bfloat16
+    checked: bool = True  # left out where a gradient is not finite, which the pair never does
+
+    @property
+    def bytes(self) -> int:
+        """Per parameter, that ours moves: the gradient for its norm, then one pass over everything."""
+        one = torch.empty(1, device="meta")
+        row = multi_tensor.Row(one, one, one, one, one, [one], one.bfloat16() if self.copy else None, 0)
+        read = one.element_size() if self.checked or self.clip_norm is not None else 0
+        return read + multi_tensor.bytes_moved(row)
+
+
+UPDATES = (
+    Update(""),
+    Update(", unchecked", checked=False),
+    Update(", clipped", clip_norm=1.0),
+    Update(", bf16 copy", copy=True),
+)
+
+
 def optimizer(machine: Machine) -> Iterator[Case]:
-    """AdamW and one EMA, over float32 parameters: ours, and stock AdamW with an EMA written as a loop."""
+    """A step of AdamW with one EMA over float32 parameters, and PyTorch's pair of fused AdamW and foreach EMA."""
     shapes = [p.shape for p in make_model(machine.state(), torch.device("meta")).parameters()]
-
-    def parameters() -> nn.ParameterDict:
-        model = nn.ParameterDict({str(i): torch.zeros(s, device=machine.device) for i, s in enumerate(shapes)})
-        for p in model.parameters():
-            p.grad = torch.ones_like(p)
-        return model
-
-    def ours() -> Call:
-        model = parameters()
-        optimizer, ema = adamw(model, OptimConfig()), EMA(model, (0.9999,))
-
-        def call() -> None:
-            optimizer.step()
-            ema.update()
-
-        return call
-
-    def loop() -> Call:
-        model = parameters()
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0)
-        averages = [p.detach().clone() for p in model.parameters()]
-
-        @torch.no_grad()
-        def call() -> None:
-            optimizer.step()
-            for average, p in zip(averages, model.parameters(), strict=True):
-                average.lerp_(p, 1e-4)
-
-        return call
-
     count = sum(s.numel() for s in shapes)
-    # Parameter, gradient, two moments and the average are read; all but the gradient are written.
-    yield Case(
-        "optimizer", f"{count / 1e6:.1f} M parameters", {OURS: ours, "AdamW, EMA loop": loop}, 0, bytes=36 * count
-    )
+
+    def parameters(update: Update) -> tuple[list[Tensor], list[Tensor] | None]:
+        model: list[Tensor] = [nn.Parameter(torch.zeros(s, device=machine.device)) for s in shapes]
+        for p in model:
+            p.grad = torch.ones_like(p)
+        return model, [torch.empty_like(p, dtype=torch.bfloat16) for p in model] if update.copy else None
+
+    def ours(update: Update, backend: Any) -> Call:
+        model, copies = parameters(update)
+        return AdamWEMA(
+            model, clip_norm=update.clip_norm, skip_nonfinite=update.checked, copies=copies, backend=backend
+        ).step
+
+    def pair(update: Update) -> Call:
+        model, copies = parameters(update)
+        return torch_pair(model, update.clip_norm, copies)
+
+    for update in UPDATES:
+        implementations = {OURS: partial(ours, update, "auto"), "fused AdamW, foreach EMA": partial(pair, update)}
+        if machine.gpu:
+            implementations["mfengine, torch"] = partial(ours, update, "torch")
+        if find_spec("amp_C"):
+            implementations["mfengine, apex"] = partial(ours, update, "apex")
+        name = f"{count / 1e6:.1f} M parameters{update.label}"
+        yield Case("optimizer", name, implementations, 0, bytes=update.bytes * count)
 
 
 def data(machine: Machine) -> Iterator[Case]:

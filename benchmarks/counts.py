@@ -16,8 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
-from benchmarks.cases import OURS
-from benchmarks.workload import training_step
+from benchmarks.cases import OURS, Update
+from benchmarks.workload import torch_pair, training_step
 from mfengine.engine.flops import forward_flops
 from mfengine.method import MeanFlowConfig
 from mfengine.model import ModelConfig
@@ -91,6 +91,44 @@ class Saved(saved_tensors_hooks):
     @property
     def bytes(self) -> int:
         return sum(x.untyped_storage().nbytes() for x in self._kept.values())
+
+
+class Traffic(TorchDispatchMode):
+    """Counts the bytes that operators read and write, each tensor once per operator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if launches(func):
+            for argument, value in zip(func._schema.arguments, args, strict=False):
+                written = argument.alias_info is not None and argument.alias_info.is_write
+                unread = written and func._schema.name == "aten::_foreach_copy_"
+                # Fused AdamW may write gradients, but does so only where it scales them.
+                left = argument.name == "grads" and (kwargs or {}).get("grad_scale") is None
+                self.bytes += (2 if written and not unread and not left else 1) * _bytes(value)
+            if any(r.alias_info is None for r in func._schema.returns):
+                self.bytes += _bytes(result)
+        return result
+
+
+def _bytes(tree: Any) -> int:
+    return sum(x.numel() * x.element_size() for x in tree_leaves(tree) if isinstance(x, Tensor))
+
+
+def count_optimizer(implementation: str, update: Update) -> dict[str, float]:
+    """Bytes per parameter that a step of the optimizer moves: ours by the CUDA library, or else PyTorch's pair."""
+    if implementation == OURS:
+        return {"bytes_per_parameter": update.bytes}
+    p = torch.nn.Parameter(torch.zeros(2**20, device=META))
+    p.grad = torch.zeros_like(p)
+    copies = [torch.empty_like(p, dtype=torch.bfloat16)] if update.copy else None
+    step = torch_pair([p], update.clip_norm, copies)
+    with Traffic() as traffic:
+        step()
+    return {"bytes_per_parameter": round(traffic.bytes / p.numel(), 2)}
 
 
 def count(model: ModelConfig, objective: MeanFlowConfig, implementation: str, batch: int = 256) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from mfengine import ops
 from mfengine.engine.config import PRESETS
 from mfengine.engine.distributed import World
 from mfengine.ops import Dual
+from mfengine.optim import AdamWEMA
 
 MINUTES = 8  # for all of it: no timing begins later
 COMPILE_SECONDS = 120  # of a peer's step of XL/2, at a guess
@@ -118,6 +119,49 @@ def check_ops(device: torch.device, rehearse: bool) -> list[dict[str, Any]]:
     return results
 
 
+def check_optimizer(device: torch.device) -> list[dict[str, Any]]:
+    """Each backend of AdamWEMA against torch.optim.AdamW on the host and averages in float64, over 200 steps.
+
+    On any alignment, and again from the same start, which must give the same bits; then a gradient that is not finite
+    must change none.
+    """
+    rows = []
+    sizes, decays = (1, 3, 16383, 16385, 1_000_003), (0.9, 0.9999)
+    for backend in ("auto", "torch"):
+        runs = []
+        for _ in range(2):
+            generator = torch.Generator().manual_seed(0)
+            # Views into one buffer: all but the first begin where 16 bytes do not.
+            flat = torch.randn(sum(sizes), generator=generator).to(device)
+            parameters: list[torch.Tensor] = [torch.nn.Parameter(part) for part in flat.split(sizes)]
+            host = [torch.nn.Parameter(p.detach().cpu().clone()) for p in parameters]
+            exact = {d: [p.detach().double() for p in host] for d in decays}
+            settings: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.95), "weight_decay": 0.1}
+            ours = AdamWEMA(parameters, ema_decays=decays, clip_norm=1.0, backend=backend, **settings)
+            theirs = torch.optim.AdamW(host, **settings)
+            for _ in range(200):
+                for p, q in zip(parameters, host, strict=True):
+                    q.grad = torch.randn(q.shape, generator=generator)
+                    p.grad = q.grad.to(device)
+                torch.nn.utils.clip_grad_norm_(host, 1.0)
+                ours.step()
+                theirs.step()
+                for d in decays:
+                    for average, q in zip(exact[d], host, strict=True):
+                        average.lerp_(q.detach().double(), 1 - d)
+            runs.append([*parameters, *(ours.average(p, d) for d in decays for p in parameters)])
+        expected = [q.detach().double() for q in host] + [average for d in decays for average in exact[d]]
+        error = max(float((x.detach().cpu() - e).norm() / e.norm()) for x, e in zip(runs[0], expected, strict=True))
+        same = all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+        before = [x.detach().clone() for x in runs[1]]
+        parameters[-1].grad[-1] = torch.nan
+        ours.step()
+        kept = all(torch.equal(x, b) for x, b in zip(runs[1], before, strict=True)) and bool(ours.skipped)
+        error = error if same and kept else float("nan")
+        rows.append({"check": f"AdamWEMA {ours.backend}", "error": error, "bound": 1e-6, "repeats": same})
+    return rows
+
+
 def check_synchronisation(device: torch.device) -> list[dict[str, Any]]:
     """A step must not make the host wait for the device."""
     step = training_step(small(PRESETS["b2"][1].model), OBJECTIVES["guided"], 16, device, torch.bfloat16)
@@ -194,7 +238,12 @@ def main() -> int:
             if out := os.environ.get("OUT"):
                 Path(out, "gpu.json").write_text(json.dumps(report, indent=1) + "\n")
 
-        report["checks"] = [*check_golden(device), *check_ops(device, args.rehearse), *check_synchronisation(device)]
+        report["checks"] = [
+            *check_golden(device),
+            *check_ops(device, args.rehearse),
+            *check_optimizer(device),
+            *check_synchronisation(device),
+        ]
         failed = [row for row in report["checks"] if not row["error"] <= row["bound"]]
         for row in report["checks"]:
             verdict = "FAILED" if row in failed else "ok"

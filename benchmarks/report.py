@@ -96,6 +96,7 @@ def _counts(counts: dict[str, dict[str, Any]]) -> str:
         "launches": ("launches", "{:,}", 1),
         "host waits": ("host_waits", "{}", 1),
         "saved MB per layer and sample": ("saved_bytes", "{:.2f}", 1e-6),
+        "bytes per parameter": ("bytes_per_parameter", "{:g}", 1),
     }
     lines = [
         [name, *(text.format(row[key] * unit) if key in row else "" for key, text, unit in columns.values())]

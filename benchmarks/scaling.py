@@ -36,7 +36,7 @@ from mfengine import DiT, MeanFlow
 from mfengine.cli import parse, run
 from mfengine.engine.config import PRESETS, TrainConfig, to_json
 from mfengine.engine.distributed import World, prepare_model, reduce_gradients
-from mfengine.engine.optim import EMA, adamw
+from mfengine.engine.optim import adamw_ema
 from mfengine.errors import InputError
 from mfengine.ops import use_backend
 
@@ -220,7 +220,7 @@ def count_step(
     # Before FSDP's own hook, which gathers.
     model.register_forward_pre_hook(enter_pass, prepend=True)
     with tensors:
-        optimizer, ema = adamw(model, config.optim), EMA(model, config.optim.ema_decays)
+        optimizer = adamw_ema(model, config.optim)
         latents, noise = torch.zeros(shape), torch.zeros(shape)
         with recorder:
             loss, _ = method.loss(model, latents, labels, draws._replace(noise=noise))
@@ -229,11 +229,10 @@ def count_step(
             loss.backward()
             recorder.phase = "optimizer"
             optimizer.step()
-            ema.update()
             optimizer.zero_grad()
     with recorder:
         recorder.phase = "host"
-        here.gather([0.0, 0.0, 0.0])  # as the trainer does: loss, v_loss, signal
+        here.gather([0.0, 0.0, 0.0, 0.0])  # as the trainer does: loss, v_loss, skipped, signal
     shards = here.size // arrangement["replicas"]
     return Step(here.size, strategy, shards, sum(p.numel() for p in model.parameters()), dict(recorder.phases))
 
@@ -330,7 +329,7 @@ def model_point(config: TrainConfig, flops: dict[str, float], step: Step, batch:
     compute = {name: n * batch / (hw.matrix_tflops * 1e12 * hw.matrix_share) for name, n in flops.items()}
     # AdamW reads parameter, gradient and two moments and writes three of them; an average is read with the
     # parameter and written: 28 and 12 bytes in float32.
-    traffic = (28 + 12 * len(config.optim.ema_decays)) * step.parameters / step.shards
+    traffic = (32 + 8 * len(config.optim.ema_decays)) * step.parameters / step.shards
     seconds = busy = max(traffic / (hw.memory_gb_per_s * 1e9 * hw.bandwidth_share), launch["optimizer"])
     for name in ("guidance", "forward", "backward"):
         alone = max(compute[name], launch[name])

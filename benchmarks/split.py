@@ -25,7 +25,7 @@ from mfengine import MeanFlow, MeanFlowConfig, ModelConfig
 from mfengine.engine.config import PRESETS, OptimConfig
 from mfengine.engine.data import LatentSpace, Loader
 from mfengine.engine.distributed import World, prepare_model, world
-from mfengine.engine.optim import EMA, adamw
+from mfengine.engine.optim import adamw_ema
 from mfengine.engine.shards import ArraySamples, write_dataset
 from mfengine.method.objective import to_device
 
@@ -68,7 +68,7 @@ def split(
     """
     device = world.device
     model = prepare_model(make_model(config, torch.device("cpu"), dtype), world)
-    optimizer, ema = adamw(model, OptimConfig()), EMA(model, (0.9999,))
+    optimizer = adamw_ema(model, OptimConfig())
     method, labelled = MeanFlow(objective), Labelled(model)
     generator = torch.Generator().manual_seed(0)
 
@@ -81,7 +81,6 @@ def split(
             loss.backward()
         with record_function("optimizer"):
             optimizer.step()
-            ema.update()
             optimizer.zero_grad()
 
     def primal() -> None:

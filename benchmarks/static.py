@@ -1,8 +1,9 @@
 """`python -m benchmarks.static`: what the compiler makes of every kernel, without a GPU.
 
-Each kernel is compiled ahead of time at its shipped configurations for sm_80, sm_90 and sm_100. The table shows
-registers, stack (a spill, or local arrays: there must be none), shared memory, and tensor-core instructions (every
-kernel with a dot product must have some). Exit code 1 if one fails; `--json FILE` writes the rows.
+Each Triton kernel is compiled ahead of time at its shipped configurations for sm_80, sm_90 and sm_100; the CUDA library
+is looked at as it was built. The table shows registers, stack (a spill, or local arrays: there must be none), shared
+memory, tensor-core instructions (every kernel with a dot product must have some) and, of the library, loads and stores
+of 128 bits (what goes over all parameters must have some). Exit code 1 if one fails; `--json FILE` writes the rows.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +27,10 @@ from triton.compiler import ASTSource
 
 from mfengine.kernels import adaln, attention, gelu
 from mfengine.kernels.launch import Config
+from mfengine.kernels.multi_tensor import LIBRARY
 
 ARCHITECTURES = (80, 90, 100)
+WIDE = {"wide_loads": re.compile(r"\bLDG\.[\w.]*128\b"), "wide_stores": re.compile(r"\bSTG\.[\w.]*128\b")}
 TENSOR_CORES = re.compile(r"\b(?:HMMA|HGMMA|UTC\w*MMA)\b")
 HEAD_DIMS = (64, 72, 96, 128)  # B/2 and L/2; XL/2; the widest of each configuration
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -113,16 +117,17 @@ def compile_kernel(kernel: Any, config: Config, constants: dict[str, Any], point
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=config.options)
 
 
+def disassemble(option: str, file: Path) -> str:
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    return subprocess.run([tool, option, file], capture_output=True, text=True, check=True).stdout
+
+
 def inspect(compiled: Any) -> dict[str, int]:
     """Registers, stack and shared memory in bytes, and tensor-core instructions of a compiled kernel."""
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        usage, sass = (
-            subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
-            for option in ("-res-usage", "-sass")
-        )
+        usage, sass = (disassemble(option, Path(file.name)) for option in ("-res-usage", "-sass"))
     registers, stack = re.findall(r"REG:(\d+) STACK:(\d+)", usage)[0]
     return {
         "registers": int(registers),
@@ -130,6 +135,27 @@ def inspect(compiled: Any) -> dict[str, int]:
         "shared": compiled.metadata.shared,
         "tensor_core": len(TENSOR_CORES.findall(sass)),
     }
+
+
+def library_rows(library: Path, only: str = "") -> Iterator[dict[str, Any]]:
+    """One row for each kernel and architecture of the built CUDA library."""
+    usage, sass = ({}, {})  # type: dict[tuple[str, str], str], dict[tuple[str, str], str]
+    for option, found in (("-res-usage", usage), ("-sass", sass)):
+        arch = ""
+        for part in re.split(r"^(?=arch = |\s*Function\b)", disassemble(option, library), flags=re.MULTILINE):
+            if part.startswith("arch = "):
+                arch = part.split()[2]
+            elif name := re.search(r"(adamw_ema|sum_of_\w+?)_kernel(I[ft]E)?", part.split("\n")[0]):
+                label = f"optim.{name[1]}{ {'IfE': ' fp32', 'ItE': ' bf16', None: ''}[name[2]] }"
+                found[label, arch] = part
+    for (label, arch), resources in usage.items():
+        if only not in label:
+            continue
+        registers, stack, shared = map(int, re.findall(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)", resources)[0])
+        wide = {name: len(pattern.findall(sass[label, arch])) for name, pattern in WIDE.items()}
+        needed = {"wide_loads": " " in label, "wide_stores": "adamw" in label}  # one is over a few partial sums only
+        row = {"kernel": label, "arch": arch, "registers": registers, "stack": stack, "shared": shared, **wide}
+        yield row | {"ok": stack == 0 and all(wide[name] for name, need in needed.items() if need)}
 
 
 def rows(only: str = "") -> Iterator[dict[str, Any]]:
@@ -153,15 +179,16 @@ def main() -> int:
         print("error: TRITON_INTERPRET is set: nothing would be compiled", file=sys.stderr)
         return 2
     print(f"Triton {triton.__version__}")
-    print(f"{'kernel':30} {'arch':7} {'registers':>9} {'stack':>6} {'shared':>7} {'tensor core':>11}")
+    columns = ("registers", "stack", "shared", "tensor_core", "wide_loads", "wide_stores")
+    print(f"{'kernel':30} {'arch':7}" + "".join(f"{column.replace('_', ' '):>12}" for column in columns))
+    built = library_rows(LIBRARY, args.only) if LIBRARY.is_file() else iter(())
     found = []
-    for row in rows(args.only):
+    for row in chain(rows(args.only), built):
         found.append(row)
-        print(
-            f"{row['kernel']:30} {row['arch']:7} {row['registers']:9} {row['stack']:6} {row['shared']:7} "
-            f"{row['tensor_core']:11}{'' if row['ok'] else '  FAILED'}",
-            flush=True,
-        )
+        figures = "".join(f"{row.get(column, ''):12}" for column in columns)
+        print(f"{row['kernel']:30} {row['arch']:7}{figures}{'' if row['ok'] else '  FAILED'}", flush=True)
+    if not LIBRARY.is_file():
+        print("the CUDA library was not built, its kernels are not covered")
     if args.json:
         args.json.write_text(json.dumps({"triton": triton.__version__, "kernels": found}, indent=1) + "\n")
     failed = sum(not row["ok"] for row in found)

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from benchmarks.counts import count
+from benchmarks.cases import UPDATES
+from benchmarks.counts import count, count_optimizer
 from benchmarks.split import guided_split
 from benchmarks.workload import OBJECTIVES
 from mfengine.engine.config import PRESETS
@@ -18,6 +19,13 @@ def test_counts(preset, objective, name, session):
     session.counts[f"{preset}, {objective}, {name}"] = counts
     assert counts["forwards"] >= 3 - 1e-3
     assert counts.get("host_waits", 0) == 0
+
+
+@pytest.mark.parametrize("name", ["mfengine", "pair"])
+@pytest.mark.parametrize("update", UPDATES)
+def test_optimizer(update, name, session):
+    counts = session.counts[f"optimizer{update.label}, {name}"] = count_optimizer(name, update)
+    assert counts["bytes_per_parameter"] >= 36
 
 
 @pytest.mark.parametrize("preset", ["b2", "xl2"])

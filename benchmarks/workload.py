@@ -16,7 +16,7 @@ from torch import Tensor
 from benchmarks.baselines.port import Port, PortDiT, jvp_flash_attention, sdpa
 from mfengine import DiT, Draws, MeanFlow, MeanFlowConfig, ModelConfig
 from mfengine.engine.config import PRESETS, OptimConfig
-from mfengine.engine.optim import EMA, adamw
+from mfengine.engine.optim import adamw_ema
 
 OBJECTIVES: dict[str, MeanFlowConfig] = {
     "flow matching": MeanFlowConfig(interval_share=0.0),
@@ -25,12 +25,13 @@ OBJECTIVES: dict[str, MeanFlowConfig] = {
 }
 
 
+Call = Callable[[], Any]
 Update = Callable[[Tensor, Tensor, Draws], None]  # latents (B, C, H, W), labels (B,), draws: one optimizer step
 
 
 def engine_update(model: DiT, objective: MeanFlowConfig) -> Update:
     """mfengine's step."""
-    optimizer, ema = adamw(model, OptimConfig()), EMA(model, (0.9999,))
+    optimizer = adamw_ema(model, OptimConfig())
     method = MeanFlow(objective)
 
     def update(latents: Tensor, labels: Tensor, draws: Draws) -> None:
@@ -38,25 +39,46 @@ def engine_update(model: DiT, objective: MeanFlowConfig) -> Update:
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        ema.update()
 
     return update
 
 
+def torch_pair(parameters: list[Tensor], clip_norm: float | None = None, copies: list[Tensor] | None = None) -> Call:
+    """PyTorch's fused AdamW, then one EMA by foreach: the fastest that PyTorch has. A function that does one step."""
+    config = OptimConfig()
+    optimizer = torch.optim.AdamW(
+        parameters, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True
+    )
+    for p in parameters:  # made here, because AdamW makes none on meta tensors
+        moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+        optimizer.state[p] = {"step": torch.zeros((), device=p.device), **moments}
+    averages = [p.detach().clone() for p in parameters]
+
+    @torch.no_grad()
+    def call() -> None:
+        if clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(parameters, clip_norm)
+        optimizer.step()
+        torch._foreach_lerp_(averages, parameters, 1 - config.ema_decays[0])
+        if copies is not None:
+            torch._foreach_copy_(copies, parameters)
+
+    return call
+
+
 def port_update(model: DiT, objective: MeanFlowConfig, **options: Any) -> Update:
-    """A port's step, with `Port`'s options; its optimizer and EMA are the fastest that PyTorch has, as ours are."""
+    """A port's step, with `Port`'s options; its optimizer and EMA are the fastest that PyTorch has."""
     port = Port(objective, model.compute_dtype, **options)
     device = model.pos_embed.device
     with device:
         network = PortDiT(model.config).to(device)
     network.load_state_dict(model.state_dict())
-    optimizer, ema = adamw(network, OptimConfig()), EMA(network, (0.9999,))
+    optimizer_step = torch_pair(list(network.parameters()))
 
     def update(latents: Tensor, labels: Tensor, draws: Draws) -> None:
         port.loss(network, latents, labels, draws).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        ema.update()
+        optimizer_step()
+        network.zero_grad()
 
     return update
 

@@ -10,6 +10,7 @@ from importlib.util import find_spec
 import torch
 
 import mfengine
+from mfengine.kernels import multi_tensor
 from mfengine.ops.backend import fused
 
 OPTIONAL = {
@@ -22,7 +23,7 @@ OPTIONAL = {
         "flash-attn",
         "nothing here needs it: it has no JVP, and mfengine.ops.attention has kernels of its own",
     ),
-    "apex": ("apex", "nothing here needs it: AdamW is PyTorch's own fused one"),
+    "amp_C": ("apex", 'another AdamW for mfengine.optim.AdamWEMA(backend="apex"); from NVIDIA\'s repository'),
     "jvp_flash_attention": ("jvp_flash_attention", "only a peer in the benchmarks; pip install jvp_flash_attention"),
 }
 
@@ -36,6 +37,7 @@ def rows() -> list[tuple[str, str]]:
         ("torch", torch.__version__),
         ("device", _device(device)),
         ("ops", _ops(device)),
+        ("CUDA library", _library()),
         ("Triton", _package("triton", "the fused kernels are written in it; pip install triton")),
         *((name, _package(module, purpose)) for module, (name, purpose) in OPTIONAL.items()),
     ]
@@ -53,6 +55,15 @@ def _ops(device: torch.device) -> str:
     if fused(torch.empty(0, device=device)):
         return "triton: fused kernels"
     return "torch: plain PyTorch, as " + ("Triton is missing" if device.type == "cuda" else "tensors are on the CPU")
+
+
+def _library() -> str:
+    """Whether the optimizer has its CUDA kernels."""
+    try:
+        multi_tensor.library()
+    except OSError as error:
+        return f"{error}; mfengine.optim.AdamWEMA runs PyTorch's kernels"
+    return "mfengine.optim.AdamWEMA in one pass over memory"
 
 
 def _package(module: str, purpose: str) -> str:

@@ -2,8 +2,10 @@
 
 import os
 import runpy
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +16,9 @@ if not torch.cuda.is_available():
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from mfengine.engine.checkpoint import newest_checkpoint
+from mfengine.kernels.multi_tensor import Library
+
+ROOT = Path(__file__).parent.parent
 
 torch.set_num_threads(1)  # tests run in several processes
 
@@ -48,6 +53,20 @@ def digits(tmp_path_factory):
     done = run_command("mfengine.prepare", "digits", folder, cwd=folder.parent)
     assert done.returncode == 0, done.stderr
     return folder
+
+
+@pytest.fixture(scope="session")
+def host_library(tmp_path_factory):
+    """The CUDA library's interface and arithmetic, compiled by the C++ compiler for tensors on the CPU."""
+    cmake = shutil.which("cmake", path=os.pathsep.join([os.environ["PATH"], str(Path(sys.executable).parent)]))
+    if cmake is None or not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        pytest.skip("needs cmake and a C++ compiler")
+    folder = tmp_path_factory.mktemp("host_library")
+    configure = [cmake, "-S", str(ROOT), "-B", str(folder), "-DMFENGINE_CUDA=OFF"]
+    for command in (configure, [cmake, "--build", str(folder)]):
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+    return Library(folder / "libmfengine_host.so")
 
 
 SMALL = (

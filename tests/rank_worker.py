@@ -15,7 +15,9 @@ from torch.torch_version import TorchVersion
 
 from mfengine import DiT, Draws, MeanFlow, MeanFlowConfig, ModelConfig
 from mfengine.engine.checkpoint import Checkpointer, load_state, newest_checkpoint
-from mfengine.engine.distributed import local, prepare_model, world
+from mfengine.engine.distributed import prepare_model, world
+from mfengine.kernels import multi_tensor
+from mfengine.optim import AdamWEMA, local
 
 CONFIG = ModelConfig(4, 2, 2, hidden_size=16, depth=2, num_heads=2, num_classes=3)
 
@@ -148,12 +150,50 @@ def asynchronous_checkpoint(here):
         assert torch.equal(local(p), saved[3][name])
 
 
+def optimizer(here):
+    """Both backends on shards, with clipping, do what one process does; a bad gradient on one rank stops all."""
+    library = multi_tensor.Library(Path(sys.argv[2]))
+    multi_tensor.library = lambda: library
+    for backend in ("cuda", "torch"):
+        whole, model = make_model(), prepare_model(make_model(), here)
+        optimizers = [
+            AdamWEMA(side.parameters(), lr=1e-2, eps=1e-4, ema_decays=(0.9,), clip_norm=0.1, backend=backend)
+            for side in (whole, model)
+        ]
+        for _ in range(3):
+            for side in (whole, model):
+                side.zero_grad()
+            for rank in range(here.size):
+                (METHOD.loss(whole, *batch(rank))[0] / here.size).backward()
+            METHOD.loss(model, *batch(here.rank))[0].backward()
+            for each in optimizers:
+                each.step()
+        assert abs(optimizers[1].grad_norm / optimizers[0].grad_norm - 1) < 1e-5
+        assert optimizers[1].grad_norm > 0.1
+        for (name, p), expected in zip(model.named_parameters(), whole.parameters(), strict=True):
+            for actual, right in (
+                (p, expected),
+                (optimizers[1].average(p, 0.9), optimizers[0].average(expected, 0.9)),
+            ):
+                error = (actual.full_tensor() - right).norm() / right.norm()
+                assert error <= 1e-5, (backend, name, error)
+
+        before = [local(p).clone() for p in model.parameters()]
+        first = local(next(iter(model.parameters())).grad)
+        if here.rank == 1:
+            first.view(-1)[0] = torch.nan
+        optimizers[1].step()
+        assert optimizers[1].skipped == 1
+        assert all(torch.equal(local(p), old) for p, old in zip(model.parameters(), before, strict=True))
+
+
 if __name__ == "__main__":
     with world("cpu") as here:
         {
             "zero_guided_rows": zero_guided_rows,
             "strangers_network": strangers_network,
             "bfloat16": bfloat16,
+            "optimizer": optimizer,
             "asynchronous_checkpoint": asynchronous_checkpoint,
         }[sys.argv[1]](here)
         print("passed")

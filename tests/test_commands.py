@@ -11,9 +11,10 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, run_command, run_in_process
+from conftest import SMALL, checkpoint_contents, run_command, run_in_process
 from PIL import Image
 
+from mfengine.engine import trainer
 from mfengine.engine.checkpoint import load_model, newest_checkpoint
 from mfengine.engine.data import LatentSpace
 from mfengine.engine.shards import ArraySamples, order, write_dataset
@@ -208,6 +209,37 @@ def test_loss_that_is_not_finite_stops_the_run(tmp_path):
     assert "skipped, 1 of 3" in done.stderr
 
 
+def test_gradient_that_is_not_finite_skips_the_step(digits, tmp_path, monkeypatch, capsys):
+    """The loss of the third and of the last step is finite, its gradient is not."""
+
+    class Bad(trainer.MeanFlow):
+        calls = 0
+
+        def loss(self, model, *args):
+            loss, metrics = super().loss(model, *args)
+            self.calls += 1
+            if self.calls in (3, 6):
+                weight = next(iter(model.parameters())).sum()
+                loss = loss + 0 * (weight - weight.detach()).sqrt()
+            return loss, metrics
+
+    monkeypatch.setattr(trainer, "MeanFlow", Bad)
+    args = ("mfengine.train", *SMALL, f"--data={digits}", "--steps=6")
+    code, _, err = run_in_process(*args, "--max-skipped-steps=2", cwd=tmp_path, monkeypatch=monkeypatch, capsys=capsys)
+    assert code == 0, err
+    assert "a gradient is not finite at step 3: skipped, 1 of 2" in err
+    assert "a gradient is not finite at step 6: skipped, 2 of 2" in err
+    contents = checkpoint_contents(tmp_path / "runs/digits")
+    assert {float(value) for name, value in contents.items() if name.endswith("/step")} == {4.0}
+    assert all(value.isfinite().all() for name, value in contents.items() if name.startswith(("/model", "/ema")))
+    code, _, err = run_in_process(
+        *args, "--name=strict", "--checkpoint-every=1", cwd=tmp_path, monkeypatch=monkeypatch, capsys=capsys
+    )
+    assert code == 1
+    assert "error: a gradient is not finite at step 3, after 0 skipped step(s); last whole checkpoint: " in err
+    assert err.strip().endswith("step-00000002")
+
+
 def test_weights_that_are_not_finite_are_not_saved(digits, tmp_path):
     args = ("mfengine.train", *SMALL, f"--data={digits}", "--optim.lr=1e38", "--checkpoint-every=1", "--steps=50")
     done = run_command(*args, "--max-skipped-steps=50", cwd=tmp_path)
@@ -232,6 +264,7 @@ def test_weights_that_are_not_finite_are_not_saved(digits, tmp_path):
         (["mfengine.train", "--data=nowhere"], "dataset.json does not exist: see docs/data.md"),
         (["mfengine.train", "xl2", "digits"], "unexpected argument digits"),
         (["mfengine.train", "--optim.betas", "2", "3"], "betas must be in [0, 1)"),
+        (["mfengine.train", "--data=DATA", "--device=cpu", "--optim.backend=cuda"], "optim.backend cuda: "),
         (["mfengine.train", "--epochs", "nan"], "epochs must be positive"),
         (["mfengine.train", "--name", ""], "name must be the name of a folder"),
         (["mfengine.train", "--data=DATA", "--init=list.pt"], "no DiT in this checkpoint: it is a list"),

@@ -46,8 +46,14 @@ def single(digits, tmp_path_factory):
     return cwd
 
 
-def test_two_processes_reach_the_weights_of_one(single, digits):
+@pytest.fixture(scope="module")
+def sharded(single, digits):
+    """The same by two processes, in one pass each, beside it."""
     train(digits, single, "sharded", *STEPS, *GUIDED, ranks=2)
+    return single
+
+
+def test_two_processes_reach_the_weights_of_one(single, sharded):
     assert_near(weights(single, "sharded"), weights(single, "single"))
     lines = [(single / "runs" / name / "metrics.jsonl").read_text().splitlines()[-1] for name in ("single", "sharded")]
     one, two = map(json.loads, lines)
@@ -59,7 +65,7 @@ def test_hsdp_resharding_and_recomputing_reach_them_too(single, digits):
     assert_near(weights(single, "layouts"), weights(single, "single"))
 
 
-def test_two_processes_stop_and_resume(single, digits):
+def test_two_processes_stop_and_resume(single, sharded, digits):
     train(digits, single, "stopped", "--steps=7", *GUIDED, ranks=2)
     train(digits, single, "stopped", *STEPS, *GUIDED, "--resume=auto", ranks=2)
     stopped, through = (checkpoint_contents(single / "runs" / name) for name in ("stopped", "sharded"))
@@ -153,9 +159,17 @@ WORKER = Path(__file__).parent / "rank_worker.py"
 
 @pytest.mark.parametrize("check", ["zero_guided_rows", "strangers_network", "asynchronous_checkpoint", "bfloat16"])
 def test_on_two_ranks(check, tmp_path):
+    on_two_ranks(check, cwd=tmp_path)
+
+
+def test_optimizer_on_two_ranks(host_library, tmp_path):
+    on_two_ranks("optimizer", str(host_library.path), cwd=tmp_path)
+
+
+def on_two_ranks(*args, cwd):
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", str(WORKER), check],
-        cwd=tmp_path,
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", str(WORKER), *args],
+        cwd=cwd,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(WORKER.parent.parent)},  # for benchmarks
         capture_output=True,
         text=True,

@@ -8,7 +8,7 @@ from golden_cases import NAMES, GoldenCase, relative_error
 
 from mfengine import sample
 from mfengine.engine.config import OptimConfig
-from mfengine.engine.optim import EMA, adamw
+from mfengine.engine.optim import adamw_ema, averages
 
 TOLERANCE = 1e-5
 
@@ -62,18 +62,16 @@ def test_samples(case, steps):
 
 def test_four_training_steps():
     case = GoldenCase("guided_omega_train")
-    optimizer = adamw(case.model, OptimConfig(lr=1e-3))
-    ema = EMA(case.model, (0.99,))
+    optimizer = adamw_ema(case.model, OptimConfig(lr=1e-3, ema_decays=(0.99,)))
     losses = []
     for step in range(4):
         loss, _ = case.method.loss(case.model, *case.batch(f"step{step}"))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        ema.update()
         losses.append(loss.item())
     assert relative_error(losses, case.arrays["train/losses"]) < TOLERANCE
     weights = dict(case.model.named_parameters())
-    for actual, expected in ((weights, "train/params"), (ema.averages[0.99], "train/ema")):
+    for actual, expected in ((weights, "train/params"), (averages(case.model, optimizer, 0.99), "train/ema")):
         for name, value in case.parameters(expected).items():
             assert relative_error(actual[name].detach(), value) < TOLERANCE, (expected, name)

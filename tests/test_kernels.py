@@ -18,6 +18,7 @@ pytest.importorskip("triton", reason="the fused kernels need triton")
 
 from mfengine import DiT, ModelConfig, ops
 from mfengine.kernels import adaln, attention, gelu
+from mfengine.kernels.multi_tensor import LIBRARY
 from mfengine.ops import Dual
 from mfengine.ops.backend import fused
 
@@ -430,6 +431,12 @@ def test_static_gate(only, tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert " 0 failed" in done.stdout
+
+
+@pytest.mark.skipif(not LIBRARY.is_file(), reason="the CUDA library was not built, which takes nvcc")
+def test_static_gate_of_the_cuda_library(tmp_path):
+    """No stack, and 128 bits at a time over everything that has the parameters' size."""
+    test_static_gate("optim.", tmp_path)
 
 
 def test_gate_fails_on_a_spill(monkeypatch, capsys):

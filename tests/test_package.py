@@ -1,11 +1,13 @@
 """The package as it is installed: editable and as a wheel, with kernels inside, light to import."""
 
 import os
+import platform
 import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from zipfile import ZipFile
 
 import pytest
 import torch
@@ -21,10 +23,11 @@ PROBE = (
 
 
 def python(*args, cwd, **env):
+    """Run it, without building the CUDA library unless `env` says so."""
     done = subprocess.run(
         [sys.executable, *map(str, args)],
         cwd=cwd,
-        env={**os.environ, **env},
+        env={**os.environ, "MFENGINE_CUDA": "0", **env},
         capture_output=True,
         text=True,
         check=False,
@@ -37,7 +40,7 @@ def python(*args, cwd, **env):
 def source(tmp_path_factory):
     """A copy of what the repository holds, so that building leaves nothing in it."""
     copy = tmp_path_factory.mktemp("source") / "mfengine"
-    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "build", "*.egg-info", "data", "runs", "golden"))
+    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "build", "*.so", "*.egg-info", "data", "runs"))
     return copy
 
 
@@ -65,7 +68,7 @@ def test_editable_install(source, tmp_path):
     python("-m", "venv", tmp_path / "venv", cwd=tmp_path)
     libraries = next(path for path in sys.path if path.endswith("site-packages"))
     inner = tmp_path / "venv/bin/python"
-    env = {**os.environ, "PYTHONPATH": libraries}
+    env = {**os.environ, "MFENGINE_CUDA": "0", "PYTHONPATH": libraries}
     subprocess.run([inner, *INSTALL, "--ignore-installed", "--editable", source], env=env, cwd=tmp_path, check=True)
     # The environment's own editable install comes first on the path, then the libraries.
     site = next((tmp_path / "venv/lib").glob("python*/site-packages"))
@@ -75,9 +78,49 @@ def test_editable_install(source, tmp_path):
     assert Path(done.stdout.strip()) == source / "kernels/__init__.py"
 
 
+WHEEL = ("-m", "pip", "wheel", "--verbose", "--no-deps", "--no-build-isolation", "-w")
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+def test_wheel_with_the_cuda_library(source, tmp_path):
+    """Where nvcc is found: for the asked-for targets, one wheel for every Python, and it loads."""
+    python(*WHEEL, tmp_path, source, cwd=tmp_path, MFENGINE_CUDA="1", MFENGINE_CUDA_ARCHS="90")
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name.endswith(f"py3-none-linux_{platform.machine()}.whl")
+    assert not any(name.startswith("mfengine/kernels/cuda") for name in ZipFile(wheel).namelist())
+    python(*INSTALL, "--target", tmp_path / "site", wheel, cwd=tmp_path)
+    probe = (
+        "from mfengine.kernels import multi_tensor as m; import ctypes; print(ctypes.CDLL(m.LIBRARY).mfengine_ready)"
+    )
+    assert "_FuncPtr" in python("-c", probe, cwd=tmp_path, PYTHONPATH=str(tmp_path / "site"))
+
+
+def test_wheel_without_nvcc(source, tmp_path):
+    """A pure one, and a line that says so; an error where the library is demanded."""
+    bare = tmp_path / "bin"
+    bare.mkdir()
+    for tool in ("cmake", "c++", "sh"):
+        if shutil.which(tool):
+            (bare / tool).symlink_to(shutil.which(tool))
+    env = {"PATH": str(bare), "CUDA_HOME": "", "CUDACXX": ""}
+    for value, message in (
+        ("", "mfengine: no nvcc found: installing without the CUDA optimizer kernels"),
+        ("1", "error: MFENGINE_CUDA is 1, but nvcc cannot be found"),
+        ("yes", "error: MFENGINE_CUDA is yes; it must be 0"),
+    ):
+        done = subprocess.run(
+            [sys.executable, *WHEEL, tmp_path, source], cwd=tmp_path, capture_output=True, text=True, check=False,
+            env={**os.environ, **env, "MFENGINE_CUDA": value},
+        )  # fmt: skip
+        assert message in done.stderr
+        assert (done.returncode == 0) == (value == "")
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name.endswith("py3-none-any.whl")
+
+
 def test_info(tmp_path):
     """What is there, what is not, and what is there and broken."""
-    (tmp_path / "apex.py").write_text("raise OSError('libcudart.so.11: cannot open shared object file')")
+    (tmp_path / "amp_C.py").write_text("raise OSError('libcudart.so.11: cannot open shared object file')")
     out = python("-m", "mfengine.info", cwd=ROOT, PYTHONPATH=str(tmp_path))
     rows = {line.split()[0]: line.split(None, 1)[1] for line in out.splitlines()}
     assert rows["torch"] == torch.__version__

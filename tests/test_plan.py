@@ -10,13 +10,15 @@ from conftest import SMALL, run_command, run_in_process
 from scaling_worker import CONFIG
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from benchmarks.counts import count
+from benchmarks.counts import Saved
 from benchmarks.scaling import KINDS, count_fake, fake_world, layout
 from mfengine import DiT, MeanFlow
 from mfengine.engine.config import PRESETS, OptimConfig, TrainConfig
-from mfengine.engine.distributed import World, local, prepare_model
-from mfengine.engine.optim import EMA, adamw
+from mfengine.engine.distributed import World, prepare_model
+from mfengine.engine.optim import adamw_ema, averages
 from mfengine.engine.plan import LiveBytes, activation_bytes, make_plan
+from mfengine.ops import use_backend
+from mfengine.optim import local
 from mfengine.train import parse
 
 GPU = torch.device("cuda")
@@ -47,10 +49,12 @@ def test_state_is_that_of_real_shards(ranks, decays):
         if ranks > 1:
             prepare_model(model, here)
         with tensors:
-            optimizer, ema = adamw(model, config.optim), EMA(model, decays)
+            optimizer = adamw_ema(model, config.optim)
         assert memory["weights"] == memory["gradients"] == nbytes(model.parameters())
-        assert memory["optimizer state"] == nbytes(x for s in optimizer.state.values() for x in s.values())
-        assert memory["averages"] == nbytes(x for average in ema.averages.values() for x in average.values())
+        kept = [x for average in decays for x in averages(model, optimizer, average).values()]
+        assert memory["averages"] == nbytes(kept)
+        state = [x for s in optimizer.state.values() for x in s.values()]
+        assert memory["optimizer state"] == nbytes(state) - nbytes(kept)
 
 
 @pytest.mark.parametrize("recompute", [False, True])
@@ -71,6 +75,20 @@ def test_activations_are_those_of_real_tensors(recompute):
     assert live.peak == pytest.approx(activation_bytes(config, here, 8), rel=0.02)  # the noise is made outside
 
 
+def saved_bytes(config, depth, batch):
+    """What a pass saves for its backward, by autograd's hooks and not by what lives."""
+    with torch.device("meta"), use_backend("triton"):
+        model = DiT(dataclasses.replace(config.model, depth=depth), torch.bfloat16).to("meta")
+        latents, labels = torch.empty(batch, 4, 32, 32), torch.empty(batch, dtype=torch.int64)
+        with torch.device("cpu"):
+            draws = MeanFlow(config.method).draw(latents.shape, torch.Generator().manual_seed(0))
+        draws = draws._replace(noise=torch.empty_like(latents))
+        saved = Saved()
+        with saved:
+            MeanFlow(config.method).loss(model, latents, labels, draws)[0].backward()
+    return saved.bytes
+
+
 def test_activations_grow_by_what_a_layer_saves():
     """By what `benchmarks.counts` sees saved, 12.0 MB for XL/2; recomputing, by a block's inputs and their tangents."""
     config = PRESETS["xl2"][1]
@@ -80,8 +98,9 @@ def test_activations_grow_by_what_a_layer_saves():
         deep = dataclasses.replace(config, model=dataclasses.replace(config.model, depth=depth), **changes)
         return activation_bytes(deep, on_gpus(1), batch)
 
-    saved = count(dataclasses.replace(config.model, depth=2), config.method, "mfengine", batch)["saved_bytes"]
-    assert (peak(4) - peak(3)) / batch == pytest.approx(saved, rel=1e-3)
+    saved = saved_bytes(config, 2, batch) - saved_bytes(config, 1, batch)
+    assert saved / batch == pytest.approx(12.0e6, rel=0.3)  # with the weights as they are cast, for so few rows
+    assert peak(4) - peak(3) == pytest.approx(saved, rel=1e-3)
     inputs = (peak(4, recompute=True) - peak(3, recompute=True)) / batch
     rows = 1 + config.method.interval_share
     assert inputs == pytest.approx(6 * rows * config.model.num_tokens * config.model.hidden_size, rel=0.02)
@@ -107,15 +126,14 @@ def test_communication_is_that_of_a_counted_step(strategy, ranks, guided):
     config = CONFIG if guided else dataclasses.replace(CONFIG, method=type(CONFIG.method)())
     step = count_fake(config, ranks, strategy, 8)
     plan = make_plan(dataclasses.replace(config, **layout(strategy, ranks, 8)), on_gpus(ranks))
-    found = {c.kind: c for c in plan.communication}
-    for kind in KINDS:
-        counted = step.of_kind(kind)
-        if not counted:
-            assert kind not in found
-            continue
-        assert (found[kind].number, found[kind].bytes) == (len(counted), sum(c.bytes for c in counted))
-        assert {c.ranks for c in counted} == {found[kind].ranks}
-        assert found[kind].sent == pytest.approx(sum(c.sent for c in counted))
+    counted = {}
+    for c in (c for kind in KINDS for c in step.of_kind(kind)):
+        counted.setdefault((c.kind, c.ranks), []).append(c)
+    assert {(c.kind, c.ranks) for c in plan.communication} == counted.keys()
+    for c in plan.communication:
+        these = counted[c.kind, c.ranks]
+        assert (c.number, c.bytes) == (len(these), sum(one.bytes for one in these))
+        assert c.sent == pytest.approx(sum(one.sent for one in these))
 
 
 def test_layouts_trade_memory_for_communication():
@@ -192,6 +210,7 @@ def test_run_that_can_be_continued(run_folder, digits, where):
     [
         (["--ranks=3"], "batch_size 32 is not a multiple of ranks x accumulation = 3 x 1"),
         (["--ranks=2", "--replicas=4"], "replicas 4 does not divide the 2 rank(s)"),
+        (["--optim.ema-decays", "0.9", "0.9"], "ema_decays must be different numbers"),
         (["--ranks=0"], "ranks is for --dry-run, and at least 1"),
         (["--data=nowhere"], "dataset.json does not exist"),
         (["--data=CUT"], "000000.tar has"),

@@ -14,6 +14,7 @@ from mfengine.errors import InputError
 from mfengine.method import MeanFlowConfig
 from mfengine.model import ModelConfig
 from mfengine.ops.backend import Backend
+from mfengine.optim import Backend as OptimBackend
 
 C = TypeVar("C")
 
@@ -34,6 +35,8 @@ class OptimConfig:
     """clip the gradient's global norm to this; None does not clip"""
     ema_decays: tuple[float, ...] = (0.9999,)
     """one moving average of the weights per decay; the first one is sampled from"""
+    backend: OptimBackend = "auto"
+    """what computes a step: mfengine's CUDA library in one pass, PyTorch, or apex; auto takes the first it can"""
 
     def __post_init__(self) -> None:
         if not self.lr > 0:

@@ -16,7 +16,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from mfengine.errors import InputError, RankError
@@ -191,11 +190,6 @@ def free_gathered(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
-
-
-def local(x: Tensor) -> Tensor:
-    """This rank's part of a tensor, sharing its memory."""
-    return x.to_local() if isinstance(x, DTensor) else x
 
 
 def _recomputed(forward: Callable[..., Any], without_tangents: bool) -> Callable[..., Any]:

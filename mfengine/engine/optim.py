@@ -1,4 +1,4 @@
-"""The optimizer and the moving averages of the weights."""
+"""The optimizer of a training run, and its averaged weights."""
 
 from __future__ import annotations
 
@@ -9,62 +9,45 @@ import torch
 from torch import Tensor, nn
 
 from mfengine.engine.config import OptimConfig
-from mfengine.engine.distributed import free_gathered, local
+from mfengine.engine.distributed import free_gathered
+from mfengine.errors import InputError
+from mfengine.optim import AdamWEMA, local
 
 
-def adamw(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW in one pass over each parameter (fused), with its state there from the beginning.
-
-    Reading the state of an optimizer that has none yet would make it, by a step that counts.
-    """
-    optimizer = torch.optim.AdamW(
-        model.parameters(),
-        lr=config.lr,
-        betas=config.betas,
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-        fused=True,
-    )
-    for p in model.parameters():
-        optimizer.state[p] = {
-            "step": torch.zeros((), dtype=torch.float32, device=p.device),
-            "exp_avg": torch.zeros_like(p),
-            "exp_avg_sq": torch.zeros_like(p),
-        }
-    return optimizer
+def adamw_ema(model: nn.Module, config: OptimConfig) -> AdamWEMA:
+    """The optimizer that `config` describes; InputError if its backend cannot be used here."""
+    try:
+        return AdamWEMA(
+            model.parameters(),
+            lr=config.lr,
+            betas=config.betas,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+            ema_decays=config.ema_decays,
+            clip_norm=config.clip_norm,
+            backend=config.backend,
+        )
+    except ValueError as error:
+        raise InputError(f"optim.{error}") from None
 
 
-class EMA:
-    """Exponential moving averages of a model's parameters, average <- d average + (1 - d) parameter.
+def averages(model: nn.Module, optimizer: AdamWEMA, decay: float) -> dict[str, Tensor]:
+    """One moving average of each parameter, by name."""
+    return {name: optimizer.average(p, decay) for name, p in model.named_parameters()}
 
-    Args:
-        model: sharded or not; the averages are laid out as its parameters are, in float32.
-        decays: one average for each d.
-    """
 
-    def __init__(self, model: nn.Module, decays: tuple[float, ...]) -> None:
-        self._model = model
-        self.averages: dict[float, dict[str, Tensor]] = {
-            decay: {name: p.detach().clone() for name, p in model.named_parameters()} for decay in decays
-        }
+@contextmanager
+def averaged(model: nn.Module, optimizer: AdamWEMA, decay: float) -> Iterator[None]:
+    """The model has the weights of one moving average inside, its own again after."""
+    kept = [local(p).detach().clone() for p in model.parameters()]
+    _load(model, [local(average) for average in averages(model, optimizer, decay).values()])
+    try:
+        yield
+    finally:
+        _load(model, kept)
 
-    @torch.no_grad()
-    def update(self) -> None:
-        parameters = [local(p) for p in self._model.parameters()]
-        for decay, average in self.averages.items():
-            torch._foreach_lerp_([local(a) for a in average.values()], parameters, 1 - decay)
 
-    @contextmanager
-    def applied(self, decay: float) -> Iterator[None]:
-        """The model has the weights of one average inside, its own again after."""
-        kept = [local(p).detach().clone() for p in self._model.parameters()]
-        self._load([local(a) for a in self.averages[decay].values()])
-        try:
-            yield
-        finally:
-            self._load(kept)
-
-    @torch.no_grad()
-    def _load(self, values: list[Tensor]) -> None:
-        free_gathered(self._model)
-        torch._foreach_copy_([local(p) for p in self._model.parameters()], values)
+@torch.no_grad()
+def _load(model: nn.Module, values: list[Tensor]) -> None:
+    free_gathered(model)
+    torch._foreach_copy_([local(p) for p in model.parameters()], values)

@@ -6,6 +6,7 @@ values. `tests/test_plan.py` compares them with real tensors and with the collec
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 import weakref
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ from mfengine.engine.config import TrainConfig
 from mfengine.engine.data import Dataset, Loader
 from mfengine.engine.distributed import World, num_shards, prepare_model
 from mfengine.engine.flops import step_flops
+from mfengine.engine.optim import adamw_ema
 from mfengine.engine.trainer import check_run_folder, compute_dtype
 from mfengine.errors import InputError
 from mfengine.method import MeanFlow
@@ -30,11 +32,12 @@ from mfengine.model import DiT
 from mfengine.ops import use_backend
 
 META = torch.device("meta")
+NORM = 8  # bytes of the gradients' squared norm, as the optimizer sums it over shards
 SINGLE = 4  # bytes of a float32: weights, gradients, averages and the optimizer's two moments
 
 
 class Collectives(NamedTuple):
-    """All collectives of one kind that a rank takes part in during one step."""
+    """All collectives of one kind, over so many ranks, that a rank takes part in during one step."""
 
     kind: str
     number: int
@@ -58,7 +61,7 @@ class Plan:
     memory: dict[str, int]
     """bytes per rank at the peak of a step, by what they hold; the allocator's and NCCL's own are not in it"""
     communication: tuple[Collectives, ...]
-    """between devices; the hosts exchange 24 bytes per rank beside it"""
+    """between devices; the hosts exchange some bytes beside it"""
 
     @property
     def flops(self) -> float:
@@ -107,7 +110,10 @@ class Plan:
 
 
 def _gb(n: float) -> str:
-    return f"{n / 1e9:.2f} GB" if n >= 1e7 else f"{n / 1e6:.2f} MB"
+    for unit, size in (("GB", 1e9), ("MB", 1e6)):
+        if n >= size / 100:
+            return f"{n / size:.2f} {unit}"
+    return f"{n:g} bytes"
 
 
 def make_plan(config: TrainConfig, world: World) -> Plan:
@@ -118,13 +124,14 @@ def make_plan(config: TrainConfig, world: World) -> Plan:
         world: the ranks that are to train, which need not be there.
 
     Raises:
-        InputError: the batch or the model cannot be divided so.
+        InputError: the batch or the model cannot be divided so, or the optimizer cannot be set so.
     """
     local = config.local_batch(world.size)
     shards = num_shards(world.size, config.replicas)
     dtype = compute_dtype(config, world)
     with META:
         model = DiT(config.model, dtype)
+    adamw_ema(model, dataclasses.replace(config.optim, backend="auto"))  # refuses what it would refuse on a device
     groups = _parameter_groups(model)
     parameters = sum(p.numel() for p in model.parameters())
     padded = [sum(_padded(p, shards) for p in group) for _, group in groups]  # elements, of each group
@@ -177,6 +184,7 @@ def _collectives(
     yield Collectives("reduce-scatter", groups, shards, SINGLE * sum(padded))
     if config.replicas > 1:
         yield Collectives("all-reduce", groups, config.replicas, SINGLE * sum(padded) // shards)
+    yield Collectives("all-reduce", 1, shards, NORM)
 
 
 # ----------------------------------------------------------------------------

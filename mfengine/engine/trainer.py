@@ -17,9 +17,7 @@ from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     get_optimizer_state_dict,
     set_model_state_dict,
-    set_optimizer_state_dict,
 )
-from torch.nn.utils import clip_grad_norm_
 
 from mfengine.engine.checkpoint import (
     Checkpointer,
@@ -32,16 +30,17 @@ from mfengine.engine.checkpoint import (
 from mfengine.engine.config import TrainConfig, flatten, to_json
 from mfengine.engine.data import Dataset, Loader
 from mfengine.engine.decode import draw_latents
-from mfengine.engine.distributed import World, local, prepare_model, reduce_gradients
+from mfengine.engine.distributed import World, prepare_model, reduce_gradients
 from mfengine.engine.evaluation import Gaussian, SampleSet, fit_data, latent_distance
 from mfengine.engine.flops import matrix_rate, step_flops
-from mfengine.engine.optim import EMA, adamw
+from mfengine.engine.optim import adamw_ema, averaged, averages
 from mfengine.engine.telemetry import Telemetry
 from mfengine.errors import InputError, TrainingError
 from mfengine.method import MeanFlow, sample
 from mfengine.method.objective import to_device
 from mfengine.model import DiT
 from mfengine.ops import use_backend
+from mfengine.optim import local
 
 CONFIG = "config.json"
 FIXED = (  # what a run learns and from what; how it is computed, watched and kept may change when it is continued
@@ -107,8 +106,7 @@ class Trainer:
             compile=config.compile,
             recompute=config.recompute,
         )
-        self.optimizer = adamw(self.model, config.optim)
-        self.ema = EMA(self.model, config.optim.ema_decays)
+        self.optimizer = adamw_ema(self.model, config.optim)
         positions: dict[int, bytes] = {}
         if newest is not None:
             positions, resumed = self._resume(newest)
@@ -158,32 +156,36 @@ class Trainer:
             figures.append(torch.stack([metrics["loss"], metrics["v_loss"].mean()]))
             if last:
                 # Copied before the backward is queued: reading it later waits for the forward only.
-                means = HostCopy(torch.stack(figures).mean(0))
+                means = HostCopy(torch.cat([torch.stack(figures).mean(0), self.optimizer.skipped[None]]))
             reduce_gradients(self.model, last, config.reshard)
             (loss / config.accumulation).backward()
 
         # Every rank decides the same: by what all of them have seen.
-        ranks = world.gather([*means.values(), caught[0] if caught else 0])  # (ranks, 3)
+        ranks = world.gather([*means.values(), caught[0] if caught else 0])  # (ranks, 4)
+        if ranks[0, 2]:
+            self._skipped_gradient()  # a step ago: no host has waited for it
         finite = ranks[:, 0].isfinite()
         if finite.all():
-            if config.optim.clip_norm is not None:
-                clip_grad_norm_(self.model.parameters(), config.optim.clip_norm)
             self.optimizer.step()
-            self.ema.update()
         else:
-            self._skip(int(finite.logical_not().nonzero()[0]))
+            rank = int(finite.logical_not().nonzero()[0])
+            self._skipped(f"the loss is not finite at step {self.step + 1} on rank {rank}")
         self.optimizer.zero_grad()
         self.step += 1
 
         self.telemetry.step(*ranks[finite, :2].mean(0).tolist())
         if self.step % config.log_every == 0 or self.step == self.total_steps:
             self.telemetry.log(self.step, self.step * config.batch_size / self.dataset.count, self.skipped)
-        return int(ranks[:, 2].max())
+        return int(ranks[:, 3].max())
 
-    def _skip(self, rank: int) -> None:
-        """Leave the weights as they are; TrainingError if that has been done too often."""
+    def _skipped_gradient(self) -> None:
+        """The last step of the optimizer changed nothing."""
+        self.optimizer.skipped.zero_()  # told once
+        self._skipped(f"a gradient is not finite at step {self.step}")
+
+    def _skipped(self, what: str) -> None:
+        """Tell of a step that left the weights as they were; TrainingError if that has been so too often."""
         self.skipped += 1
-        what = f"the loss is not finite at step {self.step + 1} on rank {rank}"
         if self.skipped > self.config.max_skipped_steps:
             self._give_up(f"{what}, after {self.skipped - 1} skipped step(s)")
         self.telemetry.say(f"{what}: skipped, {self.skipped} of {self.config.max_skipped_steps}")
@@ -198,7 +200,7 @@ class Trainer:
         generator = torch.Generator().manual_seed(self.config.seed)
         noise = torch.randn(PICTURE_SAMPLES, *space.shape, generator=generator).to(device)
         labels = (torch.arange(PICTURE_SAMPLES, device=device) * space.num_classes) // PICTURE_SAMPLES
-        with self.ema.applied(self.config.optim.ema_decays[0]):
+        with averaged(self.model, self.optimizer, self.config.optim.ema_decays[0]):
             latents = sample(self.model, noise, labels)
         self.telemetry.picture(self.step, draw_latents(latents.cpu(), space))
 
@@ -206,7 +208,7 @@ class Trainer:
         """Log how far one-step samples with averaged weights, the same each time, are from the data."""
         config = self.config
         samples = SampleSet(self.dataset.space, MEASURED_SAMPLES, config.local_batch(self.world.size), config.seed)
-        with self.ema.applied(config.optim.ema_decays[0]):
+        with averaged(self.model, self.optimizer, config.optim.ema_decays[0]):
             distance = latent_distance(self.model, samples, 1, data, self.world)
         self.telemetry.figure(self.step, "frechet_1nfe", distance)
 
@@ -245,15 +247,22 @@ class Trainer:
         return loaders
 
     def _state(self) -> dict[str, Any]:
+        """What a checkpoint holds, sharing the memory of model and optimizer."""
+        # The optimizer's settings are the configuration's, which may change between two legs of a run.
+        optimizer: Any = get_optimizer_state_dict(self.model, self.optimizer)["state"]
         return {
             "model": get_model_state_dict(self.model),
-            # Its settings are the configuration's, which may change between two legs of a run.
-            "optimizer": get_optimizer_state_dict(self.model, self.optimizer)["state"],
-            "ema": {str(decay): average for decay, average in self.ema.averages.items()},
+            "optimizer": {
+                name: {key: value for key, value in state.items() if key in ("step", "exp_avg", "exp_avg_sq")}
+                for name, state in optimizer.items()
+            },
+            "ema": {str(d): averages(self.model, self.optimizer, d) for d in self.config.optim.ema_decays},
         }
 
     def _save(self) -> None:
-        # A loss can be finite and its gradient not: such weights must not replace good ones.
+        if self.optimizer.skipped:
+            self._skipped_gradient()
+        # However it came to them, weights that are not finite must not replace good ones.
         finite = all(bool(local(p).isfinite().all()) for p in self.model.parameters())
         ranks = self.world.gather([finite])[:, 0]
         if not ranks.all():
@@ -283,10 +292,7 @@ class Trainer:
                 "its position restarts at the beginning of the epoch"
             )
         load_state(path, state, self.world)
-        set_model_state_dict(self.model, state["model"])
-        settings = get_optimizer_state_dict(self.model, self.optimizer)["param_groups"]
-        set_optimizer_state_dict(self.model, self.optimizer, {"state": state["optimizer"], "param_groups": settings})
-        # The averages were filled in place.
+        set_model_state_dict(self.model, state["model"])  # the optimizer's state was filled in place
         return {int(part): position for part, position in state.get("data", {}).items()}, notes
 
 

@@ -1,0 +1,178 @@
+"""AdamW with moving averages, and the sum of squares, over many tensors at once: kernels/cuda through ctypes."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+MAX_AVERAGES = 8
+CHUNK = 16384  # elements that one block works on
+GRAD_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+LIBRARY = Path(__file__).with_name("libmfengine_cuda.so")
+
+# mfengine_tensor of multi_tensor.h.
+TENSOR = np.dtype(
+    [("numel", "<i8")]
+    + [(name, "<u8") for name in ("param", "grad", "exp_avg", "exp_avg_sq", "step", "copy")]
+    + [("averages", "<u8", MAX_AVERAGES), ("number", "<u8")]
+)
+
+
+class _Config(ctypes.Structure):
+    """mfengine_adamw_config of multi_tensor.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_double) for name in ("lr", "beta1", "beta2", "eps", "weight_decay")),
+        ("decays", ctypes.c_double * MAX_AVERAGES),
+        *((name, ctypes.c_int32) for name in ("num_averages", "grad_dtype", "stochastic")),
+    )
+
+
+@dataclass(frozen=True)
+class Row:
+    """A parameter and what belongs to it: on one device, dense, of the same strides, float32 but for grad, copy."""
+
+    param: Tensor
+    grad: Tensor | None  # float32 or bfloat16; without one, averages and copy follow the parameter all the same
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    step: Tensor  # () the number of this step, from 1
+    averages: list[Tensor]
+    copy: Tensor | None  # bfloat16
+    number: int  # tells the random numbers of this parameter from those of others
+
+
+class Library:
+    """The built library.
+
+    Raises:
+        OSError: it cannot be loaded, is of another version, or its device cannot be used.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        lib = self._lib = ctypes.CDLL(str(path))
+        lib.mfengine_device.restype = lib.mfengine_error.restype = ctypes.c_char_p
+        lib.mfengine_tensor_size.restype = ctypes.c_int64
+        if lib.mfengine_tensor_size() != TENSOR.itemsize:
+            raise OSError(f"built from other sources than these: install mfengine again ({path.name})")
+        if code := lib.mfengine_ready():
+            raise OSError(f"built, but {lib.mfengine_error(code).decode()}")
+        self.device: str = lib.mfengine_device().decode()
+        """type of the devices whose tensors it takes"""
+
+    def adamw_ema(
+        self,
+        rows: list[Row],
+        *,
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+        decays: tuple[float, ...],
+        grad_scale: Tensor | None,
+        skip: Tensor | None,
+        stochastic_rounding: bool,
+    ) -> None:
+        """AdamW (Loshchilov and Hutter, arXiv 1711.05101), averages <- d average + (1 - d) parameter, and copies.
+
+        Args:
+            rows: the parameters.
+            lr, betas, eps, weight_decay: of AdamW.
+            decays: of the averages of each row.
+            grad_scale: () float32 on the device, a factor of the gradients, or None.
+            skip: () float32 on the device; if it is not 0, nothing is written. Or None.
+            stochastic_rounding: round copies up or down at random, by number, step and element.
+
+        Raises:
+            RuntimeError: the launch failed.
+        """
+        for dtype, code in GRAD_DTYPES.items():
+            # Rows without a gradient go with the float32 ones.
+            part = [row for row in rows if (torch.float32 if row.grad is None else row.grad.dtype) == dtype]
+            if not part:
+                continue
+            table = np.zeros(len(part), TENSOR)
+            for name in ("param", "grad", "exp_avg", "exp_avg_sq", "step", "copy"):
+                table[name] = [_pointer(getattr(row, name)) for row in part]
+            table["numel"] = [row.param.numel() for row in part]
+            table["number"] = [row.number for row in part]
+            for i in range(len(decays)):
+                table["averages"][:, i] = [_pointer(row.averages[i]) for row in part]
+            config = _Config(
+                lr, *betas, eps, weight_decay, (ctypes.c_double * MAX_AVERAGES)(*decays), len(decays), code,
+                stochastic_rounding,
+            )  # fmt: skip
+            arguments = ctypes.byref(config), _address(grad_scale), _address(skip)
+            self._call(self._lib.mfengine_adamw_ema, table, part[0].param.device, *arguments)
+
+    def sum_of_squares(self, grads: list[Tensor]) -> Tensor:
+        """Sum of the squares of all elements, the same bits each time.
+
+        Args:
+            grads: at least one; dense, all float32 or all bfloat16, on one device.
+
+        Returns:
+            () float64 on the device.
+
+        Raises:
+            RuntimeError: the launch failed.
+        """
+        device = grads[0].device
+        table = np.zeros(len(grads), TENSOR)
+        table["numel"] = [grad.numel() for grad in grads]
+        table["grad"] = [_pointer(grad) for grad in grads]
+        chunks = int((-(-table["numel"] // CHUNK)).sum())
+        partials = torch.empty(chunks, dtype=torch.float64, device=device)
+        total = torch.empty((), dtype=torch.float64, device=device)
+        arguments = ctypes.c_int32(GRAD_DTYPES[grads[0].dtype]), _address(partials), _address(total)
+        self._call(self._lib.mfengine_sum_of_squares, table, device, *arguments)
+        return total
+
+    def _call(self, function: Callable[..., int], table: np.ndarray, device: torch.device, *args: Any) -> None:
+        stream = 0
+        if device.type == "cuda":
+            stream = torch.cuda.current_stream(device).cuda_stream
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            code = function(
+                ctypes.c_void_p(table.ctypes.data), ctypes.c_int32(len(table)), *args, ctypes.c_void_p(stream)
+            )
+        if code:
+            raise RuntimeError(f"mfengine's CUDA library: {self._lib.mfengine_error(code).decode()}")
+
+
+@cache
+def library() -> Library:
+    """The installed CUDA library.
+
+    Raises:
+        OSError: it was not built, or cannot be used here.
+    """
+    if not LIBRARY.is_file():
+        raise OSError("not built: mfengine was installed where no nvcc was found, or with MFENGINE_CUDA=0")
+    return Library(LIBRARY)
+
+
+def bytes_moved(row: Row) -> int:
+    """Bytes of memory that one step of AdamW reads and writes for a parameter, each counted once."""
+    moved = 4 + sum(2 * 4 for _ in row.averages) + (0 if row.copy is None else row.copy.element_size())
+    if row.grad is not None:
+        moved += row.grad.element_size() + 4 + 2 * (4 + 4)  # gradient, new parameter, both moments
+    return moved * row.param.numel()
+
+
+def _pointer(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+def _address(x: Tensor | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(_pointer(x))

@@ -1,0 +1,357 @@
+"""AdamW with moving averages of the weights: one optimizer over plain tensors and FSDP2's DTensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from importlib import import_module
+from typing import Any, Literal, get_args
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from mfengine.kernels import multi_tensor
+from mfengine.kernels.multi_tensor import Row
+
+Backend = Literal["auto", "cuda", "torch", "apex"]
+
+
+class AdamWEMA(torch.optim.Optimizer):
+    """AdamW (Loshchilov and Hutter, arXiv 1711.05101), and averages <- d average + (1 - d) parameter after each step.
+
+    A step never makes the host wait for the device. A gradient that is not finite, or so large that its square is not,
+    on any rank, makes the step leave parameters, state, averages and copies as they are, bit for bit; `skipped` tells.
+    To know of it before anything is written, gradients are read once more.
+
+    Parameters, moments and averages are float32, gradients float32 or bfloat16. DTensors may be sharded in any way:
+    each rank steps on what it holds. A parameter without a gradient is left alone, as by PyTorch; its averages still
+    approach it. The state dict is that of `torch.optim.AdamW` with an `average_DECAY` for each decay, and the same for
+    every backend, so a run may go on with another one; gradients may be left scaled.
+
+    Args:
+        params: parameters, or groups of them with settings of their own, as for any PyTorch optimizer.
+        lr: learning rate.
+        betas: decay rates of the moments.
+        eps: added to the root of the second moment.
+        weight_decay: decoupled weight decay.
+        ema_decays: the decay d of each moving average, at most 8.
+        clip_norm: scale gradients so that their norm over all parameters and ranks is at most this.
+        skip_nonfinite: leave out steps with gradients that are not finite. False saves the reading, unless `clip_norm`
+            needs it.
+        copies: bfloat16 tensors, one like each parameter (its local part), that hold the rounded parameters from now
+            on: for networks that compute in bfloat16.
+        stochastic_rounding: round copies up or down at random, in proportion to the nearness, not to the nearest.
+        backend: "cuda", all of a step in one pass over memory, by mfengine's CUDA library; "torch", PyTorch's fused
+            AdamW and foreach functions; "apex", NVIDIA's AdamW; "auto", the first if it can be used, else the second.
+
+    Raises:
+        ValueError: a setting is out of range, a parameter is not float32 or on another device than the others, or the
+            backend cannot be used.
+
+    Example:
+        >>> import torch
+        >>> from mfengine.optim import AdamWEMA
+        >>> model = torch.nn.Linear(4, 2)
+        >>> optimizer = AdamWEMA(model.parameters(), lr=1e-3, ema_decays=(0.999, 0.9999), clip_norm=1.0)
+        >>> model(torch.randn(8, 4)).square().mean().backward()
+        >>> optimizer.step()
+        >>> optimizer.average(model.weight, 0.999).shape
+        torch.Size([2, 4])
+    """
+
+    skipped: Tensor
+    """() float32 on the device: 1 if the last step was left out because of a gradient that is not finite, else 0"""
+    grad_norm: Tensor
+    """() float32 on the device: norm of the last step's gradients before clipping, over all parameters and ranks; nan
+    where nothing needed it"""
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        ema_decays: tuple[float, ...] = (0.9999,),
+        clip_norm: float | None = None,
+        skip_nonfinite: bool = True,
+        copies: Iterable[Tensor] | None = None,
+        stochastic_rounding: bool = False,
+        backend: Backend = "auto",
+    ) -> None:
+        if backend not in get_args(Backend):
+            raise ValueError(f"there is no backend {backend}; accepted are {', '.join(get_args(Backend))}")
+        if len(set(ema_decays)) < len(ema_decays) or not all(0 <= decay < 1 for decay in ema_decays):
+            raise ValueError(f"ema_decays must be different numbers in [0, 1), not {ema_decays}")
+        if len(ema_decays) > multi_tensor.MAX_AVERAGES:
+            raise ValueError(f"there can be {multi_tensor.MAX_AVERAGES} ema_decays, not {len(ema_decays)}")
+        if clip_norm is not None and not clip_norm > 0:
+            raise ValueError(f"clip_norm must be positive, not {clip_norm}")
+        self.ema_decays, self.clip_norm, self.skip_nonfinite = tuple(ema_decays), clip_norm, skip_nonfinite
+        self.stochastic_rounding = stochastic_rounding
+        self._copies: dict[Tensor, Tensor] = {}
+        # "fused" is for load_state_dict: it keeps `step` on the device.
+        settings = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "fused": True}
+        super().__init__(params, settings)
+        self._device = local(self._parameters()[0]).device
+        self.skipped = torch.zeros((), device=self._device)
+        self.grad_norm = torch.full_like(self.skipped, torch.nan)
+        self.backend = self._choose(backend)
+        if copies is not None:
+            self._keep_copies(list(copies))
+
+    def average(self, p: Tensor, decay: float) -> Tensor:
+        """The moving average of a parameter: float32, laid out as the parameter is."""
+        return self.state[p][_key(decay)]
+
+    # ------------------------------------------------------------------------
+    # State: there from the beginning, so that it can be saved, and loaded into, before the first step.
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        _check_settings(group)
+        for p in group["params"]:
+            first = self._parameters()[0]
+            if p.dtype != torch.float32:
+                raise ValueError(f"parameters must be float32, not {p.dtype}")
+            if p.device != first.device:
+                raise ValueError(f"parameters must be on one device, not on {first.device} and {p.device}")
+            self.state[p] = {
+                "step": torch.zeros((), device=p.device),
+                "exp_avg": torch.zeros_like(p, requires_grad=False),
+                "exp_avg_sq": torch.zeros_like(p, requires_grad=False),
+                **{_key(decay): p.detach().clone() for decay in self.ema_decays},
+            }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from the state of an AdamWEMA with the same decays, whatever its backend was.
+
+        Raises:
+            ValueError: it is of other parameters, or has not these averages.
+        """
+        for state in state_dict["state"].values():
+            missing = [decay for decay in self.ema_decays if _key(decay) not in state]
+            if missing:
+                raise ValueError(f"the state has no moving average of decay {missing[0]}")
+        super().load_state_dict(state_dict)
+
+    def _parameters(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
+
+    def _keep_copies(self, copies: list[Tensor]) -> None:
+        parameters = self._parameters()
+        if len(copies) != len(parameters):
+            raise ValueError(f"there are {len(parameters)} parameters, but {len(copies)} copies")
+        for p, copy in zip(parameters, copies, strict=True):
+            part = local(p.detach())
+            if (copy.dtype, copy.shape, copy.device) != (torch.bfloat16, part.shape, part.device):
+                raise ValueError(
+                    f"the copy of a parameter of {tuple(part.shape)} on {part.device} must be bfloat16 and alike, not "
+                    f"{copy.dtype} of {tuple(copy.shape)} on {copy.device}"
+                )
+            copy.copy_(part)
+        self._copies = dict(zip(parameters, copies, strict=True))
+
+    # ------------------------------------------------------------------------
+    # A step.
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step with the gradients that are there; returns what `closure` does."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if self.skip_nonfinite or self.clip_norm is not None:
+            self.grad_norm = self._sum_of_squares().sqrt().float()
+        if self.skip_nonfinite:
+            self.skipped = self.grad_norm.isfinite().logical_not().float()
+        scale = None
+        if self.clip_norm is not None:
+            scale = (self.clip_norm / (self.grad_norm + 1e-6)).clamp(max=1)
+        steps = [self.state[p]["step"] for p in self._parameters() if p.grad is not None]
+        if steps:
+            torch._foreach_add_(steps, [1 - self.skipped] * len(steps))
+        update = {"cuda": self._step_cuda, "torch": self._step_torch, "apex": self._step_apex}[self.backend]
+        number = 0
+        for group in self.param_groups:
+            rows = [self._row(p, number + i) for i, p in enumerate(group["params"])]
+            number += len(rows)
+            update(group, rows, scale)
+        return loss
+
+    def _row(self, p: Tensor, number: int) -> Row:
+        state, part = self.state[p], local(p)
+        grad = None if p.grad is None else local(p.grad)
+        if grad is not None and (grad.stride() != part.stride() or grad.dtype not in multi_tensor.GRAD_DTYPES):
+            grad = torch.empty_like(part).copy_(grad)
+        averages = [local(state[_key(decay)]) for decay in self.ema_decays]
+        exp_avg, exp_avg_sq = local(state["exp_avg"]), local(state["exp_avg_sq"])
+        return Row(part, grad, exp_avg, exp_avg_sq, state["step"], averages, self._copies.get(p), number)
+
+    def _sum_of_squares(self) -> Tensor:
+        """Of all gradients on all ranks: () float64."""
+        parts: dict[Any, list[Tensor]] = {}  # by dtype, and by the ranks that share a gradient
+        for p in self._parameters():
+            if p.grad is None:
+                continue
+            shards = None
+            if isinstance(p.grad, DTensor):
+                dims = tuple(i for i, placement in enumerate(p.grad.placements) if placement.is_shard())
+                shards = (p.grad.device_mesh, dims)
+            parts.setdefault((shards, p.grad.dtype), []).append(local(p.grad))
+        total = torch.zeros((), dtype=torch.float64, device=self._device)
+        for (shards, _), grads in parts.items():
+            if self.backend == "cuda":
+                squares = multi_tensor.library().sum_of_squares(grads)
+            else:
+                squares = torch.stack(torch._foreach_norm(grads, dtype=torch.float64)).square().sum()
+            if shards is not None:
+                mesh, dims = shards
+                for dim in dims:
+                    dist.all_reduce(squares, group=mesh.get_group(dim))
+            total += squares
+        return total
+
+    def _step_cuda(self, group: dict[str, Any], rows: list[Row], scale: Tensor | None) -> None:
+        multi_tensor.library().adamw_ema(
+            rows,
+            **{name: group[name] for name in ("lr", "betas", "eps", "weight_decay")},
+            decays=self.ema_decays,
+            grad_scale=scale,
+            skip=self.skipped if self.skip_nonfinite else None,
+            stochastic_rounding=self.stochastic_rounding,
+        )
+
+    def _step_torch(self, group: dict[str, Any], rows: list[Row], scale: Tensor | None) -> None:
+        stepping = [row for row in rows if row.grad is not None]
+        if stepping:
+            torch._fused_adamw_(
+                [row.param for row in stepping],
+                [row.grad.float() for row in stepping if row.grad is not None],
+                [row.exp_avg for row in stepping],
+                [row.exp_avg_sq for row in stepping],
+                [],
+                [row.step for row in stepping],
+                lr=group["lr"],
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                amsgrad=False,
+                maximize=False,
+                grad_scale=None if scale is None else 1 / scale,
+                found_inf=self.skipped if self.skip_nonfinite else None,
+            )
+        self._follow(rows)
+
+    def _step_apex(self, group: dict[str, Any], rows: list[Row], scale: Tensor | None) -> None:
+        if any(row.grad is None for row in rows):
+            raise ValueError("the backend apex counts steps for all parameters: each needs a gradient in every step")
+        import_module("amp_C").multi_tensor_adam_capturable(
+            65536,  # elements per block
+            self.skipped.int()[None],
+            [
+                [row.grad.float() for row in rows if row.grad is not None],
+                [row.param for row in rows],
+                [row.exp_avg for row in rows],
+                [row.exp_avg_sq for row in rows],
+            ],
+            torch.full((1,), group["lr"], device=self._device),
+            *group["betas"],
+            group["eps"],
+            rows[0].step.int()[None],
+            1,  # decoupled weight decay
+            1,  # bias correction
+            group["weight_decay"],
+            torch.ones(1, device=self._device) if scale is None else scale[None],
+        )
+        self._follow(rows)
+
+    def _follow(self, rows: list[Row]) -> None:
+        """Averages and copies, by PyTorch."""
+        for i, decay in enumerate(self.ema_decays):
+            if not self.skip_nonfinite:
+                torch._foreach_lerp_([row.averages[i] for row in rows], [row.param for row in rows], 1 - decay)
+                continue
+            for part in (rows[j : j + 16] for j in range(0, len(rows), 16)):  # few, for the memory of the differences
+                averages = [row.averages[i] for row in part]
+                away = torch._foreach_sub(averages, [row.param for row in part])
+                # A step of gradient descent, because it is left out where a flag on the device says so.
+                torch._fused_sgd_(
+                    averages, away, [], weight_decay=0, momentum=0, lr=1 - decay, dampening=0, nesterov=False,
+                    maximize=False, is_first_step=False, found_inf=self.skipped,
+                )  # fmt: skip
+        for row in rows:
+            if row.copy is not None:
+                row.copy.copy_(_round_at_random(row) if self.stochastic_rounding else row.param)
+
+    def _choose(self, wish: Backend) -> Backend:
+        why = None
+        if wish in ("auto", "cuda"):
+            why = self._why_not_cuda()
+            if why is None:
+                return "cuda"
+        if wish == "apex":
+            try:
+                import_module("amp_C").multi_tensor_adam_capturable  # noqa: B018
+            except (ImportError, AttributeError) as error:
+                why = f"apex is not installed with its CUDA extensions, from NVIDIA's repository: {error}"
+        if wish != "auto" and why is not None:
+            raise ValueError(f"backend {wish}: {why}")
+        return "torch" if wish == "auto" else wish
+
+    def _why_not_cuda(self) -> str | None:
+        try:
+            takes = multi_tensor.library().device
+        except OSError as error:
+            return f"the CUDA library is {error}"
+        if self._device.type != takes:
+            return f"the parameters are on {self._device.type}"
+        if any(p.stride() != torch.empty_like(p).stride() for p in map(local, self._parameters())):
+            return "a parameter is not dense in memory"
+        return None
+
+
+def local(x: Tensor) -> Tensor:
+    """This rank's part of a tensor, sharing its memory."""
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
+def _key(decay: float) -> str:
+    """Name of a moving average in the state."""
+    return f"average_{decay}"
+
+
+def _check_settings(group: dict[str, Any]) -> None:
+    if not group["lr"] >= 0 or not group["eps"] > 0 or not group["weight_decay"] >= 0:
+        raise ValueError(
+            "lr and weight_decay must not be negative and eps positive, not "
+            f"{group['lr']}, {group['weight_decay']}, {group['eps']}"
+        )
+    if not all(0 <= beta < 1 for beta in group["betas"]):
+        raise ValueError(f"betas must be in [0, 1), not {group['betas']}")
+
+
+# ----------------------------------------------------------------------------
+# Stochastic rounding as kernels/cuda/adamw_ema.h does it, bit for bit.
+
+
+def _scramble(x: Tensor) -> Tensor:
+    """A hash of 32-bit numbers, held in int64."""
+    x = ((x ^ x >> 16) * 0x7FEB352D) & 0xFFFFFFFF
+    x = ((x ^ x >> 15) * 0x846CA68B) & 0xFFFFFFFF
+    return x ^ x >> 16
+
+
+def _round_at_random(row: Row) -> Tensor:
+    stream = _scramble((_scramble(row.step.long()) + row.number) & 0xFFFFFFFF)
+    element = torch.empty_like(row.param, dtype=torch.int64)
+    element.as_strided((element.numel(),), (1,)).copy_(torch.arange(element.numel(), device=element.device))
+    carry = _scramble((stream + element) & 0xFFFFFFFF) >> 16
+    bits = (row.param.view(torch.int32).long() + carry) >> 16
+    rounded = bits.to(torch.int16).view(torch.bfloat16)
+    return torch.where(row.param.isfinite(), rounded, row.param.bfloat16())

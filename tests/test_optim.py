@@ -1,0 +1,400 @@
+"""AdamWEMA: every backend against torch.optim.AdamW and averages in float64, and the CUDA arithmetic on the host."""
+
+import copy
+import itertools
+import sys
+import types
+
+import pytest
+import torch
+from golden_cases import GoldenCase, relative_error
+from torch import nn
+
+from mfengine.kernels import multi_tensor
+from mfengine.optim import AdamWEMA
+
+SHAPES = [(3, 5), (16385,), (), (0, 4), (2, 3, 4, 5), (40000,)]
+DECAYS = (0.9, 0.9999)
+
+
+@pytest.fixture(params=["host", "torch", "apex", "cuda"])
+def device(request, monkeypatch):
+    """Where a backend's parameters are; "host" is the CUDA library's arithmetic, compiled for the CPU."""
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("torch finds no GPU")
+    if request.param == "host":
+        library = request.getfixturevalue("host_library")
+        monkeypatch.setattr(multi_tensor, "library", lambda: library)
+    if request.param == "apex":
+        monkeypatch.setitem(sys.modules, "amp_C", types.SimpleNamespace(multi_tensor_adam_capturable=apex_adam))
+    return types.SimpleNamespace(
+        type="cuda" if request.param == "cuda" else "cpu", backend=request.param.replace("host", "cuda")
+    )
+
+
+def apex_adam(chunk, noop, lists, lr, beta1, beta2, eps, step, mode, bias_correction, weight_decay, inverse_scale):
+    """What apex documents of its function, for decoupled weight decay with bias correction."""
+    assert mode == bias_correction == 1
+    if noop:
+        return
+    step, lr = int(step), float(lr)
+    for g, p, m, v in zip(*lists, strict=True):
+        g.mul_(inverse_scale.item())
+        m.lerp_(g, 1 - beta1)
+        v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+        update = (m / (1 - beta1**step)) / ((v / (1 - beta2**step)).sqrt() + eps) + weight_decay * p
+        p.sub_(lr * update)
+
+
+def make_parameters(device="cpu"):
+    generator = torch.Generator().manual_seed(0)
+    return [nn.Parameter(torch.randn(shape, generator=generator).to(device)) for shape in SHAPES]
+
+
+def set_gradients(parameters, step, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(step + 1)
+    for p in parameters:
+        p.grad = None
+        p.grad_dtype = dtype
+        p.grad = torch.randn(p.shape, generator=generator).to(p.device, dtype)
+
+
+def everything(optimizer):
+    """Parameters and all of the state."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    return [x.detach().clone() for p in parameters for x in (p, *optimizer.state[p].values())]
+
+
+def same_bits(a, b):
+    return all(
+        torch.equal(x.view(torch.uint8), y.view(torch.uint8))
+        for x, y in zip(map(at_least_1d, a), map(at_least_1d, b), strict=True)
+    )
+
+
+def at_least_1d(x):
+    return torch.atleast_1d(x).cpu()
+
+
+class Reference:
+    """torch.optim.AdamW, and averages in float64."""
+
+    def __init__(self, parameters, clip_norm=None, **settings):
+        self.parameters, self.clip_norm = parameters, clip_norm
+        self.optimizer = torch.optim.AdamW(parameters, **settings)
+        self.averages = {decay: [p.detach().double() for p in parameters] for decay in DECAYS}
+
+    def step(self):
+        if self.clip_norm is not None:
+            nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)
+        self.optimizer.step()
+        for decay, averages in self.averages.items():
+            for average, p in zip(averages, self.parameters, strict=True):
+                average.lerp_(p.detach().double(), 1 - decay)
+
+
+def assert_near(optimizer, parameters, reference, bound=1e-6):
+    for p, expected in zip(parameters, reference.parameters, strict=True):
+        if p.numel():
+            assert relative_error(p.detach().cpu(), expected.detach()) < bound, p.shape
+    for decay, averages in reference.averages.items():
+        for p, average in zip(parameters, averages, strict=True):
+            if p.numel():
+                assert relative_error(optimizer.average(p, decay).cpu(), average) < bound, (p.shape, decay)
+
+
+@pytest.mark.parametrize(("clip_norm", "weight_decay"), [(None, 0.0), (1.0, 0.1)])
+def test_two_hundred_random_steps(device, clip_norm, weight_decay):
+    settings = {"lr": 1e-3, "betas": (0.9, 0.95), "weight_decay": weight_decay}
+    parameters = make_parameters(device.type)
+    optimizer = AdamWEMA(parameters, ema_decays=DECAYS, clip_norm=clip_norm, backend=device.backend, **settings)
+    reference = Reference(make_parameters(), clip_norm, **settings)
+    for step in range(200):
+        for side in (parameters, reference.parameters):
+            set_gradients(side, step)
+        optimizer.step()
+        reference.step()
+    # apex adds the decay to the update, whose rounding leans to one side over many steps.
+    assert_near(optimizer, parameters, reference, 1e-5 if device.backend == "apex" and weight_decay else 1e-6)
+
+
+def test_golden_training_case(device):
+    case = GoldenCase("guided_omega_train")
+    case.model.to(device.type)
+    optimizer = AdamWEMA(case.model.parameters(), lr=1e-3, betas=(0.9, 0.95), ema_decays=DECAYS, backend=device.backend)
+    twin = copy.deepcopy(case.model).cpu()
+    reference = Reference(list(twin.parameters()), lr=1e-3, betas=(0.9, 0.95), weight_decay=0)
+    for step in range(4):
+        latents, labels, draws = case.batch(f"step{step}")
+        draws = draws._replace(noise=draws.noise.to(device.type))
+        loss, _ = case.method.loss(case.model, latents.to(device.type), labels.to(device.type), draws)
+        optimizer.zero_grad()
+        loss.backward()
+        for p, q in zip(case.model.parameters(), twin.parameters(), strict=True):
+            q.grad = p.grad.cpu().clone()
+        optimizer.step()
+        reference.step()
+    assert_near(optimizer, list(case.model.parameters()), reference)
+    expected = case.parameters("train/params")
+    for name, p in case.model.named_parameters():
+        assert relative_error(p.detach().cpu(), expected[name]) < 1e-5
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("stochastic", [False, True])
+def test_gradient_that_is_not_finite_changes_nothing(device, bad, stochastic):
+    parameters = make_parameters(device.type)
+    copies = [torch.empty_like(p, dtype=torch.bfloat16) for p in parameters]
+    optimizer = AdamWEMA(
+        parameters,
+        ema_decays=DECAYS,
+        clip_norm=1.0,
+        copies=copies,
+        stochastic_rounding=stochastic,
+        backend=device.backend,
+    )
+    with torch.no_grad():
+        optimizer.average(parameters[0], 0.9).fill_(-0.0)  # what adding zero would change
+    set_gradients(parameters, 0)
+    optimizer.step()
+    assert optimizer.skipped == 0
+    before = everything(optimizer) + [c.clone() for c in copies]
+    set_gradients(parameters, 1)
+    parameters[-1].grad[-1] = bad
+    gradients = [p.grad.clone() for p in parameters]
+    optimizer.step()
+    assert optimizer.skipped == 1
+    assert same_bits(everything(optimizer) + copies, before)
+    assert same_bits([p.grad for p in parameters], gradients)
+    set_gradients(parameters, 1)
+    optimizer.step()
+    assert optimizer.skipped == 0
+    assert not same_bits(everything(optimizer) + copies, before)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"), [("torch", "cuda"), ("cuda", "torch"), ("torch", "apex"), ("apex", "cuda")]
+)
+def test_changed_backend_goes_on_alike(first, second, host_library, monkeypatch):
+    monkeypatch.setattr(multi_tensor, "library", lambda: host_library)
+    monkeypatch.setitem(sys.modules, "amp_C", types.SimpleNamespace(multi_tensor_adam_capturable=apex_adam))
+    shapes = [p for p in make_parameters() if p.numel()]
+    settings = {"lr": 1e-3, "ema_decays": DECAYS, "clip_norm": 1.0}
+    stays = AdamWEMA(shapes, backend=first, **settings)
+    for step in range(10):
+        set_gradients(shapes, step)
+        stays.step()
+    moved = [nn.Parameter(p.detach().clone()) for p in shapes]
+    changes = AdamWEMA(moved, backend=second, **settings)
+    changes.load_state_dict(copy.deepcopy(stays.state_dict()))
+    for step in range(10, 20):
+        for parameters, optimizer in ((shapes, stays), (moved, changes)):
+            set_gradients(parameters, step)
+            optimizer.step()
+    for a, b in zip(everything(stays), everything(changes), strict=True):
+        assert relative_error(b, a) < 1e-6
+
+
+def test_bfloat16_gradients(device):
+    """Gradients in bfloat16, and of both dtypes at once, are those numbers in float32."""
+    parameters, twins = make_parameters(device.type), make_parameters(device.type)
+    one, two = (AdamWEMA(side, clip_norm=1.0, backend=device.backend) for side in (parameters, twins))
+    for step in range(3):
+        set_gradients(parameters, step, torch.bfloat16)
+        set_gradients(twins, step)
+        for p, q in zip(parameters, twins, strict=True):
+            q.grad.copy_(p.grad)
+        set_gradients(parameters[1:2], step)
+        twins[1].grad.copy_(parameters[1].grad)
+        one.step()
+        two.step()
+    for a, b in zip(everything(one), everything(two), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
+def test_parameter_without_gradient_is_left_alone(device):
+    if device.backend == "apex":
+        pytest.skip("apex counts steps for all parameters; see test_backend_apex_needs_every_gradient")
+    parameters = make_parameters(device.type)
+    optimizer = AdamWEMA(parameters, ema_decays=(0.5,), backend=device.backend)
+    set_gradients(parameters, 0)
+    optimizer.step()
+    still, average = parameters[0].detach().clone(), optimizer.average(parameters[0], 0.5).clone()
+    set_gradients(parameters, 1)
+    parameters[0].grad = None
+    optimizer.step()
+    assert torch.equal(parameters[0], still)
+    assert optimizer.state[parameters[0]]["step"] == 1
+    assert optimizer.state[parameters[1]]["step"] == 2
+    torch.testing.assert_close(optimizer.average(parameters[0], 0.5), (average + still) / 2)
+
+
+def test_groups_keep_their_settings(device):
+    """As torch.optim.AdamW with the same groups, with a schedule."""
+    parameters, twins = make_parameters(device.type), make_parameters(device.type)
+
+    def groups(side):
+        return [{"params": side[:2], "weight_decay": 0.1}, {"params": side[2:], "betas": (0.5, 0.6), "lr": 1e-2}]
+
+    ours = AdamWEMA(groups(parameters), backend=device.backend)
+    theirs = torch.optim.AdamW(groups(twins), lr=1e-3, weight_decay=0)
+    schedules = [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5) for optimizer in (ours, theirs)]
+    for step in range(3):
+        for side, optimizer, schedule in zip((parameters, twins), (ours, theirs), schedules, strict=True):
+            set_gradients(side, step)
+            optimizer.step()
+            schedule.step()
+    for p, q in zip(parameters, twins, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-6)
+
+
+# ----------------------------------------------------------------------------
+# Memory: any alignment, any strides.
+
+
+def test_unaligned_and_transposed(device):
+    """Slices that begin anywhere, a transposed parameter with a gradient that is not."""
+    flat = torch.arange(103.0, device=device.type) / 50 - 1
+    parameters = [nn.Parameter(flat[1:50]), nn.Parameter(flat[50:53]), nn.Parameter(flat[53:95].view(6, 7).t())]
+    twins = [nn.Parameter(p.detach().cpu().clone()) for p in parameters]
+    optimizer = AdamWEMA(parameters, lr=0.1, backend=device.backend)
+    reference = torch.optim.AdamW(twins, lr=0.1, weight_decay=0)
+    set_gradients(twins, 0)
+    for p, q in zip(parameters, twins, strict=True):
+        p.grad = q.grad.to(device.type).contiguous()
+    optimizer.step()
+    reference.step()
+    for p, q in zip(parameters, twins, strict=True):
+        torch.testing.assert_close(p.cpu(), q, rtol=1e-6, atol=1e-6)
+    assert torch.equal(flat[[0, *range(95, 103)]].cpu(), (torch.arange(103.0) / 50 - 1)[[0, *range(95, 103)]])
+
+
+# ----------------------------------------------------------------------------
+# Copies in bfloat16.
+
+
+def test_copies_follow_the_parameters(device):
+    parameters = make_parameters(device.type)
+    copies = [torch.empty_like(p, dtype=torch.bfloat16) for p in parameters]
+    optimizer = AdamWEMA(parameters, copies=copies, backend=device.backend)
+    for step in range(3):
+        assert all(torch.equal(c, p.bfloat16()) for c, p in zip(copies, parameters, strict=True))
+        set_gradients(parameters, step)
+        optimizer.step()
+    assert all(torch.equal(c, p.bfloat16()) for c, p in zip(copies, parameters, strict=True))
+
+
+def test_stochastic_rounding(device):
+    """Up or down to a neighbour, in proportion; anew in each step and for each parameter; exact numbers stay."""
+    between, exact = torch.full((40000,), 1 + 0.25 * 2**-7), torch.full((40000,), -1.5)
+    parameters = [nn.Parameter(x.to(device.type)) for x in (between, between, exact)]
+    copies = [torch.empty_like(p, dtype=torch.bfloat16) for p in parameters]
+    optimizer = AdamWEMA(parameters, lr=0.0, copies=copies, stochastic_rounding=True, backend=device.backend)
+    seen = []
+    for step in range(2):
+        set_gradients(parameters, step)
+        optimizer.step()
+        seen += [c.cpu() for c in map(torch.clone, copies[:2])]
+        assert torch.equal(copies[2], parameters[2].bfloat16())
+    for rounded in seen:
+        assert rounded.unique().tolist() == [1, 1 + 2**-7]
+        share = (rounded > 1).float().mean()
+        assert abs(share - 0.25) < 4 * (0.25 * 0.75 / 40000) ** 0.5
+    assert not any(torch.equal(a, b) for a, b in itertools.combinations(seen, 2))
+
+
+def test_stochastic_rounding_is_the_same_bits_in_every_backend(host_library, monkeypatch):
+    monkeypatch.setattr(multi_tensor, "library", lambda: host_library)
+    results = []
+    for backend in ("cuda", "torch"):
+        parameters = make_parameters()
+        parameters[1].data[:2] = torch.tensor([float("inf"), 3.4e38])
+        copies = [torch.empty_like(p, dtype=torch.bfloat16) for p in parameters]
+        optimizer = AdamWEMA(parameters, lr=0.0, copies=copies, stochastic_rounding=True, backend=backend)
+        for step in range(2):
+            set_gradients(parameters, step)
+            optimizer.step()
+        results.append(copies)
+    assert same_bits(*results)
+
+
+# ----------------------------------------------------------------------------
+# The norm.
+
+
+def test_sum_of_squares(device):
+    optimizer = AdamWEMA(make_parameters(device.type), backend=device.backend)
+    parameters = optimizer.param_groups[0]["params"]
+    norms = []
+    for _ in range(2):
+        set_gradients(parameters, 7)
+        optimizer.step()
+        norms.append(optimizer.grad_norm)
+    exact = sum(p.grad.double().square().sum() for p in parameters).sqrt()
+    assert norms[0] == norms[1]
+    assert relative_error(norms[0].cpu(), exact.cpu()) < 1e-7
+
+
+# ----------------------------------------------------------------------------
+# Bad input.
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"backend": "fast"}, "no backend fast; accepted are auto, cuda, torch, apex"),
+        ({"ema_decays": (1.0,)}, r"ema_decays must be different numbers in \[0, 1\)"),
+        ({"ema_decays": (0.9, 0.9)}, "different"),
+        ({"ema_decays": tuple(i / 10 for i in range(9))}, "can be 8 ema_decays, not 9"),
+        ({"clip_norm": 0.0}, "clip_norm must be positive, not 0"),
+        ({"lr": -1.0}, "lr and weight_decay must not be negative"),
+        ({"betas": (0.9, 1.0)}, r"betas must be in \[0, 1\)"),
+        ({"copies": []}, "there are 1 parameters, but 0 copies"),
+        ({"copies": [torch.zeros(3)]}, "must be bfloat16"),
+        ({"backend": "cuda"}, "backend cuda: "),
+        ({"backend": "apex"}, "backend apex: apex is not installed"),
+    ],
+)
+def test_wrong_settings(settings, message, monkeypatch):
+    monkeypatch.setattr(multi_tensor, "library", missing_library)
+    monkeypatch.setitem(sys.modules, "amp_C", None)
+    with pytest.raises(ValueError, match=message):
+        AdamWEMA([nn.Parameter(torch.zeros(3))], **settings)
+
+
+def missing_library():
+    raise OSError("the CUDA library was not built")
+
+
+def test_wrong_parameters():
+    with pytest.raises(ValueError, match="parameters must be float32, not"):
+        AdamWEMA([nn.Parameter(torch.zeros(3, dtype=torch.float64))])
+    with pytest.raises(ValueError, match="on one device, not on cpu and meta"):
+        AdamWEMA([nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(3, device="meta"))])
+
+
+def test_state_without_the_averages():
+    p = nn.Parameter(torch.zeros(3))
+    state = AdamWEMA([p], ema_decays=(0.9,)).state_dict()
+    with pytest.raises(ValueError, match=r"no moving average of decay 0\.99"):
+        AdamWEMA([p], ema_decays=(0.99,)).load_state_dict(state)
+
+
+def test_backend_apex_needs_every_gradient(monkeypatch):
+    monkeypatch.setitem(sys.modules, "amp_C", types.SimpleNamespace(multi_tensor_adam_capturable=apex_adam))
+    parameters = make_parameters()
+    optimizer = AdamWEMA(parameters, backend="apex")
+    set_gradients(parameters[1:], 0)
+    with pytest.raises(ValueError, match="each needs a gradient in every step"):
+        optimizer.step()
+
+
+def test_auto_takes_torch_without_the_library(monkeypatch):
+    monkeypatch.setattr(multi_tensor, "library", missing_library)
+    assert AdamWEMA(make_parameters()).backend == "torch"
+
+
+def test_library_of_other_sources_is_refused(host_library, monkeypatch):
+    monkeypatch.setattr(multi_tensor, "TENSOR", multi_tensor.np.dtype([("numel", "<i8")]))
+    with pytest.raises(OSError, match="built from other sources"):
+        multi_tensor.Library(host_library.path)
