@@ -184,6 +184,19 @@ def test_means_are_read_in_parts(tmp_path, num_parts):
     assert [first for first, _, _ in found] == list(np.cumsum([0] + [len(means) for _, means, _ in found])[:-1])
 
 
+def test_means_that_cannot_be_read(tmp_path):
+    dataset = write_dataset(tmp_path / "data", "x", LATENTS, [(np.zeros((1, 2, *LATENTS.shape)), 0)] * 3)
+    index = tmp_path / "data/000000.idx"
+    kept = index.read_text()
+    for wrong, message in (
+        (kept.replace("label", "lebal"), "'label'"),
+        (kept.replace(" 4 ", "99999 4 "), "it ends before samples that its index lists"),
+    ):
+        index.write_text(wrong)
+        with pytest.raises(RankError, match=rf"cannot read .*000000.tar: {message}"):
+            list(iterate_means(dataset))
+
+
 def test_halves_of_the_data(digits):
     """The floor is the distance of two random halves; together they are the data."""
     dataset = Dataset.open(digits)

@@ -303,6 +303,8 @@ def iterate_means(
                         chosen = offsets[first : min(first + batch, rows.stop)]
                         means = b"".join(os.pread(file.fileno(), size, offset) for offset, _ in chosen)
                         labels = b"".join(os.pread(file.fileno(), 4, offset) for _, offset in chosen)
+                        if (len(means), len(labels)) != (size * len(chosen), 4 * len(chosen)):
+                            raise ValueError("it ends before samples that its index lists")
                         shape = (len(chosen), *dataset.space.shape)
                         yield (
                             before + first,
