@@ -185,7 +185,8 @@ def test_means_are_read_in_parts(tmp_path, num_parts):
 
 
 def test_means_that_cannot_be_read(tmp_path):
-    dataset = write_dataset(tmp_path / "data", "x", LATENTS, [(np.zeros((1, 2, *LATENTS.shape)), 0)] * 3)
+    zeros = ArraySamples("x", LATENTS, np.zeros((3, 1, 2, *LATENTS.shape)), np.zeros(3, int))
+    dataset = write_dataset(tmp_path / "data", zeros)
     index = tmp_path / "data/000000.idx"
     kept = index.read_text()
     for wrong, message in (
