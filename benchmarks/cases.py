@@ -25,9 +25,10 @@ from benchmarks.measure import Row, summarise
 from benchmarks.workload import IMPLEMENTATIONS, OBJECTIVES, Call, make_model, small, torch_pair, training_step
 from mfengine import ModelConfig, ops, sample
 from mfengine.engine.config import PRESETS
-from mfengine.engine.data import Dataset, LatentSpace, Loader, write_dataset
+from mfengine.engine.data import Dataset, LatentSpace, Loader
 from mfengine.engine.distributed import World
 from mfengine.engine.flops import forward_flops, step_flops
+from mfengine.engine.shards import ArraySamples, write_dataset
 from mfengine.kernels import multi_tensor
 from mfengine.ops import Dual
 from mfengine.optim import AdamWEMA
@@ -341,25 +342,20 @@ def optimizer(machine: Machine) -> Iterator[Case]:
 def data(machine: Machine) -> Iterator[Case]:
     """Batches of moments, 2 x 4 x 32 x 32 in float16, by DALI from shards and by a DataLoader from one file each."""
     batch, batches, count, space = 256, 16, 8192, LatentSpace((4, 32, 32), num_classes=1000)
-    generator = np.random.default_rng(0)
-
-    def moments() -> Iterator[tuple[np.ndarray, int]]:
-        for i in range(count):
-            yield generator.standard_normal((1, 2, *space.shape), np.float32), i % space.num_classes
+    moments = np.random.default_rng(0).standard_normal((count, 1, 2, *space.shape), np.float32)
+    samples = ArraySamples("random", space, moments, np.arange(count) % space.num_classes)
 
     def dali() -> Call:
         folder = machine.folder / "shards"
-        dataset = (
-            Dataset.open(folder) if folder.exists() else write_dataset(folder, "random", space, moments(), count // 2)
-        )
+        dataset = Dataset.open(folder) if folder.exists() else write_dataset(folder, samples, shard_samples=count // 2)
         return partial(read, Loader(dataset, batch, 0, 1, 0, machine.device))
 
     def files() -> Call:
         folder = machine.folder / "files"
         if not folder.exists():
             folder.mkdir()
-            for i, (array, label) in enumerate(moments()):
-                np.savez(folder / f"{i:06d}.npz", moments=array.astype(np.float16), label=label)
+            for i, array in enumerate(moments):
+                np.savez(folder / f"{i:06d}.npz", moments=array.astype(np.float16), label=samples.labels[i])
         loader = torch.utils.data.DataLoader(
             _Files(folder), batch, shuffle=True, num_workers=os.cpu_count() or 1, persistent_workers=True,
             drop_last=True, pin_memory=machine.gpu,

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.scaling`: modelled step time of XL/2 on 1 to 1,024 GPUs, without a cluster.
+"""`python -m benchmarks.scaling`: modelled step time of XL/2, or another preset, on 1 to 1,024 GPUs.
 
 The work is counted: this process takes the place of rank 0 in a fake process group of N ranks, and runs the real
 layout, loss, backward, reduction and optimizer on tensors that have shapes and no values. Every collective is recorded
@@ -372,19 +372,21 @@ def memory_bytes(config: TrainConfig, step: Step, batch: int) -> float:
 
 @dataclass(frozen=True)
 class Arguments:
-    """Modelled step time of guided XL/2 training on N GPUs: counted work, assumed rates."""
+    """Modelled step time of training on N GPUs: counted work, assumed rates."""
 
+    preset: Literal["b4", "b2", "m2", "l2", "xl2", "xl2-plus"] = "xl2"
+    """what is trained"""
     gpus: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
     """numbers of GPUs; whole nodes above one node"""
     hardware: Hardware = field(default_factory=Hardware)
     measured: Path | None = None
-    """gpu.json of `python -m benchmarks.gpu`: its guided xl2 step gives the rate of computation"""
+    """gpu.json of `python -m benchmarks.gpu`: its guided step of this preset gives the rate of computation"""
     json: Path | None = None
     """write counts and modelled times here"""
     plot: Path | None = None
     """draw them here (.png)"""
     rehearse: bool = False
-    """a small network instead of XL/2"""
+    """a small network instead"""
 
     def __post_init__(self) -> None:
         node = self.hardware.gpus_per_node
@@ -395,8 +397,8 @@ class Arguments:
             raise ValueError("gpus needs at least one number")
 
 
-def measured_share(path: Path, flops_per_sample: float, hw: Hardware) -> float:
-    """Share of the matrix rate that a measured guided step of XL/2 reached, at its largest batch.
+def measured_share(path: Path, preset: str, flops_per_sample: float, hw: Hardware) -> float:
+    """Share of the matrix rate that a measured guided step of a preset reached, at its largest batch.
 
     Raises:
         InputError: the file has no such step.
@@ -405,9 +407,9 @@ def measured_share(path: Path, flops_per_sample: float, hw: Hardware) -> float:
         rows = [Row(**row) for row in json.loads(path.read_text())["rows"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"cannot read {path} as the report of benchmarks.gpu: {error!r}") from None
-    rows = [row for row in rows if row.implementation == OURS and row.label.startswith("step: guided, xl2 ")]
+    rows = [row for row in rows if row.implementation == OURS and row.label.startswith(f"step: guided, {preset} ")]
     if not rows:
-        raise InputError(f"{path} has no measured step 'guided, xl2'; run python -m benchmarks.gpu on a GPU")
+        raise InputError(f"{path} has no measured step 'guided, {preset}'; run python -m benchmarks.gpu on a GPU")
     best = max(rows, key=lambda row: row.samples)
     return best.samples / best.seconds * flops_per_sample / (hw.matrix_tflops * 1e12)
 
@@ -421,13 +423,13 @@ def strategies(ranks: int, hw: Hardware) -> list[Strategy]:
 
 def scaling(args: Arguments) -> dict[str, Any]:
     """Counts and modelled points of the command line, as plain values."""
-    config = PRESETS["xl2"][1]
+    config = PRESETS[args.preset][1]
     if args.rehearse:
         config = dataclasses.replace(config, model=small(config.model))
     flops = count_flops(config)
     hw = args.hardware
     if args.measured:
-        hw = dataclasses.replace(hw, matrix_share=measured_share(args.measured, sum(flops.values()), hw))
+        hw = dataclasses.replace(hw, matrix_share=measured_share(args.measured, args.preset, sum(flops.values()), hw))
     counts, points = [], []
     infeasible: dict[int, str] = {}
     for ranks in args.gpus:

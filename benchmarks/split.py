@@ -23,9 +23,10 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from benchmarks.workload import OBJECTIVES, make_model, small
 from mfengine import MeanFlow, MeanFlowConfig, ModelConfig
 from mfengine.engine.config import PRESETS, OptimConfig
-from mfengine.engine.data import LatentSpace, Loader, write_dataset
+from mfengine.engine.data import LatentSpace, Loader
 from mfengine.engine.distributed import World, prepare_model, world
 from mfengine.engine.optim import adamw_ema
+from mfengine.engine.shards import ArraySamples, write_dataset
 from mfengine.method.objective import to_device
 
 PASSES = ("data wait", "guidance", "primal", "tangent", "backward", "optimizer", "communication", "rest")
@@ -155,7 +156,10 @@ def batches(config: ModelConfig, world: World, batch: int, folder: Path) -> Iter
             yield latents, labels
     space = LatentSpace(shape, config.num_classes)
     moments = np.random.default_rng(0).standard_normal((1, 2, *shape))
-    dataset = write_dataset(folder / f"rank-{world.rank}", "random", space, ((moments, 0) for _ in range(4 * batch)))
+    samples = ArraySamples(
+        "random", space, np.broadcast_to(moments, (4 * batch, *moments.shape)), np.zeros(4 * batch, np.int32)
+    )
+    dataset = write_dataset(folder / f"rank-{world.rank}", samples)
     loader = Loader(dataset, batch, 0, 1, 0, world.device)
     generator = torch.Generator().manual_seed(0)
     while True:

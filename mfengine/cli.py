@@ -9,7 +9,7 @@ import io
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from itertools import groupby
 from typing import Any, TypeVar, get_type_hints
 
@@ -48,6 +48,14 @@ def parse(arguments: type[T], args: Sequence[str], prog: str, default: T | None 
     elif unknown:
         message = f"unexpected argument {unknown[1]}"
     raise InputError(f"{message} (`{prog} --help` lists the options)")
+
+
+def choose(what: str, name: str, names: Collection[str]) -> str:
+    """`name` if it is among `names`; otherwise InputError that names the nearest `what`."""
+    if name not in names:
+        near = difflib.get_close_matches(name, names, n=1, cutoff=0)
+        raise InputError(f"there is no {what} {name}; the nearest is {near[0]}, all are {', '.join(names)}")
+    return name
 
 
 def _message(report: str) -> str:

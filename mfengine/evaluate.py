@@ -1,109 +1,120 @@
-"""`python -m mfengine.evaluate CHECKPOINT --data FOLDER`: how near samples are to the data they imitate."""
+"""`python -m mfengine.evaluate CHECKPOINT --data FOLDER --reference STATS_OR_FOLDER`: how good samples are."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-import numpy as np
-import torch
 import tyro
-from torch import Tensor, nn
 
 from mfengine import cli
 from mfengine.engine.checkpoint import load_model
-from mfengine.engine.data import Dataset, LatentSpace, read_means
+from mfengine.engine.data import Dataset
+from mfengine.engine.decode import draw_latents
 from mfengine.engine.distributed import world
+from mfengine.engine.evaluation import Decode, SampleSet, evaluate, write_figures
+from mfengine.engine.fidelity import SPLITS, Reference
+from mfengine.engine.image_files import check_new
+from mfengine.engine.vae import VAE
 from mfengine.errors import InputError
-from mfengine.method import sample
 
 
 @dataclass(frozen=True)
 class EvaluateArgs:
-    """Compare samples of a trained model with its data set: Frechet distance, and the share read as their label.
+    """Measure samples of a trained model. Under torchrun, on all of its processes; the samples are the same.
 
-    Both are taken on latents as the encoder gave them (pixels, for the digits), without another network.
+    Against its data set: the Frechet distance of latents as the encoder gave them, without another network, and for
+    images of few pixels the share read as their label. Against reference images: FID, Inception Score, precision and
+    recall.
     """
 
     checkpoint: tyro.conf.Positional[Path]
     """a run folder, one of its checkpoints, or an export (.safetensors)"""
-    data: Path
+    steps: tuple[int, ...] = (1, 2)
+    """network evaluations per sample; all figures are taken for each value"""
+    # torchrun on Python 3.11 stumbles over --num, which is how options of its own begin.
+    num: Annotated[int, tyro.conf.arg(aliases=("--num-samples",))] = 2000
+    """samples to draw; 50000 is usual for FID. Under torchrun write --num-samples"""
+    labels: Literal["balanced", "random"] = "balanced"
+    """of the samples: in turn, so that classes are equally many, or drawn at random"""
+    seed: int = 0
+    """noise and label of a sample derive from it and the sample's number"""
+    batch_size: int = 64
+    """samples per call of the network, on one rank"""
+
+    data: Path | None = None
     """the data set the model was trained on"""
+    reference: Path | None = None
+    """a folder of images, or an .npz with mu and sigma of Inception features, images (arr_0), or both, as ADM's"""
+    inception: Path | None = None
+    """a file with the weights of torch-fidelity's Inception; torch-fidelity fetches them if not given"""
+    vae: str | None = None
+    """decode latents with this VAE: a folder or hub name that diffusers loads"""
+    save: Path | None = None
+    """write the images, of the first of --steps: NAME.npz as ADM's evaluation takes it, or a folder for PNG files"""
     out: Path | None = None
     """where to write the figures; metrics.json in the run folder if not given, nowhere for an export"""
-    num: int = 2000
-    """samples to draw, their labels spread evenly"""
-    seed: int = 0
-    """of the noise"""
-    batch_size: int = 500
-    """samples drawn at a time"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes a GPU where there is one"""
 
 
-def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
-    """Squared Frechet distance of the Gaussians fitted to two sets, (n, d) and (m, d).
-
-    |mean a - mean b|^2 + trace(A + B - 2 (A B)^(1/2)), in float64 (Heusel et al., arXiv 1706.08500, eq. 6).
-    """
-    a, b = a.astype(np.float64), b.astype(np.float64)
-    cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
-    # The trace of the root is the sum of the roots of the eigenvalues, which are real and not negative.
-    roots = np.sqrt(np.maximum(np.linalg.eigvals(cov_a @ cov_b).real, 0))
-    shift = a.mean(0) - b.mean(0)
-    return float(shift @ shift + np.trace(cov_a) + np.trace(cov_b) - 2 * roots.sum())
-
-
-def draw(
-    model: nn.Module, space: LatentSpace, labels: Tensor, steps: int, seed: int, batch_size: int, device: torch.device
-) -> np.ndarray:
-    """Samples (n, C * H * W) on the scale of the encoder, one per label; each has noise of its own from `seed`."""
-    noise = torch.randn(len(labels), *space.shape, generator=torch.Generator().manual_seed(seed))
-    batches = zip(noise.split(batch_size), labels.split(batch_size), strict=True)
-    latents = torch.cat([sample(model, z.to(device), y.to(device), steps).cpu() for z, y in batches])
-    return space.unscale(latents).flatten(1).numpy()
+def check(config: EvaluateArgs) -> None:
+    """InputError for what is wrong whatever the model."""
+    if config.num < 2 or config.batch_size < 1:
+        raise InputError("--num must be at least 2 and --batch-size at least 1")
+    if not config.steps or min(config.steps) < 1 or len(set(config.steps)) < len(config.steps):
+        raise InputError("--steps takes different numbers, at least 1")
+    if config.data is None and config.reference is None and config.save is None:
+        raise InputError("nothing to do: give --data or --reference to measure against, or --save to keep the images")
+    if config.reference is not None and config.num < SPLITS:
+        raise InputError(f"--num must be at least {SPLITS} with --reference: Inception Score splits them in so many")
+    if config.save is not None:
+        check_new(config.save)
+    if config.out is not None and not config.out.parent.is_dir():
+        raise InputError(f"folder {config.out.parent} does not exist")
 
 
 def main(args: Sequence[str]) -> None:
     config = cli.parse(EvaluateArgs, args, "python -m mfengine.evaluate")
-    if config.num < 2 or config.batch_size < 1:
-        raise InputError("--num must be at least 2 and --batch-size at least 1")
-    dataset = Dataset.open(config.data)
+    check(config)
+    dataset = Dataset.open(config.data) if config.data is not None else None
+    reference = Reference(config.reference) if config.reference is not None else None
     with world(config.device) as here:
         model, space, path = load_model(config.checkpoint)
-        dataset.check_model(model.config)
-        model.to(here.device)
-        try:
-            from sklearn.linear_model import LogisticRegression
-        except ImportError:
-            raise InputError("reading labels needs scikit-learn: pip install 'mfengine[digits]'") from None
-        means, real_labels = read_means(dataset)
-        real = means.reshape(len(means), -1).astype(np.float64)  # (n, C * H * W)
-        spread = real.std()
-        reader = LogisticRegression(max_iter=2000).fit(real / spread, real_labels)
-
-        labels = torch.arange(config.num) % space.num_classes
-        one = draw(model, space, labels, 1, config.seed, config.batch_size, here.device)
-        two = draw(model, space, labels, 2, config.seed, config.batch_size, here.device)
-    half = np.random.default_rng(config.seed).permutation(len(real))
-    figures = {
-        "frechet_1nfe": frechet_distance(one, real),
-        "accuracy_1nfe": float((reader.predict(one / spread) == labels.numpy()).mean()),
-        "frechet_2nfe": frechet_distance(two, real),
-        "frechet_floor": frechet_distance(real[half[::2]], real[half[1::2]]),
-        "samples": config.num,
-        "checkpoint": path.name,
-    }
-    for name, value in figures.items():
-        print(f"{name:14} {value:.4g}" if isinstance(value, float) else f"{name:14} {value}")
+        if dataset is not None:
+            dataset.check_model(model.config)
+        decode: Decode | None = None
+        if config.reference is not None or config.save is not None:
+            if config.vae is not None:
+                decode = VAE(config.vae, here.device).decode
+            elif space.pixel_range is not None:
+                decode = draw_latents
+            else:
+                raise InputError(f"latents of {space.shape} become images by a VAE: give it with --vae")
+        figures = evaluate(
+            model.to(here.device),
+            SampleSet(space, config.num, config.batch_size, config.seed, config.labels),
+            config.steps,
+            here,
+            dataset=dataset,
+            reference=reference,
+            inception=config.inception,
+            decode=decode,
+            save=config.save,
+        )
+    if not here.main:
+        return
+    report = {**figures, "samples": config.num, "checkpoint": path.name}
+    width = max(len(name) for name in report)
+    for name, value in report.items():
+        print(f"{name:{width}} {value:.4g}" if isinstance(value, float) else f"{name:{width}} {value}")
     out = config.out
-    if out is None and path.parent.name == "checkpoints":
+    if out is None and figures and path.parent.name == "checkpoints":
         out = path.parent.parent / "metrics.json"
     if out is not None:
-        out.write_text(json.dumps(figures, indent=1) + "\n")
+        write_figures(report, out)
         print(f"written to {out}")
 
 

@@ -1,50 +1,202 @@
-"""`python -m mfengine.prepare digits OUT`: write a data set of latents."""
+"""`python -m mfengine.prepare COMMAND ...`, or the same under `torchrun`: write data sets of latents."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import tyro
 
 from mfengine import cli
-from mfengine.engine.data import LatentSpace, write_dataset
+from mfengine.engine.data import Dataset, LatentSpace
+from mfengine.engine.distributed import world
+from mfengine.engine.images import EncodedImages
+from mfengine.engine.importers import ImportedSamples
+from mfengine.engine.shards import ArraySamples, check_vacant, write_dataset
+from mfengine.engine.sources import open_source
+from mfengine.engine.vae import VAE
+from mfengine.engine.verify import verify
 from mfengine.errors import InputError
+
+PROG = "python -m mfengine.prepare"
 
 
 @dataclass(frozen=True)
-class PrepareArgs:
-    """Write a data set of latents: WebDataset shards with DALI indices, and dataset.json."""
+class DigitsArgs:
+    """The 1,797 real 8 x 8 images that scikit-learn carries, as one-channel latents without variance."""
 
-    source: tyro.conf.Positional[Literal["digits"]]
-    """digits: the 1,797 real 8 x 8 images that scikit-learn carries, as one-channel latents without variance"""
     out: tyro.conf.Positional[Path]
     """an empty or new folder"""
     seed: int = 0
     """of the order in which samples are written"""
 
 
-def digits(seed: int) -> Iterator[tuple[np.ndarray, int]]:
-    """The digits in random order: moments (1, 2, 1, 8, 8), pixels 0 to 16 and a standard deviation of 0."""
+def digits(args: DigitsArgs) -> None:
+    """Write the digits: moments (1, 2, 1, 8, 8), pixels 0 to 16 and a standard deviation of 0."""
     try:
         from sklearn.datasets import load_digits
     except ImportError:
         raise InputError("the digits come with scikit-learn: pip install 'mfengine[digits]'") from None
     data = load_digits()
-    for i in np.random.default_rng(seed).permutation(len(data.target)):
-        pixels = data.images[i][None]  # (1, 8, 8)
-        yield np.stack([pixels, np.zeros_like(pixels)])[None], int(data.target[i])
+    pixels = data.images[:, None]  # (1797, 1, 8, 8)
+    moments = np.stack([pixels, np.zeros_like(pixels)], axis=1)[:, None]
+    # Pixels from 0, black, to 16 have mean 4.9 and standard deviation 6.0.
+    space = LatentSpace(shape=(1, 8, 8), num_classes=10, scale=1 / 6, bias=5.0, pixel_range=(0.0, 16.0))
+    report(write_dataset(args.out, ArraySamples("digits", space, moments, data.target), seed=args.seed))
+
+
+@dataclass(frozen=True)
+class ImagesArgs:
+    """Images of any sizes, cropped to squares as ADM does and encoded by a VAE. Goes on where it was killed."""
+
+    src: tyro.conf.Positional[Path]
+    """a folder with a folder per class, WebDataset tars (one, or a folder of them), or an LMDB: see docs/data.md"""
+    out: tyro.conf.Positional[Path]
+    """an empty or new folder"""
+    vae: str
+    """a folder or hub name that diffusers loads as AutoencoderKL"""
+    size: int = 256
+    """side of the squares, in pixels; smaller images are enlarged"""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """of the VAE; auto is bfloat16 on a GPU, else float32"""
+    batch_size: int = 64
+    """images encoded at a time by each rank"""
+    seed: int = 0
+    """of the order in which samples are written"""
+    shard_samples: int | None = None
+    """samples per shard; as many as make about 1 GB if not given"""
+    max_broken: float = 0.001
+    """the share of images that may be unreadable: they are listed and left out"""
+    one_class: bool = False
+    """all images are of one class, in whatever folders they lie"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes a GPU where there is one"""
+
+
+def images(args: ImagesArgs) -> None:
+    """Encode images, on every rank."""
+    if args.batch_size < 1:
+        raise InputError(f"--batch-size {args.batch_size} must be at least 1")
+    with world(args.device, patience=timedelta(hours=1)) as here:  # one rank lists the source, which may take long
+        here.on_main(lambda: check_vacant(args.out))
+        source = here.on_main(lambda: open_source(args.src, args.one_class))
+        precision = args.precision
+        if precision == "auto":
+            precision = "bfloat16" if here.device.type == "cuda" else "float32"
+        vae = VAE(args.vae, here.device, precision)
+        samples = EncodedImages(args.out.absolute().name, source, vae, args.size, args.batch_size, here.device)
+        if here.main:
+            classes = samples.space.num_classes
+            print(f"{args.src}, {source.kind}: {len(samples)} images in {classes} class(es)", file=sys.stderr)
+        dataset = write_dataset(
+            args.out,
+            samples,
+            here,
+            seed=args.seed,
+            shard_samples=args.shard_samples,
+            max_broken=args.max_broken,
+        )
+        if here.main:
+            report(dataset)
+
+
+def report(dataset: Dataset) -> None:
+    """Say what was written."""
+    left_out = f", {dataset.broken} broken ones left out" if dataset.broken else ""
+    print(f"{dataset.folder}: {dataset.count} samples in {len(dataset.shards)} shard(s){left_out}")
+
+
+@dataclass(frozen=True)
+class ImportArgs:
+    """Latents that others have prepared: LMDB, .pt or .npy files, found by looking.
+
+    An LMDB of pickled moments, .pt files with image and label, or a folder or zip of .npy with a dataset.json, as
+    docs/data.md describes them. Pickles are never executed.
+    """
+
+    source: tyro.conf.Positional[Path]
+    """folder, LMDB or zip; nothing is written to it"""
+    out: tyro.conf.Positional[Path]
+    """an empty or new folder"""
+    num_classes: int | None = None
+    """labels are 0 to this less 1; for .npy files the highest label says it if not given"""
+    scale: float | None = None
+    """latents are (mean + std normal - bias) scale; for four channels 0.18215, as Stable Diffusion's, if not given"""
+    bias: float = 0.0
+    """see scale"""
+    seed: int = 0
+    """of the order in which samples are written"""
+    max_broken: float = 0.0
+    """share of samples that may be unreadable: those are left out and listed in broken.jsonl"""
+
+    def __post_init__(self) -> None:
+        if self.num_classes is not None and self.num_classes < 1:
+            raise ValueError(f"num_classes must be at least 1, not {self.num_classes}")
+        if self.scale is not None and not 0 < self.scale < float("inf"):
+            raise ValueError(f"scale must be positive, not {self.scale}")
+
+
+def import_latents(args: ImportArgs) -> None:
+    """Write what a source of latents holds; under torchrun, all ranks share the work."""
+    with world("cpu", patience=timedelta(hours=1)) as here:  # listing a source may take one rank longer than another
+        here.on_main(lambda: check_vacant(args.out))
+        samples = ImportedSamples(args.source, args.num_classes, args.scale, args.bias)
+        dataset = write_dataset(args.out, samples, here, seed=args.seed, max_broken=args.max_broken)
+        if here.main:
+            report(dataset)
+
+
+@dataclass(frozen=True)
+class CheckArgs:
+    """Read a data set from end to end: checksums, indices, every sample, statistics."""
+
+    folder: tyro.conf.Positional[Path]
+    """a data set; nothing is written to it"""
+
+
+def check(args: CheckArgs) -> None:
+    """Say what is wrong with a data set, a line each, or that nothing is."""
+    found = verify(args.folder)
+    for line in found.warnings:
+        print(f"warning: {line}", file=sys.stderr)
+    for line in found.problems:
+        print(f"problem: {line}", file=sys.stderr)
+    if found.problems:
+        raise InputError(f"{args.folder} is damaged: {len(found.problems)} problem(s)")
+    counts, dataset = found.class_counts, found.dataset
+    print(
+        f"{args.folder} is whole: {dataset.count} samples in {len(dataset.shards)} shard(s), {dataset.flips} flip(s) "
+        f"of {dataset.space.shape}, {len(counts)} classes of {min(counts.values())} to {max(counts.values())}; latents "
+        f"have mean {found.mean.mean():.3g} and standard deviation {np.sqrt((found.std**2).mean()):.3g}"
+    )
+
+
+COMMANDS: dict[str, tuple[str, type[Any], Callable[[Any], None]]] = {
+    # name: (arguments as the list of commands shows them, arguments, what does it)
+    "digits": ("OUT", DigitsArgs, digits),
+    "images": ("SRC OUT", ImagesArgs, images),
+    "import": ("SRC OUT", ImportArgs, import_latents),
+    "check": ("DATA", CheckArgs, check),
+}
 
 
 def main(args: Sequence[str]) -> None:
-    config = cli.parse(PrepareArgs, args, "python -m mfengine.prepare")
-    # Pixels from 0, black, to 16 have mean 4.9 and standard deviation 6.0.
-    space = LatentSpace(shape=(1, 8, 8), num_classes=10, scale=1 / 6, bias=5.0, pixel_range=(0.0, 16.0))
-    dataset = write_dataset(config.out, "digits", space, digits(config.seed))
-    print(f"{config.out}: {dataset.count} samples in {len(dataset.shards)} shard(s)")
+    if not args or args[0] in ("-h", "--help"):
+        print(f"usage: {PROG} COMMAND ...\n\nWrite data sets of latents, or check one.\n")
+        for name, (operands, arguments, _) in COMMANDS.items():
+            print(f"  {name} {operands:{16 - len(name)}} {(arguments.__doc__ or '').splitlines()[0]}")
+        print(f"\n`{PROG} COMMAND --help` lists a command's options.")
+        if args:
+            raise SystemExit(0)
+        raise InputError(f"say what to prepare: {', '.join(COMMANDS)}")
+    name = cli.choose("command", args[0], COMMANDS)
+    _, arguments, action = COMMANDS[name]
+    action(cli.parse(arguments, args[1:], f"{PROG} {name}"))
 
 
 if __name__ == "__main__":

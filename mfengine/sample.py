@@ -12,9 +12,10 @@ import tyro
 
 from mfengine import cli
 from mfengine.engine.checkpoint import load_model
-from mfengine.engine.decode import Decoder, draw_latents
+from mfengine.engine.decode import draw_latents
 from mfengine.engine.distributed import world
 from mfengine.engine.telemetry import image_grid, save_picture
+from mfengine.engine.vae import VAE
 from mfengine.errors import InputError
 from mfengine.method import sample
 
@@ -55,7 +56,7 @@ def main(args: Sequence[str]) -> None:
         for label in classes:
             if not 0 <= label < space.num_classes:
                 raise InputError(f"there is no label {label}; the model has 0 to {space.num_classes - 1}")
-        decode = Decoder(config.vae, here.device) if config.vae else draw_latents
+        decode = VAE(config.vae, here.device).decode if config.vae else draw_latents
         labels = torch.tensor(classes).repeat_interleave(config.per_label)
         noise = torch.randn(len(labels), *space.shape, generator=torch.Generator().manual_seed(config.seed))
         latents = sample(model.to(here.device), noise.to(here.device), labels.to(here.device), config.steps)

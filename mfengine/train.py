@@ -2,19 +2,50 @@
 
 from __future__ import annotations
 
-import difflib
+import dataclasses
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from mfengine import cli
 from mfengine.engine.config import PRESETS, TrainConfig
 from mfengine.engine.distributed import world
+from mfengine.engine.plan import dry_run
 from mfengine.engine.trainer import train
 from mfengine.errors import InputError
 
 PROG = "python -m mfengine.train"
 
 
-def parse(args: Sequence[str]) -> TrainConfig:
+@dataclass(frozen=True)
+class TrainArgs(TrainConfig):
+    """The run, and whether to do it."""
+
+    dry_run: bool = False
+    """print parameters, memory, communication and length of the run, refuse what training would refuse, and stop"""
+    ranks: int | None = None
+    """with --dry-run: plan for so many ranks; those that torchrun started if not given"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.ranks is not None and (not self.dry_run or self.ranks < 1):
+            raise ValueError("ranks is for --dry-run, and at least 1; torchrun says how many ranks train")
+
+    @classmethod
+    def of(cls, config: TrainConfig) -> TrainArgs:
+        return cls(**_fields(config))
+
+    @property
+    def run(self) -> TrainConfig:
+        """What of this defines the run."""
+        return TrainConfig(**_fields(self))
+
+
+def _fields(config: TrainConfig) -> dict[str, Any]:
+    return {f.name: getattr(config, f.name) for f in dataclasses.fields(TrainConfig)}
+
+
+def parse(args: Sequence[str]) -> TrainArgs:
     """A preset with options over it; InputError for what there is not."""
     if args and args[0] in ("-h", "--help"):
         print(f"usage: {PROG} [PRESET] [OPTIONS]\n\nTrain a MeanFlow model. Under torchrun, on all of its processes.\n")
@@ -27,17 +58,19 @@ def parse(args: Sequence[str]) -> TrainConfig:
         raise SystemExit(0)
     preset = "digits"
     if args and not args[0].startswith("-"):
-        preset, args = args[0], args[1:]
-    if preset not in PRESETS:
-        near = difflib.get_close_matches(preset, PRESETS, n=1, cutoff=0)
-        raise InputError(f"there is no preset {preset}; the nearest is {near[0]}, all are {', '.join(PRESETS)}")
-    return cli.parse(TrainConfig, args, f"{PROG} {preset}", default=PRESETS[preset][1])
+        preset, args = cli.choose("preset", args[0], PRESETS), args[1:]
+    return cli.parse(TrainArgs, args, f"{PROG} {preset}", default=TrainArgs.of(PRESETS[preset][1]))
 
 
 def main(args: Sequence[str]) -> int:
     config = parse(args)
     with world(config.device) as here:
-        signum = train(config, here)
+        if config.dry_run:
+            if config.ranks not in (None, here.size) and here.size > 1:
+                raise InputError(f"ranks is {config.ranks}, but torchrun started {here.size}: leave --ranks away")
+            dry_run(config.run, here, config.ranks or here.size)
+            return 0
+        signum = train(config.run, here)
     return 128 + signum if signum else 0
 
 

@@ -16,7 +16,8 @@ from PIL import Image
 
 from mfengine.engine import trainer
 from mfengine.engine.checkpoint import load_model, newest_checkpoint
-from mfengine.engine.data import LatentSpace, write_dataset
+from mfengine.engine.data import LatentSpace
+from mfengine.engine.shards import ArraySamples, order, write_dataset
 
 
 @pytest.fixture(scope="module")
@@ -182,9 +183,9 @@ def test_signal_writes_a_checkpoint_before_leaving(digits, tmp_path, signum):
 def not_finite(tmp_path):
     """A data set in which a tenth of the samples has an infinite mean."""
     space = LatentSpace(shape=(1, 8, 8), num_classes=10)
-    bad = np.full((1, 2, 1, 8, 8), np.inf)
-    samples = [(bad if i % 640 == 639 else np.zeros_like(bad), i % 10) for i in range(1280)]
-    write_dataset(tmp_path / "bad", "bad", space, samples)
+    moments = np.zeros((1280, 1, 2, 1, 8, 8))
+    moments[order(1280, 0)[639::640]] = np.inf
+    write_dataset(tmp_path / "bad", ArraySamples("bad", space, moments, np.arange(1280) % 10))
 
 
 def test_loss_that_is_not_finite_stops_the_run(tmp_path):
@@ -275,7 +276,8 @@ def test_weights_that_are_not_finite_are_not_saved(digits, tmp_path):
         (["mfengine.train", "--data=DATA", "--init=nowhere"], "nowhere is neither a checkpoint"),
         (["mfengine.train", "--data=DATA", "--device=cuda"], "device cuda was asked for"),
         (["mfengine.prepare", "digits", "DATA"], "is not an empty folder"),
-        (["mfengine.prepare", "letters", "out"], "letters"),
+        (["mfengine.prepare", "digts", "out"], "there is no command digts; the nearest is digits"),
+        (["mfengine.prepare"], "say what to prepare: digits"),
         (["mfengine.sample", "nowhere"], "nowhere is neither a checkpoint"),
         (["mfengine.sample", "RUN", "--labels", "10"], "there is no label 10; the model has 0 to 9"),
         (["mfengine.sample", "RUN", "--steps=0"], "--steps and --per-label must be at least 1"),
@@ -370,12 +372,12 @@ def test_vae_decodes_latents(tmp_path):
         up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4, norm_num_groups=4,
     )  # fmt: skip
     vae.save_pretrained(tmp_path / "vae")
-    from mfengine.engine.decode import Decoder
+    from mfengine.engine.vae import VAE
 
     space = LatentSpace(shape=(4, 8, 8), num_classes=10, scale=0.2, bias=0.5)
     latents = torch.randn(2, 4, 8, 8)
     with torch.no_grad():
         expected = (vae.decode(latents / 0.2 + 0.5).sample / 2 + 0.5).clamp(0, 1)
-    images = Decoder(tmp_path / "vae", torch.device("cpu"))(latents, space)
+    images = VAE(tmp_path / "vae", torch.device("cpu")).decode(latents, space)
     torch.testing.assert_close(images, expected)
     assert images.shape == (2, 3, 16, 16)

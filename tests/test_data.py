@@ -1,29 +1,33 @@
 """Data sets: written, described, read by DALI in parts, continued, and refused when something is wrong."""
 
+import hashlib
 import json
+import resource
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
 import torch
 
 from mfengine import ModelConfig
-from mfengine.engine.data import DESCRIPTION, Dataset, LatentSpace, Loader, read_means, write_dataset
+from mfengine.engine.data import BROKEN, DESCRIPTION, Dataset, LatentSpace, Loader, read_means
+from mfengine.engine.shards import ArraySamples, Broken, order, write_dataset
 from mfengine.errors import InputError, RankError
 
 CPU = torch.device("cpu")
 SPACE = LatentSpace(shape=(2, 3, 3), num_classes=101, scale=0.5, bias=1.0)
 
 
-def numbered(count=101, flips=1, std=0.0):
-    """Samples whose mean is their label; the mirror image's mean is the label plus 1000."""
-    for i in range(count):
-        mean = np.stack([np.full(SPACE.shape, i + 1000 * flip) for flip in range(flips)])
-        yield np.stack([mean, np.full_like(mean, std)], axis=1), i
+def numbered(flips=1, std=0.0):
+    """101 samples whose mean is their label; the mirror image's mean is the label plus 1000."""
+    means = np.arange(101)[:, None] + 1000 * np.arange(flips)  # (101, flips)
+    moments = np.stack([means, np.full_like(means, std)], axis=2)[..., None, None, None]
+    return ArraySamples("n", SPACE, np.broadcast_to(moments, (101, flips, 2, *SPACE.shape)), np.arange(101))
 
 
 @pytest.fixture
 def dataset(tmp_path):
-    return write_dataset(tmp_path / "data", "numbered", SPACE, numbered(), shard_samples=40)
+    return write_dataset(tmp_path / "data", numbered(), shard_samples=40)
 
 
 def labels_of(loader, batches):
@@ -63,7 +67,7 @@ def test_orders_differ_between_epochs_and_seeds(dataset):
 
 @pytest.mark.parametrize("stop", [0, 1, 5, 6, 7, 20])
 def test_position_continues_exactly(tmp_path, stop):
-    dataset = write_dataset(tmp_path / "data", "n", SPACE, numbered(flips=2, std=1.0), shard_samples=40)
+    dataset = write_dataset(tmp_path / "data", numbered(flips=2, std=1.0), shard_samples=40)
     loader = Loader(dataset, 16, 0, 1, seed=3, device=CPU)
     for _ in range(stop):
         next(loader)
@@ -75,7 +79,7 @@ def test_position_continues_exactly(tmp_path, stop):
 
 
 def test_flips_and_posterior(tmp_path):
-    dataset = write_dataset(tmp_path / "data", "n", SPACE, numbered(flips=2, std=2.0))
+    dataset = write_dataset(tmp_path / "data", numbered(flips=2, std=2.0))
     loader = Loader(dataset, 101, 0, 1, seed=0, device=CPU)
     generator = torch.Generator().manual_seed(0)
     flipped, residuals = [], []
@@ -158,32 +162,146 @@ def test_too_few_samples_for_the_ranks(dataset):
         Loader(dataset, 1, 0, 200, seed=0, device=CPU)
 
 
+# ----------------------------------------------------------------------------
+# Writing.
+
+
+@dataclass(frozen=True)
+class Unreliable(ArraySamples):
+    """Samples of which some are broken, and that are interrupted after some number of them."""
+
+    broken: tuple[int, ...] = ()
+    last: int = 101
+    read_so_far: list[int] = field(default_factory=list)
+
+    def read(self, indices):
+        for i, sample in zip(indices, super().read(indices), strict=True):
+            if len(self.read_so_far) == self.last:
+                raise KeyboardInterrupt
+            self.read_so_far.append(i)
+            yield Broken(f"image {i}", "no image") if i in self.broken else sample
+
+
+def unreliable(**what):
+    return Unreliable(**vars(numbered()), **what)
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
 @pytest.mark.parametrize(
-    ("sample", "message"),
+    ("shape", "label", "message"),
     [
-        ((np.zeros((1, 2, 2, 3, 4)), 0), "sample 0 has moments of"),
-        ((np.zeros((1, 2, 2, 3, 3)), 101), "sample 0 has label 101"),
+        ((1, 2, 2, 3, 4), 0, r"sample 0 of n has moments of \(1, 2, 2, 3, 4\), not \(1, 2, 2, 3, 3\)"),
+        ((1, 2, 2, 3, 3), 101, "sample 0 of n has label 101, not one of 0 to 100"),
     ],
 )
-def test_writer_refuses_what_contradicts_the_description(tmp_path, sample, message):
+def test_writer_refuses_what_contradicts_the_description(tmp_path, shape, label, message):
     with pytest.raises(InputError, match=message):
-        write_dataset(tmp_path / "data", "n", SPACE, [sample])
-    assert not (tmp_path / "data" / DESCRIPTION).exists()
-
-
-def test_writer_that_was_killed_leaves_no_data_set(tmp_path):
-    def broken():
-        yield from list(numbered())[:50]
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        write_dataset(tmp_path / "data", "n", SPACE, broken(), shard_samples=40)
+        write_dataset(tmp_path / "data", ArraySamples("n", SPACE, np.zeros((1, *shape)), np.array([label])))
     assert not (tmp_path / "data").exists()
-    dataset = write_dataset(tmp_path / "data", "n", SPACE, numbered(), shard_samples=40)
-    assert Dataset.open(tmp_path / "data") == dataset
-    assert [p.name for p in tmp_path.iterdir()] == ["data"]
+
+
+def test_writer_describes_what_it_wrote(dataset):
+    digests = [hashlib.sha256((dataset.folder / shard.file).read_bytes()).hexdigest() for shard in dataset.shards]
+    assert [shard.sha256 for shard in dataset.shards] == digests
+    assert (dataset.class_counts, dataset.broken) == ((1,) * 101, 0)
+    assert read_means(dataset)[1].tolist() == order(101, 0).tolist()
+    assert sorted(contents(dataset.folder)) == sorted(
+        [DESCRIPTION, *(f"00000{k}.{end}" for k in range(3) for end in ("idx", "tar"))]
+    )
+
+
+@pytest.mark.parametrize("stop", [0, 39, 40, 41, 100])
+def test_writer_that_was_killed_continues(tmp_path, dataset, stop):
+    """Without redoing what is whole, and without anything that looks like a data set in between."""
+    with pytest.raises(KeyboardInterrupt):
+        write_dataset(tmp_path / "again", unreliable(last=stop), shard_samples=40)
+    assert not (tmp_path / "again").exists()
+    rest = unreliable()
+    write_dataset(tmp_path / "again", rest, shard_samples=40)
+    assert len(rest.read_so_far) == 101 - stop // 40 * 40
+    assert contents(tmp_path / "again") == contents(dataset.folder)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["again", "data"]
+
+
+def test_writer_does_a_shard_again_that_lost_bytes(tmp_path, dataset):
+    with pytest.raises(KeyboardInterrupt):
+        write_dataset(tmp_path / "again", unreliable(last=90), shard_samples=40)
+    truncate(tmp_path / ".partial-again/data/000000.tar", 1024)
+    write_dataset(tmp_path / "again", numbered(), shard_samples=40)
+    assert contents(tmp_path / "again") == contents(dataset.folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "message"),
+    [
+        ({}, {"seed": 1}, "was begun with seed 0, not 1: it cannot be continued so; remove it"),
+        ({}, {"shard_samples": 20}, "was begun with shard_samples 40, not 20"),
+        ({"provenance": {"vae": {"sha256": "ab"}}}, {}, "was begun with provenance.vae.sha256 None, not ab"),
+        ({"space": replace(SPACE, scale=2.0)}, {}, r"was begun with space.scale 0.5, not 2.0"),
+    ],
+)
+def test_writer_does_not_continue_something_else(tmp_path, change, options, message):
+    with pytest.raises(KeyboardInterrupt):
+        write_dataset(tmp_path / "data", unreliable(last=50), shard_samples=40)
+    before = contents(tmp_path / ".partial-data/data")
+    with pytest.raises(InputError, match=message):
+        write_dataset(tmp_path / "data", replace(numbered(), **change), **{"shard_samples": 40, **options})
+    assert contents(tmp_path / ".partial-data/data") == before
+
+
+def test_broken_samples_are_listed_and_left_out(tmp_path):
+    first_shard = tuple(order(101, 0)[:20])
+    dataset = write_dataset(tmp_path / "data", unreliable(broken=(7, *first_shard)), shard_samples=20, max_broken=0.3)
+    gone = {7, *first_shard}
+    assert Dataset.open(dataset.folder) == dataset
+    assert (dataset.count, dataset.broken) == (101 - len(gone), len(gone))
+    assert [i for i, count in enumerate(dataset.class_counts) if count == 0] == sorted(gone)
+    lines = [json.loads(line) for line in (dataset.folder / BROKEN).read_text().splitlines()]
+    assert {(line["name"], line["reason"]) for line in lines} == {(f"image {i}", "no image") for i in gone}
+    assert dataset.shards[0].file == "000001.tar"  # nothing is left of the first
+    assert sorted(labels_of(Loader(dataset, dataset.count, 0, 1, 0, CPU), 1)) == sorted(set(range(101)) - gone)
+
+
+def test_too_many_broken_samples(tmp_path):
+    """They are listed as far as they were found, and a larger share continues."""
+    samples = unreliable(broken=(3, 5))
+    with pytest.raises(InputError, match=r"2 of the first 101 .* 0.01 of all 101 may be .* is image [35]: no image"):
+        write_dataset(tmp_path / "data", samples, shard_samples=40, max_broken=0.01)
+    assert not (tmp_path / "data").exists()
+    assert len((tmp_path / f".partial-data/{BROKEN}").read_text().splitlines()) == 2
+    again = unreliable(broken=(3, 5))
+    dataset = write_dataset(tmp_path / "data", again, shard_samples=40, max_broken=0.02)
+    assert (dataset.count, dataset.broken, again.read_so_far) == (99, 2, [])
+
+
+def test_writer_on_a_full_disk(tmp_path, dataset):
+    """One that takes no file larger than a few samples: it says so, and continues where there is room."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+    try:
+        with pytest.raises(InputError, match=r"cannot write .*: the disk is full .* the same command continues"):
+            write_dataset(tmp_path / "full", numbered(), shard_samples=40)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not (tmp_path / "full").exists()
+    assert not list((tmp_path / ".partial-full/data").iterdir())
+    write_dataset(tmp_path / "full", numbered(), shard_samples=40)
+    assert contents(tmp_path / "full") == contents(dataset.folder)
+
+
+def test_description_of_an_older_version(dataset):
+    values = json.loads((dataset.folder / DESCRIPTION).read_text())
+    for name in ("broken", "class_counts", "class_names", "provenance"):
+        del values[name]
+    for shard in values["shards"]:
+        del shard["sha256"]
+    (dataset.folder / DESCRIPTION).write_text(json.dumps(values))
+    assert Dataset.open(dataset.folder).count == 101
 
 
 def test_writer_overwrites_nothing(dataset):
     with pytest.raises(InputError, match="is not an empty folder"):
-        write_dataset(dataset.folder, "n", SPACE, numbered())
+        write_dataset(dataset.folder, numbered())

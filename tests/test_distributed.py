@@ -14,7 +14,8 @@ from conftest import SMALL, checkpoint_contents, run_command
 from golden_cases import relative_error
 
 from mfengine.engine.checkpoint import load_model, newest_checkpoint
-from mfengine.engine.data import LatentSpace, write_dataset
+from mfengine.engine.data import LatentSpace
+from mfengine.engine.shards import ArraySamples, order, write_dataset
 
 GUIDED = ("--method.omega=0.2", "--method.kappa=0.92", "--method.t-end=0.75")
 STEPS = ("--steps=20", "--checkpoint-every=10")
@@ -108,10 +109,12 @@ def test_error_on_every_rank_is_told_once(digits, tmp_path):
 
 
 def write_bad(folder, make):
-    """64 samples in two shards, one for each of two ranks; `make(i)` is the mean of sample i."""
+    """64 samples in two shards, one for each of two ranks; `make(i)` is the mean of the i-th written."""
     space = LatentSpace(shape=(1, 8, 8), num_classes=10)
-    samples = [(np.full((1, 2, 1, 8, 8), make(i)), i % 10) for i in range(64)]
-    return write_dataset(folder, "bad", space, samples, shard_samples=32)
+    moments = np.empty((64, 1, 2, 1, 8, 8))
+    for i, sample in enumerate(order(64, 0)):
+        moments[sample] = make(i)
+    return write_dataset(folder, ArraySamples("bad", space, moments, np.arange(64) % 10), shard_samples=32)
 
 
 def test_loss_that_is_not_finite_on_one_rank(tmp_path):

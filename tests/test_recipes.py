@@ -1,9 +1,15 @@
-"""The recipes of docs/backend.md run as they stand, and do what they say."""
+"""The recipes of docs/backend.md run as they stand, and do what they say; the commands of other pages parse."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
+from torch.distributed.run import get_args_parser
+
+from benchmarks import scaling
+from mfengine import cli, evaluate, prepare, train
+from mfengine.engine.config import PRESETS
 
 PAGE = Path(__file__).parent.parent / "docs/backend.md"
 RECIPES = dict(re.findall(r"^## Recipe: (.*?)\n.*?^```python\n(.*?)^```", PAGE.read_text(), re.M | re.S))
@@ -40,3 +46,81 @@ def test_jvp_through_a_diffusers_model():
 def test_consistency_with_the_tangent_normalised():
     names = run("continuous-time consistency, with the tangent normalised")
     assert class_means(names, "y") == pytest.approx([-0.5, 0.5], abs=0.1)
+
+
+# ----------------------------------------------------------------------------
+# docs/recipes.md and docs/cluster.md: every command parses, by the commands' own parsers and torchrun's.
+
+DOCS = PAGE.parent
+RECIPES_PAGE = (DOCS / "recipes.md").read_text()
+ROWS = [
+    [cell.strip() for cell in line.strip("|").split("|")]
+    for line in RECIPES_PAGE.splitlines()
+    if "`mfengine.train" in line and line.startswith("|")
+]
+
+
+def commands(page):
+    """Commands on a page as lists of words: indented lines, and code in tables that begins with a command's name."""
+    text = (DOCS / page).read_text().replace("\\\n", " ")
+    lines = re.findall(r"^ {4}(\S.*)$", text, re.M) + re.findall(r"^\|.*`(mfengine\.\w+ [^`]*)`", text, re.M)
+    return [shlex.split(line) for line in lines if "mfengine." in line]
+
+
+def parse(words):
+    """Parse a command by what is to run it; returns the module and its arguments, parsed."""
+    if words[0] == "sbatch":
+        words = words[words.index("scripts/slurm/run.sh") + 1 :]
+    elif words[0] == "torchrun":
+        given = get_args_parser().parse_args(words[1:])
+        assert given.module
+        words = [given.training_script, *given.training_script_args]
+    elif words[:2] == ["python", "-m"]:
+        words = words[2:]
+    module, *args = words
+    if module == "mfengine.train":
+        return module, train.parse(args)
+    if module == "mfengine.prepare":
+        return module, cli.parse(prepare.COMMANDS[args[0]][1], args[1:], module)
+    assert module == "mfengine.evaluate"
+    config = cli.parse(evaluate.EvaluateArgs, args, module)
+    evaluate.check(config)
+    return module, config
+
+
+@pytest.mark.parametrize(
+    "words", [pytest.param(c, id=f"{p}: {' '.join(c)}") for p in ("recipes.md", "cluster.md") for c in commands(p)]
+)
+def test_command_parses(words):
+    parse(words)
+
+
+def test_commands_are_found():
+    assert len(ROWS) == 8
+    assert len(commands("recipes.md")) == len(ROWS) + 4
+    assert len(commands("cluster.md")) >= 8
+
+
+def test_rows_are_the_papers():
+    runs = [parse(shlex.split(row[1].strip("`")))[1].run for row in ROWS]
+    assert len({run.name for run in runs}) == len(runs)  # none overwrites another
+    assert [run.epochs for run in runs] == [80, 80, 80, 240, 240, 240, 240, 1000]
+    assert [run.model.patch_size for run in runs] == [4] * 3 + [2] * 5
+    assert [(run.method.omega, run.method.kappa) for run in runs[:4]] == [(1, 0), (2, 0), (1, 0.5), (1, 0.5)]
+    assert [run.method.guided for run in runs] == [False] + [True] * 7
+    assert [float(row[2].split(",")[0]) for row in ROWS] == [61.1, 20.2, 19.2, 6.17, 5.01, 3.84, 3.43, 2.20]
+    assert all((run.batch_size, run.optim.lr) == (256, 1e-4) for run in runs)
+    for row, run in zip(ROWS, runs, strict=True):
+        assert f"{run.epochs:g} epochs" in row[0] or run.epochs == 1000
+        assert float(row[4].replace(",", "")) == pytest.approx(8 * float(row[3]), abs=0.9)
+
+
+def test_times_are_modelled_as_said():
+    """One row of them: they are all made alike."""
+    row = next(row for row in ROWS if row[1] == "`mfengine.train b2`")
+    config = PRESETS["b2"][1]
+    step = scaling.count_fake(config, 8, "gathered once", 8)
+    flops = scaling.count_flops(config)
+    for cell, hardware in ((row[4], scaling.Hardware()), (row[5], scaling.Hardware(matrix_share=0.3))):
+        point = scaling.model_point(config, flops, step, config.local_batch(8), hardware)
+        assert float(cell) == pytest.approx(point.gpu_hours(config.epochs), rel=0.02)

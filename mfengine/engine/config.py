@@ -6,7 +6,9 @@ import dataclasses
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
+
+import tyro
 
 from mfengine.errors import InputError
 from mfengine.method import MeanFlowConfig
@@ -100,6 +102,8 @@ class TrainConfig:
     """steps between lines in metrics.jsonl and TensorBoard"""
     sample_every: int = 5000
     """steps between sample pictures; 0 draws none"""
+    evaluate_every: Annotated[int, tyro.conf.arg(aliases=("--every",))] = 0
+    """steps between measurements of one-step samples: their Frechet distance from the data, in latents; 0 takes none"""
     checkpoint_every: int = 5000
     """steps between checkpoints; one is always written at the end"""
     keep: int = 3
@@ -115,7 +119,7 @@ class TrainConfig:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if not self.name or "/" in self.name:
             raise ValueError(f"name must be the name of a folder, not '{self.name}'")
-        for name in ("sample_every", "max_skipped_steps", "seed"):
+        for name in ("sample_every", "evaluate_every", "max_skipped_steps", "seed"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, not {getattr(self, name)}")
         if not 0 < self.epochs < float("inf") or (self.steps is not None and self.steps < 1):
@@ -124,6 +128,10 @@ class TrainConfig:
     @property
     def folder(self) -> Path:
         return self.runs / self.name
+
+    def total_steps(self, count: int) -> int:
+        """Optimizer steps of the run, over a data set of `count` samples."""
+        return self.steps or max(1, round(self.epochs * count / self.batch_size))
 
     def local_batch(self, world_size: int) -> int:
         """Rows of one forward pass on one rank; InputError if the batch cannot be divided so."""
@@ -208,3 +216,11 @@ def from_json(cls: type[C], values: dict[str, Any]) -> C:
     if unknown:
         raise InputError(f"{cls.__name__} has no {', '.join(unknown)}: written by another version of mfengine")
     return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested JSON objects as {outer.inner: value}."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat

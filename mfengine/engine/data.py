@@ -1,23 +1,20 @@
-"""Data sets of precomputed latents: their description, the writer, and the DALI pipeline that feeds a rank.
+"""Data sets of precomputed latents: their description, and the DALI pipeline that feeds a rank.
 
 A data set is a folder of WebDataset tar shards, each with a DALI index (`.idx`), and `dataset.json`. A sample has
 two raw components: `moments`, float16 (flips, 2, C, H, W), the mean and the standard deviation of the VAE's
 posterior for the image and, where flips is 2, for its mirror image; and `label`, one int32. Samples are shuffled
-when they are written, so a reader's shuffle buffer need not hold the whole set.
+when they are written (`engine/shards.py`), so a reader's shuffle buffer need not hold the whole set.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
+import os
 import re
-import shutil
-import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from io import BytesIO
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +28,7 @@ from mfengine.method.objective import device_generator
 from mfengine.model import ModelConfig
 
 DESCRIPTION = "dataset.json"
+BROKEN = "broken.jsonl"  # samples that could not be read: a name and a reason each
 SHUFFLE_BUFFER = 4096  # samples a reader holds to draw from: 134 MB of 4 x 32 x 32 latents with both flips
 INDEX_VERSION = "v1.2"  # of DALI's WebDataset index
 
@@ -58,6 +56,7 @@ class Shard:
     file: str
     count: int  # samples
     bytes: int
+    sha256: str = ""  # of the tar; not known of those written by mfengine 0.1
 
 
 @dataclass(frozen=True)
@@ -70,6 +69,10 @@ class Dataset:
     flips: int  # 2 where mirror images are there too, else 1
     count: int  # samples over all shards
     shards: tuple[Shard, ...]
+    broken: int = 0  # samples that could not be read and are left out, listed in broken.jsonl
+    class_counts: tuple[int, ...] = ()  # samples of each class
+    class_names: tuple[str, ...] = ()  # in the order of the labels, where they are known
+    provenance: dict[str, Any] = field(default_factory=dict)  # what the samples were made of, and how
 
     @classmethod
     def open(cls, folder: Path) -> Dataset:
@@ -78,6 +81,14 @@ class Dataset:
         Raises:
             InputError: a file is missing, empty, truncated or contradicts the description.
         """
+        dataset = cls.read(folder)
+        for shard in dataset.shards:
+            dataset.check_shard(shard)
+        return dataset
+
+    @classmethod
+    def read(cls, folder: Path) -> Dataset:
+        """Read `dataset.json` alone; InputError unless it describes a data set."""
         path = folder / DESCRIPTION
         if not path.is_file():
             hint = (
@@ -88,44 +99,42 @@ class Dataset:
             raise InputError(f"{path} does not exist: {hint}")
         try:
             values = json.loads(path.read_text())
-            dataset = cls(
-                folder,
-                values["name"],
-                from_json(LatentSpace, values["space"]),
-                values["flips"],
-                values["count"],
-                tuple(from_json(Shard, shard) for shard in values["shards"]),
-            )
+            values["space"] = from_json(LatentSpace, values["space"])
+            values["shards"] = [from_json(Shard, shard) for shard in values["shards"]]
+            dataset = from_json(cls, {"folder": folder, **values})
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"{path} is not a description of a data set: {error!r}") from None
-        dataset._check_shards()
+        if not dataset.shards:
+            raise InputError(f"{path} lists no shards")
+        if dataset.count != sum(shard.count for shard in dataset.shards):
+            raise InputError(f"{path} says {dataset.count} samples, but its shards add up to others")
         return dataset
 
-    def _check_shards(self) -> None:
-        if not self.shards:
-            raise InputError(f"{self.folder / DESCRIPTION} lists no shards")
-        if self.count != sum(shard.count for shard in self.shards):
-            raise InputError(f"{self.folder / DESCRIPTION} says {self.count} samples, but its shards add up to others")
-        sizes = {"moments": 2 * self.flips * 2 * math.prod(self.space.shape), "label": 4}
-        for shard in self.shards:
-            path = self.folder / shard.file
-            if not path.is_file():
-                raise InputError(f"shard {path} is missing")
-            if path.stat().st_size != shard.bytes:
-                raise InputError(f"shard {path} has {path.stat().st_size} bytes, {DESCRIPTION} says {shard.bytes}")
-            index = path.with_suffix(".idx")
-            if not index.is_file():
-                raise InputError(f"index {index} is missing")
-            with index.open() as lines:
-                header, first = lines.readline().split(), lines.readline().split()
-            if header != [INDEX_VERSION, str(shard.count)]:
-                raise InputError(f"index {index} does not list the {shard.count} samples of {DESCRIPTION}")
-            found = dict(zip(first[::4], map(int, first[2::4]), strict=False)) if len(first) % 4 == 0 else first
-            if found != sizes:
-                raise InputError(
-                    f"shard {path} holds {found} bytes per sample; shape {self.space.shape} with {self.flips} flip(s) "
-                    f"needs {sizes}"
-                )
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Bytes of a sample's components."""
+        return {"moments": 2 * self.flips * 2 * math.prod(self.space.shape), "label": 4}
+
+    def check_shard(self, shard: Shard) -> None:
+        """InputError unless the shard and its index are there, as long as described, and hold such samples."""
+        path = self.folder / shard.file
+        if not path.is_file():
+            raise InputError(f"shard {path} is missing")
+        if path.stat().st_size != shard.bytes:
+            raise InputError(f"shard {path} has {path.stat().st_size} bytes, {DESCRIPTION} says {shard.bytes}")
+        index = path.with_suffix(".idx")
+        if not index.is_file():
+            raise InputError(f"index {index} is missing")
+        with index.open() as lines:
+            header, first = lines.readline().split(), lines.readline().split()
+        if header != [INDEX_VERSION, str(shard.count)]:
+            raise InputError(f"index {index} does not list the {shard.count} samples of {DESCRIPTION}")
+        found = dict(zip(first[::4], map(int, first[2::4]), strict=False)) if len(first) % 4 == 0 else first
+        if found != self.sizes:
+            raise InputError(
+                f"shard {path} holds {found} bytes per sample; shape {self.space.shape} with {self.flips} flip(s) "
+                f"needs {self.sizes}"
+            )
 
     def check_model(self, model: ModelConfig) -> None:
         """InputError unless `model` fits these latents and labels."""
@@ -136,78 +145,6 @@ class Dataset:
             raise InputError(
                 f"{self.folder} has {self.space.num_classes} classes; model.num_classes is {model.num_classes}"
             )
-
-
-def write_dataset(
-    folder: Path,
-    name: str,
-    space: LatentSpace,
-    samples: Iterable[tuple[np.ndarray, int]],
-    shard_samples: int = 32_768,
-) -> Dataset:
-    """Write a data set, aside, and give the folder its name when it is whole.
-
-    Args:
-        folder: must not exist, or be empty.
-        name: of the data set.
-        space: what the latents mean.
-        samples: in random order: moments (flips, 2, C, H, W), cast to float16, and the label.
-        shard_samples: samples per shard, 1 GB for 4 x 32 x 32 latents with both flips.
-
-    Raises:
-        InputError: the folder is not empty, or a sample contradicts `space`.
-    """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"{folder} is not an empty folder: choose another one, or remove it first")
-    partial = folder.with_name(f".partial-{folder.name}")
-    if partial.exists():
-        shutil.rmtree(partial)  # of a writer that was killed
-    partial.mkdir(parents=True)
-    shards: list[Shard] = []
-    pending: list[tuple[np.ndarray, int]] = []
-    flips = count = 0
-
-    def flush() -> None:
-        file = f"{len(shards):06d}.tar"
-        _write_shard(partial / file, pending, count - len(pending))
-        shards.append(Shard(file, len(pending), (partial / file).stat().st_size))
-        pending.clear()
-
-    for moments, label in samples:
-        flips = flips or len(moments)
-        if moments.shape != (flips, 2, *space.shape):
-            raise InputError(f"sample {count} has moments of {moments.shape}, not {(flips, 2, *space.shape)}")
-        if not 0 <= label < space.num_classes:
-            raise InputError(f"sample {count} has label {label}, not one of 0 to {space.num_classes - 1}")
-        pending.append((moments, label))
-        count += 1
-        if len(pending) == shard_samples:
-            flush()
-    if pending:
-        flush()
-    dataset = Dataset(folder, name, space, flips, count, tuple(shards))
-    values = dataclasses.asdict(dataset)
-    del values["folder"]
-    (partial / DESCRIPTION).write_text(json.dumps(values, indent=1) + "\n")
-    if folder.exists():
-        folder.rmdir()
-    partial.rename(folder)
-    return dataset
-
-
-def _write_shard(path: Path, samples: list[tuple[np.ndarray, int]], first: int) -> None:
-    entries = []
-    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
-        for number, (moments, label) in enumerate(samples, start=first):
-            entry = []
-            for extension, array in (("moments", moments.astype("<f2")), ("label", np.array(label, "<i4"))):
-                member = tarfile.TarInfo(f"{number:09d}.{extension}")
-                member.size = array.nbytes
-                offset = tar.offset + tarfile.BLOCKSIZE  # the header is one block
-                tar.addfile(member, BytesIO(array.tobytes()))
-                entry.append(f"{extension} {offset} {member.size} {member.name}")
-            entries.append(" ".join(entry))
-    path.with_suffix(".idx").write_text("\n".join([f"{INDEX_VERSION} {len(entries)}", *entries]) + "\n")
 
 
 # ----------------------------------------------------------------------------
@@ -332,15 +269,58 @@ def _pipeline(
 
 def read_means(dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
     """All posterior means (count, C, H, W) float32, not flipped and on the encoder's scale, and labels (count,)."""
-    means, labels = [], []
+    _, means, labels = zip(*iterate_means(dataset), strict=True)
+    return np.concatenate(means), np.concatenate(labels)
+
+
+def iterate_means(
+    dataset: Dataset, part: int = 0, num_parts: int = 1, batch: int = 4096
+) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """As `read_means`, a few at a time.
+
+    Args:
+        dataset: where to read.
+        part, num_parts: which of as many consecutive parts of the data to read.
+        batch: samples to read at a time, at most.
+
+    Yields:
+        The position of the first one, means (n, C, H, W) float32 and labels (n,) int32.
+
+    Raises:
+        RankError: a shard cannot be read.
+    """
+    start, stop = (dataset.count * i // num_parts for i in (part, part + 1))
+    size = 2 * math.prod(dataset.space.shape)  # the mean of the image itself comes first in its moments
+    before = 0  # samples in the shards before this one
     for shard in dataset.shards:
-        with tarfile.open(dataset.folder / shard.file) as tar:
-            for member in tar:
-                file = tar.extractfile(member)
-                assert file is not None
-                if member.name.endswith(".label"):
-                    labels.append(np.frombuffer(file.read(), "<i4")[0])
-                else:
-                    moments = np.frombuffer(file.read(), "<f2").reshape(dataset.flips, 2, *dataset.space.shape)
-                    means.append(moments[0, 0].astype(np.float32))
-    return np.stack(means), np.array(labels)
+        path = dataset.folder / shard.file
+        rows = range(max(start, before) - before, min(stop, before + shard.count) - before)
+        if rows:
+            try:
+                offsets = _read_index(path.with_suffix(".idx"))
+                with path.open("rb") as file:
+                    for first in rows[::batch]:
+                        chosen = offsets[first : min(first + batch, rows.stop)]
+                        means = b"".join(os.pread(file.fileno(), size, offset) for offset, _ in chosen)
+                        labels = b"".join(os.pread(file.fileno(), 4, offset) for _, offset in chosen)
+                        if (len(means), len(labels)) != (size * len(chosen), 4 * len(chosen)):
+                            raise ValueError("it ends before samples that its index lists")
+                        shape = (len(chosen), *dataset.space.shape)
+                        yield (
+                            before + first,
+                            np.frombuffer(means, "<f2").reshape(shape).astype(np.float32),
+                            np.frombuffer(labels, "<i4").reshape(len(chosen)),
+                        )
+            except (OSError, ValueError, KeyError) as error:
+                raise RankError(f"cannot read {path}: {error}") from None
+        before += shard.count
+
+
+def _read_index(path: Path) -> list[tuple[int, int]]:
+    """Where the moments and the label of each sample begin in its shard."""
+    offsets = []
+    for line in path.read_text().splitlines()[1:]:
+        fields = line.split()
+        at = dict(zip(fields[::4], map(int, fields[1::4]), strict=True))
+        offsets.append((at["moments"], at["label"]))
+    return offsets

@@ -1,14 +1,10 @@
-"""Latents to images."""
+"""Latents as pictures, without a decoder; `engine/vae.py` has one."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import torch
 from torch import Tensor
 
 from mfengine.engine.data import LatentSpace
-from mfengine.errors import InputError
 
 
 def draw_latents(latents: Tensor, space: LatentSpace) -> Tensor:
@@ -29,34 +25,3 @@ def draw_latents(latents: Tensor, space: LatentSpace) -> Tensor:
         images = (latents + 3) / 6
     images = images[:, :3] if images.shape[1] >= 3 else images[:, :1].expand(-1, 3, -1, -1)
     return images.clamp(0, 1)
-
-
-class Decoder:
-    """A VAE of the diffusers library.
-
-    Args:
-        name: a folder, or a name on the hub.
-        device: where it runs.
-
-    Raises:
-        InputError: diffusers is not installed, or there is no such VAE.
-    """
-
-    def __init__(self, name: str | Path, device: torch.device) -> None:
-        try:
-            from diffusers import AutoencoderKL
-        except ImportError:
-            raise InputError("--vae needs the diffusers library: pip install 'mfengine[vae]'") from None
-        try:
-            self._vae = AutoencoderKL.from_pretrained(str(name)).to(device).eval()
-        except (OSError, ValueError) as error:
-            raise InputError(f"cannot load the VAE {name}: {str(error).splitlines()[0]}") from None
-
-    @torch.no_grad()
-    def __call__(self, latents: Tensor, space: LatentSpace) -> Tensor:
-        """Images (B, 3, H', W') in [0, 1] of latents (B, C, H, W) as the network sees them."""
-        channels = self._vae.config.latent_channels
-        if latents.shape[1] != channels:
-            raise InputError(f"the VAE has {channels} latent channels, the model {latents.shape[1]}")
-        images = self._vae.decode(space.unscale(latents)).sample
-        return ((images + 1) / 2).clamp(0, 1)

@@ -49,6 +49,23 @@ class World:
         dist.all_gather(rows, mine)
         return torch.stack(rows)
 
+    def gather_rows(self, x: Tensor) -> Tensor | None:
+        """Everyone's rows, (n, ...) of each rank after those of the ranks before, on the host of rank 0; else None."""
+        x = x.cpu()
+        if self.size == 1:
+            return x
+        counts = self.gather([len(x)])[:, 0].long().tolist()
+        padded = x.new_zeros(max(counts), *x.shape[1:])
+        padded[: len(x)] = x
+        everyones = [torch.empty_like(padded) for _ in counts] if self.main else None
+        dist.gather(padded, everyones)
+        return torch.cat([rows[:n] for rows, n in zip(everyones, counts, strict=True)]) if everyones else None
+
+    def add_up(self, x: Tensor) -> None:
+        """Sum of everyone's `x`, in place."""
+        if self.size > 1:
+            dist.all_reduce(x)
+
     def on_main(self, action: Callable[[], T]) -> T:
         """Run `action` on rank 0; every rank gets its result, or its InputError."""
         outcome: list[Any] = [None, None]
@@ -65,11 +82,12 @@ class World:
 
 
 @contextmanager
-def world(device: str) -> Iterator[World]:
+def world(device: str, patience: timedelta = timedelta(minutes=10)) -> Iterator[World]:
     """Join the other processes that torchrun started, if it did.
 
     Args:
         device: "cpu", "cuda", or "auto" for a GPU where there is one.
+        patience: how long the ranks wait for each other.
 
     Raises:
         InputError: there is no such device.
@@ -89,7 +107,7 @@ def world(device: str) -> Iterator[World]:
         here = torch.device("cpu")
     if size > 1:
         backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(minutes=10))
+        dist.init_process_group(backend, timeout=patience)
     yield World(rank, size, here)
     if size > 1:  # not after an error: the other ranks may be waiting for this one
         gc.collect()  # sharded modules are in cycles; a group that they hold aborts the interpreter's exit at times
@@ -98,6 +116,13 @@ def world(device: str) -> Iterator[World]:
 
 # ----------------------------------------------------------------------------
 # Laying out the model.
+
+
+def num_shards(ranks: int, replicas: int) -> int:
+    """Into how many shards each parameter is divided; InputError unless `replicas` divides the ranks."""
+    if ranks % replicas:
+        raise InputError(f"replicas {replicas} does not divide the {ranks} rank(s)")
+    return ranks // replicas
 
 
 def prepare_model(
@@ -123,8 +148,7 @@ def prepare_model(
     Raises:
         InputError: replicas does not divide the ranks.
     """
-    if world.size % replicas:
-        raise InputError(f"replicas {replicas} does not divide the {world.size} rank(s)")
+    shards = num_shards(world.size, replicas)
     for block in model.blocks:
         if compile:
             block.forward = torch.compile(block.forward)
@@ -137,7 +161,7 @@ def prepare_model(
     shape: tuple[int, ...] = (world.size,)
     names: tuple[str, ...] = ("shard",)
     if replicas > 1:
-        shape, names = (replicas, world.size // replicas), ("replicate", "shard")
+        shape, names = (replicas, shards), ("replicate", "shard")
     mesh = init_device_mesh(world.device.type, shape, mesh_dim_names=names)
     # Inputs are not cast: the model itself keeps times, norms and the residual stream in float32.
     half = None if model.compute_dtype == torch.float32 else model.compute_dtype

@@ -95,6 +95,14 @@ class Telemetry:
             if name != "step" and value is not None:
                 self._tensorboard.add_scalar(name, value, step)
 
+    def figure(self, step: int, name: str, value: float) -> None:
+        """Write a figure that is not taken at every step: a line of its own, and printed."""
+        if self._enabled:
+            self._metrics.write(json.dumps({"step": step, name: value if np.isfinite(value) else None}) + "\n")
+            self._metrics.flush()
+            self._tensorboard.add_scalar(name, value, step)
+            self.say(f"step {step}: {name} {value:.4g}")
+
     def picture(self, step: int, images: Tensor) -> None:
         """Write a grid of images (B, 3, H, W) in [0, 1] as samples/STEP.png and to TensorBoard."""
         if self._enabled:
@@ -106,6 +114,19 @@ class Telemetry:
         """Print a line without breaking the progress bar."""
         if self._enabled:
             self._bar.write(message, file=sys.stderr)
+
+
+def progress(total: int, title: str, enabled: bool) -> Any:
+    """A progress bar over images, with their number per second."""
+    terminal = sys.stderr.isatty()
+    return tqdm(
+        total=total,
+        desc=title,
+        unit=" images",
+        dynamic_ncols=terminal,
+        mininterval=0.2 if terminal else 20,
+        disable=not enabled,
+    )
 
 
 def _continue_metrics(path: Path, step: int) -> Any:

@@ -1,0 +1,197 @@
+"""FID, Inception Score, precision and recall of images, by the torch-fidelity library, over the ranks."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mfengine.engine.distributed import World
+from mfengine.engine.image_files import ImageArchive, ImageFolder
+from mfengine.engine.telemetry import progress
+from mfengine.errors import InputError
+
+EXTRACTOR = "inception-v3-compat"  # the network of the original FID, its weights converted from TensorFlow
+FEATURES = 2048  # the network's last pooling, for FID, precision and recall
+LOGITS = 1008  # its classes without bias, for the Inception Score
+SPLITS = 10  # of the Inception Score
+NEIGHBOURS = 3  # of precision and recall
+
+
+class Reference:
+    """What images are compared with.
+
+    Args:
+        path: a folder of images; or an .npz with images (N, H, W, 3) uint8 called arr_0, or mean and covariance of
+            their Inception features called mu and sigma, or both, as ADM's reference batches have them.
+
+    Raises:
+        InputError: there is nothing of the kind, or it has another shape.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.images: ImageFolder | ImageArchive | None = None
+        self.statistics: dict[str, np.ndarray] | None = None  # as torch-fidelity names them
+        if path.is_dir():
+            self.images = ImageFolder(path)
+        elif path.suffix == ".npz" and path.is_file():
+            try:
+                self._read_archive()
+            except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+                if isinstance(error, InputError):
+                    raise
+                raise InputError(f"cannot read {path}: {error}") from None
+        else:
+            raise InputError(f"reference {path} is neither a folder of images nor an .npz file")
+        if self.images is not None and len(self.images) <= NEIGHBOURS:
+            raise InputError(f"{path} has {len(self.images)} image(s); a reference has more than {NEIGHBOURS}")
+
+    def _read_archive(self) -> None:
+        if not zipfile.is_zipfile(self.path):
+            raise InputError(f"{self.path} is not an .npz file")
+        with np.load(self.path) as arrays:
+            names = set(arrays.keys())
+            if {"mu", "sigma"} <= names:
+                self.statistics = {name: arrays[name].astype(np.float64) for name in ("mu", "sigma")}
+        if "arr_0" in names:
+            self.images = ImageArchive(self.path)
+        elif self.statistics is None:
+            raise InputError(
+                f"{self.path} has {', '.join(sorted(names)) or 'nothing'}; reference statistics are mu and sigma, "
+                "reference images arr_0"
+            )
+        for name, shape in (("mu", (FEATURES,)), ("sigma", (FEATURES, FEATURES))):
+            if self.statistics is not None and self.statistics[name].shape != shape:
+                raise InputError(
+                    f"{self.path}: {name} is {self.statistics[name].shape}; of Inception features it is {shape}"
+                )
+
+    def check_size(self, height: int, width: int) -> None:
+        """InputError where there are images of another size than those to be compared."""
+        if self.images is not None and (self.images.height, self.images.width) != (height, width):
+            raise InputError(
+                f"the images of {self.path} are {self.images.width} x {self.images.height}, "
+                f"those of the model {width} x {height}"
+            )
+
+
+class Fidelity:
+    """Compares images with a reference; features are taken on all ranks and compared on the first.
+
+    Args:
+        reference: see there.
+        weights: of the Inception network, as torch-fidelity keeps them; fetched by it if None.
+        batch: reference images at a time.
+        world: the ranks that share the work.
+
+    Raises:
+        InputError: torch-fidelity cannot be imported, or there are no such weights, or a reference image is broken.
+    """
+
+    def __init__(self, reference: Reference, weights: Path | None, batch: int, world: World) -> None:
+        self._reference, self._world = reference, world
+        # Read once, and sent to the other ranks.
+        self._extractor = world.on_main(lambda: _load_extractor(weights)).to(world.device)
+        self._reference_features = None
+        if reference.images is not None:
+            self._reference_features = self._gather(list(self._read(reference.images, batch)))
+
+    @torch.no_grad()
+    def features(self, images: Tensor) -> Tensor:
+        """Features and logits (n, 2048 + 1008) float32, on the host, of images (n, 3, H, W) uint8."""
+        return torch.cat(self._extractor(images.to(self._world.device)), dim=1).cpu()
+
+    def figures(self, shares: list[tuple[range, Tensor]]) -> dict[str, float]:
+        """All figures, on rank 0; every rank calls it with what it took: numbers of images and their features.
+
+        FID (arXiv 1706.08500), Inception Score (arXiv 1606.03498) and, where the reference has images, precision and
+        recall (arXiv 1904.06991).
+        """
+        taken = self._gather(shares)
+        if taken is None:
+            return {}
+        from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
+        from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD, isc_features_to_metric
+        from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
+
+        features, logits = taken.split((FEATURES, LOGITS), dim=1)
+        real = self._reference.statistics
+        if self._reference_features is not None:
+            real_features = self._reference_features[:, :FEATURES]
+            real = real or fid_features_to_statistics(real_features.double())
+        fid = fid_statistics_to_metric(fid_features_to_statistics(features.double()), real, verbose=False)
+        score = isc_features_to_metric(logits, splits=SPLITS)
+        figures = {
+            "fid": fid[KEY_METRIC_FID],
+            "inception_score": score[KEY_METRIC_ISC_MEAN],
+            "inception_score_std": score[KEY_METRIC_ISC_STD],
+        }
+        if self._reference_features is not None:
+            device = self._world.device  # 50,000 times 50,000 distances
+            overlap = prc_features_to_metric(
+                features.to(device),
+                real_features.to(device),
+                prc_neighborhood=NEIGHBOURS,
+                save_cpu_ram=True,
+                verbose=False,
+            )
+            figures["precision"], figures["recall"] = overlap[KEY_METRIC_PRECISION], overlap[KEY_METRIC_RECALL]
+        return figures
+
+    def _read(self, images: ImageFolder | ImageArchive, batch: int) -> Iterator[tuple[range, Tensor]]:
+        """This rank's share of the reference: numbers of images and their features."""
+        count, stride = len(images), self._world.size * batch
+        with progress(count, "reference", self._world.main) as bar:
+            for first in range(self._world.rank * batch, count, stride):
+                rows = range(first, min(first + batch, count))
+                yield rows, self.features(images.read(rows))
+                bar.update(min(count, first + stride) - bar.n)
+
+    def _gather(self, shares: list[tuple[range, Tensor]]) -> Tensor | None:
+        """Everyone's features in the order of the images, on rank 0."""
+        numbers = torch.tensor([i for rows, _ in shares for i in rows], dtype=torch.int64)
+        features = torch.cat([torch.empty(0, FEATURES + LOGITS), *(part for _, part in shares)])
+        all_numbers, all_features = self._world.gather_rows(numbers), self._world.gather_rows(features)
+        if all_numbers is None or all_features is None:
+            return None
+        return all_features[all_numbers.argsort()]
+
+
+def _load_extractor(weights: Path | None) -> Any:
+    try:
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+    except ModuleNotFoundError as error:
+        if error.name == "torch_fidelity":
+            raise InputError("--reference needs the torch-fidelity library: pip install 'mfengine[fid]'") from None
+        raise _broken(error) from None
+    except Exception as error:  # what a torchvision that was built for another torch raises
+        raise _broken(error) from None
+    if weights is not None and not weights.is_file():
+        raise InputError(f"Inception weights {weights} are not there")
+    try:
+        return FeatureExtractorInceptionV3(
+            EXTRACTOR,
+            ["2048", "logits_unbiased"],
+            feature_extractor_weights_path=None if weights is None else str(weights),
+            verbose=False,
+        )
+    except Exception as error:  # pickle, zip and network errors
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        if weights is None:
+            raise InputError(
+                f"cannot fetch the Inception weights: {reason}; give a file with --inception (docs/evaluation.md)"
+            ) from None
+        raise InputError(f"{weights} does not hold the weights of torch-fidelity's Inception: {reason}") from None
+
+
+def _broken(error: Exception) -> InputError:
+    return InputError(
+        f"--reference needs the torch-fidelity library, which does not import: {str(error).splitlines()[0]} "
+        "(it needs a torchvision that fits your torch)"
+    )

@@ -1,0 +1,175 @@
+"""Sets of images on disk, as folders of PNG files or as ADM's .npz: read and written a few at a time."""
+
+from __future__ import annotations
+
+import shutil
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mfengine.engine.distributed import World
+from mfengine.errors import InputError, RankError
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+ARRAY = "arr_0"  # what NumPy calls the first array of an .npz, and ADM its images
+
+
+class ImageFolder:
+    """Images of one size in a folder and the folders in it, in the order of their paths.
+
+    Raises:
+        InputError: there are none, or the first one cannot be read.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+        if not self._files:
+            raise InputError(f"{folder} has no images ({', '.join(SUFFIXES)})")
+        self.height, self.width = _read_image(self._files[0], InputError).shape[:2]
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def read(self, rows: range) -> Tensor:
+        """Images (n, 3, H, W) uint8; RankError where one is broken or of another size than the first."""
+        images = [_read_image(path, RankError) for path in self._files[rows.start : rows.stop]]
+        for path, image in zip(self._files[rows.start : rows.stop], images, strict=True):
+            if image.shape[:2] != (self.height, self.width):
+                raise RankError(
+                    f"{path} is {image.shape[1]} x {image.shape[0]}, {self._files[0].name} is "
+                    f"{self.width} x {self.height}: crop all images to one size first"
+                )
+        return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+
+
+class ImageArchive:
+    """The images of an .npz: an array (N, H, W, 3) uint8, never held as a whole.
+
+    Raises:
+        InputError: the array has another shape or type.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file = zipfile.ZipFile(path).open(f"{ARRAY}.npy")  # noqa: SIM115, read from till the end
+        read_header = {
+            (1, 0): np.lib.format.read_array_header_1_0,
+            (2, 0): np.lib.format.read_array_header_2_0,
+        }[np.lib.format.read_magic(self._file)]
+        shape, column_major, dtype = read_header(self._file)
+        if len(shape) != 4 or shape[3] != 3 or dtype != np.uint8 or column_major:
+            raise InputError(f"{path}: {ARRAY} is {dtype} {shape}; images are uint8 (N, H, W, 3)")
+        self._count, self.height, self.width, _ = shape
+        self._begin = self._file.tell()
+
+    def __len__(self) -> int:
+        return self._count
+
+    def read(self, rows: range) -> Tensor:
+        """Images (n, 3, H, W) uint8; fast where rows come in order."""
+        size = self.height * self.width * 3
+        try:
+            self._file.seek(self._begin + rows.start * size)
+            pixels = np.frombuffer(self._file.read(len(rows) * size), np.uint8).copy()
+            images = torch.from_numpy(pixels.reshape(len(rows), self.height, self.width, 3))
+        except (OSError, ValueError, zipfile.BadZipFile) as error:
+            raise RankError(f"cannot read {self._path}: {error}") from None
+        return images.permute(0, 3, 1, 2)
+
+
+def _read_image(path: Path, kind: Callable[[str], InputError]) -> np.ndarray:
+    """(H, W, 3) uint8."""
+    try:
+        with Image.open(path) as image:
+            return np.asarray(image.convert("RGB"))
+    except (OSError, ValueError, SyntaxError) as error:  # Pillow raises all of them for broken files
+        raise kind(f"cannot read {path}: {error}") from None
+
+
+class ImageWriter:
+    """Writes images, shared over the ranks, that all see the same folder: aside, and renamed when they are whole.
+
+    Args:
+        path: NAME.npz, for an array (N, H, W, 3) uint8 called arr_0 as ADM's evaluation takes; or a folder, for
+            000000.png and so on.
+        count, height, width: of the images.
+        world: the ranks that write; every rank makes a writer.
+
+    Raises:
+        InputError: there is such a file, or a folder with something in it; or nothing can be written there.
+    """
+
+    def __init__(self, path: Path, count: int, height: int, width: int, world: World) -> None:
+        self._path, self._world = path, world
+        self._partial = path.with_name(f".partial-{path.name}")
+        self._size = height * width * 3
+        self._array = self._partial / f"{ARRAY}.npy" if path.suffix == ".npz" else None
+        check_new(path)
+
+        def begin() -> int:
+            """Bytes before the first image of the array."""
+            with _writing(path, InputError):
+                if self._partial.exists():
+                    shutil.rmtree(self._partial)  # of a writer that was killed
+                self._partial.mkdir(parents=True)
+                if self._array is None:
+                    return 0
+                with self._array.open("wb") as file:
+                    header = {"descr": "|u1", "fortran_order": False, "shape": (count, height, width, 3)}
+                    np.lib.format.write_array_header_1_0(file, header)
+                    return file.tell()
+
+        self._begin = world.on_main(begin)
+
+    def write(self, rows: range, images: Tensor) -> None:
+        """Write images (n, 3, H, W) uint8 as those of the numbers `rows`; RankError where that fails."""
+        pixels = images.permute(0, 2, 3, 1).cpu().numpy()
+        with _writing(self._path, RankError):
+            if self._array is not None:
+                # Not through memory maps: those of several machines overwrite what they share of a page.
+                with self._array.open("r+b") as file:
+                    file.seek(self._begin + rows.start * self._size)
+                    file.write(pixels.tobytes())
+            else:
+                for i, image in zip(rows, pixels, strict=True):
+                    Image.fromarray(image).save(self._partial / f"{i:06d}.png", compress_level=1)
+
+    def finish(self) -> None:
+        """Give the images their name; every rank calls it."""
+        self._world.gather([0])  # all have written
+        self._world.on_main(self._rename)
+
+    def _rename(self) -> None:
+        with _writing(self._path, InputError):
+            if self._array is not None:
+                archive = self._partial / self._path.name
+                with zipfile.ZipFile(archive, "w") as file:  # not compressed, as np.savez does it
+                    file.write(self._array, self._array.name)
+                archive.rename(self._path)
+                shutil.rmtree(self._partial)
+            else:
+                if self._path.exists():
+                    self._path.rmdir()
+                self._partial.rename(self._path)
+
+
+def check_new(path: Path) -> None:
+    """InputError unless images can be written under this name: a file or folder that is not there, or is empty."""
+    if path.suffix == ".npz" and path.exists():
+        raise InputError(f"{path} exists: choose another name")
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise InputError(f"{path} is not an empty folder: choose another one, or remove it first")
+
+
+@contextmanager
+def _writing(path: Path, kind: Callable[[str], InputError]) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise kind(f"cannot write {path}: {error.strerror or error}") from None

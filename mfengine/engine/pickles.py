@@ -1,0 +1,156 @@
+"""Reads pickled dicts of arrays without executing anything that the pickle says.
+
+A pickle is a program: it names functions, by module and name, and calls them. Here no name is looked up. The few by
+which numpy pickles arrays and numbers stand for functions of this file, every other is refused; and nothing that
+pickle hands out can be changed or derived from, so one record leaves no trace for the next.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+from io import BytesIO
+from typing import Any
+
+import numpy as np
+
+
+class Refused(pickle.UnpicklingError):
+    """The pickle asks for something other than arrays and plain values; the message names it."""
+
+
+def load_record(data: bytes) -> dict[Any, Any]:
+    """A flat dict of numpy arrays of numbers, numbers, strings, bytes and None.
+
+    Args:
+        data: of `pickle.dumps`, any protocol.
+
+    Returns:
+        What was pickled; arrays are read-only, numpy's numbers are Python's.
+
+    Raises:
+        Refused: there is something else in it.
+        ValueError: it is not a whole pickle of a dict.
+    """
+    try:
+        record = _Unpickler(BytesIO(data)).load()
+    except Refused:
+        raise
+    except Exception as error:  # of pickle's machine, which breaks in many ways on what is no pickle
+        raise ValueError(f"it is not a pickle: {error}") from None
+    if not isinstance(record, dict):
+        raise ValueError(f"it is a pickled {_brief(record)}, not a dict")
+    return {key: _plain(value) for key, value in record.items()}
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        # numpy 2 calls its internals numpy._core, numpy 1 numpy.core; a pickle of either is read under both.
+        function = _FUNCTIONS.get((module.replace("numpy._core", "numpy.core"), name))
+        if function is None:
+            raise Refused(f"{module}.{name}")
+        return _Function(function)
+
+
+class _Function:
+    """What a name in the pickle stands for. The pickle can call it, and do nothing else to it."""
+
+    __slots__ = ("_call",)
+
+    def __init__(self, call: Callable[..., Any]) -> None:
+        self._call = call
+
+    def __call__(self, *args: Any) -> Any:
+        return self._call(*args)
+
+    def __setstate__(self, state: Any) -> None:
+        raise Refused("a change of a function")
+
+
+class _Dtype:
+    """A dtype as numpy pickles it: `numpy.dtype('f4', False, True)`, then the byte order as state."""
+
+    __slots__ = ("dtype",)
+
+    def __init__(self, code: str, *_: Any) -> None:
+        # Of this kind and width alone: numpy's own parser of codes also takes objects, strings and structures.
+        if not (isinstance(code, str) and code[:1] in tuple("fiub") and code[1:] in ("1", "2", "4", "8")):
+            raise Refused(f"numpy.dtype({_brief(code)})")
+        self.dtype = np.dtype(code)
+
+    def __setstate__(self, state: Any) -> None:
+        order = state[1]
+        if order not in ("<", ">", "|", "=") or any(part is not None for part in state[2:5]):
+            raise Refused(f"numpy.dtype with {_brief(state)}")
+        self.dtype = self.dtype.newbyteorder(order)
+
+
+class _Array:
+    """An array as numpy pickles it: `_reconstruct(numpy.ndarray, (0,), b'b')`, then shape, dtype and bytes as state."""
+
+    __slots__ = ("array",)
+
+    def __init__(self, *_: Any) -> None:
+        self.array: np.ndarray | None = None
+
+    def __setstate__(self, state: Any) -> None:
+        _, shape, dtype, fortran, raw = state
+        self.array = _array(raw, dtype, shape, "F" if fortran else "C")
+
+
+def _array(raw: Any, dtype: Any, shape: Any, order: str = "C") -> np.ndarray:
+    if not isinstance(dtype, _Dtype) or not isinstance(raw, (bytes, bytearray)):
+        raise Refused(f"an array of {_brief(raw)}")
+    return np.frombuffer(bytes(raw), dtype.dtype).reshape(shape, order=order)  # type: ignore[call-overload]
+
+
+def _buffered(*args: Any) -> _Array:
+    """`_frombuffer`, by which protocol 5 pickles a contiguous array."""
+    array = _Array()
+    array.array = _array(*args)
+    return array
+
+
+def _scalar(dtype: Any, raw: Any) -> Any:
+    return _array(raw, dtype, (1,))[0].item()
+
+
+def _latin1(text: str, encoding: str) -> bytes:
+    """`_codecs.encode`, by which protocols below 3 pickle bytes."""
+    if encoding not in ("latin1", "latin-1"):
+        raise Refused(f"_codecs.encode to {_brief(encoding)}")
+    return str.encode(text, "latin-1")
+
+
+def _no_bytes() -> bytes:
+    """`bytes()`, by which protocols below 3 pickle those of an empty array."""
+    return b""
+
+
+def _no_call(*_: Any) -> None:
+    raise Refused("numpy.ndarray(...)")
+
+
+_FUNCTIONS: dict[tuple[str, str], Callable[..., Any]] = {
+    ("numpy", "dtype"): _Dtype,
+    ("numpy", "ndarray"): _no_call,  # only handed to _reconstruct
+    ("numpy.core.multiarray", "_reconstruct"): _Array,
+    ("numpy.core.multiarray", "scalar"): _scalar,
+    ("numpy.core.numeric", "_frombuffer"): _buffered,
+    ("_codecs", "encode"): _latin1,
+    ("__builtin__", "bytes"): _no_bytes,
+}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, _Array):
+        if value.array is None:
+            raise ValueError("it has an array without content")
+        return value.array
+    if value is None or isinstance(value, (bool, int, float, str, bytes)):
+        return value
+    raise Refused(_brief(value))
+
+
+def _brief(value: Any) -> str:
+    return f"{type(value).__name__} {value!r:.60}" if isinstance(value, (str, int)) else type(value).__name__

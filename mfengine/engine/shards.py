@@ -1,0 +1,473 @@
+"""Writing data sets: samples of any source, in a global random order, to shards, by any number of ranks.
+
+The order is one random permutation of the samples, and shard k is a fixed slice of it whatever the number of ranks:
+they take shards in turn. A shard is written aside and renamed when it is whole, then what it holds and its checksum
+are recorded; a writer that was killed continues after the recorded ones, also with another number of ranks. Until all
+are there, everything lies beside the data set's place:
+
+    .partial-NAME/plan.json           what is written: another source, order or encoder does not continue it
+    .partial-NAME/000000.json ...     what the whole shards hold
+    .partial-NAME/data/000000.tar ... becomes NAME, at last, with dataset.json in it
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import fcntl
+import hashlib
+import json
+import math
+import os
+import shutil
+import tarfile
+import time
+from collections import Counter
+from collections.abc import Generator, Iterator
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass, field
+from io import BytesIO
+from pathlib import Path
+from typing import IO, Any, Protocol, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from mfengine.engine.config import flatten, from_json
+from mfengine.engine.data import BROKEN, DESCRIPTION, INDEX_VERSION, Dataset, LatentSpace, Shard
+from mfengine.engine.distributed import World
+from mfengine.errors import InputError
+
+T = TypeVar("T")
+
+SHARD_BYTES = 2**30
+ALONE = World(0, 1, torch.device("cpu"))
+PLAN = "plan.json"
+MEETING_S = 2.0  # how often the ranks tell each other how far they are
+
+
+@dataclass(frozen=True)
+class Broken:
+    """A sample that cannot be read."""
+
+    name: str
+    """what the user knows it by: a path, a key"""
+    reason: str
+    """one line"""
+
+
+class Samples(Protocol):
+    """Samples that can be made in any order, repeatedly, and by every rank.
+
+    Attributes:
+        name: of the data set.
+        space: what the latents mean.
+        flips: 2 where mirror images are given too, else 1.
+        class_names: of the labels in order; () where they are not known.
+        provenance: what else decides the samples' content, as JSON: a fingerprint of the source (names and sizes of
+            its files will do), and, where it is encoded, name and hash of the encoder, crop, size and precision. A
+            writer that was killed is continued only with the same. It goes into dataset.json.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def space(self) -> LatentSpace: ...
+    @property
+    def flips(self) -> int: ...
+    @property
+    def class_names(self) -> tuple[str, ...]: ...
+    @property
+    def provenance(self) -> dict[str, Any]: ...
+
+    def __len__(self) -> int: ...
+
+    def read(self, indices: np.ndarray) -> Iterator[tuple[np.ndarray, int] | Broken]:
+        """One sample for each index, in that order. It is called once per shard, with all that belongs there.
+
+        What is read must depend on `indices` alone: if samples are encoded in batches, on batches cut from them.
+
+        Args:
+            indices: (n,) int64.
+
+        Yields:
+            Moments (flips, 2, C, H, W), cast to float16 if they are not, and the label; or Broken.
+
+        Raises:
+            InputError: nothing can be read any more.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class ArraySamples:
+    """Samples that are in memory."""
+
+    name: str
+    space: LatentSpace
+    moments: np.ndarray
+    """(count, flips, 2, C, H, W)"""
+    labels: np.ndarray
+    """(count,) integers"""
+    class_names: tuple[str, ...] = ()
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def flips(self) -> int:
+        return self.moments.shape[1]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def read(self, indices: np.ndarray) -> Iterator[tuple[np.ndarray, int]]:
+        for i in indices:
+            yield self.moments[i], int(self.labels[i])
+
+
+def order(count: int, seed: int) -> np.ndarray:
+    """The order in which samples are written: a permutation of 0 to count - 1."""
+    return np.random.default_rng(seed).permutation(count)
+
+
+def check_vacant(folder: Path) -> None:
+    """InputError if there is something at a data set's future place."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder} is not an empty folder: choose another one, or remove it first")
+
+
+def write_dataset(
+    folder: Path,
+    samples: Samples,
+    world: World = ALONE,
+    *,
+    seed: int = 0,
+    shard_samples: int | None = None,
+    max_broken: float = 0.0,
+) -> Dataset:
+    """Write a data set, aside, and give the folder its name when it is whole; continue one that was begun.
+
+    Every rank calls it with the same arguments, and gets what the shards hold, byte for byte what a single rank
+    writes without a break as long as `samples` gives the same. The first rank shows the progress of all.
+
+    Args:
+        folder: must not exist, or be empty.
+        samples: what to write.
+        world: the ranks that share the work.
+        seed: of the order.
+        shard_samples: samples per shard; as many as make about 1 GB if None.
+        max_broken: the share of samples that may be broken: those are skipped and listed.
+
+    Raises:
+        InputError: the folder is not empty; another data set was begun in its place; there are no samples, or one
+            contradicts what `samples` says; too many are broken; the disk is full. What is whole remains, and the
+            same call continues it.
+    """
+    if len(samples) == 0:
+        raise InputError(f"{samples.name} has no samples")
+    if shard_samples is None:
+        shard_samples = max(1, SHARD_BYTES // _tar_bytes(samples))
+    elif shard_samples < 1:
+        raise InputError(f"{shard_samples} samples per shard: at least 1 is needed")
+    if not 0 <= max_broken < 1:
+        raise InputError(f"a share of {max_broken:g} broken samples: it must be at least 0 and less than 1")
+    with closing(_Writer(folder, samples, shard_samples, seed)) as writer:
+        _share_out(writer, world, max_broken)
+        return world.on_main(writer.finish)
+
+
+def _share_out(writer: _Writer, world: World, max_broken: float) -> None:
+    """Write all shards that are not there, this rank its own; the ranks meet every few seconds."""
+    from tqdm import tqdm  # benchmarks import this file where only torch is installed
+
+    whole = world.on_main(writer.begin)
+    pending = [shard for shard in range(writer.num_shards) if shard not in whole]
+    total = len(writer.samples)
+    done = sum(count + broken for count, broken in whole.values())
+    broken = sum(broken for _, broken in whole.values())
+    found: list[Broken] = []  # by this rank
+    ended = False
+    with (
+        closing(writer.write(pending[world.rank :: world.size])) as work,
+        tqdm(total=total, initial=done, unit=" images", disable=not world.main, dynamic_ncols=True) as progress,
+    ):
+        while not ended:
+            finished, known, error = 0, len(found), None
+            meeting = time.monotonic() + MEETING_S
+            try:
+                for outcome in work:
+                    finished += 1
+                    if outcome:
+                        found.append(outcome)
+                    if time.monotonic() > meeting:
+                        break
+                else:
+                    ended = True
+            except InputError as failure:
+                error = str(failure)
+            news = world.gather([finished, len(found) - known, ended, error is not None]).sum(0).tolist()
+            if news[3]:
+                raise InputError(next(message for message in _gather(world, error) if message))
+            done, broken, ended = done + int(news[0]), broken + int(news[1]), news[2] == world.size
+            progress.update(int(news[0]))
+            if broken > max_broken * total:
+                lists = _gather(world, found)
+                report = world.on_main(lambda: writer.report([b for part in lists for b in part]))  # noqa: B023
+                raise InputError(
+                    f"{broken} of the first {done} samples are broken, and {max_broken:g} of all {total} may be "
+                    f"(--max-broken); {report}"
+                )
+
+
+def _gather(world: World, value: T) -> list[T]:
+    """Everyone's value, by rank."""
+    values = [value] * world.size
+    if world.size > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+class _Writer:
+    """One rank's part in writing a data set."""
+
+    def __init__(self, folder: Path, samples: Samples, shard_samples: int, seed: int) -> None:
+        self.folder, self.samples, self.shard_samples = folder, samples, shard_samples
+        self.partial = folder.absolute().with_name(f".partial-{folder.absolute().name}")
+        self.data = self.partial / "data"
+        self.order = order(len(samples), seed)
+        self.num_shards = math.ceil(len(samples) / shard_samples)
+        self.lock: IO[str] | None = None  # on the first rank, from `begin` on
+        self.plan = {
+            "name": samples.name,
+            "count": len(samples),
+            "seed": seed,
+            "shard_samples": shard_samples,
+            "flips": samples.flips,
+            "space": dataclasses.asdict(samples.space),
+            "class_names": samples.class_names,
+            "provenance": samples.provenance,
+        }
+
+    def begin(self) -> dict[int, tuple[int, int]]:
+        """Make or find the partial folder: {shard: (samples, broken ones)} of those that are whole in it."""
+        check_vacant(self.folder)
+        with self._disk():
+            self.data.mkdir(parents=True, exist_ok=True)
+            self.lock = (self.partial / "lock").open("w")
+            try:
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise InputError(f"another process is writing {self.folder}") from None
+            except OSError:
+                pass  # a file system without locks
+        path, plan = self.partial / PLAN, json.loads(json.dumps(self.plan))
+        if path.exists():
+            begun = json.loads(path.read_text())
+            was, now = flatten(begun), flatten(plan)
+            for name in now | was:
+                if was.get(name) == now.get(name):
+                    continue
+                raise InputError(
+                    f"{self.partial} was begun with {name} {_short(was.get(name))}, not {_short(now.get(name))}: it "
+                    f"cannot be continued so; remove it to start again"
+                )
+        with self._disk():
+            if not path.exists():
+                _write_whole(path, plan)
+        records = {k: self._record(k) for k in range(self.num_shards)}
+        return {k: (record["count"], len(record["broken"])) for k, record in records.items() if record}
+
+    def _record(self, shard: int) -> dict[str, Any] | None:
+        """What a whole shard holds; None if it is not there."""
+        path = self.partial / f"{shard:06d}.json"
+        if not path.exists():
+            return None
+        record: dict[str, Any] = json.loads(path.read_text())
+        if record["count"] == 0:
+            return record
+        tar = self.data / record["file"]
+        return record if tar.exists() and tar.stat().st_size == record["bytes"] else None
+
+    def report(self, found: list[Broken]) -> str:
+        """List broken samples, those found and those of the shards that are whole, beside these; say where."""
+        records = [record for k in range(self.num_shards) if (record := self._record(k))]
+        broken = [sample for record in records for sample in record["broken"]]
+        broken += [sample for sample in map(dataclasses.asdict, found) if sample not in broken]
+        path = self.partial / BROKEN
+        with self._disk():
+            _write_lines(path, broken)
+        return f"{path} lists them, the first is {broken[0]['name']}: {broken[0]['reason']}"
+
+    def close(self) -> None:
+        """Let another process write."""
+        if self.lock:
+            self.lock.close()
+
+    def write(self, shards: list[int]) -> Generator[Broken | None, None, None]:
+        """Write shards; for each sample, Broken if it is, None if it was written."""
+        for shard in shards:
+            yield from self._write_shard(shard)
+
+    def _write_shard(self, shard: int) -> Iterator[Broken | None]:
+        samples, first = self.samples, shard * self.shard_samples
+        path = self.data / f"{shard:06d}.tar"
+        aside = path.with_suffix(".tar.partial")
+        indices = self.order[first : first + self.shard_samples]
+        entries: list[str] = []
+        classes: Counter[int] = Counter()
+        broken: list[Broken] = []
+        with self._disk():
+            file = _Hashed(aside.open("wb"))
+        try:
+            tar = tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT)  # type: ignore[call-overload]  # noqa: SIM115
+            for number, sample in enumerate(samples.read(indices), start=first):
+                if isinstance(sample, Broken):
+                    broken.append(sample)
+                    yield sample
+                    continue
+                moments, label = self._checked(*sample, index=int(self.order[number]))
+                with self._disk():
+                    entries.append(_add(tar, number, moments, label))
+                classes[label] += 1
+                yield None
+            found = len(entries) + len(broken)
+            if found != len(indices):
+                raise InputError(f"{samples.name} gave {found} samples for shard {shard} instead of {len(indices)}")
+            with self._disk():
+                tar.close()
+                file.flush()
+                os.fsync(file.fileno())
+                file.close()
+                if entries:
+                    header = f"{INDEX_VERSION} {len(entries)}"
+                    path.with_suffix(".idx").write_text("\n".join([header, *entries]) + "\n")
+                    aside.rename(path)
+                _write_whole(
+                    self.partial / f"{shard:06d}.json",
+                    {
+                        "file": path.name,
+                        "count": len(entries),
+                        "bytes": file.size,
+                        "sha256": file.digest.hexdigest(),
+                        "classes": dict(sorted(classes.items())),
+                        "broken": [dataclasses.asdict(sample) for sample in broken],
+                    },
+                )
+        finally:
+            file.discard()
+            aside.unlink(missing_ok=True)
+
+    def _checked(self, moments: np.ndarray, label: int, index: int) -> tuple[np.ndarray, int]:
+        samples, space = self.samples, self.samples.space
+        if moments.shape != (samples.flips, 2, *space.shape):
+            raise InputError(
+                f"sample {index} of {samples.name} has moments of {moments.shape}, not "
+                f"{(samples.flips, 2, *space.shape)}"
+            )
+        if not 0 <= label < space.num_classes:
+            raise InputError(
+                f"sample {index} of {samples.name} has label {label}, not one of 0 to {space.num_classes - 1}"
+            )
+        return moments.astype("<f2"), label
+
+    def finish(self) -> Dataset:
+        """Describe the data set and give it its name."""
+        records = [record for k in range(self.num_shards) if (record := self._record(k))]
+        broken = [sample for record in records for sample in record["broken"]]
+        classes: Counter[int] = Counter()
+        for record in records:
+            classes.update({int(label): count for label, count in record["classes"].items()})
+        names = {f.name for f in dataclasses.fields(Shard)}
+        dataset = Dataset(
+            folder=self.folder,
+            name=self.samples.name,
+            space=from_json(LatentSpace, json.loads(json.dumps(self.plan["space"]))),
+            flips=self.samples.flips,
+            count=classes.total(),
+            shards=tuple(Shard(**{k: r[k] for k in names}) for r in records if r["count"]),
+            broken=len(broken),
+            class_counts=tuple(classes[label] for label in range(self.samples.space.num_classes)),
+            class_names=self.samples.class_names,
+            provenance=json.loads(json.dumps(self.samples.provenance)),
+        )
+        values = dataclasses.asdict(dataset)
+        del values["folder"]
+        with self._disk():
+            if broken:
+                _write_lines(self.data / BROKEN, broken)
+            _write_whole(self.data / DESCRIPTION, values)
+            if self.folder.exists():
+                self.folder.rmdir()
+            self.data.rename(self.folder)
+            shutil.rmtree(self.partial)
+        return dataset
+
+    @contextmanager
+    def _disk(self) -> Iterator[None]:
+        """Turn what the disk says into one line."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                total = _tar_bytes(self.samples) * len(self.samples) / 1e9
+                reason = f"the disk is full ({error.strerror}); the whole data set needs {total:.3g} GB"
+            else:
+                reason = str(error)
+            raise InputError(
+                f"cannot write {self.folder}: {reason}. The shards that are whole remain in {self.partial}, and the "
+                f"same command continues them"
+            ) from None
+
+
+class _Hashed:
+    """A file with its size and checksum so far."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self.digest, self.size = file, hashlib.sha256(), 0
+        self.flush, self.close, self.fileno = file.flush, file.close, file.fileno
+
+    def write(self, data: bytes) -> int:
+        self.digest.update(data)
+        self.size += len(data)
+        return self._file.write(data)
+
+    def tell(self) -> int:
+        return self.size
+
+    def discard(self) -> None:
+        """Close, whether or not what is left to write finds room."""
+        with suppress(OSError):
+            self.close()
+
+
+def _add(tar: tarfile.TarFile, number: int, moments: np.ndarray, label: int) -> str:
+    """Add a sample to a shard: its line in the index."""
+    entry = []
+    for extension, array in (("moments", moments), ("label", np.array(label, "<i4"))):
+        member = tarfile.TarInfo(f"{number:09d}.{extension}")
+        member.size = array.nbytes
+        offset = tar.offset + tarfile.BLOCKSIZE  # the header is one block
+        tar.addfile(member, BytesIO(array.tobytes()))
+        entry.append(f"{extension} {offset} {member.size} {member.name}")
+    return " ".join(entry)
+
+
+def _tar_bytes(samples: Samples) -> int:
+    """Bytes that a sample takes in a shard: its two components in whole blocks, with a header each."""
+    moments = 2 * samples.flips * 2 * math.prod(samples.space.shape)
+    return tarfile.BLOCKSIZE * (math.ceil(moments / tarfile.BLOCKSIZE) + 3)
+
+
+def _short(value: Any) -> str:
+    return str(value) if len(str(value)) <= 80 else f"{str(value)[:77]}..."
+
+
+def _write_lines(path: Path, values: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(value) + "\n" for value in values))
+
+
+def _write_whole(path: Path, values: Any) -> None:
+    """Write JSON aside, and give it its name when it is whole."""
+    aside = path.with_suffix(".json.partial")
+    aside.write_text(json.dumps(values, indent=1) + "\n")
+    aside.rename(path)

@@ -1,0 +1,110 @@
+"""The VAE: images to the posteriors of their latents, and latents to images."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from mfengine.engine.data import LatentSpace
+from mfengine.errors import InputError, RankError
+
+Precision = Literal["float32", "bfloat16"]
+
+
+class VAE:
+    """An `AutoencoderKL` of the diffusers library.
+
+    Args:
+        name: a folder, or a name on the hub.
+        device: where it runs.
+        precision: of its convolutions and matrix products; the weights stay float32.
+
+    Raises:
+        InputError: diffusers is not installed, or there is no such VAE.
+    """
+
+    def __init__(self, name: str | Path, device: torch.device, precision: Precision = "float32") -> None:
+        try:
+            from diffusers import AutoencoderKL
+        except ImportError:
+            raise InputError("--vae needs the diffusers library: pip install 'mfengine[vae]'") from None
+        folder = Path(name)
+        if not folder.is_dir() and (folder.is_absolute() or str(name).startswith(".") or len(folder.parts) > 2):
+            raise InputError(f"there is no folder {name} with a VAE in it")
+        try:
+            vae = AutoencoderKL.from_pretrained(str(name), torch_dtype=torch.float32, low_cpu_mem_usage=False)
+            self._vae = vae.to(device).eval()
+        except (OSError, ValueError, RuntimeError) as error:
+            where = "" if folder.is_dir() else ", which is no folder, from the hub"
+            reason = " ".join(str(error).split())  # of one line or many
+            raise InputError(f"cannot load the VAE {name}{where}: {reason:.300}") from None
+        self.name, self.precision, self._device = str(name), precision, device
+        config = self._vae.config
+        self.channels: int = config.latent_channels
+        self.factor: int = 2 ** (len(config.block_out_channels) - 1)
+        """pixels per latent position, along each side"""
+
+    def space(self, size: int, num_classes: int) -> LatentSpace:
+        """What its latents of square images mean.
+
+        Args:
+            size: of the images, in pixels.
+            num_classes: of their labels.
+
+        Raises:
+            InputError: it takes no such images.
+        """
+        config = self._vae.config
+        if config.in_channels != 3:
+            raise InputError(f"the VAE {self.name} encodes images of {config.in_channels} channel(s); RGB has 3")
+        if size < self.factor or size % self.factor:
+            raise InputError(f"size {size} is not a multiple of {self.factor}, the pixels per latent of {self.name}")
+        side = size // self.factor
+        return LatentSpace(
+            (self.channels, side, side), num_classes, scale=config.scaling_factor, bias=config.shift_factor or 0.0
+        )
+
+    def sha256(self) -> str:
+        """Of its weights, as float32, in the order of their names: the same however the files are laid out."""
+        digest = hashlib.sha256()
+        for name, weight in sorted(self._vae.state_dict().items()):
+            digest.update(f"{name} {tuple(weight.shape)}\n".encode())
+            digest.update(weight.cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """The posterior of latents.
+
+        Args:
+            images: (B, 3, H', W') in [-1, 1].
+
+        Returns:
+            Mean and standard deviation, (B, C, H, W) float32 each, on the encoder's own scale.
+
+        Raises:
+            RankError: the device has too little memory for the batch.
+        """
+        try:
+            with torch.autocast(self._device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
+                posterior = self._vae.encode(images.to(self._device)).latent_dist
+        except torch.OutOfMemoryError:
+            raise RankError(f"the GPU's memory is too small for {len(images)} images at a time: choose fewer") from None
+        return posterior.mean.float(), torch.exp(0.5 * posterior.logvar.float())
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor, space: LatentSpace) -> Tensor:
+        """Images (B, 3, H', W') in [0, 1] of latents (B, C, H, W) as the network sees them.
+
+        Raises:
+            InputError: the latents have another number of channels.
+        """
+        if latents.shape[1] != self.channels:
+            raise InputError(f"the VAE has {self.channels} latent channels, the model {latents.shape[1]}")
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
+            images = self._vae.decode(space.unscale(latents)).sample
+        return ((images.float() + 1) / 2).clamp(0, 1)

@@ -1,0 +1,149 @@
+"""Reads a data set from end to end: is it what was written, and can a model be trained on it?"""
+
+from __future__ import annotations
+
+import hashlib
+import tarfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from mfengine.engine.data import DESCRIPTION, Dataset, Shard
+from mfengine.errors import InputError
+
+CHUNK = 1 << 24  # bytes hashed at a time
+USUAL_MEAN, USUAL_STD = 0.5, (0.5, 2.0)  # of the latents as the network sees them: noise has 0 and 1
+
+
+@dataclass
+class Report:
+    """What was found; the data set is whole if there are no `problems`."""
+
+    dataset: Dataset
+    problems: list[str] = field(default_factory=list)  # one line each
+    warnings: list[str] = field(default_factory=list)  # likewise: what is unusual, and may be meant so
+    class_counts: Counter[int] = field(default_factory=Counter)
+    mean: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    """(C,) of the latents as the network sees them"""
+    std: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    """(C,)"""
+
+
+class _Sums:
+    """Sums over all latents by channel, (C,) float64: of means, and of second moments."""
+
+    def __init__(self, channels: int) -> None:
+        self.count = 0
+        self.first = np.zeros(channels)
+        self.second = np.zeros(channels)
+
+    def add(self, moments: np.ndarray) -> None:
+        """Moments (flips, 2, C, H, W) float32, finite."""
+        self.count += moments[:, 0, 0].size
+        self.first += np.einsum("fchw->c", moments[:, 0])
+        self.second += np.einsum("fkchw,fkchw->c", moments, moments)  # mean^2 + std^2
+
+
+def verify(folder: Path) -> Report:
+    """Check description, checksums, indices, and every sample of a data set.
+
+    Raises:
+        InputError: there is no data set, or its description says nothing that could be checked.
+    """
+    from tqdm import tqdm  # benchmarks import the engine where only torch is installed
+
+    dataset = Dataset.read(folder)
+    report, sums = Report(dataset), _Sums(dataset.space.shape[0])
+    size = sum(shard.bytes for shard in dataset.shards)
+    with tqdm(total=size, unit="B", unit_scale=True, dynamic_ncols=True) as progress:
+        for shard in dataset.shards:
+            try:
+                report.problems += _shard_problems(dataset, shard, report.class_counts, sums)
+            except (InputError, OSError) as error:
+                report.problems.append(str(error))
+            progress.update(shard.bytes)
+    if not report.problems and dataset.class_counts:
+        counted = tuple(report.class_counts[label] for label in range(dataset.space.num_classes))
+        if counted != dataset.class_counts:
+            report.problems.append(f"{DESCRIPTION} gives other numbers of samples per class than there are")
+    if sums.count:
+        mean = sums.first / sums.count
+        std = np.sqrt(np.maximum(sums.second / sums.count - mean**2, 0))
+        report.mean, report.std = (mean - dataset.space.bias) * dataset.space.scale, std * dataset.space.scale
+    report.warnings += _unusual(report)
+    return report
+
+
+def _unusual(report: Report) -> Iterator[str]:
+    dataset, counts = report.dataset, report.class_counts
+    if not all(shard.sha256 for shard in dataset.shards):
+        yield "there are no checksums of some shards: a byte that changed is not seen"
+    empty = [label for label in range(dataset.space.num_classes) if not counts[label]]
+    if empty:
+        yield f"{len(empty)} of {dataset.space.num_classes} classes have no sample, the first is {empty[0]}"
+    for channel, (mean, std) in enumerate(zip(report.mean, report.std, strict=True)):
+        if not (abs(mean) <= USUAL_MEAN and USUAL_STD[0] <= std <= USUAL_STD[1]):
+            yield (
+                f"channel {channel} has mean {mean:.3g} and standard deviation {std:.3g} after scaling, far from the 0 "
+                f"and 1 of noise: see scale and bias in {DESCRIPTION}, and which images were encoded"
+            )
+
+
+def _shard_problems(dataset: Dataset, shard: Shard, classes: Counter[int], sums: _Sums) -> Iterator[str]:
+    """What is wrong in one shard, the first of each kind; adds its samples to `classes` and `sums`."""
+    dataset.check_shard(shard)
+    path = dataset.folder / shard.file
+    data = np.memmap(path, np.uint8, mode="r")
+    if shard.sha256:
+        digest = hashlib.sha256()
+        for start in range(0, len(data), CHUNK):
+            digest.update(data[start : start + CHUNK].tobytes())
+        if digest.hexdigest() != shard.sha256:
+            yield f"shard {path} is not what was written: its checksum differs from that of {DESCRIPTION}"
+    lines = path.with_suffix(".idx").read_text().splitlines()[1:]
+    if len(lines) != shard.count:
+        yield f"index of shard {path} has {len(lines)} samples, not {shard.count}"
+    found: dict[str, list[str]] = {}  # samples by what is wrong with them
+    for line in lines:
+        name, problem = _sample_problem(dataset, data, line, classes, sums)
+        if problem:
+            found.setdefault(problem, []).append(name)
+    for problem, names in found.items():
+        more = f", and so are {len(names) - 1} more" if len(names) > 1 else ""
+        yield f"sample {names[0]} of shard {path} is wrong: {problem}{more}"
+
+
+def _sample_problem(
+    dataset: Dataset, data: np.ndarray, line: str, classes: Counter[int], sums: _Sums
+) -> tuple[str, str]:
+    """Name of the sample that a line of the index gives, and what is wrong with it, or ""."""
+    fields = line.split()
+    if len(fields) != 8 or fields[0] != "moments" or fields[4] != "label":
+        return repr(line[:40]), "its line in the index is not one"
+    name = fields[3].partition(".")[0]
+    parts: dict[str, np.ndarray] = {}
+    for kind, offset, size, member in (fields[:4], fields[4:]):
+        if not (offset.isdigit() and size == str(dataset.sizes[kind]) and int(offset) + int(size) <= len(data)):
+            return name, f"the index gives {kind} a place that is not in the shard"
+        start = int(offset)
+        try:
+            header = tarfile.TarInfo.frombuf(bytes(data[start - tarfile.BLOCKSIZE : start]), "utf-8", "strict")
+        except (tarfile.HeaderError, UnicodeDecodeError):
+            return name, f"there is no file where the index says that {kind} are"
+        if (header.name, header.size) != (member, int(size)):
+            return name, f"there is another file where the index says that {kind} are"
+        parts[kind] = data[start : start + int(size)]
+    moments = parts["moments"].view("<f2").astype(np.float32).reshape(dataset.flips, 2, *dataset.space.shape)
+    label = int(parts["label"].view("<i4")[0])
+    if not 0 <= label < dataset.space.num_classes:
+        return name, f"its label is {label}, not one of 0 to {dataset.space.num_classes - 1}"
+    classes[label] += 1
+    if not np.isfinite(moments).all():
+        return name, "not all of its moments are finite"
+    if (moments[:, 1] < 0).any():
+        return name, "a standard deviation is negative"
+    sums.add(moments)
+    return name, ""

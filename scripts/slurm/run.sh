@@ -1,0 +1,63 @@
+#!/bin/bash
+# Runs a command of mfengine on all GPUs of one or more nodes:
+#
+#   sbatch scripts/slurm/run.sh mfengine.train xl2 --data /local/imagenet256
+#   sbatch --nodes=16 scripts/slurm/run.sh mfengine.train xl2 --batch-size 4096 --replicas 16 --data /local/imagenet256
+#   sbatch --time=08:00:00 scripts/slurm/run.sh mfengine.prepare import /shared/latents /shared/imagenet256 --num-classes 1000
+#
+# Training and preparing are told to stop 5 minutes before the time limit, keep what they have, go back to the queue and
+# continue there. So does a job whose node fails. Training that crashes starts again from its newest checkpoint, three
+# times at most; wrong input is found by a dry run before. docs/cluster.md says why each line is as it is.
+#
+#SBATCH --job-name=mfengine
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=64
+#SBATCH --time=24:00:00
+#SBATCH --signal=B:USR1@300
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.log
+
+set -u
+
+if [ $# -eq 0 ]; then
+    echo "usage: sbatch [OPTIONS] $0 mfengine.COMMAND [ARGUMENTS]" >&2
+    exit 2
+fi
+
+resumable='' restarts=0
+case $1 in
+mfengine.train)
+    set -- "$@" --resume auto
+    resumable=yes restarts=3
+    python -m "$@" --dry-run --ranks $((SLURM_NNODES * SLURM_GPUS_ON_NODE)) || exit
+    ;;
+mfengine.prepare)
+    resumable=yes
+    ;;
+esac
+
+stopped=
+# scancel reaches torchrun on every node, which hands the signal on; not this shell.
+trap 'stopped=yes; scancel --signal=TERM "$SLURM_JOB_ID"' USR1
+
+head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+srun --kill-on-bad-exit=0 --wait=300 torchrun \
+    --nnodes="$SLURM_NNODES" --nproc-per-node="$SLURM_GPUS_ON_NODE" \
+    --rdzv-backend=c10d --rdzv-endpoint="$head:$((20000 + SLURM_JOB_ID % 20000))" --rdzv-id="$SLURM_JOB_ID" \
+    --max-restarts="$restarts" --shutdown-timeout=240 -m "$@" &
+pid=$!
+
+# A signal ends `wait` early: wait again until the command itself has ended.
+while true; do
+    wait "$pid"
+    code=$?
+    kill -0 "$pid" 2>/dev/null || break
+done
+
+if [ -n "$stopped" ] && [ -n "$resumable" ] && [ "$code" -ne 0 ]; then
+    scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$code"

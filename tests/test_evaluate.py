@@ -1,0 +1,640 @@
+"""Evaluation: the same samples and figures on any number of ranks, and figures that agree with other libraries'."""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import SMALL, run_command, run_in_process
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from mfengine import DiT, ModelConfig
+from mfengine.engine.checkpoint import describe_model, load_model
+from mfengine.engine.data import Dataset, LatentSpace, iterate_means, read_means
+from mfengine.engine.distributed import World
+from mfengine.engine.evaluation import (
+    LabelReader,
+    Moments,
+    SampleSet,
+    data_moments,
+    fit_data,
+    frechet_distance,
+    latent_distance,
+)
+from mfengine.engine.image_files import ImageArchive, ImageFolder
+from mfengine.engine.shards import ArraySamples, order, write_dataset
+from mfengine.errors import RankError
+
+ALONE = World(0, 1, torch.device("cpu"))
+TRAIN = (
+    *("mfengine.train", *SMALL, "--every=10", "--checkpoint-every=10"),
+    *("--optim.lr=1e-3", "--optim.ema-decays=0.5"),
+)
+LATENTS = LatentSpace(shape=(4, 8, 8), num_classes=10, scale=0.2, bias=0.5)
+
+
+@pytest.fixture(scope="module")
+def trained(digits, tmp_path_factory):
+    """A run of 20 steps that measures its samples twice."""
+    folder = tmp_path_factory.mktemp("trained")
+    done = run_command(*TRAIN, f"--data={digits}", "--steps=20", "--accumulation=2", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder / "runs/digits", done
+
+
+@pytest.fixture(scope="module")
+def export(tmp_path_factory):
+    """A model of VAE latents, not trained: 4 x 8 x 8."""
+    torch.manual_seed(0)
+    model = DiT(ModelConfig(8, 4, 4, hidden_size=32, depth=1, num_heads=2, num_classes=10))
+    for p in model.final_layer.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    path = tmp_path_factory.mktemp("export") / "model.safetensors"
+    description = {"step": 0, **describe_model(model.config, LATENTS)}
+    save_file(model.state_dict(), path, metadata={"mfengine": json.dumps(description)})
+    return path
+
+
+@pytest.fixture(scope="module")
+def vae(tmp_path_factory):
+    diffusers = pytest.importorskip("diffusers", reason="diffusers is an extra")
+    torch.manual_seed(0)
+    network = diffusers.AutoencoderKL(
+        block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4, norm_num_groups=4,
+    )  # fmt: skip
+    path = tmp_path_factory.mktemp("vae") / "vae"
+    network.save_pretrained(path)
+    return path, network
+
+
+# ----------------------------------------------------------------------------
+# Samples.
+
+
+class Shifting(torch.nn.Module):
+    """A network whose one-step sample from noise e is e / 2 - y."""
+
+    def forward(self, z, t, h, y):
+        return z / 2 + y[:, None, None, None]
+
+
+@pytest.mark.parametrize("labels", ["balanced", "random"])
+def test_a_sample_depends_on_seed_and_number_alone(labels):
+    def drawn(count, batch, seed=0, ranks=1):
+        samples = SampleSet(LATENTS, count, batch, seed, labels)
+        found = {}
+        for rank in range(ranks):
+            for rows, latents, y in samples.draw(Shifting(), 1, World(rank, ranks, ALONE.device)):
+                found |= dict(zip(rows, zip(latents, y.tolist(), strict=True), strict=True))
+        assert sorted(found) == list(range(count))
+        return found
+
+    whole = drawn(40, 40)
+    for other in (drawn(40, 7), drawn(33, 16), drawn(40, 7, ranks=3), drawn(5, 2, ranks=8)):
+        assert all(torch.equal(whole[i][0], latents) and whole[i][1] == y for i, (latents, y) in other.items())
+    noise = torch.stack([latents + y for latents, y in whole.values()]) * 2
+    assert abs(noise.mean()) < 0.05
+    assert abs(noise.std() - 1) < 0.05
+    assert not torch.equal(noise[0], noise[1])
+    assert not torch.equal(drawn(1, 1, seed=1)[0][0] * 2, noise[0])
+    numbers = [y for _, y in whole.values()]
+    assert (numbers == [i % 10 for i in range(40)]) == (labels == "balanced")
+    assert set(numbers) <= set(range(10))
+    assert len(set(numbers)) > 5
+
+
+def test_every_rank_calls_the_network_equally_often():
+    """A sharded model needs it: 5 slices over 3 ranks."""
+
+    class Counting(Shifting):
+        calls = 0
+
+        def forward(self, z, t, h, y):
+            self.calls += 1
+            return super().forward(z, t, h, y)
+
+    models = [Counting() for _ in range(3)]
+    for rank, model in enumerate(models):
+        list(SampleSet(LATENTS, 10, 2).draw(model, 2, World(rank, 3, ALONE.device)))
+    assert [model.calls for model in models] == [4, 4, 4]
+
+
+# ----------------------------------------------------------------------------
+# The Frechet distance of latents.
+
+
+def by_scipy(a, b):
+    """With SciPy's root of a matrix."""
+    linalg = pytest.importorskip("scipy.linalg", reason="SciPy comes with the extra digits")
+    covariances = [np.cov(x, rowvar=False) for x in (a, b)]
+    shift = a.mean(0) - b.mean(0)
+    return shift @ shift + np.trace(sum(covariances) - 2 * linalg.sqrtm(covariances[0] @ covariances[1]).real)
+
+
+def fitted(x, pieces=1):
+    moments = Moments(x.shape[1], ALONE.device)
+    for piece in np.array_split(x, pieces):
+        moments.add(torch.from_numpy(piece))
+    return moments.fit()
+
+
+@pytest.mark.parametrize("n", [2000, 30], ids=["regular", "singular"])
+def test_frechet_distance_agrees_with_scipy(n):
+    rng = np.random.default_rng(0)
+    mix = rng.standard_normal((2, 40, 40))
+    a, b = rng.standard_normal((n, 40)) @ mix[0] + 3, rng.standard_normal((n + 5, 40)) @ mix[1]
+    assert frechet_distance(fitted(a), fitted(b)) == pytest.approx(by_scipy(a, b), rel=1e-4 if n < 40 else 1e-9)
+    assert frechet_distance(fitted(a), fitted(a)) == pytest.approx(0, abs=1e-4)
+
+
+def test_moments_are_numpys_however_they_are_gathered():
+    x = np.random.default_rng(0).standard_normal((300, 20)) * 6 + 5
+    halves = [Moments(20, ALONE.device) for _ in range(2)]
+    for half, part in zip(halves, (x[:100], x[100:]), strict=True):
+        half.add(torch.from_numpy(part))
+    halves[0].merge(halves[1])
+    for gaussian in (fitted(x), fitted(x, pieces=7), halves[0].fit()):
+        np.testing.assert_allclose(gaussian.mean, x.mean(0), rtol=1e-12)
+        np.testing.assert_allclose(gaussian.covariance, np.cov(x, rowvar=False), rtol=1e-9, atol=1e-12)
+
+
+def test_distance_of_what_is_not_finite_is_not_a_number():
+    x = np.random.default_rng(0).standard_normal((30, 4))
+    broken = np.where(x == x[0, 0], np.inf, x)
+    assert np.isnan(frechet_distance(fitted(x), fitted(broken)))
+
+
+@pytest.mark.parametrize("num_parts", [1, 3])
+def test_means_are_read_in_parts(tmp_path, num_parts):
+    moments = np.random.default_rng(0).standard_normal((50, 2, 2, *LATENTS.shape))
+    labels, written = np.arange(50) % 10, order(50, seed=0)
+    dataset = write_dataset(tmp_path / "data", ArraySamples("x", LATENTS, moments, labels), shard_samples=20)
+    found = [piece for part in range(num_parts) for piece in iterate_means(dataset, part, num_parts, batch=7)]
+    assert np.array_equal(np.concatenate([means for _, means, _ in found]), moments[written, 0, 0].astype(np.float16))
+    assert np.array_equal(np.concatenate([labels for _, _, labels in found]), labels[written])
+    assert [first for first, _, _ in found] == list(np.cumsum([0] + [len(means) for _, means, _ in found])[:-1])
+
+
+def test_means_that_cannot_be_read(tmp_path):
+    zeros = ArraySamples("x", LATENTS, np.zeros((3, 1, 2, *LATENTS.shape)), np.zeros(3, int))
+    dataset = write_dataset(tmp_path / "data", zeros)
+    index = tmp_path / "data/000000.idx"
+    kept = index.read_text()
+    for wrong, message in (
+        (kept.replace("label", "lebal"), "'label'"),
+        (kept.replace(" 4 ", "99999 4 "), "it ends before samples that its index lists"),
+    ):
+        index.write_text(wrong)
+        with pytest.raises(RankError, match=rf"cannot read .*000000.tar: {message}"):
+            list(iterate_means(dataset))
+
+
+def test_halves_of_the_data(digits):
+    """The floor is the distance of two random halves; together they are the data."""
+    dataset = Dataset.open(digits)
+    pixels = read_means(dataset)[0].reshape(dataset.count, -1).astype(np.float64)
+    first, second = (half.fit() for half in data_moments(dataset, ALONE))
+    order = np.random.default_rng(0).permutation(dataset.count)
+    assert frechet_distance(first, second) == pytest.approx(by_scipy(pixels[order[::2]], pixels[order[1::2]]), rel=1e-6)
+    np.testing.assert_allclose(fit_data(dataset, ALONE).covariance, np.cov(pixels, rowvar=False), rtol=1e-9, atol=1e-12)
+
+
+def test_labels_are_read(digits):
+    dataset = Dataset.open(digits)
+    pixels, labels = (torch.from_numpy(x) for x in read_means(dataset))
+    reader = LabelReader(dataset)
+    assert reader.hits(pixels.flatten(1), labels) > 0.97 * dataset.count
+    assert reader.hits(pixels.flatten(1), (labels + 1) % 10) < 0.03 * dataset.count
+
+
+# ----------------------------------------------------------------------------
+# In training.
+
+
+def measured(run):
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["frechet_1nfe"] for line in lines if "frechet_1nfe" in line}
+
+
+def test_training_measures_its_samples(trained, digits):
+    run, done = trained
+    figures = measured(run)
+    assert list(figures) == [10, 20]
+    assert f"step 20: frechet_1nfe {figures[20]:.4g}" in done.stderr
+    model, space, _ = load_model(run)
+    samples = SampleSet(space, 10_000, 32)
+    distance = latent_distance(model, samples, 1, fit_data(Dataset.open(digits), ALONE), ALONE)
+    assert figures[20] == pytest.approx(distance, rel=1e-6)
+    assert figures[10] > figures[20]
+
+
+def test_two_processes_measure_the_same_and_a_resumed_run_repeats_it(trained, digits, tmp_path):
+    """The model is sharded, 10,000 samples in slices of 16 dealt to two ranks."""
+    for steps, resume in ((10, "never"), (20, "auto")):
+        args = (f"--data={digits}", f"--steps={steps}", f"--resume={resume}")
+        done = run_command(*TRAIN, *args, cwd=tmp_path, ranks=2)
+        assert done.returncode == 0, done.stderr
+    assert measured(tmp_path / "runs/digits") == pytest.approx(measured(trained[0]), rel=1e-4)
+
+
+# ----------------------------------------------------------------------------
+# The command.
+
+
+def images_of(path):
+    """(N, H, W, 3) of a folder or an .npz."""
+    if path.suffix == ".npz":
+        with np.load(path) as arrays:
+            assert list(arrays.keys()) == ["arr_0"]
+            return arrays["arr_0"]
+    names = sorted(p.name for p in path.iterdir())
+    assert names == [f"{i:06d}.png" for i in range(len(names))]
+    return np.stack([np.asarray(Image.open(path / name)) for name in names])
+
+
+def test_two_processes_give_the_figures_and_images_of_one(trained, digits, tmp_path, monkeypatch, capsys):
+    """71 samples in slices of 16: three for the first rank, two for the second."""
+    args = ("mfengine.evaluate", trained[0], f"--data={digits}", "--num-samples=71", "--batch-size=16")
+    done = run_command(*args, "--save=folder", "--out=two.json", cwd=tmp_path, ranks=2)
+    assert done.returncode == 0, done.stderr
+    assert "images/s" in done.stderr
+    code, output, errors = run_in_process(
+        *args, "--save=one.npz", "--out=one.json", cwd=tmp_path, monkeypatch=monkeypatch, capsys=capsys
+    )
+    assert code == 0, errors
+    one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    assert {"frechet_1nfe", "accuracy_1nfe", "frechet_2nfe", "frechet_floor", "samples", "checkpoint"} <= one.keys()
+    for name, value in one.items():
+        assert two[name] == (value if isinstance(value, str) else pytest.approx(value, rel=1e-8)), name
+        assert name in output
+    images = images_of(tmp_path / "one.npz")
+    assert images.shape == (71, 8, 8, 3)
+    assert images.dtype == np.uint8
+    assert np.array_equal(images_of(tmp_path / "folder"), images)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["folder", "one.json", "one.npz", "two.json"]
+
+    model, space, _ = load_model(trained[0])
+    pixels = torch.cat([latents for _, latents, _ in SampleSet(space, 71, 16).draw(model, 1, ALONE)])
+    expected = (space.unscale(pixels) / 16 * 255).clamp(0, 255).to(torch.uint8)  # rounded down
+    assert np.array_equal(images[..., 0], expected[:, 0])
+
+
+def test_images_of_latents_are_decoded(export, vae, tmp_path, monkeypatch, capsys):
+    args = ("mfengine.evaluate", export, "--num=5", "--batch-size=3", f"--vae={vae[0]}", "--steps", "2")
+    code, _, errors = run_in_process(*args, "--save=x.npz", cwd=tmp_path, monkeypatch=monkeypatch, capsys=capsys)
+    assert code == 0, errors
+    model, space, _ = load_model(export)
+    latents = torch.cat([latents for _, latents, _ in SampleSet(space, 5, 3).draw(model, 2, ALONE)])
+    with torch.no_grad():
+        images = vae[1].decode(latents / 0.2 + 0.5).sample
+    expected = ((images + 1) * 127.5).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+    found = images_of(tmp_path / "x.npz")
+    assert found.shape == (5, 16, 16, 3)
+    assert np.abs(found.astype(int) - expected.numpy()).max() <= 1
+    assert [p.name for p in tmp_path.iterdir()] == ["x.npz"]  # nothing was measured
+
+
+def test_too_few_samples_are_told(export, tmp_path, monkeypatch, capsys):
+    moments = np.random.default_rng(0).standard_normal((300, 1, 2, *LATENTS.shape))
+    write_dataset(tmp_path / "data", ArraySamples("x", LATENTS, moments, np.arange(300) % 10))
+    args = ("mfengine.evaluate", export, "--data=data", "--steps=1", "--out=metrics.json")
+    code, _, errors = run_in_process(*args, "--num=256", cwd=tmp_path, monkeypatch=monkeypatch, capsys=capsys)
+    assert code == 0, errors
+    assert "note: 256 samples leave a covariance of 256 dimensions singular" in errors
+    figures = json.loads((tmp_path / "metrics.json").read_text())
+    assert figures.keys() == {"frechet_1nfe", "frechet_floor", "samples", "checkpoint"}  # no pixels, no labels to read
+    code, _, errors = run_in_process(*args, "--num=300", cwd=tmp_path, monkeypatch=monkeypatch, capsys=capsys)
+    assert (code, "note:" in errors) == (0, False)
+
+
+# ----------------------------------------------------------------------------
+# Wrong input.
+
+
+def references(folder):
+    """References with something wrong, and one without: 8 x 8 images."""
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (5, 8, 8, 3), dtype=np.uint8)
+    mu, sigma = np.zeros(2048, np.float32), np.eye(2048)
+    np.savez(folder / "good.npz", images, mu=mu, sigma=sigma)
+    np.savez(folder / "keys.npz", mean=mu, cov=sigma)
+    np.savez(folder / "mu.npz", mu=mu[:64], sigma=sigma)
+    np.savez(folder / "sigma.npz", mu=mu, sigma=sigma[:64])
+    np.savez(folder / "float.npz", images / 255)
+    np.savez(folder / "planar.npz", images.transpose(0, 3, 1, 2))
+    np.savez(folder / "few.npz", images[:3])
+    np.savez(folder / "object.npz", np.array([{}], dtype=object))
+    (folder / "broken.npz").write_bytes(b"PK broken")
+    (folder / "empty").mkdir()
+    (folder / "text").mkdir()
+    (folder / "text/a.png").write_text("no image")
+    (folder / "images").mkdir()
+    for i, image in enumerate(images):
+        Image.fromarray(image).save(folder / f"images/{i}.png")
+    np.save(folder / "w.pt", mu)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ([], "nothing to do: give --data or --reference to measure against, or --save"),
+        (["--data=DATA", "--num=1"], "--num must be at least 2"),
+        (["--data=DATA", "--num=0"], "--num must be at least 2"),
+        (["--data=DATA", "--steps", "0"], "--steps takes different numbers, at least 1"),
+        (["--data=DATA", "--steps"], "--steps takes different numbers"),
+        (["--data=DATA", "--labels=even"], "even"),
+        (["--data=DATA", "--number=3"], "there is no option --number; the nearest is --num"),
+        (["--data=DATA", "--out=nowhere/x.json"], "folder nowhere does not exist"),
+        (["--data=nowhere"], "dataset.json does not exist"),
+        (["--data=DATA", "--device=cuda"], "device cuda was asked for"),
+        (["--data=LATENTS"], "holds latents of (4, 8, 8); the model takes (1, 8, 8)"),
+        (["--save=images"], "images is not an empty folder"),
+        (["--save=good.npz"], "good.npz exists: choose another name"),
+        (["--reference=good.npz", "--num=9"], "--num must be at least 10 with --reference"),
+        (["--reference=nowhere"], "reference nowhere is neither a folder of images nor an .npz file"),
+        (["--reference=w.pt"], "reference w.pt is neither"),
+        (["--reference=keys.npz"], "keys.npz has cov, mean; reference statistics are mu and sigma"),
+        (["--reference=mu.npz"], "mu.npz: mu is (64,); of Inception features it is (2048,)"),
+        (["--reference=sigma.npz"], "sigma.npz: sigma is (64, 2048); of Inception features it is (2048, 2048)"),
+        (["--reference=float.npz"], "arr_0 is float64 (5, 8, 8, 3); images are uint8 (N, H, W, 3)"),
+        (["--reference=planar.npz"], "arr_0 is uint8 (5, 3, 8, 8); images are uint8 (N, H, W, 3)"),
+        (["--reference=few.npz"], "few.npz has 3 image(s); a reference has more than 3"),
+        (["--reference=object.npz"], "arr_0 is object"),
+        (["--reference=broken.npz"], "broken.npz is not an .npz file"),
+        (["--reference=empty"], "empty has no images (.png"),
+        (["--reference=text"], "cannot read text/a.png: cannot identify image file"),
+    ],
+)
+def test_wrong_input(trained, digits, tmp_path, monkeypatch, capsys, args, message):
+    if "--device=cuda" in args and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    references(tmp_path)
+    zeros = ArraySamples("x", LATENTS, np.zeros((10, 1, 2, *LATENTS.shape)), np.arange(10))
+    write_dataset(tmp_path / "latents", zeros)
+    capsys.readouterr()  # its progress
+    before = sorted(tmp_path.rglob("*"))
+    args = [part.replace("DATA", str(digits)).replace("LATENTS", "latents") for part in args]
+    code, _, errors = run_in_process(
+        "mfengine.evaluate", trained[0], *args, cwd=tmp_path, monkeypatch=monkeypatch, capsys=capsys
+    )
+    assert code == 2
+    assert errors.startswith("error: ")
+    assert errors.count("\n") == 1, errors
+    assert message in errors
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--save=x.npz"], "latents of (4, 8, 8) become images by a VAE: give it with --vae"),
+        (["--save=x", "--vae=empty"], "cannot load the VAE empty"),
+        (["--save=x", "--vae=THREE"], "the VAE has 3 latent channels, the model 4"),
+        (["--reference=good.npz", "--vae=VAE"], "the images of good.npz are 8 x 8, those of the model 16 x 16"),
+        (["--reference=images", "--vae=VAE"], "the images of images are 8 x 8, those of the model 16 x 16"),
+    ],
+)
+def test_decoders_and_references_that_do_not_fit(export, vae, tmp_path, monkeypatch, capsys, args, message):
+    references(tmp_path)
+    if "THREE" in args[-1]:
+        type(vae[1]).from_config({**vae[1].config, "latent_channels": 3}).save_pretrained(tmp_path / "three")
+    before = sorted(tmp_path.rglob("*"))
+    args = [part.replace("VAE", str(vae[0])).replace("THREE", "three") for part in args]
+    code, _, errors = run_in_process(
+        "mfengine.evaluate", export, *args, cwd=tmp_path, monkeypatch=monkeypatch, capsys=capsys
+    )
+    assert code == 2
+    assert message in errors.splitlines()[-1]
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_reference_image_that_is_broken_or_of_another_size(tmp_path):
+    references(tmp_path)
+    Image.new("RGB", (9, 8)).save(tmp_path / "images/4.png")
+    folder = ImageFolder(tmp_path / "images")
+    assert folder.read(range(4)).shape == (4, 3, 8, 8)
+    with pytest.raises(RankError, match=r"4.png is 9 x 8, 0.png is 8 x 8: crop all images to one size"):
+        folder.read(range(3, 5))
+    (tmp_path / "images/2.png").write_bytes((tmp_path / "images/2.png").read_bytes()[:60])
+    with pytest.raises(RankError, match=r"cannot read .*2.png"):
+        folder.read(range(4))
+
+
+def test_reference_images_of_a_compressed_archive(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (20, 8, 4, 3), dtype=np.uint8)
+    np.savez_compressed(tmp_path / "x.npz", images)
+    archive = ImageArchive(tmp_path / "x.npz")
+    assert (len(archive), archive.height, archive.width) == (20, 8, 4)
+    for rows in (range(3, 9), range(15, 20), range(2)):
+        assert np.array_equal(archive.read(rows).permute(0, 2, 3, 1), images[rows.start : rows.stop])
+
+
+@pytest.mark.parametrize("name", ["x.npz", "x"])
+def test_images_that_cannot_be_written(trained, tmp_path, monkeypatch, capsys, name):
+    """A limit on the size of files stands for a disk that is full."""
+    usual = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, usual[1]))
+    try:
+        code, _, errors = run_in_process(
+            "mfengine.evaluate", trained[0], f"--save={name}", "--num=80",
+            cwd=tmp_path, monkeypatch=monkeypatch, capsys=capsys,
+        )  # fmt: skip
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, usual)
+    assert code == 2
+    assert errors.splitlines()[-1] == f"error: cannot write {name}: File too large"
+    assert not (tmp_path / name).exists()
+    code, _, errors = run_in_process(
+        "mfengine.evaluate", trained[0], f"--save={name}", "--num=80",
+        cwd=tmp_path, monkeypatch=monkeypatch, capsys=capsys,
+    )  # fmt: skip
+    assert code == 0, errors
+    assert len(images_of(tmp_path / name)) == 80
+    assert [p.name for p in tmp_path.iterdir()] == [name]  # what was left is gone
+
+
+def test_samples_that_are_not_finite(export, digits, tmp_path, monkeypatch, capsys):
+    weights, metadata = load_file(export), {}
+    with safe_open(export, "pt") as file:
+        metadata = file.metadata()
+    weights["final_layer.linear.bias"].fill_(torch.inf)
+    save_file(weights, tmp_path / "broken.safetensors", metadata=metadata)
+    zeros = ArraySamples("x", LATENTS, np.zeros((10, 1, 2, *LATENTS.shape)), np.arange(10))
+    write_dataset(tmp_path / "data", zeros)
+    code, _, errors = run_in_process(
+        "mfengine.evaluate", "broken.safetensors", "--data=data", "--out=x.json",
+        cwd=tmp_path, monkeypatch=monkeypatch, capsys=capsys,
+    )  # fmt: skip
+    assert code == 2
+    assert errors.splitlines()[-1] == "error: samples in 1 step(s) are not finite: these weights cannot be measured"
+    assert not (tmp_path / "x.json").exists()
+
+
+# ----------------------------------------------------------------------------
+# torch-fidelity.
+
+
+class Missing:
+    """Finds that torch-fidelity is not installed."""
+
+    def find_spec(self, name, *_):
+        if name == "torch_fidelity":
+            raise ModuleNotFoundError(f"No module named '{name}'", name=name)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "--reference needs the torch-fidelity library: pip install 'mfengine[fid]'"),
+        ("import torchvision_of_another_torch", "does not import: No module named 'torchvision_of_another_torch'"),
+        ("raise RuntimeError('operator torchvision::nms does not exist')", "operator torchvision::nms does not exist"),
+    ],
+)
+def test_torch_fidelity_that_does_not_import(trained, tmp_path, monkeypatch, capsys, content, message):
+    references(tmp_path)
+    for name in [name for name in sys.modules if name.startswith("torch_fidelity")]:
+        monkeypatch.delitem(sys.modules, name)
+    if content is None:
+        monkeypatch.setattr(sys, "meta_path", [Missing(), *sys.meta_path])
+    else:
+        (tmp_path / "torch_fidelity").mkdir()
+        (tmp_path / "torch_fidelity/__init__.py").write_text(content)
+        monkeypatch.syspath_prepend(tmp_path)
+    code, _, errors = run_in_process(
+        "mfengine.evaluate", trained[0], "--reference=good.npz", "--num=16", "--save=x",
+        cwd=tmp_path, monkeypatch=monkeypatch, capsys=capsys,
+    )  # fmt: skip
+    assert code == 2
+    assert errors.startswith("error: ")
+    assert errors.count("\n") == 1, errors
+    assert message in errors
+    assert not list(tmp_path.glob("*x"))
+
+
+STAND_IN = {
+    # All that torch-fidelity takes of torchvision to import itself and to read a folder of PNG files.
+    "__init__.py": "from torchvision import datasets, transforms",
+    "datasets.py": "class CIFAR10: pass\nclass CIFAR100: pass\nclass STL10: pass",
+    "transforms/__init__.py": """
+from torchvision.transforms import functional
+class Compose:
+    def __init__(self, steps):
+        self.steps = steps
+    def __call__(self, x):
+        for step in self.steps:
+            x = step(x)
+        return x
+""",
+    "transforms/functional.py": """
+import numpy, torch
+def pil_to_tensor(image):
+    return torch.from_numpy(numpy.array(image)).permute(2, 0, 1)
+""",
+}
+
+MAKE_WEIGHTS = """
+import torch
+from torch_fidelity import feature_extractor_inceptionv3 as inception
+inception.load_state_dict_from_url = lambda *args, **kwargs: None
+inception.FeatureExtractorInceptionV3.load_state_dict = lambda self, weights: None
+torch.manual_seed(0)
+network = inception.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"])
+for p in network.parameters():
+    if p.dim() > 1:
+        torch.nn.init.kaiming_normal_(p)
+torch.save(network.state_dict(), "inception.pth")
+"""
+
+MEASURE_DIRECTLY = """
+import json, torch, numpy, torch_fidelity
+from torch_fidelity.metric_fid import fid_features_to_statistics
+from torch_fidelity.utils import create_feature_extractor, extract_featuresdict_from_input_id_cached
+options = dict(
+    feature_extractor="inception-v3-compat", feature_extractor_weights_path="inception.pth", cuda=False, verbose=False,
+    save_cpu_ram=True, input1="samples", input2="reference", input2_cache_name="reference", cache_root="cache",
+)
+figures = torch_fidelity.calculate_metrics(isc=True, fid=True, prc=True, **options)
+network = create_feature_extractor("inception-v3-compat", ["2048"], **options)
+features = extract_featuresdict_from_input_id_cached(2, network, **options)["2048"]
+statistics = fid_features_to_statistics(features)
+images = numpy.load("reference.npy")
+numpy.savez("adm.npz", images, **statistics, mu_s=numpy.zeros(2023), sigma_s=numpy.zeros((2023, 2023)))
+numpy.savez("statistics.npz", **statistics)
+print(json.dumps(figures))
+"""
+
+
+@pytest.fixture
+def fidelity_path(tmp_path):
+    """What PYTHONPATH needs for torch-fidelity to import: nothing, or a stand-in where torchvision does not."""
+    if find_spec("torch_fidelity") is None:
+        pytest.skip("torch-fidelity is not installed")
+    try:
+        import torchvision  # noqa: F401
+    except Exception:
+        for name, content in STAND_IN.items():
+            path = tmp_path / "path/torchvision" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(content)
+    return os.pathsep.join([str(tmp_path / "path"), str(Path(__file__).parent.parent)])
+
+
+def test_figures_are_those_of_torch_fidelity(trained, tmp_path, fidelity_path):
+    """Random Inception weights; two processes, then one, against the library called on the images themselves."""
+    env = {"PYTHONPATH": fidelity_path, "OMP_NUM_THREADS": "1"}
+
+    def script(text):
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", text],
+            cwd=tmp_path, env={**os.environ, **env}, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def evaluate(reference, *args, ranks=1):
+        done = run_command(
+            "mfengine.evaluate", trained[0], f"--reference={reference}", "--inception=inception.pth",
+            "--num-samples=11", "--batch-size=3", "--steps=1", "--out=out.json", *args,
+            cwd=tmp_path, ranks=ranks, env=env,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        figures = json.loads((tmp_path / "out.json").read_text())
+        del figures["checkpoint"]
+        return figures, done.stderr
+
+    script(MAKE_WEIGHTS)
+    # From a grey image to noise as the samples are after 20 steps, so that both overlap in part.
+    noise = np.random.default_rng(0).standard_normal((9, 8, 8, 1)) * np.linspace(0, 6, 9).reshape(9, 1, 1, 1) + 5
+    images = np.repeat(noise.clip(0, 16) * 255 / 16, 3, axis=3).astype(np.uint8)
+    np.save(tmp_path / "reference.npy", images)
+    (tmp_path / "reference").mkdir()
+    for i, image in enumerate(images):
+        Image.fromarray(image).save(tmp_path / f"reference/{i:02d}.png")
+
+    two, _ = evaluate("reference", "--save=samples", ranks=2)
+    direct = json.loads(script(MEASURE_DIRECTLY))
+    names = {"fid": "frechet_inception_distance", "inception_score": "inception_score_mean"}
+    for name in ("fid", "inception_score", "inception_score_std", "precision", "recall"):
+        assert two[f"{name}_1nfe"] == pytest.approx(direct[names.get(name, name)], rel=1e-4), name
+    one, _ = evaluate("adm.npz")
+    assert one == pytest.approx(two, rel=1e-4)
+    without, errors = evaluate("statistics.npz")
+    assert "note: no precision and recall: statistics.npz has no images" in errors
+    assert without == pytest.approx({k: v for k, v in one.items() if not k.startswith(("pre", "rec"))}, rel=1e-4)
+
+    torch.save({"fc.bias": torch.zeros(3)}, tmp_path / "inception.pth")
+    done = run_command(
+        "mfengine.evaluate", trained[0], "--reference=adm.npz", "--inception=inception.pth", cwd=tmp_path, env=env
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: inception.pth does not hold the weights of torch-fidelity's Inception: ")

@@ -1,0 +1,134 @@
+"""The Slurm script, with stand-ins on PATH for what a cluster has: they record how they are called."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from torch.distributed.run import get_args_parser
+
+from mfengine.train import parse
+
+ROOT = Path(__file__).parent.parent
+SCRIPT = ROOT / "scripts/slurm/run.sh"
+
+STAND_IN = f"""#!{sys.executable}
+import json, os, pathlib, signal, subprocess, sys, time
+name, args = pathlib.Path(sys.argv[0]).name, sys.argv[1:]
+here = pathlib.Path(sys.argv[0]).parent.parent
+with (here / "calls").open("a") as calls:
+    calls.write(json.dumps([name, *args]) + chr(10))
+if name == "scontrol" and args[0] == "show":
+    print("node7", "node8", sep=chr(10))
+if name == "srun":
+    sys.exit(subprocess.call(args[next(i for i, a in enumerate(args) if not a.startswith("-")):]))
+if name == "scancel":
+    os.kill(int((here / "pid").read_text()), signal.SIGTERM)
+if name == "torchrun":
+    def stop(*_):
+        time.sleep(0.3)  # as it takes to write a checkpoint
+        sys.exit(int(os.environ.get("ON_TERM", 1)))
+    signal.signal(signal.SIGTERM, stop)
+    (here / "pid").write_text(str(os.getpid()))
+    time.sleep(float(os.environ.get("RUNS_S", 0)))
+sys.exit(int(os.environ.get("EXIT_" + name.upper(), 0)))
+"""
+
+
+@pytest.fixture
+def launch(tmp_path):
+    """Start the script as Slurm does: a process whose stand-ins record their calls in tmp_path/calls."""
+    (tmp_path / "bin").mkdir()
+    for name in ("srun", "torchrun", "scontrol", "scancel", "python"):
+        (tmp_path / "bin" / name).write_text(STAND_IN)
+        (tmp_path / "bin" / name).chmod(0o755)
+
+    def start(*args, **env):
+        slurm = {
+            "SLURM_JOB_ID": "41", "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "8", "SLURM_JOB_NODELIST": "node[7-8]",
+            "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
+        }  # fmt: skip
+        return subprocess.Popen(
+            ["bash", SCRIPT, *args], cwd=tmp_path, env={**os.environ, **slurm, **env}, stderr=subprocess.PIPE, text=True
+        )
+
+    return start
+
+
+def calls(tmp_path, name):
+    path = tmp_path / "calls"
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [call[1:] for call in lines if call[0] == name]
+
+
+def test_syntax():
+    assert subprocess.run(["bash", "-n", SCRIPT], check=False).returncode == 0
+    assert os.access(SCRIPT, os.X_OK)
+
+
+def test_training_on_two_nodes(launch, tmp_path):
+    assert launch("mfengine.train", "xl2", "--data", "a folder").wait(30) == 0
+    command = ["mfengine.train", "xl2", "--data", "a folder", "--resume", "auto"]
+    assert calls(tmp_path, "python") == [["-m", *command, "--dry-run", "--ranks", "16"]]
+    (args,) = calls(tmp_path, "torchrun")
+    given = get_args_parser().parse_args(args)  # what torchrun itself makes of it
+    assert (given.nnodes, given.nproc_per_node, given.rdzv_backend) == ("2", "8", "c10d")
+    assert (given.rdzv_endpoint, given.rdzv_id, given.max_restarts) == ("node7:20041", "41", 3)
+    assert given.shutdown_timeout == 240
+    assert (given.module, given.training_script, given.training_script_args) == (True, command[0], command[1:])
+    run = parse(given.training_script_args).run
+    assert (str(run.data), run.resume) == ("a folder", "auto")
+    assert calls(tmp_path, "scontrol") == [["show", "hostnames", "node[7-8]"]]
+
+
+def test_wrong_input_takes_no_gpu(launch, tmp_path):
+    assert launch("mfengine.train", "xl2", EXIT_PYTHON="2").wait(30) == 2
+    assert calls(tmp_path, "srun") == []
+
+
+@pytest.mark.parametrize("command", ["mfengine.prepare", "mfengine.evaluate"])
+def test_other_commands_run_as_they_are(command, launch, tmp_path):
+    assert launch(command, "x", EXIT_TORCHRUN="1").wait(30) == 1
+    assert calls(tmp_path, "python") == []
+    (args,) = calls(tmp_path, "torchrun")
+    assert args[-3:] == ["-m", command, "x"]
+    assert "--max-restarts=0" in args
+    assert calls(tmp_path, "scontrol")[1:] == []  # a failure is not a time limit
+
+
+@pytest.mark.parametrize(
+    ("command", "on_term", "requeued"),
+    [("mfengine.train", "1", True), ("mfengine.prepare", "1", True), ("mfengine.evaluate", "1", False),
+     ("mfengine.train", "0", False)],
+)  # fmt: skip
+def test_before_the_time_limit(command, on_term, requeued, launch, tmp_path):
+    """The signal reaches torchrun, the script waits for it, and what can be continued goes back to the queue."""
+    process = launch(command, "x", ON_TERM=on_term, RUNS_S="60")
+    deadline = time.monotonic() + 30
+    while not ((tmp_path / "pid").exists() and (tmp_path / "pid").read_text()) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGUSR1)
+    assert process.wait(30) == int(on_term)
+    assert calls(tmp_path, "scancel") == [["--signal=TERM", "41"]]
+    assert calls(tmp_path, "scontrol")[1:] == ([["requeue", "41"]] if requeued else [])
+
+
+def test_usage(launch, tmp_path):
+    process = launch()
+    assert "usage: sbatch" in process.communicate(timeout=30)[1]
+    assert process.returncode == 2
+    assert calls(tmp_path, "srun") == []
+
+
+def test_options_of_the_job():
+    """What the script relies on: one task per node, a signal to its shell alone, requeueing."""
+    options = dict(re.findall(r"^#SBATCH --([\w-]+)(?:=(.*))?$", SCRIPT.read_text(), re.M))
+    assert options["ntasks-per-node"] == "1"
+    assert options["signal"] == "B:USR1@300"
+    assert options["requeue"] == ""
+    assert int(re.search(r"shutdown-timeout=(\d+)", SCRIPT.read_text())[1]) < 300

@@ -1,0 +1,266 @@
+"""The dry run: its plan against real tensors and the collectives of real steps, what it refuses; nothing is written."""
+
+import dataclasses
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import SMALL, run_command, run_in_process
+from scaling_worker import CONFIG
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from benchmarks.counts import Saved
+from benchmarks.scaling import KINDS, count_fake, fake_world, layout
+from mfengine import DiT, MeanFlow
+from mfengine.engine.config import PRESETS, OptimConfig, TrainConfig
+from mfengine.engine.distributed import World, prepare_model
+from mfengine.engine.optim import adamw_ema, averages
+from mfengine.engine.plan import LiveBytes, activation_bytes, make_plan
+from mfengine.ops import use_backend
+from mfengine.optim import local
+from mfengine.train import parse
+
+GPU = torch.device("cuda")
+
+
+def on_gpus(ranks):
+    return World(0, ranks, GPU)
+
+
+# ----------------------------------------------------------------------------
+# The plan.
+
+
+def nbytes(tensors):
+    return sum(local(x).nbytes for x in tensors if x.ndim)  # not the optimizer's count of steps
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 16])
+@pytest.mark.parametrize("decays", [(0.9,), (0.9, 0.5)])
+def test_state_is_that_of_real_shards(ranks, decays):
+    """Weights, moments and averages as the trainer makes them; 18 labels over 16 ranks are padded."""
+    config = dataclasses.replace(CONFIG, optim=OptimConfig(ema_decays=decays))
+    memory = make_plan(config, on_gpus(ranks)).memory
+    tensors = FakeTensorMode(allow_non_fake_inputs=True)
+    with fake_world(ranks) as here:
+        with tensors:
+            model = DiT(config.model, torch.bfloat16)
+        if ranks > 1:
+            prepare_model(model, here)
+        with tensors:
+            optimizer = adamw_ema(model, config.optim)
+        assert memory["weights"] == memory["gradients"] == nbytes(model.parameters())
+        kept = [x for average in decays for x in averages(model, optimizer, average).values()]
+        assert memory["averages"] == nbytes(kept)
+        state = [x for s in optimizer.state.values() for x in s.values()]
+        assert memory["optimizer state"] == nbytes(state) - nbytes(kept)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_activations_are_those_of_real_tensors(recompute):
+    config = dataclasses.replace(CONFIG, device="cpu", recompute=recompute)
+    here = World(0, 1, torch.device("cpu"))
+    torch.manual_seed(0)
+    model = prepare_model(DiT(config.model), here, recompute=recompute)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    method = MeanFlow(config.method)
+    latents, labels = torch.randn(8, 4, 8, 8), torch.zeros(8, dtype=torch.int64)
+    draws = method.draw(latents.shape, torch.Generator().manual_seed(config.seed))
+    with LiveBytes([x for p in model.parameters() for x in (p, p.grad)]) as live:
+        loss, figures = method.loss(model, latents, labels, draws)
+        loss.backward()
+        del loss, figures
+    assert live.peak == pytest.approx(activation_bytes(config, here, 8), rel=0.02)  # the noise is made outside
+
+
+def saved_bytes(config, depth, batch):
+    """What a pass saves for its backward, by autograd's hooks and not by what lives."""
+    with torch.device("meta"), use_backend("triton"):
+        model = DiT(dataclasses.replace(config.model, depth=depth), torch.bfloat16).to("meta")
+        latents, labels = torch.empty(batch, 4, 32, 32), torch.empty(batch, dtype=torch.int64)
+        with torch.device("cpu"):
+            draws = MeanFlow(config.method).draw(latents.shape, torch.Generator().manual_seed(0))
+        draws = draws._replace(noise=torch.empty_like(latents))
+        saved = Saved()
+        with saved:
+            MeanFlow(config.method).loss(model, latents, labels, draws)[0].backward()
+    return saved.bytes
+
+
+def test_activations_grow_by_what_a_layer_saves():
+    """By what `benchmarks.counts` sees saved, 12.0 MB for XL/2; recomputing, by a block's inputs and their tangents."""
+    config = PRESETS["xl2"][1]
+    batch = 16
+
+    def peak(depth, **changes):
+        deep = dataclasses.replace(config, model=dataclasses.replace(config.model, depth=depth), **changes)
+        return activation_bytes(deep, on_gpus(1), batch)
+
+    saved = saved_bytes(config, 2, batch) - saved_bytes(config, 1, batch)
+    assert saved / batch == pytest.approx(12.0e6, rel=0.3)  # with the weights as they are cast, for so few rows
+    assert peak(4) - peak(3) == pytest.approx(saved, rel=1e-3)
+    inputs = (peak(4, recompute=True) - peak(3, recompute=True)) / batch
+    rows = 1 + config.method.interval_share
+    assert inputs == pytest.approx(6 * rows * config.model.num_tokens * config.model.hidden_size, rel=0.02)
+
+
+def test_activations_count_storages_once_and_while_they_live():
+    kept = torch.empty(100)
+    with LiveBytes([kept]) as live:
+        a = torch.empty(10)
+        b = a.view(2, 5)
+        c = kept[:50] + 1
+        assert live.now == 40 + 200
+        del a
+        assert live.now == 40 + 200  # a view holds it
+        del b, c
+    assert (live.now, live.peak) == (0, 240)
+
+
+@pytest.mark.parametrize("strategy", ["full", "gathered once", "hybrid"])
+@pytest.mark.parametrize("ranks", [2, 16])
+@pytest.mark.parametrize("guided", [True, False])
+def test_communication_is_that_of_a_counted_step(strategy, ranks, guided):
+    config = CONFIG if guided else dataclasses.replace(CONFIG, method=type(CONFIG.method)())
+    step = count_fake(config, ranks, strategy, 8)
+    plan = make_plan(dataclasses.replace(config, **layout(strategy, ranks, 8)), on_gpus(ranks))
+    counted = {}
+    for c in (c for kind in KINDS for c in step.of_kind(kind)):
+        counted.setdefault((c.kind, c.ranks), []).append(c)
+    assert {(c.kind, c.ranks) for c in plan.communication} == counted.keys()
+    for c in plan.communication:
+        these = counted[c.kind, c.ranks]
+        assert (c.number, c.bytes) == (len(these), sum(one.bytes for one in these))
+        assert c.sent == pytest.approx(sum(one.sent for one in these))
+
+
+def test_layouts_trade_memory_for_communication():
+    plans = {
+        name: make_plan(dataclasses.replace(PRESETS["b4"][1], **changes), on_gpus(8))
+        for name, changes in {
+            "default": {},
+            "reshard": {"reshard": True},
+            "replicas": {"replicas": 2},
+            "accumulation": {"accumulation": 2},
+        }.items()
+    }
+    memory = {name: plan.memory for name, plan in plans.items()}
+    assert memory["reshard"]["gathered parameters"] < memory["default"]["gathered parameters"]
+    assert plans["reshard"].communication[0].bytes == 3 * plans["default"].communication[0].bytes
+    assert memory["replicas"]["weights"] == pytest.approx(2 * memory["default"]["weights"], rel=0.01)
+    assert memory["accumulation"]["accumulated gradients"] == 4 * plans["accumulation"].parameters
+    assert memory["accumulation"]["activations"] < memory["default"]["activations"]
+
+
+# ----------------------------------------------------------------------------
+# The command.
+
+
+def test_xl2_on_eight_gpus(tmp_path):
+    """Without data: the plan, one line of error, and no weights: they would take 2.7 GB and more than these seconds."""
+    done = run_command("mfengine.train", "xl2", "--dry-run", "--ranks=8", cwd=tmp_path, timeout=20)
+    assert done.returncode == 2
+    assert "676.4 M" in done.stdout
+    assert "8 x cuda, 32 rows each, in bfloat16" in done.stdout
+    assert "32 x all-gather over 8 ranks, 1.36 GB" in done.stdout
+    assert "32 x reduce-scatter over 8 ranks, 2.71 GB" in done.stdout
+    assert done.stderr == "error: data/imagenet256/dataset.json does not exist: see docs/data.md\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def dry(*args, **where):
+    return run_in_process("mfengine.train", *SMALL, "--dry-run", *args, **where)
+
+
+@pytest.fixture
+def where(tmp_path, monkeypatch, capsys):
+    return {"cwd": tmp_path, "monkeypatch": monkeypatch, "capsys": capsys}
+
+
+def test_success_writes_nothing(digits, tmp_path, where):
+    before = {p: p.stat().st_mtime_ns for p in digits.rglob("*")}
+    code, out, err = dry(f"--data={digits}", "--ranks=2", "--epochs=1", **where)
+    assert (code, err) == (0, "")
+    assert "56 steps of 32 samples: 0.9972 epochs of 1,797" in out
+    assert out.endswith("ready to start; nothing was written\n")
+    assert list(tmp_path.iterdir()) == []
+    assert {p: p.stat().st_mtime_ns for p in digits.rglob("*")} == before
+
+
+@pytest.fixture(scope="module")
+def run_folder(digits, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("plan")
+    done = run_command("mfengine.train", *SMALL, f"--data={digits}", "--steps=2", "--device=cpu", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder / "runs"
+
+
+def test_run_that_can_be_continued(run_folder, digits, where):
+    args = (f"--data={digits}", f"--runs={run_folder}", "--resume=auto")
+    code, out, _ = dry(*args, **where)
+    assert code == 0
+    assert "ready to continue at step 2;" in out
+    assert not {"dry_run", "ranks"} & json.loads((run_folder / "digits/config.json").read_text()).keys()
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--ranks=3"], "batch_size 32 is not a multiple of ranks x accumulation = 3 x 1"),
+        (["--ranks=2", "--replicas=4"], "replicas 4 does not divide the 2 rank(s)"),
+        (["--optim.ema-decays", "0.9", "0.9"], "ema_decays must be different numbers"),
+        (["--ranks=0"], "ranks is for --dry-run, and at least 1"),
+        (["--data=nowhere"], "dataset.json does not exist"),
+        (["--data=CUT"], "000000.tar has"),
+        (["--data=BROKEN"], "has a label outside of 0 to 9"),
+        (["--model.num-classes=5"], "has 10 classes; model.num_classes is 5"),
+        (["--init=nowhere"], "nowhere is neither a checkpoint"),
+        (["--init=list.pt"], "no DiT in this checkpoint"),
+        (["--init=RUN/digits", "--model.depth=2"], "is of another architecture"),
+        (["--runs=RUN"], "holds a run: continue it with --resume auto"),
+        (["--runs=RUN", "--resume=auto", "--seed=7"], "has a run with seed 0, not 7"),
+        (["--batch-size=8192", "--ranks=2048"], "has 1797 samples, too few for 2048 parts"),
+    ],
+)
+def test_what_training_would_refuse(args, message, digits, run_folder, tmp_path, where):
+    torch.save([1], tmp_path / "list.pt")
+    for name in ("cut", "broken"):
+        shutil.copytree(digits, tmp_path / name)
+        with (tmp_path / name / "000000.tar").open("r+b") as shard:
+            if name == "cut":
+                shard.truncate(1024)
+            else:
+                shard.write(b"\xff" * (digits / "000000.tar").stat().st_size)
+    before = sorted(tmp_path.rglob("*"))
+    places = {"CUT": tmp_path / "cut", "BROKEN": tmp_path / "broken", "RUN": run_folder}
+    for name, path in places.items():
+        args = [part.replace(name, str(path)) for part in args]
+    data = [] if any(part.startswith("--data") for part in args) else [f"--data={digits}"]
+    code, _, err = dry(*data, *args, **where)
+    assert code == 2, err
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1, err
+    assert message in err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_ranks_are_for_the_dry_run_alone(where):
+    code, _, err = run_in_process("mfengine.train", *SMALL, "--ranks=2", **where)
+    assert code == 2
+    assert "ranks is for --dry-run" in err
+
+
+def test_arguments_carry_the_run():
+    args = parse(["b4", "--dry-run", "--ranks", "4", "--method.kappa", "0"])
+    assert type(args.run) is TrainConfig
+    assert args.run.method.kappa == 0
+    assert dataclasses.replace(args.run, method=PRESETS["b4"][1].method) == PRESETS["b4"][1]
+
+
+def test_under_torchrun_the_ranks_are_its_own(digits, tmp_path):
+    done = run_command("mfengine.train", *SMALL, "--dry-run", f"--data={digits}", cwd=tmp_path, ranks=2)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("2 x cuda, 16 rows each") == done.stdout.count("ready to start") == 1
+    assert list(tmp_path.iterdir()) == []
