@@ -28,6 +28,9 @@ ATTENTION_PRODUCTS = {"primal": 2, "tangent": 4, "backward": 7}  # of N x N by d
 IDLE = {"detach", "lift_fresh", "empty", "empty_like", "empty_strided", "new_empty", "promote_types", "_unsafe_view"}
 WAITS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten::masked_select")
 
+_SHAPES = torch.library.Library("aten", "IMPL", "Meta")
+_SHAPES.impl("_fused_sgd_", lambda *args, **kwargs: None)  # PyTorch has none for meta tensors
+
 
 @register_flop_formula(torch.ops.mfengine.attention_packed)
 def _packed(qkv: Any, heads: int, **_: Any) -> int:
