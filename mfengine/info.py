@@ -15,7 +15,8 @@ from mfengine.ops.backend import fused
 OPTIONAL = {
     # module: (what it is called, what it is to mfengine)
     "nvidia.dali": ("DALI", "reads data sets in mfengine.train; pip install nvidia-dali-cuda130"),
-    "diffusers": ("diffusers", 'decodes latents with a VAE; pip install "mfengine[vae]"'),
+    "diffusers": ("diffusers", 'encodes images and decodes latents with a VAE; pip install "mfengine[vae]"'),
+    "lmdb": ("lmdb", 'reads images in an LMDB; pip install "mfengine[lmdb]"'),
     "flash_attn": (
         "flash-attn",
         "nothing here needs it: it has no JVP, and mfengine.ops.attention has kernels of its own",
