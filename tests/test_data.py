@@ -298,7 +298,7 @@ def test_two_writers_of_one_data_set(tmp_path):
             write_dataset(tmp_path / "data", numbered(), shard_samples=40)
             yield from super().read(indices)
 
-    with pytest.raises(InputError, match="another process is writing .*data"):
+    with pytest.raises(InputError, match=r"another process is writing .*data"):
         write_dataset(tmp_path / "data", Meddled(**vars(numbered())), shard_samples=40)
 
 
