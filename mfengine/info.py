@@ -18,7 +18,7 @@ from mfengine.ops.backend import fused
 OPTIONAL = {
     # module: (what it is called, what it is to mfengine)
     "nvidia.dali": ("DALI", "reads data sets in mfengine.train; pip install nvidia-dali-cuda130"),
-    "diffusers": ("diffusers", 'decodes latents with a VAE; pip install "mfengine[vae]"'),
+    "diffusers": ("diffusers", 'encodes images and decodes latents with a VAE; pip install "mfengine[vae]"'),
     "lmdb": ("lmdb", 'reads LMDBs in mfengine.prepare; pip install "mfengine[lmdb]"'),
     "torch_fidelity": ("torch-fidelity", 'FID against a reference in mfengine.evaluate; pip install "mfengine[fid]"'),
     "flash_attn": (

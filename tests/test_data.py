@@ -292,6 +292,16 @@ def test_writer_on_a_full_disk(tmp_path, dataset):
     assert contents(tmp_path / "full") == contents(dataset.folder)
 
 
+def test_two_writers_of_one_data_set(tmp_path):
+    class Meddled(Unreliable):
+        def read(self, indices):
+            write_dataset(tmp_path / "data", numbered(), shard_samples=40)
+            yield from super().read(indices)
+
+    with pytest.raises(InputError, match=r"another process is writing .*data"):
+        write_dataset(tmp_path / "data", Meddled(**vars(numbered())), shard_samples=40)
+
+
 def test_description_of_an_older_version(dataset):
     values = json.loads((dataset.folder / DESCRIPTION).read_text())
     for name in ("broken", "class_counts", "class_names", "provenance"):

@@ -204,7 +204,8 @@ def _reason(image: bytes) -> str:
 # ----------------------------------------------------------------------------
 # ADM's crop (`center_crop_arr` of Dhariwal and Nichol, arXiv 2105.05233): halve with a box filter while the shorter
 # side is at least twice the size, scale it to the size with a bicubic one, and cut out the middle. PIL filters rows
-# first and rounds to 8 bits in between, which is followed; the rest differs by float32 from PIL's fixed point.
+# first and rounds to 8 bits in between, which is followed; the rest differs by float32 from PIL's fixed point. Where an
+# image is more than twice as tall as wide, Pillow 13 filters columns first; here it is always rows.
 
 
 def adm_crop(image: Tensor, size: int) -> Tensor:

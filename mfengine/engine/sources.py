@@ -139,7 +139,10 @@ def _images(folder: Path, prefix: str) -> Iterator[tuple[str, int]]:
         if entry.is_dir():
             yield from _images(Path(entry.path), f"{prefix}{entry.name}/")
         elif entry.name.lower().endswith(EXTENSIONS):
-            yield prefix + entry.name, entry.stat().st_size
+            size = -1  # of a link to nowhere, which will turn out broken when it is read
+            with contextlib.suppress(OSError):
+                size = entry.stat().st_size
+            yield prefix + entry.name, size
 
 
 # ----------------------------------------------------------------------------
