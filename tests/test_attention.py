@@ -302,6 +302,7 @@ def times(monkeypatch, tmp_path):
         file = tmp_path / "times.json"
         file.write_text(json.dumps({"Some GPU": {"environment": {}, "rows": rows}}))
         monkeypatch.setattr(choice, "TIMES", file)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
         forget()
 

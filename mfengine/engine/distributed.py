@@ -20,7 +20,8 @@ from torch.utils.checkpoint import checkpoint
 
 from mfengine.errors import InputError, RankError
 from mfengine.model import DiT
-from mfengine.ops import Dual
+from mfengine.ops import Dual, use_attention
+from mfengine.ops.backend import fused
 
 T = TypeVar("T")
 
@@ -208,8 +209,10 @@ def _recomputed(forward: Callable[..., Any], without_tangents: bool) -> Callable
                 in_backward = False
 
         def run(*args: Any) -> Any:
-            if in_backward and without_tangents:
+            if in_backward and without_tangents and isinstance(args[0], Dual):
                 args = tuple(a.primal if isinstance(a, Dual) else a for a in args)
+                with use_attention("triton" if fused(args[0]) else "torch"):  # which saves what duals saved
+                    return forward(*args)
             return forward(*args)
 
         return checkpoint(

@@ -82,6 +82,8 @@ def why_not(name: Implementation, work: Work, device: torch.device, dtype: torch
     """Why an implementation does not do some work on heads of `dim` channels, or None if it does."""
     if name not in WORK[work]:
         return f"it has no {work}"
+    if device.type == "meta":
+        return None
     if name == "triton":
         return _why_not_triton(device, dtype, dim)
     if name == "sdpa" and work in ("instant", "backward") and device.type == "cuda" and (dtype not in HALF or dim % 8):
@@ -98,7 +100,9 @@ def why_not(name: Implementation, work: Work, device: torch.device, dtype: torch
 
 def device_name(device: torch.device) -> str:
     """What the times of a device are filed under: the model of a GPU; all CPUs are one."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
+    if device.type == "cuda" and torch.cuda.is_available():  # fake tensors name GPUs that are not there
+        return torch.cuda.get_device_name(device)
+    return device.type.upper()
 
 
 def measured(work: Work, device: torch.device, dtype: torch.dtype) -> list[dict[str, Any]]:
@@ -127,7 +131,7 @@ def _cached_steps(
     asked: Attention, work: Work, device: torch.device, dtype: torch.dtype, dim: int
 ) -> tuple[tuple[float, Implementation], ...]:
     if asked != "auto":
-        why = None if device.type == "meta" else why_not(asked, work, device, dtype, dim)
+        why = why_not(asked, work, device, dtype, dim)
         if why is None:
             return ((0, asked),)
         if work in ("forward", "training"):
