@@ -112,6 +112,17 @@ def test_two_processes_do_what_is_counted(tmp_path):
         assert real[strategy] == collectives(count_fake(CONFIG, 2, strategy, 1)), strategy
 
 
+def test_counts_without_the_interpreter(tmp_path):
+    """As a user runs it: kernels cannot run on a CPU there, and need not."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.scaling", "--preset=b4", "--gpus", "2"],
+        cwd=WORKER.parent.parent, env=env, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "| 2 | gathered once |" in done.stdout
+
+
 def test_flops_are_those_of_the_method_page():
     flops = count_flops(CONFIG)
     assert flops["guidance"] > 0

@@ -70,8 +70,10 @@ def choose(work: Work, device: torch.device, dtype: torch.dtype, dim: int, token
         ValueError: the one asked for does not do it.
     """
     # Read here and not in `_steps`, so that torch.compile guards on them; and tokens may be symbolic.
-    asked = chosen() if _asked == "auto" else _asked
-    (_, best), *others = _steps(asked, work, device, dtype, operator.index(dim))
+    backend = chosen()
+    if _asked == "auto" and backend != "auto":
+        return backend
+    (_, best), *others = _steps(_asked, work, device, dtype, operator.index(dim))
     for above, name in others:
         if tokens > above:
             best = name
