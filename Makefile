@@ -10,7 +10,7 @@ install: .venv/installed
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt setuptools cmake torch
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-build-isolation --editable ".[test]"
-	$(BIN)/python -m mfengine.info | grep CUDA
+	$(BIN)/python -m mfengine.info | grep "^CUDA library"
 	touch $@
 
 # Trains a one-step generator of digits on real data, draws samples and measures them. Run again, it goes on from where it was.

@@ -1,7 +1,8 @@
 """Packages, and the CUDA library, which is built with CMake where nvcc is found.
 
-MFENGINE_CUDA=1 makes it an error not to build it, 0 leaves it out; MFENGINE_CUDA_ARCHS lists compute capabilities,
-80;90;100;120 if it is not set. Without the library the package is pure Python and the optimizer runs PyTorch's kernels.
+MFENGINE_CUDA=1 makes it an error not to build it, 0 leaves it out; MFENGINE_CUDA_ARCHS lists compute capabilities, if
+it is not set those of 80;90;100;120 that nvcc knows. Without the library the package is pure Python and the optimizer
+runs PyTorch's kernels.
 """
 
 import os
@@ -13,9 +14,12 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 ROOT = Path(__file__).parent
 LIBRARY = "mfengine.kernels.libmfengine_cuda"
+ARCHITECTURES = (80, 90, 100, 120)
+WISH = os.environ.get("MFENGINE_CUDA", "")
 
 
 def find_tool(name: str, folder: str = "") -> str | None:
@@ -26,22 +30,37 @@ def find_tool(name: str, folder: str = "") -> str | None:
 
 def wanted() -> bool:
     """Whether to build the library; says so where it is not."""
-    wish = os.environ.get("MFENGINE_CUDA", "")
-    if wish not in ("", "0", "1"):
-        sys.exit(f"error: MFENGINE_CUDA is {wish}; it must be 0, to leave the CUDA kernels out, or 1, to demand them")
+    if WISH not in ("", "0", "1"):
+        sys.exit(f"error: MFENGINE_CUDA is {WISH}; it must be 0, to leave the CUDA kernels out, or 1, to demand them")
     missing = [name for name, path in (("nvcc", nvcc()), ("cmake", find_tool("cmake"))) if path is None]
-    if wish == "1" and missing:
+    if WISH == "1" and missing:
         sys.exit(f"error: MFENGINE_CUDA is 1, but {' and '.join(missing)} cannot be found")
-    if wish != "0" and not missing:
+    if WISH != "0" and not missing:
         return True
-    reason = "MFENGINE_CUDA is 0" if wish == "0" else f"no {' and no '.join(missing)} found"
-    print(f"mfengine: {reason}: installing without the CUDA optimizer kernels", file=sys.stderr)
+    reason = "MFENGINE_CUDA is 0" if WISH == "0" else f"no {' and no '.join(missing)} found"
+    say(f"{reason}: installing without the CUDA optimizer kernels")
+    if "editable_wheel" in sys.argv:
+        (ROOT / "kernels/libmfengine_cuda.so").unlink(missing_ok=True)  # of an installation before
     return False
 
 
+def say(what: str) -> None:
+    print(f"mfengine: {what}", file=sys.stderr)
+
+
 def nvcc() -> str | None:
+    """The compiler that CMake will take too: $CUDACXX, which may have arguments, or nvcc."""
     home = os.environ.get("CUDA_HOME")
-    return os.environ.get("CUDACXX") or find_tool("nvcc", f"{home}/bin" if home else "")
+    named = os.environ.get("CUDACXX", "").split()
+    return find_tool(named[0] if named else "nvcc", f"{home}/bin" if home else "")
+
+
+def architectures() -> str:
+    """$MFENGINE_CUDA_ARCHS, or those of ours that the compiler knows."""
+    if asked := os.environ.get("MFENGINE_CUDA_ARCHS"):
+        return asked
+    known = subprocess.run([nvcc(), "--list-gpu-arch"], capture_output=True, text=True).stdout.split()
+    return ";".join(str(arch) for arch in ARCHITECTURES if not known or f"compute_{arch}" in known)
 
 
 class BuildLibrary(build_ext):
@@ -53,20 +72,20 @@ class BuildLibrary(build_ext):
     def build_extension(self, ext: Extension) -> None:
         out = Path(self.get_ext_fullpath(ext.name)).resolve()
         folder = Path(self.build_temp).resolve() / "cmake"
-        cmake, architectures = find_tool("cmake"), os.environ.get("MFENGINE_CUDA_ARCHS", "80;90;100;120")
-        options = [
-            f"-DCMAKE_CUDA_COMPILER={nvcc()}",
-            f"-DCMAKE_CUDA_ARCHITECTURES={architectures}",
-            f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={out.parent}",
-        ]
+        cmake, targets = find_tool("cmake"), architectures()
+        options = [f"-DCMAKE_CUDA_ARCHITECTURES={targets}", f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={out.parent}"]
+        if "CUDACXX" not in os.environ:
+            options.append(f"-DCMAKE_CUDA_COMPILER={nvcc()}")
         for command in (["-S", str(ROOT), "-B", str(folder), *options], ["--build", str(folder), "--parallel"]):
             done = subprocess.run([cmake, *command], capture_output=True, text=True)
             if done.returncode:
-                sys.exit(
-                    f"{done.stdout}{done.stderr}\nerror: the CUDA kernels could not be built for {architectures}; "
-                    "MFENGINE_CUDA=0 installs without them"
-                )
-        print(f"mfengine: built {out.name} for {architectures}", file=sys.stderr)
+                say(f"{done.stdout}{done.stderr}")
+                what = f"the CUDA kernels could not be built for {targets}, which MFENGINE_CUDA_ARCHS changes"
+                if WISH == "1":
+                    sys.exit(f"error: {what}")
+                say(f"{what}: installing without them")
+                raise CompileError(what)  # the extension is optional
+        say(f"built {out.name} for {targets}")
 
 
 class LibraryWheel(bdist_wheel):
@@ -81,6 +100,6 @@ class LibraryWheel(bdist_wheel):
 setup(
     packages=["mfengine", "mfengine.engine", "mfengine.kernels", "mfengine.method", "mfengine.model", "mfengine.ops"],
     package_dir={"mfengine.kernels": "kernels"},
-    ext_modules=[Extension(LIBRARY, sources=[])] if wanted() else [],
+    ext_modules=[Extension(LIBRARY, sources=[], optional=True)] if wanted() else [],
     cmdclass={"build_ext": BuildLibrary, "bdist_wheel": LibraryWheel},
 )

@@ -16,6 +16,7 @@ from torch import Tensor
 
 MAX_AVERAGES = 8
 CHUNK = 16384  # elements that one block works on
+INTERFACE = 1  # MFENGINE_INTERFACE of multi_tensor.h
 GRAD_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 LIBRARY = Path(__file__).with_name("libmfengine_cuda.so")
 
@@ -55,20 +56,29 @@ class Library:
     """The built library.
 
     Raises:
-        OSError: it cannot be loaded, is of another version, or its device cannot be used.
+        OSError: it cannot be loaded, or is of another version.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         lib = self._lib = ctypes.CDLL(str(path))
-        lib.mfengine_device.restype = lib.mfengine_error.restype = ctypes.c_char_p
-        lib.mfengine_tensor_size.restype = ctypes.c_int64
-        if lib.mfengine_tensor_size() != TENSOR.itemsize:
+        agreed = (ctypes.c_int64 * 4)()
+        if hasattr(lib, "mfengine_interface"):
+            lib.mfengine_interface(agreed)
+        if list(agreed) != [TENSOR.itemsize, ctypes.sizeof(_Config), CHUNK, INTERFACE]:
             raise OSError(f"built from other sources than these: install mfengine again ({path.name})")
-        if code := lib.mfengine_ready():
-            raise OSError(f"built, but {lib.mfengine_error(code).decode()}")
+        lib.mfengine_device.restype = lib.mfengine_error.restype = ctypes.c_char_p
         self.device: str = lib.mfengine_device().decode()
         """type of the devices whose tensors it takes"""
+
+    def why_not(self) -> str | None:
+        """Why the current device cannot be used, or None."""
+        if code := self._lib.mfengine_ready():
+            return f"built, but {self._lib.mfengine_error(code).decode()}"
+        oldest = self._lib.mfengine_oldest()
+        if oldest and (capability := torch.cuda.get_device_capability()) < divmod(oldest, 10):
+            return f"built for sm_{oldest} and later, this GPU is sm_{capability[0]}{capability[1]}"
+        return None
 
     def adamw_ema(
         self,
@@ -155,7 +165,7 @@ def library() -> Library:
     """The installed CUDA library.
 
     Raises:
-        OSError: it was not built, or cannot be used here.
+        OSError: it was not built, or cannot be loaded.
     """
     if not LIBRARY.is_file():
         raise OSError("not built: mfengine was installed where no nvcc was found, or with MFENGINE_CUDA=0")

@@ -63,9 +63,11 @@ def _ops(device: torch.device) -> str:
 def _library() -> str:
     """Whether the optimizer has its CUDA kernels."""
     try:
-        multi_tensor.library()
+        why = multi_tensor.library().why_not()
     except OSError as error:
-        return f"{error}; mfengine.optim.AdamWEMA runs PyTorch's kernels"
+        why = str(error)
+    if why is not None:
+        return f"{why}; mfengine.optim.AdamWEMA runs PyTorch's kernels"
     return "mfengine.optim.AdamWEMA in one pass over memory"
 
 

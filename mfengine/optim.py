@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable
 from importlib import import_module
 from typing import Any, Literal, get_args
@@ -20,12 +21,12 @@ Backend = Literal["auto", "cuda", "torch", "apex"]
 class AdamWEMA(torch.optim.Optimizer):
     """AdamW (Loshchilov and Hutter, arXiv 1711.05101), and averages <- d average + (1 - d) parameter after each step.
 
-    A step never makes the host wait for the device. A gradient that is not finite, or so large that its square is not,
-    on any rank, makes the step leave parameters, state, averages and copies as they are, bit for bit; `skipped` tells.
-    To know of it before anything is written, gradients are read once more.
+    A step never makes the host wait for the device. Gradients that are not finite on some rank, or so large that the
+    sum of their squares is not in float32, make the step leave parameters, state, averages and copies as they are, bit
+    for bit; `skipped` tells. To know of it before anything is written, gradients are read once more.
 
-    Parameters, moments and averages are float32, gradients float32 or bfloat16. DTensors may be sharded in any way:
-    each rank steps on what it holds. A parameter without a gradient is left alone, as by PyTorch; its averages still
+    Parameters, moments and averages are float32, gradients float32 or bfloat16. Of DTensors each rank steps on what it
+    holds. A parameter without a gradient is left alone, as by PyTorch; its averages still
     approach it. The state dict is that of `torch.optim.AdamW` with an `average_DECAY` for each decay, and the same for
     every backend, so a run may go on with another one; gradients may be left scaled.
 
@@ -40,7 +41,7 @@ class AdamWEMA(torch.optim.Optimizer):
         skip_nonfinite: leave out steps with gradients that are not finite. False saves the reading, unless `clip_norm`
             needs it.
         copies: bfloat16 tensors, one like each parameter (its local part), that hold the rounded parameters from now
-            on: for networks that compute in bfloat16.
+            on: for networks that compute in bfloat16. Filled here and by each step, not when weights are loaded.
         stochastic_rounding: round copies up or down at random, in proportion to the nearness, not to the nearest.
         backend: "cuda", all of a step in one pass over memory, by mfengine's CUDA library; "torch", PyTorch's fused
             AdamW and foreach functions; "apex", NVIDIA's AdamW; "auto", the first if it can be used, else the second.
@@ -132,11 +133,21 @@ class AdamWEMA(torch.optim.Optimizer):
         Raises:
             ValueError: it is of other parameters, or has not these averages.
         """
-        for state in state_dict["state"].values():
+        keys = [key for group in state_dict["param_groups"] for key in group["params"]]
+        for key, p in zip(keys, self._parameters(), strict=False):
+            state = state_dict["state"].get(key, {})
             missing = [decay for decay in self.ema_decays if _key(decay) not in state]
             if missing:
                 raise ValueError(f"the state has no moving average of decay {missing[0]}")
+            for name in self.state[p].keys() - {"step"}:
+                if state[name].shape != p.shape:
+                    raise ValueError(f"{name} of a parameter of {tuple(p.shape)} has {tuple(state[name].shape)}")
         super().load_state_dict(state_dict)
+        for p in self._parameters():  # laid out in memory as the parameters are here
+            self.state[p] = {
+                name: x if name == "step" else torch.empty_like(p, requires_grad=False).copy_(x)
+                for name, x in self.state[p].items()
+            }
 
     def _parameters(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
@@ -147,10 +158,11 @@ class AdamWEMA(torch.optim.Optimizer):
             raise ValueError(f"there are {len(parameters)} parameters, but {len(copies)} copies")
         for p, copy in zip(parameters, copies, strict=True):
             part = local(p.detach())
-            if (copy.dtype, copy.shape, copy.device) != (torch.bfloat16, part.shape, part.device):
+            alike = (copy.shape, copy.stride(), copy.device) == (part.shape, part.stride(), part.device)
+            if copy.dtype != torch.bfloat16 or not alike:
                 raise ValueError(
-                    f"the copy of a parameter of {tuple(part.shape)} on {part.device} must be bfloat16 and alike, not "
-                    f"{copy.dtype} of {tuple(copy.shape)} on {copy.device}"
+                    f"the copy of a parameter of {tuple(part.shape)} on {part.device} must be bfloat16 and alike, also "
+                    f"in its strides, not {copy.dtype} of {tuple(copy.shape)} on {copy.device}"
                 )
             copy.copy_(part)
         self._copies = dict(zip(parameters, copies, strict=True))
@@ -165,52 +177,62 @@ class AdamWEMA(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        groups = self._rows()
         if self.skip_nonfinite or self.clip_norm is not None:
-            self.grad_norm = self._sum_of_squares().sqrt().float()
-        if self.skip_nonfinite:
-            self.skipped = self.grad_norm.isfinite().logical_not().float()
+            squares = self._sum_of_squares([row for rows in groups for row in rows]).float()
+            self.grad_norm = squares.sqrt()
+            if self.skip_nonfinite:
+                self.skipped = squares.isfinite().logical_not().float()
         scale = None
         if self.clip_norm is not None:
             scale = (self.clip_norm / (self.grad_norm + 1e-6)).clamp(max=1)
-        steps = [self.state[p]["step"] for p in self._parameters() if p.grad is not None]
+        steps = [row.step for rows in groups for row in rows if row.grad is not None]
         if steps:
             torch._foreach_add_(steps, [1 - self.skipped] * len(steps))
         update = {"cuda": self._step_cuda, "torch": self._step_torch, "apex": self._step_apex}[self.backend]
-        number = 0
-        for group in self.param_groups:
-            rows = [self._row(p, number + i) for i, p in enumerate(group["params"])]
-            number += len(rows)
-            update(group, rows, scale)
+        for group, rows in zip(self.param_groups, groups, strict=True):
+            if rows:
+                update(group, rows, scale)
         return loss
 
-    def _row(self, p: Tensor, number: int) -> Row:
-        state, part = self.state[p], local(p)
-        grad = None if p.grad is None else local(p.grad)
-        if grad is not None and (grad.stride() != part.stride() or grad.dtype not in multi_tensor.GRAD_DTYPES):
-            grad = torch.empty_like(part).copy_(grad)
-        averages = [local(state[_key(decay)]) for decay in self.ema_decays]
-        exp_avg, exp_avg_sq = local(state["exp_avg"]), local(state["exp_avg_sq"])
-        return Row(part, grad, exp_avg, exp_avg_sq, state["step"], averages, self._copies.get(p), number)
+    def _rows(self) -> list[list[Row]]:
+        """What this rank holds of each parameter, by group; gradients in the parameters' layout."""
+        numbers = itertools.count()
+        groups = []
+        for group in self.param_groups:
+            rows = []
+            for p in group["params"]:
+                state, part, grad = self.state[p], local(p), p.grad
+                if isinstance(grad, DTensor) and isinstance(p, DTensor) and grad.placements != p.placements:
+                    grad = grad.redistribute(p.device_mesh, p.placements)
+                grad = None if grad is None else local(grad)
+                if grad is not None and (grad.stride() != part.stride() or grad.dtype not in multi_tensor.GRAD_DTYPES):
+                    grad = torch.empty_like(part).copy_(grad)
+                averages = [local(state[_key(decay)]) for decay in self.ema_decays]
+                moments = local(state["exp_avg"]), local(state["exp_avg_sq"])
+                rows.append(Row(part, grad, *moments, state["step"], averages, self._copies.get(p), next(numbers)))
+            groups.append(rows)
+        return groups
 
-    def _sum_of_squares(self) -> Tensor:
+    def _sum_of_squares(self, rows: list[Row]) -> Tensor:
         """Of all gradients on all ranks: () float64."""
         parts: dict[Any, list[Tensor]] = {}  # by dtype, and by the ranks that share a gradient
-        for p in self._parameters():
-            if p.grad is None:
+        for p, row in zip(self._parameters(), rows, strict=True):
+            if row.grad is None:
                 continue
-            shards = None
-            if isinstance(p.grad, DTensor):
-                dims = tuple(i for i, placement in enumerate(p.grad.placements) if placement.is_shard())
-                shards = (p.grad.device_mesh, dims)
-            parts.setdefault((shards, p.grad.dtype), []).append(local(p.grad))
+            shared = None
+            if isinstance(p, DTensor):
+                dims = tuple(i for i, placement in enumerate(p.placements) if not placement.is_replicate())
+                shared = (p.device_mesh, dims)
+            parts.setdefault((shared, row.grad.dtype), []).append(row.grad)
         total = torch.zeros((), dtype=torch.float64, device=self._device)
-        for (shards, _), grads in parts.items():
+        for (shared, _), grads in parts.items():
             if self.backend == "cuda":
                 squares = multi_tensor.library().sum_of_squares(grads)
             else:
                 squares = torch.stack(torch._foreach_norm(grads, dtype=torch.float64)).square().sum()
-            if shards is not None:
-                mesh, dims = shards
+            if shared is not None:
+                mesh, dims = shared
                 for dim in dims:
                     dist.all_reduce(squares, group=mesh.get_group(dim))
             total += squares
@@ -251,6 +273,9 @@ class AdamWEMA(torch.optim.Optimizer):
     def _step_apex(self, group: dict[str, Any], rows: list[Row], scale: Tensor | None) -> None:
         if any(row.grad is None for row in rows):
             raise ValueError("the backend apex counts steps for all parameters: each needs a gradient in every step")
+        rows = [row for row in rows if row.param.numel()]  # apex leaves out what comes before an empty tensor
+        if not rows:
+            return
         import_module("amp_C").multi_tensor_adam_capturable(
             65536,  # elements per block
             self.skipped.int()[None],
@@ -287,7 +312,8 @@ class AdamWEMA(torch.optim.Optimizer):
                 )  # fmt: skip
         for row in rows:
             if row.copy is not None:
-                row.copy.copy_(_round_at_random(row) if self.stochastic_rounding else row.param)
+                rounded = _round_at_random(row) if self.stochastic_rounding else row.param.bfloat16()
+                row.copy.copy_(torch.where(self.skipped != 0, row.copy, rounded))
 
     def _choose(self, wish: Backend) -> Backend:
         why = None
@@ -306,11 +332,13 @@ class AdamWEMA(torch.optim.Optimizer):
 
     def _why_not_cuda(self) -> str | None:
         try:
-            takes = multi_tensor.library().device
+            library = multi_tensor.library()
         except OSError as error:
-            return f"the CUDA library is {error}"
-        if self._device.type != takes:
+            return f"the CUDA library: {error}"
+        if self._device.type != library.device:
             return f"the parameters are on {self._device.type}"
+        if why := library.why_not():
+            return f"the CUDA library: {why}"
         if any(p.stride() != torch.empty_like(p).stride() for p in map(local, self._parameters())):
             return "a parameter is not dense in memory"
         return None

@@ -17,10 +17,10 @@ SHAPES = [(3, 5), (16385,), (), (0, 4), (2, 3, 4, 5), (40000,)]
 DECAYS = (0.9, 0.9999)
 
 
-@pytest.fixture(params=["host", "torch", "apex", "cuda"])
+@pytest.fixture(params=["host", "torch", "apex", "cuda", "torch on cuda"])
 def device(request, monkeypatch):
     """Where a backend's parameters are; "host" is the CUDA library's arithmetic, compiled for the CPU."""
-    if request.param == "cuda" and not torch.cuda.is_available():
+    if "cuda" in request.param and not torch.cuda.is_available():
         pytest.skip("torch finds no GPU")
     if request.param == "host":
         library = request.getfixturevalue("host_library")
@@ -28,13 +28,14 @@ def device(request, monkeypatch):
     if request.param == "apex":
         monkeypatch.setitem(sys.modules, "amp_C", types.SimpleNamespace(multi_tensor_adam_capturable=apex_adam))
     return types.SimpleNamespace(
-        type="cuda" if request.param == "cuda" else "cpu", backend=request.param.replace("host", "cuda")
+        type="cuda" if "cuda" in request.param else "cpu", backend=request.param.split()[0].replace("host", "cuda")
     )
 
 
 def apex_adam(chunk, noop, lists, lr, beta1, beta2, eps, step, mode, bias_correction, weight_decay, inverse_scale):
     """What apex documents of its function, for decoupled weight decay with bias correction."""
     assert mode == bias_correction == 1
+    assert all(p.numel() for p in lists[1])  # it would leave out what comes before an empty one
     if noop:
         return
     step, lr = int(step), float(lr)
@@ -140,7 +141,7 @@ def test_golden_training_case(device):
         assert relative_error(p.detach().cpu(), expected[name]) < 1e-5
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 1e25])
 @pytest.mark.parametrize("stochastic", [False, True])
 def test_gradient_that_is_not_finite_changes_nothing(device, bad, stochastic):
     parameters = make_parameters(device.type)
@@ -155,6 +156,12 @@ def test_gradient_that_is_not_finite_changes_nothing(device, bad, stochastic):
     )
     with torch.no_grad():
         optimizer.average(parameters[0], 0.9).fill_(-0.0)  # what adding zero would change
+    first = everything(optimizer) + [c.clone() for c in copies]
+    set_gradients(parameters, 0)
+    parameters[0].grad[0] = bad
+    optimizer.step()
+    assert optimizer.skipped == 1
+    assert same_bits(everything(optimizer) + copies, first)
     set_gradients(parameters, 0)
     optimizer.step()
     assert optimizer.skipped == 0
@@ -269,6 +276,42 @@ def test_unaligned_and_transposed(device):
     assert torch.equal(flat[[0, *range(95, 103)]].cpu(), (torch.arange(103.0) / 50 - 1)[[0, *range(95, 103)]])
 
 
+def test_gradients_of_any_layout(device):
+    """Expanded, part of a wider buffer, float16: the norm too is of the gradient's own elements."""
+    parameters = [nn.Parameter(torch.ones(4, 4, device=device.type)) for _ in range(3)]
+    optimizer = AdamWEMA(parameters, lr=0.1, clip_norm=1.0, backend=device.backend)
+    parameters[0].grad = torch.ones(1, device=device.type).expand(4, 4)
+    parameters[1].grad = torch.arange(32.0, device=device.type).view(4, 8)[:, :4]
+    parameters[2].grad = None
+    parameters[2].grad_dtype = torch.float16
+    parameters[2].grad = torch.ones(4, 4, device=device.type, dtype=torch.float16)
+    exact = sum(p.grad.double().square().sum() for p in parameters).sqrt()
+    optimizer.step()
+    assert relative_error(optimizer.grad_norm.cpu(), exact.cpu()) < 1e-6
+    torch.testing.assert_close(parameters[0], torch.full_like(parameters[0], 0.9))
+
+
+def test_group_without_parameters(device):
+    optimizer = AdamWEMA([{"params": make_parameters(device.type)}], skip_nonfinite=False, backend=device.backend)
+    optimizer.add_param_group({"params": []})
+    set_gradients(optimizer.param_groups[0]["params"], 0)
+    optimizer.step()
+
+
+def test_step_does_not_wait_for_the_device(device):
+    if device.type != "cuda":
+        pytest.skip("needs a GPU")
+    parameters = make_parameters("cuda")
+    optimizer = AdamWEMA(parameters, clip_norm=1.0, backend=device.backend)
+    set_gradients(parameters, 0)
+    optimizer.step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        optimizer.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 # ----------------------------------------------------------------------------
 # Copies in bfloat16.
 
@@ -351,6 +394,7 @@ def test_sum_of_squares(device):
         ({"betas": (0.9, 1.0)}, r"betas must be in \[0, 1\)"),
         ({"copies": []}, "there are 1 parameters, but 0 copies"),
         ({"copies": [torch.zeros(3)]}, "must be bfloat16"),
+        ({"copies": [torch.zeros(3, 2, dtype=torch.bfloat16)[:, 0]]}, "also in its strides"),
         ({"backend": "cuda"}, "backend cuda: "),
         ({"backend": "apex"}, "backend apex: apex is not installed"),
     ],
@@ -380,6 +424,27 @@ def test_state_without_the_averages():
         AdamWEMA([p], ema_decays=(0.99,)).load_state_dict(state)
 
 
+def test_state_of_another_shape():
+    state = AdamWEMA([nn.Parameter(torch.zeros(3))]).state_dict()
+    with pytest.raises(ValueError, match=r"of a parameter of \(50,\) has \(3,\)"):
+        AdamWEMA([nn.Parameter(torch.zeros(50))]).load_state_dict(state)
+
+
+def test_state_of_another_layout(device):
+    """Elements meet their own moments, however both lie in memory."""
+    parameters = [nn.Parameter(torch.arange(12.0, device=device.type).view(3, 4))]
+    optimizer = AdamWEMA(parameters, lr=0.1, backend=device.backend)
+    set_gradients(parameters, 0)
+    optimizer.step()
+    turned = [nn.Parameter(parameters[0].detach().t().contiguous().t())]
+    other = AdamWEMA(turned, lr=0.1, backend=device.backend)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for side, each in ((parameters, optimizer), (turned, other)):
+        set_gradients(side, 1)
+        each.step()
+    torch.testing.assert_close(turned[0], parameters[0])
+
+
 def test_backend_apex_needs_every_gradient(monkeypatch):
     monkeypatch.setitem(sys.modules, "amp_C", types.SimpleNamespace(multi_tensor_adam_capturable=apex_adam))
     parameters = make_parameters()
@@ -395,6 +460,6 @@ def test_auto_takes_torch_without_the_library(monkeypatch):
 
 
 def test_library_of_other_sources_is_refused(host_library, monkeypatch):
-    monkeypatch.setattr(multi_tensor, "TENSOR", multi_tensor.np.dtype([("numel", "<i8")]))
+    monkeypatch.setattr(multi_tensor, "CHUNK", 1)
     with pytest.raises(OSError, match="built from other sources"):
         multi_tensor.Library(host_library.path)

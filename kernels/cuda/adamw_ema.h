@@ -1,5 +1,5 @@
 // The arithmetic of one element, for CUDA and for the host: products are fused where fmaf says so and nowhere else, so
-// both compute the same bits (but for expm1 of the bias correction, whose last bit may differ).
+// both compute the same bits (but for log and expm1 of the bias correction, whose last bits may differ).
 #pragma once
 
 #include <cmath>

@@ -10,7 +10,8 @@ namespace {
 using namespace mfengine;
 
 constexpr int THREADS = 256;
-constexpr int WIDTH = 8;     // elements that a thread has in hand: 16 bytes of bfloat16, twice 16 of float32
+constexpr int SPAN = THREADS * 4;  // elements that a block reaches in one access of 16 bytes of float32 per thread
+constexpr int WIDTH = 8;     // elements that a thread has in hand: four, and four a span further on
 constexpr int TENSORS = 29;  // per launch: the arguments fit the 4 KB that every driver takes
 
 // ----------------------------------------------------------------------------
@@ -61,57 +62,54 @@ int for_each_launch(const mfengine_tensor* tensors, int32_t count, Run run) {
 }
 
 // ----------------------------------------------------------------------------
-// Memory, N elements at a time: 16 bytes per access where N is WIDTH. Nothing is used twice, so nothing need stay in
-// the caches.
+// Memory: a single element, or four and four more a span further on, so that the threads of a warp reach adjacent 16
+// bytes. Nothing is used twice, so nothing need stay in the caches.
 
 __device__ __forceinline__ bool aligned(const void* p) { return (reinterpret_cast<uintptr_t>(p) & 15) == 0; }
 
-template <int N>
-__device__ __forceinline__ void load(const float* p, float (&x)[N]) {
-  if constexpr (N == 1) {
-    x[0] = __ldcs(p);
-  } else {
+__device__ __forceinline__ void load(const float* p, float (&x)[1]) { x[0] = __ldcs(p); }
+
+__device__ __forceinline__ void load(const uint16_t* p, float (&x)[1]) { x[0] = to_float(__ldcs(p)); }
+
+__device__ __forceinline__ void load(const float* p, float (&x)[WIDTH]) {
 #pragma unroll
-    for (int i = 0; i < N; i += 4) {
-      const float4 four = __ldcs(reinterpret_cast<const float4*>(p + i));
-      x[i] = four.x, x[i + 1] = four.y, x[i + 2] = four.z, x[i + 3] = four.w;
-    }
+  for (int i = 0; i < WIDTH; i += 4) {
+    const float4 four = __ldcs(reinterpret_cast<const float4*>(p + i / 4 * SPAN));
+    x[i] = four.x, x[i + 1] = four.y, x[i + 2] = four.z, x[i + 3] = four.w;
   }
 }
 
-template <int N>
-__device__ __forceinline__ void load(const uint16_t* p, float (&x)[N]) {
-  if constexpr (N == 1) {
-    x[0] = to_float(__ldcs(p));
-  } else {
-    const uint4 eight = __ldcs(reinterpret_cast<const uint4*>(p));
-    const uint32_t pairs[4] = {eight.x, eight.y, eight.z, eight.w};
+__device__ __forceinline__ void load(const uint16_t* p, float (&x)[WIDTH]) {
 #pragma unroll
-    for (int i = 0; i < N; ++i) x[i] = to_float(static_cast<uint16_t>(pairs[i / 2] >> (16 * (i % 2))));
+  for (int i = 0; i < WIDTH; i += 4) {
+    const uint2 four = __ldcs(reinterpret_cast<const uint2*>(p + i / 4 * SPAN));
+    x[i] = to_float(static_cast<uint16_t>(four.x)), x[i + 1] = to_float(static_cast<uint16_t>(four.x >> 16));
+    x[i + 2] = to_float(static_cast<uint16_t>(four.y)), x[i + 3] = to_float(static_cast<uint16_t>(four.y >> 16));
   }
 }
 
-template <int N>
-__device__ __forceinline__ void store(float* p, const float (&x)[N]) {
-  if constexpr (N == 1) {
-    __stcs(p, x[0]);
-  } else {
+// The same elements from anywhere.
+template <typename T>
+__device__ __forceinline__ void load_unaligned(const T* p, float (&x)[WIDTH]) {
 #pragma unroll
-    for (int i = 0; i < N; i += 4)
-      __stcs(reinterpret_cast<float4*>(p + i), make_float4(x[i], x[i + 1], x[i + 2], x[i + 3]));
-  }
+  for (int i = 0; i < WIDTH; ++i) x[i] = to_float(__ldcs(p + i / 4 * SPAN + i % 4));
 }
 
-template <int N>
-__device__ __forceinline__ void store(uint16_t* p, const uint16_t (&x)[N]) {
-  if constexpr (N == 1) {
-    __stcs(p, x[0]);
-  } else {
-    uint32_t pairs[4];
+__device__ __forceinline__ void store(float* p, const float (&x)[1]) { __stcs(p, x[0]); }
+
+__device__ __forceinline__ void store(uint16_t* p, const uint16_t (&x)[1]) { __stcs(p, x[0]); }
+
+__device__ __forceinline__ void store(float* p, const float (&x)[WIDTH]) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) pairs[i] = x[2 * i] | static_cast<uint32_t>(x[2 * i + 1]) << 16;
-    __stcs(reinterpret_cast<uint4*>(p), make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]));
-  }
+  for (int i = 0; i < WIDTH; i += 4)
+    __stcs(reinterpret_cast<float4*>(p + i / 4 * SPAN), make_float4(x[i], x[i + 1], x[i + 2], x[i + 3]));
+}
+
+__device__ __forceinline__ void store(uint16_t* p, const uint16_t (&x)[WIDTH]) {
+#pragma unroll
+  for (int i = 0; i < WIDTH; i += 4)
+    __stcs(reinterpret_cast<uint2*>(p + i / 4 * SPAN),
+           make_uint2(x[i] | static_cast<uint32_t>(x[i + 1]) << 16, x[i + 2] | static_cast<uint32_t>(x[i + 3]) << 16));
 }
 
 // ----------------------------------------------------------------------------
@@ -121,6 +119,7 @@ struct Shared {  // by the elements of a block
   Step step;
   float one_minus_decay[MFENGINE_MAX_AVERAGES];
   uint32_t stream;
+  bool grad_aligned;
 };
 
 template <int N, typename Grad>
@@ -130,7 +129,14 @@ __device__ __forceinline__ void update(const mfengine_tensor& tensor, int64_t at
   load(tensor.param + at, param);
   if (tensor.grad != nullptr) {
     float grad[N], exp_avg[N], exp_avg_sq[N];
-    load(static_cast<const Grad*>(tensor.grad) + at, grad);
+    const Grad* from = static_cast<const Grad*>(tensor.grad) + at;
+    if constexpr (N == WIDTH) {
+      // FSDP hands out gradients as parts of one buffer, which may begin anywhere.
+      if (shared.grad_aligned) load(from, grad);
+      else load_unaligned(from, grad);
+    } else {
+      load(from, grad);
+    }
     load(tensor.exp_avg + at, exp_avg);
     load(tensor.exp_avg_sq + at, exp_avg_sq);
 #pragma unroll
@@ -150,7 +156,7 @@ __device__ __forceinline__ void update(const mfengine_tensor& tensor, int64_t at
     uint16_t copy[N];
 #pragma unroll
     for (int i = 0; i < N; ++i)
-      copy[i] = config.stochastic ? round_at_random(param[i], shared.stream, static_cast<uint32_t>(at + i))
+      copy[i] = config.stochastic ? round_at_random(param[i], shared.stream, static_cast<uint32_t>(at + i / 4 * SPAN + i % 4))
                                   : round_to_nearest(param[i]);
     store(tensor.copy + at, copy);
   }
@@ -168,19 +174,20 @@ __global__ void __launch_bounds__(THREADS, 3)  // 72 registers: at 64 there are 
   if (threadIdx.x == 0) {
     shared.step = make_step(config, *tensor.step, grad_scale != nullptr ? *grad_scale : 1);
     shared.stream = stream_of(tensor.number, *tensor.step);
+    shared.grad_aligned = aligned(tensor.grad);
   }
   if (threadIdx.x < MFENGINE_MAX_AVERAGES)
     shared.one_minus_decay[threadIdx.x] = static_cast<float>(1 - config.decays[threadIdx.x]);
   __syncthreads();
 
-  bool vectors = aligned(tensor.param) && aligned(tensor.grad) && aligned(tensor.exp_avg) &&
-                 aligned(tensor.exp_avg_sq) && aligned(tensor.copy);
+  bool vectors =
+      aligned(tensor.param) && aligned(tensor.exp_avg) && aligned(tensor.exp_avg_sq) && aligned(tensor.copy);
   for (int a = 0; a < config.num_averages; ++a) vectors = vectors && aligned(tensor.averages[a]);
 
   int64_t rest = place.begin;  // what is left for single elements
   if (vectors) {
-    rest += (place.end - place.begin) / WIDTH * WIDTH;
-    for (int64_t at = place.begin + threadIdx.x * WIDTH; at < rest; at += THREADS * WIDTH)
+    rest += (place.end - place.begin) / (2 * SPAN) * (2 * SPAN);
+    for (int64_t at = place.begin + threadIdx.x * 4; at < rest; at += 2 * SPAN)
       update<WIDTH, Grad>(tensor, at, config, shared);
   }
   for (int64_t at = rest + threadIdx.x; at < place.end; at += THREADS) update<1, Grad>(tensor, at, config, shared);
@@ -199,12 +206,21 @@ __device__ __forceinline__ double sum_of_block(double x) {
   return sum;
 }
 
-template <int N, typename Grad>
-__device__ __forceinline__ double squares(const Grad* grad) {
-  float x[N], sum = 0;
-  load(grad, x);
+__device__ __forceinline__ double square(float x) { return static_cast<double>(x) * x; }
+
+// Of 16 bytes.
+__device__ __forceinline__ double squares(const float* grad) {
+  const float4 x = __ldcs(reinterpret_cast<const float4*>(grad));
+  return (square(x.x) + square(x.y)) + (square(x.z) + square(x.w));
+}
+
+__device__ __forceinline__ double squares(const uint16_t* grad) {
+  const uint4 x = __ldcs(reinterpret_cast<const uint4*>(grad));
+  const uint32_t pairs[4] = {x.x, x.y, x.z, x.w};
+  double sum = 0;
 #pragma unroll
-  for (int i = 0; i < N; ++i) sum = fmaf(x[i], x[i], sum);
+  for (uint32_t pair : pairs)
+    sum += square(to_float(static_cast<uint16_t>(pair))) + square(to_float(static_cast<uint16_t>(pair >> 16)));
   return sum;
 }
 
@@ -217,11 +233,12 @@ __global__ void __launch_bounds__(THREADS)
   if (grad != nullptr) {
     int64_t rest = place.begin;
     if (aligned(grad)) {
-      rest += (place.end - place.begin) / WIDTH * WIDTH;
-      for (int64_t at = place.begin + threadIdx.x * WIDTH; at < rest; at += THREADS * WIDTH)
-        sum += squares<WIDTH>(grad + at);
+      constexpr int width = 16 / sizeof(Grad);
+      rest += (place.end - place.begin) / width * width;
+#pragma unroll 4
+      for (int64_t at = place.begin + threadIdx.x * width; at < rest; at += THREADS * width) sum += squares(grad + at);
     }
-    for (int64_t at = rest + threadIdx.x; at < place.end; at += THREADS) sum += squares<1>(grad + at);
+    for (int64_t at = rest + threadIdx.x; at < place.end; at += THREADS) sum += square(to_float(__ldcs(grad + at)));
   }
   sum = sum_of_block(sum);
   if (threadIdx.x == 0) partials[blockIdx.x] = sum;
@@ -252,10 +269,11 @@ int mfengine_sum_of_squares(const mfengine_tensor* tensors, int32_t count, int32
                             double* sum, void* stream) {
   const auto kernel = grad_dtype == MFENGINE_BFLOAT16 ? sum_of_squares_kernel<uint16_t> : sum_of_squares_kernel<float>;
   int64_t written = 0;
-  for_each_launch(tensors, count, [&](const Launch& launch, int32_t blocks) {
+  const int code = for_each_launch(tensors, count, [&](const Launch& launch, int32_t blocks) {
     kernel<<<blocks, THREADS, 0, static_cast<cudaStream_t>(stream)>>>(launch, partials + written);
     written += blocks;
   });
+  if (code) return code;
   sum_of_partials_kernel<<<1, THREADS, 0, static_cast<cudaStream_t>(stream)>>>(partials, written, sum);
   return cudaGetLastError();
 }
@@ -269,4 +287,11 @@ int mfengine_ready(void) {
 
 const char* mfengine_error(int code) { return cudaGetErrorString(static_cast<cudaError_t>(code)); }
 
-int64_t mfengine_tensor_size(void) { return sizeof(mfengine_tensor); }
+int mfengine_oldest(void) { return MFENGINE_OLDEST; }
+
+void mfengine_interface(int64_t agreed[4]) {
+  agreed[0] = sizeof(mfengine_tensor);
+  agreed[1] = sizeof(mfengine_adamw_config);
+  agreed[2] = MFENGINE_CHUNK;
+  agreed[3] = MFENGINE_INTERFACE;
+}

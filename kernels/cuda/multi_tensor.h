@@ -49,10 +49,15 @@ int mfengine_adamw_ema(const mfengine_tensor* tensors, int32_t count, const mfen
 int mfengine_sum_of_squares(const mfengine_tensor* tensors, int32_t count, int32_t grad_dtype, double* partials,
                             double* sum, void* stream);
 
-const char* mfengine_device(void);       /* "cuda" or "cpu": where pointers point */
-int mfengine_ready(void);                /* 0 if that device can be used */
+const char* mfengine_device(void); /* "cuda" or "cpu": where pointers point */
+int mfengine_ready(void);          /* 0 if that device can be used */
+int mfengine_oldest(void);         /* least compute capability that it was built for, 80 say; 0 on the host */
 const char* mfengine_error(int code);
-int64_t mfengine_tensor_size(void);      /* sizeof(mfengine_tensor), for the caller to compare */
+
+/* What caller and library must agree on: sizes of the two structs, MFENGINE_CHUNK, and a number that is raised when
+ * what is between them changes otherwise. */
+void mfengine_interface(int64_t agreed[4]);
+enum { MFENGINE_INTERFACE = 1 };
 
 #ifdef __cplusplus
 }

@@ -1,4 +1,4 @@
-// The same interface and arithmetic on the host, so that both can be tested without a GPU.
+// The same interface, and the same arithmetic of an element, on the host, so that both can be tested without a GPU.
 
 #include "adamw_ema.h"
 
@@ -57,4 +57,11 @@ int mfengine_ready(void) { return 0; }
 
 const char* mfengine_error(int) { return "no error"; }
 
-int64_t mfengine_tensor_size(void) { return sizeof(mfengine_tensor); }
+int mfengine_oldest(void) { return 0; }
+
+void mfengine_interface(int64_t agreed[4]) {
+  agreed[0] = sizeof(mfengine_tensor);
+  agreed[1] = sizeof(mfengine_adamw_config);
+  agreed[2] = MFENGINE_CHUNK;
+  agreed[3] = MFENGINE_INTERFACE;
+}
