@@ -114,16 +114,9 @@ class Moments:
     Args:
         dimensions: d.
         device: where the sums are.
-
-    Raises:
-        InputError: d is more than MAX_DIMENSIONS.
     """
 
     def __init__(self, dimensions: int, device: torch.device) -> None:
-        if dimensions > MAX_DIMENSIONS:
-            raise InputError(
-                f"latents of {dimensions:,} numbers are too many for the Frechet distance: at most {MAX_DIMENSIONS:,}"
-            )
         self._sum = torch.zeros(dimensions + 1, dimensions + 1, dtype=torch.float64, device=device)
 
     def add(self, x: Tensor) -> None:
@@ -159,12 +152,25 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     return float(shift @ shift + a.covariance.trace() + b.covariance.trace() - 2 * roots.sum())
 
 
+def check_dimensions(space: LatentSpace) -> None:
+    """InputError where latents are of too many numbers for their covariance to be taken."""
+    dimensions = math.prod(space.shape)
+    if dimensions > MAX_DIMENSIONS:
+        raise InputError(
+            f"latents of {dimensions:,} numbers are too many for the Frechet distance: at most {MAX_DIMENSIONS:,}"
+        )
+
+
 def data_moments(dataset: Dataset, world: World, seed: int = 0) -> tuple[Moments, Moments]:
     """Moments of the posterior means of two random halves of the data, on the encoder's scale, not flipped.
 
     The ranks share the reading. An image counts once: latents as they are trained on scatter around their means, by
     little with the usual encoders.
+
+    Raises:
+        InputError: latents are of too many numbers, or the data cannot be read.
     """
+    check_dimensions(dataset.space)
     dimensions = math.prod(dataset.space.shape)
     halves = Moments(dimensions, world.device), Moments(dimensions, world.device)
     second = np.zeros(dataset.count, bool)
