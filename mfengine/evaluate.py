@@ -11,6 +11,7 @@ import tyro
 
 from mfengine import cli
 from mfengine.engine.checkpoint import load_model
+from mfengine.engine.config import check_seed
 from mfengine.engine.data import Dataset
 from mfengine.engine.decode import draw_latents
 from mfengine.engine.distributed import world
@@ -63,13 +64,16 @@ class EvaluateArgs:
 def check(config: EvaluateArgs) -> None:
     """InputError for what is wrong whatever the model."""
     if config.num < 2 or config.batch_size < 1:
-        raise InputError("--num must be at least 2 and --batch-size at least 1")
+        raise InputError("--num-samples must be at least 2 and --batch-size at least 1")
+    check_seed(config.seed)
     if not config.steps or min(config.steps) < 1 or len(set(config.steps)) < len(config.steps):
         raise InputError("--steps takes different numbers, at least 1")
     if config.data is None and config.reference is None and config.save is None:
         raise InputError("nothing to do: give --data or --reference to measure against, or --save to keep the images")
     if config.reference is not None and config.num < SPLITS:
-        raise InputError(f"--num must be at least {SPLITS} with --reference: Inception Score splits them in so many")
+        raise InputError(
+            f"--num-samples must be at least {SPLITS} with --reference: Inception Score splits them in so many"
+        )
     if config.save is not None:
         check_new(config.save)
     if config.out is not None and not config.out.parent.is_dir():
