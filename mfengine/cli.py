@@ -8,6 +8,7 @@ import difflib
 import io
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Collection, Sequence
 from itertools import groupby
@@ -90,6 +91,10 @@ def run(command: Callable[[Sequence[str]], int | None]) -> None:
     """Run a command on the process's arguments and exit with its code: 2 for wrong input, 1 for a failed run."""
     try:
         code = command(sys.argv[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:  # who read has left, as `head` does: what is buffered still goes nowhere, without a word
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 128 + signal.SIGPIPE
     except (InputError, TrainingError) as error:
         # What is wrong is wrong on every rank alike and the first one says it, unless only one rank can know.
         rank = int(os.environ.get("RANK", 0))

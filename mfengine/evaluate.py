@@ -11,12 +11,13 @@ import tyro
 
 from mfengine import cli
 from mfengine.engine.checkpoint import load_model
+from mfengine.engine.config import check_seed
 from mfengine.engine.data import Dataset
 from mfengine.engine.decode import draw_latents
 from mfengine.engine.distributed import world
 from mfengine.engine.evaluation import Decode, SampleSet, evaluate, write_figures
 from mfengine.engine.fidelity import SPLITS, Reference
-from mfengine.engine.image_files import check_new
+from mfengine.engine.image_files import check_new, check_writable
 from mfengine.engine.vae import VAE
 from mfengine.errors import InputError
 
@@ -41,6 +42,8 @@ class EvaluateArgs:
     """of the samples: in turn, so that classes are equally many, or drawn at random"""
     seed: int = 0
     """noise and label of a sample derive from it and the sample's number"""
+    ema_decay: float | None = None
+    """which moving average; the run's first if not given"""
     batch_size: int = 64
     """samples per call of the network, on one rank"""
 
@@ -55,7 +58,8 @@ class EvaluateArgs:
     save: Path | None = None
     """write the images, of the first of --steps: NAME.npz as ADM's evaluation takes it, or a folder for PNG files"""
     out: Path | None = None
-    """where to write the figures; metrics.json in the run folder if not given, nowhere for an export"""
+    """where to write the figures; metrics.json in the run folder if not given, nowhere for an export. Those of the same
+    samples that are there already stay"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes a GPU where there is one"""
 
@@ -63,17 +67,22 @@ class EvaluateArgs:
 def check(config: EvaluateArgs) -> None:
     """InputError for what is wrong whatever the model."""
     if config.num < 2 or config.batch_size < 1:
-        raise InputError("--num must be at least 2 and --batch-size at least 1")
+        raise InputError("--num-samples must be at least 2 and --batch-size at least 1")
+    check_seed(config.seed)
     if not config.steps or min(config.steps) < 1 or len(set(config.steps)) < len(config.steps):
         raise InputError("--steps takes different numbers, at least 1")
     if config.data is None and config.reference is None and config.save is None:
         raise InputError("nothing to do: give --data or --reference to measure against, or --save to keep the images")
     if config.reference is not None and config.num < SPLITS:
-        raise InputError(f"--num must be at least {SPLITS} with --reference: Inception Score splits them in so many")
+        raise InputError(
+            f"--num-samples must be at least {SPLITS} with --reference: Inception Score splits them in so many"
+        )
     if config.save is not None:
         check_new(config.save)
     if config.out is not None and not config.out.parent.is_dir():
         raise InputError(f"folder {config.out.parent} does not exist")
+    if config.out is not None and config.out.is_dir():
+        raise InputError(f"--out {config.out} is a folder: name a file in it")
 
 
 def main(args: Sequence[str]) -> None:
@@ -82,7 +91,12 @@ def main(args: Sequence[str]) -> None:
     dataset = Dataset.open(config.data) if config.data is not None else None
     reference = Reference(config.reference) if config.reference is not None else None
     with world(config.device) as here:
-        model, space, path = load_model(config.checkpoint)
+        model, space, path = load_model(config.checkpoint, config.ema_decay)
+        out = config.out
+        if out is None and (dataset is not None or reference is not None) and path.parent.name == "checkpoints":
+            out = path.parent.parent / "metrics.json"
+        if out is not None:
+            check_writable(out)
         if dataset is not None:
             dataset.check_model(model.config)
         decode: Decode | None = None
@@ -106,15 +120,21 @@ def main(args: Sequence[str]) -> None:
         )
     if not here.main:
         return
-    report = {**figures, "samples": config.num, "checkpoint": path.name}
-    width = max(len(name) for name in report)
-    for name, value in report.items():
-        print(f"{name:{width}} {value:.4g}" if isinstance(value, float) else f"{name:{width}} {value}")
-    out = config.out
-    if out is None and figures and path.parent.name == "checkpoints":
-        out = path.parent.parent / "metrics.json"
+    origin = {
+        **{name: getattr(config, name) for name in ("seed", "labels", "batch_size", "ema_decay")},
+        "samples": config.num,
+        "checkpoint": str(path.resolve()),
+        **{name: str(part.resolve()) for name in ("data", "reference") if (part := getattr(config, name)) is not None},
+        **({"vae": config.vae} if config.vae is not None else {}),
+    }
+    width = max(len(name) for name in (*figures, *origin))
+    for name, value in figures.items():
+        print(f"{name:{width}} {value:.4g}")
+    for name, value in origin.items():
+        if value is not None:
+            print(f"{name:{width}} {value}")
     if out is not None:
-        write_figures(report, out)
+        write_figures(figures, origin, out)
         print(f"written to {out}")
 
 

@@ -12,6 +12,7 @@ import tyro
 
 from mfengine import cli
 from mfengine.engine.checkpoint import load_model
+from mfengine.engine.config import check_seed
 from mfengine.engine.decode import draw_latents
 from mfengine.engine.distributed import world
 from mfengine.engine.telemetry import image_grid, save_picture
@@ -48,6 +49,7 @@ def main(args: Sequence[str]) -> None:
     config = cli.parse(SampleArgs, args, "python -m mfengine.sample")
     if config.steps < 1 or config.per_label < 1:
         raise InputError("--steps and --per-label must be at least 1")
+    check_seed(config.seed)
     if config.out.suffix != ".png":
         raise InputError(f"--out {config.out} must end in .png")
     with world(config.device) as here:

@@ -3,6 +3,7 @@
 import os
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -35,6 +36,14 @@ def run_command(*args, cwd, ranks=1, env=None, timeout=300):
         timeout=timeout,
         check=False,
     )
+
+
+def kill(process):
+    """SIGKILL to torchrun, then to the processes it started, which would live on."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    for pid in (process.pid, *map(int, children)):
+        os.kill(pid, signal.SIGKILL)
+    process.wait()
 
 
 def run_in_process(*args, cwd, monkeypatch, capsys):

@@ -281,6 +281,10 @@ def test_weights_that_are_not_finite_are_not_saved(digits, tmp_path):
         (["mfengine.sample", "nowhere"], "nowhere is neither a checkpoint"),
         (["mfengine.sample", "RUN", "--labels", "10"], "there is no label 10; the model has 0 to 9"),
         (["mfengine.sample", "RUN", "--steps=0"], "--steps and --per-label must be at least 1"),
+        (["mfengine.sample", "RUN", "--seed=-1"], "seed must be at least 0 and below 2^63, not -1"),
+        (["mfengine.sample", "RUN", f"--seed={2**64}"], "seed must be at least 0 and below 2^63"),
+        (["mfengine.train", "--seed=-1"], "seed must be at least 0 and below 2^63, not -1"),
+        (["mfengine.evaluate", "RUN", "--data=DATA", "--seed=-1"], "seed must be at least 0 and below 2^63, not -1"),
         (["mfengine.sample", "RUN", "--out=x.jpg"], "must end in .png"),
         (["mfengine.sample", "RUN", "--ema-decay=0.1"], "no moving average of decay 0.1; it has [0.9, 0.5]"),
         (["mfengine.sample", "broken.safetensors"], "cannot read broken.safetensors"),
@@ -362,6 +366,18 @@ def test_help_is_there(tmp_path, monkeypatch, capsys):
         code, output, _ = run_in_process(*args, cwd=tmp_path, monkeypatch=monkeypatch, capsys=capsys)
         assert code == 0
         assert text in " ".join(output.replace("│", " ").split())
+
+
+def test_reader_that_leaves(tmp_path):
+    """As `head` does: not a word, and the code of a process that SIGPIPE ended."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [sys.executable, "-m", "mfengine.train", *SMALL, "--dry-run"],
+        cwd=tmp_path, stdout=writing, stderr=subprocess.PIPE, text=True, check=False,
+    )  # fmt: skip
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
 
 
 def test_vae_decodes_latents(tmp_path):

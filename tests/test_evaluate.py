@@ -17,10 +17,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from mfengine import DiT, ModelConfig
-from mfengine.engine.checkpoint import describe_model, load_model
+from mfengine.engine.checkpoint import describe_model, load_model, newest_checkpoint
 from mfengine.engine.data import Dataset, LatentSpace, iterate_means, read_means
 from mfengine.engine.distributed import World
 from mfengine.engine.evaluation import (
+    SAMPLES,
     LabelReader,
     Moments,
     SampleSet,
@@ -28,9 +29,11 @@ from mfengine.engine.evaluation import (
     fit_data,
     frechet_distance,
     latent_distance,
+    write_figures,
 )
 from mfengine.engine.image_files import ImageArchive, ImageFolder
 from mfengine.engine.shards import ArraySamples, order, write_dataset
+from mfengine.engine.vae import VAE
 from mfengine.errors import RankError
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -275,8 +278,8 @@ def test_two_processes_give_the_figures_and_images_of_one(trained, digits, tmp_p
     assert one.keys() == two.keys()
     assert {"frechet_1nfe", "accuracy_1nfe", "frechet_2nfe", "frechet_floor", "samples", "checkpoint"} <= one.keys()
     for name, value in one.items():
-        assert two[name] == (value if isinstance(value, str) else pytest.approx(value, rel=1e-8)), name
-        assert name in output
+        assert two[name] == (pytest.approx(value, rel=1e-8) if isinstance(value, float) else value), name
+        assert name in output or value is None
     images = images_of(tmp_path / "one.npz")
     assert images.shape == (71, 8, 8, 3)
     assert images.dtype == np.uint8
@@ -312,9 +315,54 @@ def test_too_few_samples_are_told(export, tmp_path, monkeypatch, capsys):
     assert code == 0, errors
     assert "note: 256 samples leave a covariance of 256 dimensions singular" in errors
     figures = json.loads((tmp_path / "metrics.json").read_text())
-    assert figures.keys() == {"frechet_1nfe", "frechet_floor", "samples", "checkpoint"}  # no pixels, no labels to read
+    assert figures.keys() == {"frechet_1nfe", "frechet_floor", *SAMPLES, "data"}  # no pixels, no labels to read
     code, _, errors = run_in_process(*args, "--num=300", cwd=tmp_path, monkeypatch=monkeypatch, capsys=capsys)
     assert (code, "note:" in errors) == (0, False)
+
+
+def test_figures_of_the_same_samples_stay(tmp_path):
+    """What was measured against data stays when references come; of other samples or other data nothing does."""
+    path = tmp_path / "metrics.json"
+    path.write_text('{"fid_1nfe": 1.0, "samples": 9, "checkpoint": "step-1"}')  # as mfengine 0.1 wrote it
+    samples = dict.fromkeys(SAMPLES, 1)
+    measured = {**samples, "data": "a"}
+    write_figures({"frechet_1nfe": 2.0}, measured, path)
+    assert json.loads(path.read_text()) == {"frechet_1nfe": 2.0, **measured}
+    write_figures({"fid_1nfe": 3.0}, {**samples, "reference": "b", "vae": "c"}, path)
+    both = {"frechet_1nfe": 2.0, "fid_1nfe": 3.0, **measured, "reference": "b", "vae": "c"}
+    assert json.loads(path.read_text()) == both
+    write_figures({"frechet_2nfe": 4.0}, measured, path)
+    assert json.loads(path.read_text()) == {**both, "frechet_2nfe": 4.0}
+    for other in ({**measured, "data": "d"}, {**measured, "seed": 2}):
+        write_figures({"frechet_1nfe": 5.0}, other, path)
+        assert json.loads(path.read_text()) == {"frechet_1nfe": 5.0, **other}
+    path.write_text("[]")
+    write_figures({"frechet_1nfe": 5.0}, measured, path)
+    assert json.loads(path.read_text()) == {"frechet_1nfe": 5.0, **measured}
+
+
+def test_figures_tell_what_they_are_of(trained, digits, tmp_path, monkeypatch, capsys):
+    code, _, errors = run_in_process(
+        "mfengine.evaluate", trained[0], f"--data={digits}", "--num=20", "--batch-size=10", "--seed=3", "--steps=1",
+        "--labels=random", "--ema-decay=0.5", "--out=x.json", cwd=tmp_path, monkeypatch=monkeypatch, capsys=capsys,
+    )  # fmt: skip
+    assert code == 0, errors
+    figures = json.loads((tmp_path / "x.json").read_text())
+    assert {name: value for name, value in figures.items() if "nfe" not in name and name != "frechet_floor"} == {
+        "seed": 3, "labels": "random", "batch_size": 10, "ema_decay": 0.5, "samples": 20,
+        "checkpoint": str(newest_checkpoint(trained[0])), "data": str(digits),
+    }  # fmt: skip
+
+
+def test_too_little_memory_to_decode(vae, monkeypatch):
+    decoder = VAE(vae[0], ALONE.device)
+
+    def too_little(*_):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(decoder._vae, "decode", too_little)
+    with pytest.raises(RankError, match="too small to decode 2 latents at a time: choose fewer, as by --batch-size"):
+        decoder.decode(torch.zeros(2, *LATENTS.shape), LATENTS)
 
 
 # ----------------------------------------------------------------------------
@@ -348,19 +396,23 @@ def references(folder):
     ("args", "message"),
     [
         ([], "nothing to do: give --data or --reference to measure against, or --save"),
-        (["--data=DATA", "--num=1"], "--num must be at least 2"),
-        (["--data=DATA", "--num=0"], "--num must be at least 2"),
+        (["--data=DATA", "--num=1"], "--num-samples must be at least 2"),
+        (["--data=DATA", "--num=0"], "--num-samples must be at least 2"),
         (["--data=DATA", "--steps", "0"], "--steps takes different numbers, at least 1"),
         (["--data=DATA", "--steps"], "--steps takes different numbers"),
         (["--data=DATA", "--labels=even"], "even"),
         (["--data=DATA", "--number=3"], "there is no option --number; the nearest is --num"),
         (["--data=DATA", "--out=nowhere/x.json"], "folder nowhere does not exist"),
+        (["--data=DATA", "--out=images"], "--out images is a folder: name a file in it"),
+        (["--data=DATA", "--save=good.npz/x"], "good.npz is not a folder that can be written to"),
+        (["--data=DATA", "--seed=-1"], "seed must be at least 0 and below 2^63, not -1"),
+        (["--data=DATA", "--ema-decay=0.1"], "no moving average of decay 0.1; it has [0.5]"),
         (["--data=nowhere"], "dataset.json does not exist"),
         (["--data=DATA", "--device=cuda"], "device cuda was asked for"),
         (["--data=LATENTS"], "holds latents of (4, 8, 8); the model takes (1, 8, 8)"),
         (["--save=images"], "images is not an empty folder"),
         (["--save=good.npz"], "good.npz exists: choose another name"),
-        (["--reference=good.npz", "--num=9"], "--num must be at least 10 with --reference"),
+        (["--reference=good.npz", "--num=9"], "--num-samples must be at least 10 with --reference"),
         (["--reference=nowhere"], "reference nowhere is neither a folder of images nor an .npz file"),
         (["--reference=w.pt"], "reference w.pt is neither"),
         (["--reference=keys.npz"], "keys.npz has cov, mean; reference statistics are mu and sigma"),
@@ -392,6 +444,18 @@ def test_wrong_input(trained, digits, tmp_path, monkeypatch, capsys, args, messa
     assert errors.count("\n") == 1, errors
     assert message in errors
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_run_folder_that_cannot_be_written_to(trained, digits, tmp_path, monkeypatch, capsys):
+    """Found before samples are drawn."""
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
+    code, _, errors = run_in_process(
+        "mfengine.evaluate", trained[0], f"--data={digits}", cwd=tmp_path, monkeypatch=monkeypatch, capsys=capsys
+    )
+    assert code == 2
+    assert errors == (
+        f"error: cannot write {trained[0] / 'metrics.json'}: {trained[0]} is not a folder that can be written to\n"
+    )
 
 
 @pytest.mark.parametrize(
@@ -609,7 +673,8 @@ def test_figures_are_those_of_torch_fidelity(trained, tmp_path, fidelity_path):
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         figures = json.loads((tmp_path / "out.json").read_text())
-        del figures["checkpoint"]
+        for name in (*SAMPLES, "reference"):
+            del figures[name]
         return figures, done.stderr
 
     script(MAKE_WEIGHTS)

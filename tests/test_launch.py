@@ -26,6 +26,7 @@ with (here / "calls").open("a") as calls:
 if name == "scontrol" and args[0] == "show":
     print("node7", "node8", sep=chr(10))
 if name == "srun":
+    (here / "cpus").write_text(os.environ.get("SRUN_CPUS_PER_TASK", ""))
     sys.exit(subprocess.call(args[next(i for i, a in enumerate(args) if not a.startswith("-")):]))
 if name == "scancel":
     os.kill(int((here / "pid").read_text()), signal.SIGTERM)
@@ -84,6 +85,14 @@ def test_training_on_two_nodes(launch, tmp_path):
     run = parse(given.training_script_args).run
     assert (str(run.data), run.resume) == ("a folder", "auto")
     assert calls(tmp_path, "scontrol") == [["show", "hostnames", "node[7-8]"]]
+
+
+@pytest.mark.parametrize("asked", [{}, {"SLURM_CPUS_PER_TASK": "64"}])
+def test_srun_has_the_cpus_of_the_job(launch, tmp_path, monkeypatch, asked):
+    for name in ("SLURM_CPUS_PER_TASK", "SRUN_CPUS_PER_TASK"):
+        monkeypatch.delenv(name, raising=False)
+    assert launch("mfengine.evaluate", "x", **asked).wait(30) == 0
+    assert (tmp_path / "cpus").read_text() == asked.get("SLURM_CPUS_PER_TASK", "")
 
 
 def test_wrong_input_takes_no_gpu(launch, tmp_path):

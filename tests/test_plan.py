@@ -3,7 +3,10 @@
 import dataclasses
 import json
 import shutil
+import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import SMALL, run_command, run_in_process
@@ -13,10 +16,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from benchmarks.counts import Saved
 from benchmarks.scaling import KINDS, count_fake, fake_world, layout
 from mfengine import DiT, MeanFlow
+from mfengine.engine import trainer
 from mfengine.engine.config import PRESETS, OptimConfig, TrainConfig
+from mfengine.engine.data import LatentSpace
 from mfengine.engine.distributed import World, prepare_model
 from mfengine.engine.optim import adamw_ema, averages
 from mfengine.engine.plan import LiveBytes, activation_bytes, make_plan
+from mfengine.engine.shards import ArraySamples, write_dataset
 from mfengine.ops import use_backend
 from mfengine.optim import local
 from mfengine.train import parse
@@ -184,6 +190,7 @@ def test_success_writes_nothing(digits, tmp_path, where):
     code, out, err = dry(f"--data={digits}", "--ranks=2", "--epochs=1", **where)
     assert (code, err) == (0, "")
     assert "56 steps of 32 samples: 0.9972 epochs of 1,797" in out
+    assert ("there is no GPU here" in out) is not torch.cuda.is_available()
     assert out.endswith("ready to start; nothing was written\n")
     assert list(tmp_path.iterdir()) == []
     assert {p: p.stat().st_mtime_ns for p in digits.rglob("*")} == before
@@ -222,9 +229,16 @@ def test_run_that_can_be_continued(run_folder, digits, where):
         (["--runs=RUN"], "holds a run: continue it with --resume auto"),
         (["--runs=RUN", "--resume=auto", "--seed=7"], "has a run with seed 0, not 7"),
         (["--batch-size=8192", "--ranks=2048"], "has 1797 samples, too few for 2048 parts"),
+        (["--attention=flash-attn", "--model.hidden-size=1024"], "--attention flash-attn cannot be had: "),
+        (["--attention=flash-attn", "--device=cpu"], "--attention flash-attn cannot be had: "),
+        (["--ops=triton", "--model.hidden-size=1024"], "--ops triton cannot be had: q has head dim 512"),
+        (["--optim.backend=apex"], "optim.backend apex: apex is not installed"),
+        (["--optim.backend=cuda", "--device=cpu"], "optim.backend cuda: "),
+        (["--data=LARGE", "--model.input-size=256", "--evaluate-every=5"], "latents of 65,536 numbers are too many"),
     ],
 )
 def test_what_training_would_refuse(args, message, digits, run_folder, tmp_path, where):
+    where["monkeypatch"].setitem(sys.modules, "amp_C", None)  # apex, which then does not import
     torch.save([1], tmp_path / "list.pt")
     for name in ("cut", "broken"):
         shutil.copytree(digits, tmp_path / name)
@@ -233,8 +247,11 @@ def test_what_training_would_refuse(args, message, digits, run_folder, tmp_path,
                 shard.truncate(1024)
             else:
                 shard.write(b"\xff" * (digits / "000000.tar").stat().st_size)
+    space = LatentSpace((1, 256, 256), num_classes=10)
+    write_dataset(tmp_path / "large", ArraySamples("x", space, np.zeros((10, 1, 2, *space.shape)), np.arange(10)))
+    where["capsys"].readouterr()  # its progress
     before = sorted(tmp_path.rglob("*"))
-    places = {"CUT": tmp_path / "cut", "BROKEN": tmp_path / "broken", "RUN": run_folder}
+    places = {"LARGE": tmp_path / "large", "CUT": tmp_path / "cut", "BROKEN": tmp_path / "broken", "RUN": run_folder}
     for name, path in places.items():
         args = [part.replace(name, str(path)) for part in args]
     data = [] if any(part.startswith("--data") for part in args) else [f"--data={digits}"]
@@ -244,6 +261,27 @@ def test_what_training_would_refuse(args, message, digits, run_folder, tmp_path,
     assert err.count("\n") == 1, err
     assert message in err
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_library_that_only_a_gpu_can_try(digits, where, monkeypatch):
+    """One that is not built is refused; one that is, and cannot be used without a GPU, is not."""
+    args = (f"--data={digits}", "--optim.backend=cuda")
+    monkeypatch.setattr(trainer, "LIBRARY", Path("nowhere"))
+    code, _, err = dry(*args, **where)
+    assert (code, "optim.backend cuda: " in err) == (2, True)
+    monkeypatch.setattr(trainer, "LIBRARY", Path(__file__))
+    assert dry(*args, **where)[0] == 0
+
+
+def test_training_refuses_what_its_dry_run_does(digits, tmp_path):
+    """Kernels on a CPU, where the interpreter is not asked for."""
+    args = ("mfengine.train", *SMALL, f"--data={digits}", "--ops=triton", "--device=cpu")
+    for more in ([], ["--dry-run"]):
+        done = run_command(*args, *more, cwd=tmp_path, env={"TRITON_INTERPRET": "0"})
+        assert done.returncode == 2
+        assert done.stderr == "error: --ops triton cannot be had: its kernels run on a GPU alone\n"
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_ranks_are_for_the_dry_run_alone(where):

@@ -4,17 +4,15 @@ import hashlib
 import io
 import json
 import os
-import signal
 import subprocess
 import sys
 import tarfile
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import run_command, run_in_process
+from conftest import kill, run_command, run_in_process
 from PIL import Image
 
 from mfengine.engine.data import BROKEN, Dataset, LatentSpace, Loader
@@ -157,14 +155,6 @@ def test_description_says_what_it_was_made_of(whole, vae):
     assert latents.isfinite().all()
     assert latents.shape == (COUNT, 4, 16, 16)
     assert labels.bincount().tolist() == [30] * 4
-
-
-def kill(process):
-    """SIGKILL to torchrun, then to the processes it started, which would live on."""
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    for pid in (process.pid, *map(int, children)):
-        os.kill(pid, signal.SIGKILL)
-    process.wait()
 
 
 def test_two_processes_killed_twice_write_what_one_writes(whole, arguments, tmp_path):

@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -10,7 +9,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import run_command
+from conftest import kill, run_command
 from PIL import Image
 
 CLASSES, PER_CLASS, SIZE, SHARD = 10, 60, 32, 100
@@ -59,16 +58,13 @@ def killed(args, cwd, records, ranks=2):
     """Run the command until so many shards are whole, then kill all of its processes."""
     process = subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "-m", *map(str, args)],
-        cwd=cwd, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL, start_new_session=True,
+        cwd=cwd, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     deadline = time.monotonic() + 120
     while len(whole_shards(cwd)) < records and time.monotonic() < deadline:
         assert process.poll() is None, "it ended before it could be killed"
         time.sleep(0.005)
-    os.killpg(process.pid, signal.SIGKILL)
-    # torchrun's workers have sessions of their own.
-    subprocess.run(["pkill", "-KILL", "-f", str(args[2])], check=False)
-    process.wait(timeout=60)
+    kill(process)
 
 
 def whole_shards(cwd):

@@ -20,6 +20,12 @@ from mfengine.optim import Backend as OptimBackend
 C = TypeVar("C")
 
 
+def check_seed(seed: int) -> None:
+    """InputError unless NumPy and PyTorch take it as a seed."""
+    if not 0 <= seed < 2**63:
+        raise InputError(f"seed must be at least 0 and below 2^63, not {seed}")
+
+
 @dataclass(frozen=True)
 class OptimConfig:
     """AdamW and the moving averages of the weights."""
@@ -119,11 +125,12 @@ class TrainConfig:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if not self.name or "/" in self.name:
             raise ValueError(f"name must be the name of a folder, not '{self.name}'")
-        for name in ("sample_every", "evaluate_every", "max_skipped_steps", "seed"):
+        for name in ("sample_every", "evaluate_every", "max_skipped_steps"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, not {getattr(self, name)}")
         if not 0 < self.epochs < float("inf") or (self.steps is not None and self.steps < 1):
             raise ValueError("epochs must be positive and steps at least 1")
+        check_seed(self.seed)
 
     @property
     def folder(self) -> Path:

@@ -29,6 +29,8 @@ from mfengine.method import sample
 
 MAX_DIMENSIONS = 16_384  # of latents whose covariance is taken: 4 x 64 x 64, and a matrix of 2 GiB
 
+SAMPLES = ("checkpoint", "ema_decay", "samples", "seed", "labels", "batch_size")  # what samples follow from
+
 Decode = Callable[[Tensor, LatentSpace], Tensor]  # latents (B, C, H, W) to images (B, 3, H', W') in [0, 1]
 
 
@@ -114,16 +116,9 @@ class Moments:
     Args:
         dimensions: d.
         device: where the sums are.
-
-    Raises:
-        InputError: d is more than MAX_DIMENSIONS.
     """
 
     def __init__(self, dimensions: int, device: torch.device) -> None:
-        if dimensions > MAX_DIMENSIONS:
-            raise InputError(
-                f"latents of {dimensions:,} numbers are too many for the Frechet distance: at most {MAX_DIMENSIONS:,}"
-            )
         self._sum = torch.zeros(dimensions + 1, dimensions + 1, dtype=torch.float64, device=device)
 
     def add(self, x: Tensor) -> None:
@@ -159,12 +154,25 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     return float(shift @ shift + a.covariance.trace() + b.covariance.trace() - 2 * roots.sum())
 
 
+def check_dimensions(space: LatentSpace) -> None:
+    """InputError where latents are of too many numbers for their covariance to be taken."""
+    dimensions = math.prod(space.shape)
+    if dimensions > MAX_DIMENSIONS:
+        raise InputError(
+            f"latents of {dimensions:,} numbers are too many for the Frechet distance: at most {MAX_DIMENSIONS:,}"
+        )
+
+
 def data_moments(dataset: Dataset, world: World, seed: int = 0) -> tuple[Moments, Moments]:
     """Moments of the posterior means of two random halves of the data, on the encoder's scale, not flipped.
 
     The ranks share the reading. An image counts once: latents as they are trained on scatter around their means, by
     little with the usual encoders.
+
+    Raises:
+        InputError: latents are of too many numbers, or the data cannot be read.
     """
+    check_dimensions(dataset.space)
     dimensions = math.prod(dataset.space.shape)
     halves = Moments(dimensions, world.device), Moments(dimensions, world.device)
     second = np.zeros(dataset.count, bool)
@@ -327,11 +335,27 @@ def quantise(images: Tensor) -> Tensor:
     return (images * 255).to(torch.uint8)
 
 
-def write_figures(figures: dict[str, Any], path: Path) -> None:
-    """Write figures as JSON, aside, and replace what is there; InputError where that fails."""
+def write_figures(figures: dict[str, float], origin: dict[str, Any], path: Path) -> None:
+    """Write figures as JSON, aside, and replace what is there, but keep its other figures of the same samples.
+
+    Args:
+        figures: by name.
+        origin: the samples that they were taken of, all of `SAMPLES` among it, and what they were compared with.
+        path: where.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    try:
+        before = json.loads(path.read_text())
+        same = all(before.get(name) == origin[name] for name in SAMPLES)
+        same = same and all(before.get(name, value) == value for name, value in origin.items())
+    except (OSError, ValueError, AttributeError):
+        same = False
+    report = {**(before if same else {}), **figures, **origin}
     partial = path.with_name(f".partial-{path.name}")
     try:
-        partial.write_text(json.dumps(figures, indent=1) + "\n")
+        partial.write_text(json.dumps(report, indent=1) + "\n")
         partial.replace(path)
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror or error}") from None

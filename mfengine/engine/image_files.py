@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import zipfile
 from collections.abc import Callable, Iterator
@@ -165,6 +166,14 @@ def check_new(path: Path) -> None:
         raise InputError(f"{path} exists: choose another name")
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise InputError(f"{path} is not an empty folder: choose another one, or remove it first")
+    check_writable(path)
+
+
+def check_writable(path: Path) -> None:
+    """InputError unless a name can be given in its folder, or in the nearest one above that is there."""
+    folder = next(above for above in path.absolute().parents if above.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise InputError(f"cannot write {path}: {folder} is not a folder that can be written to")
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from mfengine.engine.data import Dataset, Loader
 from mfengine.engine.distributed import World, num_shards, prepare_model
 from mfengine.engine.flops import step_flops
 from mfengine.engine.optim import adamw_ema
-from mfengine.engine.trainer import check_run_folder, compute_dtype
+from mfengine.engine.trainer import absent, check_run, check_run_folder, compute_dtype
 from mfengine.errors import InputError
 from mfengine.method import MeanFlow
 from mfengine.model import DiT
@@ -288,7 +288,7 @@ def dry_run(config: TrainConfig, here: World, ranks: int) -> None:
     if refused is not None:
         raise refused
     assert dataset is not None
-    dataset.check_model(config.model)
+    check_run(config, dataset, plan.world)
     newest = here.on_main(lambda: check_run_folder(config, dataset))
     step = read_description(newest)["step"] if newest is not None else 0
     if config.init is not None and newest is None:
@@ -300,4 +300,6 @@ def dry_run(config: TrainConfig, here: World, ranks: int) -> None:
     part, parts = here.rank * config.accumulation, ranks * config.accumulation
     next(Loader(dataset, config.local_batch(ranks), part, parts, config.seed, torch.device("cpu")))
     if here.main:
+        if absent(device):
+            print("there is no GPU here: that kernels, attention and optimizer run on one was not tried")
         print(f"ready to {f'continue at step {step:,}' if newest is not None else 'start'}; nothing was written")

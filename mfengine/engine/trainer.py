@@ -6,13 +6,15 @@ import json
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     get_optimizer_state_dict,
@@ -31,11 +33,12 @@ from mfengine.engine.config import TrainConfig, flatten, to_json
 from mfengine.engine.data import Dataset, Loader
 from mfengine.engine.decode import draw_latents
 from mfengine.engine.distributed import World, prepare_model, reduce_gradients
-from mfengine.engine.evaluation import Gaussian, SampleSet, fit_data, latent_distance
+from mfengine.engine.evaluation import Gaussian, SampleSet, check_dimensions, fit_data, latent_distance
 from mfengine.engine.flops import matrix_rate, step_flops
 from mfengine.engine.optim import adamw_ema, averaged, averages
 from mfengine.engine.telemetry import Telemetry
 from mfengine.errors import InputError, TrainingError
+from mfengine.kernels.multi_tensor import LIBRARY
 from mfengine.method import MeanFlow, sample
 from mfengine.method.objective import to_device
 from mfengine.model import DiT
@@ -68,8 +71,7 @@ def train(config: TrainConfig, world: World) -> int:
     """
     config.local_batch(world.size)
     dataset = world.on_main(lambda: Dataset.open(config.data))
-    dataset.check_model(config.model)
-    check_attention(config, world)
+    check_run(config, dataset, world)
     with use_backend(config.ops), use_attention(config.attention), caught_signals() as caught:
         return Trainer(config, world, dataset).run(caught)
 
@@ -323,13 +325,37 @@ def compute_dtype(config: TrainConfig, world: World) -> torch.dtype:
     return getattr(torch, config.precision)
 
 
-def check_attention(config: TrainConfig, world: World) -> None:
-    """InputError if the attention asked for does not run here."""
-    if config.attention == "auto":
-        return
+def check_run(config: TrainConfig, dataset: Dataset, world: World) -> None:
+    """Refuse, before anything is made, what does not fit the data or does not run on such devices.
+
+    Args:
+        config: the run.
+        dataset: what it is to learn from.
+        world: the ranks that are to train. A GPU need not be there: then packages and libraries are tried alone.
+
+    Raises:
+        InputError: model and data do not fit; kernels, attention or optimizer cannot be had; samples are to be
+            measured in too many dimensions.
+    """
+    dataset.check_model(config.model)
     head = config.model.hidden_size // config.model.num_heads
-    if why := why_not(config.attention, "training", world.device, compute_dtype(config, world), head):
-        raise InputError(f"--attention {config.attention} cannot be had: {why}")
+    for option, name in (("ops", config.ops), ("attention", config.attention)):
+        if name == "auto":
+            continue
+        if why := why_not(name, "training", world.device, compute_dtype(config, world), head):
+            raise InputError(f"--{option} {name} cannot be had: {why}")
+    optim = config.optim
+    if optim.backend == "cuda" and absent(world.device) and LIBRARY.is_file():
+        optim = replace(optim, backend="auto")  # the library says nothing without a GPU but that there is none
+    with FakeTensorMode():
+        adamw_ema(nn.ParameterList([torch.empty(1, device=world.device.type)]), optim)
+    if config.evaluate_every:
+        check_dimensions(dataset.space)
+
+
+def absent(device: torch.device) -> bool:
+    """Whether it is a GPU that is not there: for a plan of another machine."""
+    return device.type == "cuda" and not torch.cuda.is_available()
 
 
 def step_generator(seed: int, step: int, part: int) -> torch.Generator:

@@ -102,9 +102,16 @@ class VAE:
 
         Raises:
             InputError: the latents have another number of channels.
+            RankError: the device has too little memory for the batch.
         """
         if latents.shape[1] != self.channels:
             raise InputError(f"the VAE has {self.channels} latent channels, the model {latents.shape[1]}")
-        with torch.autocast(self._device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
-            images = self._vae.decode(space.unscale(latents)).sample
+        try:
+            with torch.autocast(self._device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
+                images = self._vae.decode(space.unscale(latents)).sample
+        except torch.OutOfMemoryError:
+            raise RankError(
+                f"the GPU's memory is too small to decode {len(latents)} latents at a time: choose fewer, as by "
+                "--batch-size"
+            ) from None
         return ((images.float() + 1) / 2).clamp(0, 1)

@@ -43,6 +43,9 @@ stopped=
 # scancel reaches torchrun on every node, which hands the signal on; not this shell.
 trap 'stopped=yes; scancel --signal=TERM "$SLURM_JOB_ID"' USR1
 
+# Since Slurm 22.05 srun does not take this from sbatch.
+[ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"
+
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 srun --kill-on-bad-exit=0 --wait=300 torchrun \
     --nnodes="$SLURM_NNODES" --nproc-per-node="$SLURM_GPUS_ON_NODE" \
