@@ -72,6 +72,8 @@ class ImagesArgs:
     """samples per shard; as many as make about 1 GB if not given"""
     max_broken: float = 0.001
     """the share of images that may be unreadable: they are listed and left out"""
+    num_classes: int | None = None
+    """labels are 0 to this less 1, for a subset without the last class, say; the highest label says it if not given"""
     one_class: bool = False
     """all images are of one class, in whatever folders they lie"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -89,7 +91,9 @@ def images(args: ImagesArgs) -> None:
         if precision == "auto":
             precision = "bfloat16" if here.device.type == "cuda" else "float32"
         vae = VAE(args.vae, here.device, precision)
-        samples = EncodedImages(args.out.absolute().name, source, vae, args.size, args.batch_size, here.device)
+        samples = EncodedImages(
+            args.out.absolute().name, source, vae, args.size, args.batch_size, here.device, args.num_classes
+        )
         if here.main:
             classes = samples.space.num_classes
             print(f"{args.src}, {source.kind}: {len(samples)} images in {classes} class(es)", file=sys.stderr)

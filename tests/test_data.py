@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from mfengine import ModelConfig
+from mfengine.engine import shards
 from mfengine.engine.data import BROKEN, DESCRIPTION, Dataset, LatentSpace, Loader, read_means
 from mfengine.engine.shards import ArraySamples, Broken, order, write_dataset
 from mfengine.errors import InputError, RankError
@@ -224,6 +225,29 @@ def test_writer_that_was_killed_continues(tmp_path, dataset, stop):
     assert len(rest.read_so_far) == 101 - stop // 40 * 40
     assert contents(tmp_path / "again") == contents(dataset.folder)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["again", "data"]
+
+
+def test_data_set_without_all_of_its_shards_gets_no_name(tmp_path, dataset, monkeypatch):
+    """As when another node's files do not show."""
+    monkeypatch.setattr(shards, "PATIENCE_S", 0.1)
+    whole = shards._Writer._record
+    monkeypatch.setattr(shards._Writer, "_record", lambda self, k: None if k == 1 else whole(self, k))
+    with pytest.raises(InputError, match=r"shard 1 of .* is not there: the same command writes it again"):
+        write_dataset(tmp_path / "again", numbered(), shard_samples=40)
+    assert not (tmp_path / "again").exists()
+    monkeypatch.undo()
+    write_dataset(tmp_path / "again", numbered(), shard_samples=40)
+    assert contents(tmp_path / "again") == contents(dataset.folder)
+
+
+@pytest.mark.parametrize("name", ["000000.json", "data/000000.idx"])
+def test_writer_does_a_shard_again_whose_record_is_empty(tmp_path, dataset, name):
+    """As a power cut may leave it."""
+    with pytest.raises(KeyboardInterrupt):
+        write_dataset(tmp_path / "again", unreliable(last=90), shard_samples=40)
+    truncate(tmp_path / ".partial-again" / name, 0)
+    write_dataset(tmp_path / "again", numbered(), shard_samples=40)
+    assert contents(tmp_path / "again") == contents(dataset.folder)
 
 
 def test_writer_does_a_shard_again_that_lost_bytes(tmp_path, dataset):

@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import run_command, run_in_process
 
+from mfengine.engine import importers
 from mfengine.engine.data import Dataset
 from mfengine.engine.importers import ImportedSamples
 from mfengine.engine.pickles import Refused, load_record
@@ -188,6 +189,7 @@ def test_broken_samples_are_listed_or_refused(tmp_path, where):
     torch.save({**bad, "image": -bad["image"]}, source / "00000006.pt")
     torch.save({**bad, "image": bad["image"][:, :3]}, source / "00000007.pt")
     torch.save({"image": bad["image"]}, source / "00000008.pt")
+    torch.save({**bad, "image": bad["image"].requires_grad_()}, source / "00000009.pt")  # is read all the same
     code, _, err = prepare("import", "source", "out", "--num-classes=5", **where)
     assert code == 2
     assert "broken" in err.splitlines()[-1]
@@ -321,6 +323,11 @@ def test_malicious_pickle_is_refused(kind, tmp_path, where):
     assert "refused" in err.splitlines()[-1]
     assert not mark.exists()
     assert not (tmp_path / "out").exists()
+
+
+def test_label_of_lists_of_several_lengths():
+    with pytest.raises(importers.SampleError, match=r"its label is \[\[1\], \[1, 2\]\], not one integer"):
+        importers._label([[1], [1, 2]])
 
 
 def test_malicious_pt_is_refused(tmp_path, where):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -244,6 +245,10 @@ def test_broken_images_are_left_out(whole, pictures, arguments, tmp_path, prepar
         (["PICTURES", "taken"], "taken is not an empty folder"),
         (["PICTURES", "out", "--size=33"], "size 33 is not a multiple of 2, the pixels per latent of"),
         (["PICTURES", "out", "--size=0"], "size 0 is not a multiple of 2"),
+        (["PICTURES", "out", "--seed=-1"], "seed must be at least 0 and below 2^63, not -1"),
+        (["PICTURES", "out", "--num-classes=3"], "the highest label is 3: --num-classes must be at least 4"),
+        (["PICTURES", "."], "is not an empty folder"),
+        (["PICTURES", "link"], "link is a link, a mount point or the current folder"),
         (["PICTURES", "out", "--batch-size=0"], "--batch-size 0 must be at least 1"),
         (["PICTURES", "out", "--shard-samples=0"], "0 samples per shard: at least 1 is needed"),
         (["PICTURES", "out", "--max-broken=1"], "a share of 1 broken samples: it must be at least 0 and less than 1"),
@@ -258,6 +263,7 @@ def test_wrong_input(pictures, photographs, arguments, tmp_path, prepare, args, 
     image = Image.fromarray(photographs[0][:20, :20])
     for folder in ("empty", "flat", "gap/a", "gap/b", "taken"):
         (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
     for name in ("list.txt", "flat/x.png", "gap/a/x.png", "taken/x.png"):
         image.save(tmp_path / name, "PNG")
     with tarfile.open(tmp_path / "labels.tar", "w") as tar:
@@ -349,6 +355,43 @@ def test_sources_hold_the_same_images(pictures, tmp_path, make, kind):
 
     assert open_source(tmp_path / "source").fingerprint == source.fingerprint != expected.fingerprint
     assert images(source) == images(expected)
+
+
+@pytest.mark.parametrize("cut", [True, False])
+def test_damaged_tar_is_no_shorter_one(pictures, tmp_path, cut):
+    """Python's tarfile takes a damaged header, and the end of the file, for the end of the archive."""
+    tars = as_tars(pictures, tmp_path / "tars", lambda y: (".cls", b"%d" % y))
+    with tarfile.open(tars / "0.tar") as tar:
+        header = tar.getmembers()[40].offset
+    with (tars / "0.tar").open("r+b") as file:
+        if cut:
+            file.truncate(header)
+        else:
+            file.seek(header)
+            file.write(b"xyz")
+    with pytest.raises(InputError, match=rf"0\.tar is damaged or cut off at byte {header}"):
+        open_source(tars)
+
+
+def test_lmdb_that_is_cut_off(pictures, tmp_path):
+    """To read beyond the end of a mapped file would end the process."""
+    path = as_lmdb(pictures, tmp_path / "source")
+    with (path / "data.mdb").open("r+b") as file:
+        file.truncate(40_000)
+    with pytest.raises(InputError, match="source is cut off: it has 40000 bytes of"):
+        open_source(path)
+
+
+def test_lmdb_is_opened_once_by_many_threads(pictures, tmp_path):
+    source = open_source(as_lmdb(pictures, tmp_path / "source"))
+    with ThreadPoolExecutor(16) as readers:
+        assert all(readers.map(source.read, range(16)))
+
+
+def test_more_classes_than_there_are_labels(arguments, tmp_path, prepare):
+    code, _, errors = prepare(arguments[0], "out", *arguments[1:], "--num-classes=10")
+    assert code == 0, errors
+    assert Dataset.open(tmp_path / "out").space.num_classes == 10
 
 
 def test_one_tar_and_one_class(pictures, tmp_path):

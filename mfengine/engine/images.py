@@ -17,6 +17,7 @@ from torch import Tensor
 from mfengine.engine.shards import Broken
 from mfengine.engine.sources import Source
 from mfengine.engine.vae import VAE
+from mfengine.errors import InputError
 
 READERS = 16  # files that are read at the same time: disks on a network answer slowly, but many at once
 
@@ -34,16 +35,29 @@ class EncodedImages:
         size: of the square that is cut from them, in pixels.
         batch: images encoded at a time.
         device: where images are decoded and cropped.
+        num_classes: labels are 0 to this less 1; the highest one there says it if None.
 
     Raises:
-        InputError: the VAE takes no images of this size.
+        InputError: the VAE takes no images of this size, or a label is beyond the classes.
     """
 
     flips = 2
 
-    def __init__(self, name: str, source: Source, vae: VAE, size: int, batch: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        name: str,
+        source: Source,
+        vae: VAE,
+        size: int,
+        batch: int,
+        device: torch.device,
+        num_classes: int | None = None,
+    ) -> None:
         self.name, self.class_names = name, source.class_names
-        self.space = vae.space(size, int(source.labels.max()) + 1)
+        highest = int(source.labels.max())
+        if num_classes is not None and highest >= num_classes:
+            raise InputError(f"the highest label is {highest}: --num-classes must be at least {highest + 1}")
+        self.space = vae.space(size, num_classes or highest + 1)
         self.provenance = {
             "source": source.kind,
             "images": len(source.names),

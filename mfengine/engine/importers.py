@@ -129,7 +129,10 @@ class ImportedSamples:
 
 
 def _label(value: Any) -> int:
-    array = np.asarray(value)
+    try:
+        array = np.asarray(value)
+    except ValueError:  # lists of several lengths
+        array = np.empty(0)
     if array.size != 1 or array.dtype.kind not in "iu":
         raise SampleError(f"its label is {value!s:.60}, not one integer")
     return int(array.item())
@@ -187,8 +190,11 @@ def _lmdb(path: Path) -> Source:
         raise InputError(f"{path} has no num_samples: it was not written to its end, or holds something else")
 
     def load(i: int) -> tuple[list[np.ndarray], Any]:
-        with environment.begin() as transaction:
-            data = transaction.get(str(i).encode())
+        try:
+            with environment.begin() as transaction:
+                data = transaction.get(str(i).encode())
+        except Exception as error:  # lmdb's own, which is imported where it is needed
+            raise SampleError(str(error)) from None
         if data is None:
             raise SampleError("there is no such record")
         try:
@@ -237,9 +243,10 @@ def _pt(path: Path, files: list[str]) -> Source:
             raise SampleError(str(error).partition("\n")[0]) from None
         if not isinstance(record, dict) or not isinstance(record.get("image"), torch.Tensor):
             raise SampleError("it is not a dict with a tensor image")
-        return [_array(record["image"].float().numpy(), "image")], record.get("label")
+        return [_array(record["image"].detach().float().numpy(), "image")], record.get("label")
 
-    fingerprint = hashlib.sha256("\n".join(files).encode()).hexdigest()
+    sizes = (f"{name} {(path / name).stat().st_size}" for name in files)
+    fingerprint = hashlib.sha256("\n".join(sizes).encode()).hexdigest()
     return Source("pt", len(files), fingerprint, None, lambda i: str(path / files[i]), load)
 
 

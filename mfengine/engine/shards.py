@@ -34,7 +34,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from mfengine.engine.config import flatten, from_json
+from mfengine.engine.config import check_seed, flatten, from_json
 from mfengine.engine.data import BROKEN, DESCRIPTION, INDEX_VERSION, Dataset, LatentSpace, Shard
 from mfengine.engine.distributed import World
 from mfengine.errors import InputError
@@ -45,6 +45,7 @@ SHARD_BYTES = 2**30
 ALONE = World(0, 1, torch.device("cpu"))
 PLAN = "plan.json"
 MEETING_S = 2.0  # how often the ranks tell each other how far they are
+PATIENCE_S = 60.0  # for what another node has written to show
 
 
 @dataclass(frozen=True)
@@ -131,9 +132,14 @@ def order(count: int, seed: int) -> np.ndarray:
 
 
 def check_vacant(folder: Path) -> None:
-    """InputError if there is something at a data set's future place."""
+    """InputError if there is something at a data set's future place, or it cannot be given a name."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} is not an empty folder: choose another one, or remove it first")
+    if folder.is_symlink() or folder.is_mount() or folder.resolve() == Path.cwd():
+        raise InputError(
+            f"{folder} is a link, a mount point or the current folder, which a data set written beside it cannot "
+            "replace: name a new folder in it"
+        )
 
 
 def write_dataset(
@@ -169,6 +175,7 @@ def write_dataset(
         shard_samples = max(1, SHARD_BYTES // _tar_bytes(samples))
     elif shard_samples < 1:
         raise InputError(f"{shard_samples} samples per shard: at least 1 is needed")
+    check_seed(seed)
     if not 0 <= max_broken < 1:
         raise InputError(f"a share of {max_broken:g} broken samples: it must be at least 0 and less than 1")
     with closing(_Writer(folder, samples, shard_samples, seed)) as writer:
@@ -265,7 +272,8 @@ class _Writer:
             begun = json.loads(path.read_text())
             was, now = flatten(begun), flatten(plan)
             for name in now | was:
-                if was.get(name) == now.get(name):
+                # The same encoder may be found elsewhere: its checksum is compared.
+                if was.get(name) == now.get(name) or name == "provenance.vae.name":
                     continue
                 raise InputError(
                     f"{self.partial} was begun with {name} {_short(was.get(name))}, not {_short(now.get(name))}: it "
@@ -279,14 +287,16 @@ class _Writer:
 
     def _record(self, shard: int) -> dict[str, Any] | None:
         """What a whole shard holds; None if it is not there."""
-        path = self.partial / f"{shard:06d}.json"
-        if not path.exists():
+        try:
+            record: dict[str, Any] = json.loads((self.partial / f"{shard:06d}.json").read_text())
+            if record["count"] == 0:
+                return record
+            tar = self.data / record["file"]
+            with tar.with_suffix(".idx").open() as index:
+                indexed = index.readline().split() == [INDEX_VERSION, str(record["count"])]
+            return record if indexed and tar.stat().st_size == record["bytes"] else None
+        except (FileNotFoundError, ValueError, KeyError):  # not there, or not whole after a power cut
             return None
-        record: dict[str, Any] = json.loads(path.read_text())
-        if record["count"] == 0:
-            return record
-        tar = self.data / record["file"]
-        return record if tar.exists() and tar.stat().st_size == record["bytes"] else None
 
     def report(self, found: list[Broken]) -> str:
         """List broken samples, those found and those of the shards that are whole, beside these; say where."""
@@ -340,7 +350,7 @@ class _Writer:
                 file.close()
                 if entries:
                     header = f"{INDEX_VERSION} {len(entries)}"
-                    path.with_suffix(".idx").write_text("\n".join([header, *entries]) + "\n")
+                    _write_aside(path.with_suffix(".idx"), "\n".join([header, *entries]) + "\n")
                     aside.rename(path)
                 _write_whole(
                     self.partial / f"{shard:06d}.json",
@@ -371,8 +381,15 @@ class _Writer:
         return moments.astype("<f2"), label
 
     def finish(self) -> Dataset:
-        """Describe the data set and give it its name."""
-        records = [record for k in range(self.num_shards) if (record := self._record(k))]
+        """Describe the data set and give it its name; InputError unless all of its shards are there."""
+        records, deadline = [], time.monotonic() + PATIENCE_S
+        for shard in range(self.num_shards):
+            # Network file systems show another node's files late.
+            while (record := self._record(shard)) is None and time.monotonic() < deadline:
+                time.sleep(0.5)
+            if record is None:
+                raise InputError(f"shard {shard} of {self.partial} is not there: the same command writes it again")
+            records.append(record)
         broken = [sample for record in records for sample in record["broken"]]
         classes: Counter[int] = Counter()
         for record in records:
@@ -468,6 +485,13 @@ def _write_lines(path: Path, values: list[dict[str, Any]]) -> None:
 
 def _write_whole(path: Path, values: Any) -> None:
     """Write JSON aside, and give it its name when it is whole."""
-    aside = path.with_suffix(".json.partial")
-    aside.write_text(json.dumps(values, indent=1) + "\n")
+    _write_aside(path, json.dumps(values, indent=1) + "\n")
+
+
+def _write_aside(path: Path, text: str) -> None:
+    aside = path.with_name(f"{path.name}.partial")
+    with aside.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     aside.rename(path)

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import tarfile
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -184,6 +185,7 @@ class TarSource:
                             label = _label(tar.extractfile(member).read(), extension)  # type: ignore[union-attr]
                             if label is not None:
                                 found[key] = label
+                    _check_end(tar, path)
             except (OSError, tarfile.TarError) as error:
                 raise InputError(f"cannot read {path}: {error}") from None
             for key, (name, offset, size) in images.items():
@@ -203,6 +205,14 @@ class TarSource:
         with self.tars[tar].open("rb") as file:
             file.seek(offset)
             return file.read(size)
+
+
+def _check_end(tar: tarfile.TarFile, path: Path) -> None:
+    """InputError unless the archive ends as it should: tarfile takes a damaged header for the end."""
+    with path.open("rb") as file:
+        file.seek(tar.offset)
+        if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            raise InputError(f"{path} is damaged or cut off at byte {tar.offset}")
 
 
 def _label(data: bytes, extension: str) -> int | None:
@@ -226,11 +236,12 @@ class LMDBSource:
     class_names: tuple[str, ...] = ()
     kind: str = "an LMDB"
     _open: list[Any] = field(default_factory=list)  # this process's environment
+    _lock: Any = field(default_factory=threading.Lock)  # while it is opened
 
     @classmethod
     def scan(cls, path: Path, one_class: bool) -> LMDBSource:
         names, labels, sizes = [], [], []
-        with open_lmdb(path) as environment, environment.begin(buffers=True) as transaction:
+        with _readable(path), open_lmdb(path) as environment, environment.begin(buffers=True) as transaction:
             for key, value in transaction.cursor():
                 name = bytes(key).decode(errors="replace")
                 if not name.startswith("image-"):
@@ -246,14 +257,34 @@ class LMDBSource:
         return cls(path, names, array, _fingerprint(names, array, sizes))
 
     def read(self, index: int) -> bytes:
-        if not self._open:
-            self._open.append(open_lmdb(self.path))
-        with self._open[0].begin() as transaction:
-            value: bytes = transaction.get(self.names[index].encode())
-            return value
+        with self._lock:
+            if not self._open:
+                self._open.append(open_lmdb(self.path))
+        try:
+            with self._open[0].begin() as transaction:
+                value: bytes = transaction.get(self.names[index].encode())
+                return value
+        except InputError:
+            raise
+        except Exception as error:  # lmdb's own, which is imported where it is needed
+            raise OSError(str(error)) from None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": []}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_open", "_lock")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _open=[], _lock=threading.Lock())
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Turn what LMDB says of a damaged file into one line."""
+    try:
+        yield
+    except (InputError, KeyboardInterrupt):
+        raise
+    except Exception as error:  # lmdb's own, which is imported where it is needed
+        raise InputError(f"{path} is damaged: {error}") from None
 
 
 def open_lmdb(path: Path) -> Any:
@@ -263,6 +294,12 @@ def open_lmdb(path: Path) -> Any:
     except ImportError:
         raise InputError(f"{path} is an LMDB, which the lmdb library reads: pip install 'mfengine[lmdb]'") from None
     try:
-        return lmdb.open(str(path), subdir=path.is_dir(), readonly=True, lock=False, readahead=False)
+        environment = lmdb.open(str(path), subdir=path.is_dir(), readonly=True, lock=False, readahead=False)
     except lmdb.Error as error:
         raise InputError(f"cannot open {path}: {error}") from None
+    # LMDB maps the file: a page beyond its end would end the process.
+    needed = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
+    there = (path / "data.mdb" if path.is_dir() else path).stat().st_size
+    if there < needed:
+        raise InputError(f"{path} is cut off: it has {there} bytes of {needed}")
+    return environment
