@@ -343,11 +343,11 @@ def data(machine: Machine) -> Iterator[Case]:
     """Batches of moments, 2 x 4 x 32 x 32 in float16, by DALI from shards and by a DataLoader from one file each."""
     batch, batches, count, space = 256, 16, 8192, LatentSpace((4, 32, 32), num_classes=1000)
     moments = np.random.default_rng(0).standard_normal((count, 1, 2, *space.shape), np.float32)
-    samples = ArraySamples("random", space, moments, np.arange(count) % space.num_classes)
+    source = ArraySamples("random", space, moments, np.arange(count) % space.num_classes)
 
     def dali() -> Call:
         folder = machine.folder / "shards"
-        dataset = Dataset.open(folder) if folder.exists() else write_dataset(folder, samples, shard_samples=count // 2)
+        dataset = Dataset.open(folder) if folder.exists() else write_dataset(folder, source, shard_samples=count // 2)
         return partial(read, Loader(dataset, batch, 0, 1, 0, machine.device))
 
     def files() -> Call:
@@ -355,7 +355,7 @@ def data(machine: Machine) -> Iterator[Case]:
         if not folder.exists():
             folder.mkdir()
             for i, array in enumerate(moments):
-                np.savez(folder / f"{i:06d}.npz", moments=array.astype(np.float16), label=samples.labels[i])
+                np.savez(folder / f"{i:06d}.npz", moments=array.astype(np.float16), label=source.labels[i])
         loader = torch.utils.data.DataLoader(
             _Files(folder), batch, shuffle=True, num_workers=os.cpu_count() or 1, persistent_workers=True,
             drop_last=True, pin_memory=machine.gpu,

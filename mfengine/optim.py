@@ -183,6 +183,11 @@ class AdamWEMA(torch.optim.Optimizer):
             self.grad_norm = squares.sqrt()
             if self.skip_nonfinite:
                 self.skipped = squares.isfinite().logical_not().float()
+        skip = self.skipped if self.skip_nonfinite else None
+        if skip is not None and not _makes_wait(self._device):
+            if skip:
+                return loss
+            skip = None
         scale = None
         if self.clip_norm is not None:
             scale = (self.clip_norm / (self.grad_norm + 1e-6)).clamp(max=1)
@@ -192,7 +197,7 @@ class AdamWEMA(torch.optim.Optimizer):
         update = {"cuda": self._step_cuda, "torch": self._step_torch, "apex": self._step_apex}[self.backend]
         for group, rows in zip(self.param_groups, groups, strict=True):
             if rows:
-                update(group, rows, scale)
+                update(group, rows, scale, skip)
         return loss
 
     def _rows(self) -> list[list[Row]]:
@@ -230,7 +235,7 @@ class AdamWEMA(torch.optim.Optimizer):
             if self.backend == "cuda":
                 squares = multi_tensor.library().sum_of_squares(grads)
             else:
-                squares = torch.stack(torch._foreach_norm(grads, dtype=torch.float64)).square().sum()
+                squares = torch.stack(torch._foreach_norm(grads, dtype=torch.float32)).double().square().sum()
             if shared is not None:
                 mesh, dims = shared
                 for dim in dims:
@@ -238,17 +243,17 @@ class AdamWEMA(torch.optim.Optimizer):
             total += squares
         return total
 
-    def _step_cuda(self, group: dict[str, Any], rows: list[Row], scale: Tensor | None) -> None:
+    def _step_cuda(self, group: dict[str, Any], rows: list[Row], scale: Tensor | None, skip: Tensor | None) -> None:
         multi_tensor.library().adamw_ema(
             rows,
             **{name: group[name] for name in ("lr", "betas", "eps", "weight_decay")},
             decays=self.ema_decays,
             grad_scale=scale,
-            skip=self.skipped if self.skip_nonfinite else None,
+            skip=skip,
             stochastic_rounding=self.stochastic_rounding,
         )
 
-    def _step_torch(self, group: dict[str, Any], rows: list[Row], scale: Tensor | None) -> None:
+    def _step_torch(self, group: dict[str, Any], rows: list[Row], scale: Tensor | None, skip: Tensor | None) -> None:
         stepping = [row for row in rows if row.grad is not None]
         if stepping:
             torch._fused_adamw_(
@@ -266,11 +271,11 @@ class AdamWEMA(torch.optim.Optimizer):
                 amsgrad=False,
                 maximize=False,
                 grad_scale=None if scale is None else 1 / scale,
-                found_inf=self.skipped if self.skip_nonfinite else None,
+                found_inf=skip,
             )
-        self._follow(rows)
+        self._follow(rows, skip)
 
-    def _step_apex(self, group: dict[str, Any], rows: list[Row], scale: Tensor | None) -> None:
+    def _step_apex(self, group: dict[str, Any], rows: list[Row], scale: Tensor | None, skip: Tensor | None) -> None:
         if any(row.grad is None for row in rows):
             raise ValueError("the backend apex counts steps for all parameters: each needs a gradient in every step")
         rows = [row for row in rows if row.param.numel()]  # apex leaves out what comes before an empty tensor
@@ -294,12 +299,12 @@ class AdamWEMA(torch.optim.Optimizer):
             group["weight_decay"],
             torch.ones(1, device=self._device) if scale is None else scale[None],
         )
-        self._follow(rows)
+        self._follow(rows, skip)
 
-    def _follow(self, rows: list[Row]) -> None:
+    def _follow(self, rows: list[Row], skip: Tensor | None) -> None:
         """Averages and copies, by PyTorch."""
         for i, decay in enumerate(self.ema_decays):
-            if not self.skip_nonfinite:
+            if skip is None:
                 torch._foreach_lerp_([row.averages[i] for row in rows], [row.param for row in rows], 1 - decay)
                 continue
             for part in (rows[j : j + 16] for j in range(0, len(rows), 16)):  # few, for the memory of the differences
@@ -308,12 +313,12 @@ class AdamWEMA(torch.optim.Optimizer):
                 # A step of gradient descent, because it is left out where a flag on the device says so.
                 torch._fused_sgd_(
                     averages, away, [], weight_decay=0, momentum=0, lr=1 - decay, dampening=0, nesterov=False,
-                    maximize=False, is_first_step=False, found_inf=self.skipped,
+                    maximize=False, is_first_step=False, found_inf=skip,
                 )  # fmt: skip
         for row in rows:
             if row.copy is not None:
-                rounded = _round_at_random(row) if self.stochastic_rounding else row.param.bfloat16()
-                row.copy.copy_(torch.where(self.skipped != 0, row.copy, rounded))
+                new = _round_at_random(row) if self.stochastic_rounding else row.param
+                row.copy.copy_(new if skip is None else torch.where(skip != 0, row.copy, new.bfloat16()))
 
     def _choose(self, wish: Backend) -> Backend:
         why = None
@@ -347,6 +352,11 @@ class AdamWEMA(torch.optim.Optimizer):
 def local(x: Tensor) -> Tensor:
     """This rank's part of a tensor, sharing its memory."""
     return x.to_local() if isinstance(x, DTensor) else x
+
+
+def _makes_wait(device: torch.device) -> bool:
+    """Whether the host waits for the device when it reads a value."""
+    return device.type != "cpu"
 
 
 def _key(decay: float) -> str:
