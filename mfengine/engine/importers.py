@@ -183,6 +183,8 @@ def find_source(path: Path) -> Source:
 def _lmdb(path: Path) -> Source:
     """Keys `0`, `1`, ... and `num_samples`; values are pickled dicts, as github.com/zhuyu-cs/MeanFlow writes them."""
     environment = open_lmdb(path)
+    from lmdb import Error
+
     with environment.begin() as transaction:
         number = transaction.get(b"num_samples")
     written = environment.info()["last_txnid"]
@@ -193,7 +195,7 @@ def _lmdb(path: Path) -> Source:
         try:
             with environment.begin() as transaction:
                 data = transaction.get(str(i).encode())
-        except Exception as error:  # lmdb's own, which is imported where it is needed
+        except Error as error:
             raise SampleError(str(error)) from None
         if data is None:
             raise SampleError("there is no such record")

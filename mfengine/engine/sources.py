@@ -241,7 +241,7 @@ class LMDBSource:
     @classmethod
     def scan(cls, path: Path, one_class: bool) -> LMDBSource:
         names, labels, sizes = [], [], []
-        with _readable(path), open_lmdb(path) as environment, environment.begin(buffers=True) as transaction:
+        with open_lmdb(path) as environment, _readable(path), environment.begin(buffers=True) as transaction:
             for key, value in transaction.cursor():
                 name = bytes(key).decode(errors="replace")
                 if not name.startswith("image-"):
@@ -260,13 +260,13 @@ class LMDBSource:
         with self._lock:
             if not self._open:
                 self._open.append(open_lmdb(self.path))
+        from lmdb import Error
+
         try:
             with self._open[0].begin() as transaction:
                 value: bytes = transaction.get(self.names[index].encode())
                 return value
-        except InputError:
-            raise
-        except Exception as error:  # lmdb's own, which is imported where it is needed
+        except Error as error:
             raise OSError(str(error)) from None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -279,11 +279,11 @@ class LMDBSource:
 @contextlib.contextmanager
 def _readable(path: Path) -> Iterator[None]:
     """Turn what LMDB says of a damaged file into one line."""
+    from lmdb import Error
+
     try:
         yield
-    except (InputError, KeyboardInterrupt):
-        raise
-    except Exception as error:  # lmdb's own, which is imported where it is needed
+    except Error as error:
         raise InputError(f"{path} is damaged: {error}") from None
 
 
