@@ -17,7 +17,7 @@ install: .venv/installed
 demo: install
 	test -e data/digits/dataset.json || $(BIN)/python -m mfengine.prepare digits data/digits
 	$(BIN)/python -m mfengine.train digits --resume auto
-	$(BIN)/python -m mfengine.sample runs/digits --steps 1 --out runs/digits/grid.png
+	$(BIN)/python -m mfengine.generate runs/digits --steps 1 --out runs/digits/grid.png
 	$(BIN)/python -m mfengine.evaluate runs/digits --data data/digits
 
 test: install lint

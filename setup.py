@@ -11,7 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
@@ -96,10 +96,9 @@ class LibraryWheel(bdist_wheel):
         return ("py3", "none", platform)
 
 
-# kernels/ stands beside mfengine/, and installs inside of it: a top-level package `kernels` is somebody else's.
+# mfengine/kernels is a link to kernels/: importable from a clone, checked by mypy, and installed like any package.
 setup(
-    packages=["mfengine", "mfengine.engine", "mfengine.kernels", "mfengine.method", "mfengine.model", "mfengine.ops"],
-    package_dir={"mfengine.kernels": "kernels"},
+    packages=find_packages(include=["mfengine", "mfengine.*"]),
     ext_modules=[Extension(LIBRARY, sources=[], optional=True)] if wanted() else [],
     cmdclass={"build_ext": BuildLibrary, "bdist_wheel": LibraryWheel},
 )

@@ -19,7 +19,7 @@ from benchmarks.cases import rotating
 from benchmarks.measure import environment, make_clock, measure, summarise
 from benchmarks.report import attention_table
 from mfengine import ops
-from mfengine.engine.config import PRESETS
+from mfengine.engine.presets import PRESETS
 from mfengine.ops.choice import TIMES, WORK, Implementation, Work, device_name, why_not
 
 Shape = tuple[int, int, int]  # head dim, tokens, heads

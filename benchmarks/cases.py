@@ -24,14 +24,14 @@ from benchmarks.baselines.port import Port, PortDiT, jvp_flash_attention, modula
 from benchmarks.measure import Row, summarise
 from benchmarks.workload import IMPLEMENTATIONS, OBJECTIVES, Call, make_model, small, torch_pair, training_step
 from mfengine import ModelConfig, ops, sample
-from mfengine.engine.config import PRESETS
-from mfengine.engine.data import Dataset, LatentSpace, Loader
-from mfengine.engine.distributed import World
+from mfengine.data.dataset import Dataset, LatentSpace, Loader
+from mfengine.data.writer import ArraySamples, write_dataset
 from mfengine.engine.flops import forward_flops, step_flops
-from mfengine.engine.shards import ArraySamples, write_dataset
+from mfengine.engine.presets import PRESETS
 from mfengine.kernels import multi_tensor
 from mfengine.ops import Dual
 from mfengine.optim import AdamWEMA
+from mfengine.ranks import World
 
 OURS = "mfengine"
 Array = tuple[tuple[int, ...], torch.dtype]

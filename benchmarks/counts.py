@@ -19,8 +19,8 @@ from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 from benchmarks.cases import OURS, Update
 from benchmarks.workload import torch_pair, training_step
 from mfengine.engine.flops import forward_flops
-from mfengine.method import MeanFlowConfig
-from mfengine.model import ModelConfig
+from mfengine.methods import MeanFlowConfig
+from mfengine.networks import ModelConfig
 from mfengine.ops import use_backend
 
 META = torch.device("meta")

@@ -31,11 +31,11 @@ from benchmarks.report import render
 from benchmarks.split import guided_split
 from benchmarks.workload import OBJECTIVES, small, training_step
 from mfengine import ops
-from mfengine.engine.config import PRESETS
-from mfengine.engine.distributed import World
+from mfengine.engine.presets import PRESETS
 from mfengine.ops import Dual
 from mfengine.ops.choice import WORK, why_not
 from mfengine.optim import AdamWEMA
+from mfengine.ranks import World
 
 MINUTES = 8  # for all of it: no timing begins later
 COMPILE_SECONDS = 120  # of a peer's step of XL/2, at a guess

@@ -35,11 +35,14 @@ from benchmarks.measure import Row
 from benchmarks.workload import small
 from mfengine import DiT, MeanFlow
 from mfengine.cli import parse, run
-from mfengine.engine.config import PRESETS, TrainConfig, to_json
-from mfengine.engine.distributed import World, prepare_model, reduce_gradients
+from mfengine.configs import to_json
+from mfengine.engine.config import TrainConfig
+from mfengine.engine.distributed import prepare_model, reduce_gradients
 from mfengine.engine.optim import adamw_ema
+from mfengine.engine.presets import PRESETS
 from mfengine.errors import InputError
 from mfengine.ops import use_backend
+from mfengine.ranks import World
 
 IMAGES = 1_281_167  # ImageNet's training set
 WEAK_BATCH = 32  # rows per GPU where the global batch grows with the GPUs

@@ -22,12 +22,14 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from benchmarks.workload import OBJECTIVES, make_model, small
 from mfengine import MeanFlow, MeanFlowConfig, ModelConfig
-from mfengine.engine.config import PRESETS, OptimConfig
-from mfengine.engine.data import LatentSpace, Loader
-from mfengine.engine.distributed import World, prepare_model, world
+from mfengine.data.dataset import LatentSpace, Loader
+from mfengine.data.writer import ArraySamples, write_dataset
+from mfengine.device import to_device
+from mfengine.engine.config import OptimConfig
+from mfengine.engine.distributed import prepare_model
 from mfengine.engine.optim import adamw_ema
-from mfengine.engine.shards import ArraySamples, write_dataset
-from mfengine.method.objective import to_device
+from mfengine.engine.presets import PRESETS
+from mfengine.ranks import World, world
 
 PASSES = ("data wait", "guidance", "primal", "tangent", "backward", "optimizer", "communication", "rest")
 STEPS = 5

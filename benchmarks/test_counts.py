@@ -7,8 +7,8 @@ from benchmarks.cases import UPDATES
 from benchmarks.counts import count, count_optimizer
 from benchmarks.split import guided_split
 from benchmarks.workload import OBJECTIVES
-from mfengine.engine.config import PRESETS
-from mfengine.engine.distributed import World
+from mfengine.engine.presets import PRESETS
+from mfengine.ranks import World
 
 
 @pytest.mark.parametrize("name", ["mfengine", "port"])

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from benchmarks.baselines.port import Port, PortDiT, jvp_flash_attention, sdpa
 from mfengine import DiT, Draws, MeanFlow, MeanFlowConfig, ModelConfig
-from mfengine.engine.config import PRESETS, OptimConfig
+from mfengine.engine.config import OptimConfig
 from mfengine.engine.optim import adamw_ema
+from mfengine.engine.presets import PRESETS
 
 OBJECTIVES: dict[str, MeanFlowConfig] = {
     "flow matching": MeanFlowConfig(interval_share=0.0),

@@ -10,16 +10,16 @@ from typing import Annotated, Literal
 import tyro
 
 from mfengine import cli
+from mfengine.configs import check_seed
+from mfengine.data.dataset import Dataset
+from mfengine.data.image_files import check_new, check_writable
+from mfengine.data.pictures import draw_latents
+from mfengine.data.vae import VAE
 from mfengine.engine.checkpoint import load_model
-from mfengine.engine.config import check_seed
-from mfengine.engine.data import Dataset
-from mfengine.engine.decode import draw_latents
-from mfengine.engine.distributed import world
-from mfengine.engine.evaluation import Decode, SampleSet, evaluate, write_figures
-from mfengine.engine.fidelity import SPLITS, Reference
-from mfengine.engine.image_files import check_new, check_writable
-from mfengine.engine.vae import VAE
 from mfengine.errors import InputError
+from mfengine.evaluation.fidelity import SPLITS, Reference
+from mfengine.evaluation.samples import Decode, SampleSet, evaluate, write_figures
+from mfengine.ranks import world
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 import torch
 
 import mfengine
-from mfengine.engine.config import PRESETS
+from mfengine.engine.presets import PRESETS
 from mfengine.kernels import multi_tensor
 from mfengine.ops import choice
 from mfengine.ops.backend import fused

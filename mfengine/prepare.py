@@ -13,15 +13,15 @@ import numpy as np
 import tyro
 
 from mfengine import cli
-from mfengine.engine.data import Dataset, LatentSpace
-from mfengine.engine.distributed import world
-from mfengine.engine.images import EncodedImages
-from mfengine.engine.importers import ImportedSamples
-from mfengine.engine.shards import ArraySamples, check_vacant, write_dataset
-from mfengine.engine.sources import open_source
-from mfengine.engine.vae import VAE
-from mfengine.engine.verify import verify
+from mfengine.data.check import verify
+from mfengine.data.dataset import Dataset, LatentSpace
+from mfengine.data.images import EncodedImages
+from mfengine.data.importers import ImportedSamples
+from mfengine.data.sources import open_source
+from mfengine.data.vae import VAE
+from mfengine.data.writer import ArraySamples, check_vacant, write_dataset
 from mfengine.errors import InputError
+from mfengine.ranks import world
 
 PROG = "python -m mfengine.prepare"
 

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from mfengine import cli
-from mfengine.engine.config import PRESETS, TrainConfig
-from mfengine.engine.distributed import world
-from mfengine.engine.plan import dry_run
+from mfengine.engine.config import TrainConfig
+from mfengine.engine.preflight import dry_run
+from mfengine.engine.presets import PRESETS
 from mfengine.engine.trainer import train
 from mfengine.errors import InputError
+from mfengine.ranks import world
 
 PROG = "python -m mfengine.train"
 

@@ -15,9 +15,10 @@ from torch.torch_version import TorchVersion
 
 from mfengine import DiT, Draws, MeanFlow, MeanFlowConfig, ModelConfig
 from mfengine.engine.checkpoint import Checkpointer, load_state, newest_checkpoint
-from mfengine.engine.distributed import prepare_model, world
+from mfengine.engine.distributed import prepare_model
 from mfengine.kernels import multi_tensor
 from mfengine.optim import AdamWEMA, local
+from mfengine.ranks import world
 
 CONFIG = ModelConfig(4, 2, 2, hidden_size=16, depth=2, num_heads=2, num_classes=3)
 

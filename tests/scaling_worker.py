@@ -7,7 +7,7 @@ from pathlib import Path
 from benchmarks.scaling import STRATEGIES, Step, count_step
 from mfengine import MeanFlowConfig, ModelConfig
 from mfengine.engine.config import TrainConfig
-from mfengine.engine.distributed import world
+from mfengine.ranks import world
 
 CONFIG = TrainConfig(
     model=ModelConfig(8, 2, 4, hidden_size=32, depth=2, num_heads=2, num_classes=17),

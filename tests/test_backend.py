@@ -16,7 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa_by_name
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mfengine import accelerate, jvp_attention, ops
-from mfengine.ops import sdpa
+from mfengine.backend import sdpa
 from mfengine.ops.dual import Dual
 
 BACKENDS = pytest.mark.parametrize("backend", ["torch", "triton"])

@@ -56,9 +56,9 @@ def test_counts_are_exact():
 
 
 PLANTED = """
-import mfengine.ops, mfengine.method, torch
+import mfengine.ops, mfengine.methods, torch
 
-usual_gelu, usual_loss = mfengine.ops.gelu, mfengine.method.MeanFlow.loss
+usual_gelu, usual_loss = mfengine.ops.gelu, mfengine.methods.MeanFlow.loss
 
 def slow_gelu(*args):
     for _ in range(7):
@@ -70,7 +70,7 @@ def costly_loss(self, model, latents, labels, draws):
         model(latents, latents[:, 0, 0, 0], latents[:, 0, 0, 0], labels)
     return usual_loss(self, model, latents, labels, draws)
 
-mfengine.ops.gelu, mfengine.method.MeanFlow.loss = slow_gelu, costly_loss
+mfengine.ops.gelu, mfengine.methods.MeanFlow.loss = slow_gelu, costly_loss
 """
 
 

@@ -14,10 +14,10 @@ import torch
 from conftest import SMALL, checkpoint_contents, run_command, run_in_process
 from PIL import Image
 
+from mfengine.data.dataset import LatentSpace
+from mfengine.data.writer import ArraySamples, order, write_dataset
 from mfengine.engine import trainer
 from mfengine.engine.checkpoint import load_model, newest_checkpoint
-from mfengine.engine.data import LatentSpace
-from mfengine.engine.shards import ArraySamples, order, write_dataset
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +80,7 @@ def test_sample_draws_the_same_from_run_checkpoint_and_export(trained, tmp_path)
     pictures = []
     for i, source in enumerate((run, newest_checkpoint(run), "model.safetensors")):
         done = run_command(
-            "mfengine.sample", source, "--steps=2", "--labels", "3", "7", "--per-label=4", f"--out={i}.png",
+            "mfengine.generate", source, "--steps=2", "--labels", "3", "7", "--per-label=4", f"--out={i}.png",
             cwd=tmp_path,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
@@ -148,10 +148,10 @@ def test_run_that_was_killed_as_it_began(digits, tmp_path):
 
 def test_checkpoint_under_another_name(trained, tmp_path, monkeypatch, capsys):
     shutil.copytree(newest_checkpoint(trained[0]), tmp_path / "best")
-    code, _, _ = run_in_process("mfengine.sample", "best", cwd=tmp_path, monkeypatch=monkeypatch, capsys=capsys)
+    code, _, _ = run_in_process("mfengine.generate", "best", cwd=tmp_path, monkeypatch=monkeypatch, capsys=capsys)
     assert code == 0
     (tmp_path / "best/checkpoint.json").write_text("")
-    code, _, errors = run_in_process("mfengine.sample", "best", cwd=tmp_path, monkeypatch=monkeypatch, capsys=capsys)
+    code, _, errors = run_in_process("mfengine.generate", "best", cwd=tmp_path, monkeypatch=monkeypatch, capsys=capsys)
     assert code == 2
     assert "cannot read best/checkpoint.json" in errors
 
@@ -278,16 +278,16 @@ def test_weights_that_are_not_finite_are_not_saved(digits, tmp_path):
         (["mfengine.prepare", "digits", "DATA"], "is not an empty folder"),
         (["mfengine.prepare", "digts", "out"], "there is no command digts; the nearest is digits"),
         (["mfengine.prepare"], "say what to prepare: digits"),
-        (["mfengine.sample", "nowhere"], "nowhere is neither a checkpoint"),
-        (["mfengine.sample", "RUN", "--labels", "10"], "there is no label 10; the model has 0 to 9"),
-        (["mfengine.sample", "RUN", "--steps=0"], "--steps and --per-label must be at least 1"),
-        (["mfengine.sample", "RUN", "--seed=-1"], "seed must be at least 0 and below 2^63, not -1"),
-        (["mfengine.sample", "RUN", f"--seed={2**64}"], "seed must be at least 0 and below 2^63"),
+        (["mfengine.generate", "nowhere"], "nowhere is neither a checkpoint"),
+        (["mfengine.generate", "RUN", "--labels", "10"], "there is no label 10; the model has 0 to 9"),
+        (["mfengine.generate", "RUN", "--steps=0"], "--steps and --per-label must be at least 1"),
+        (["mfengine.generate", "RUN", "--seed=-1"], "seed must be at least 0 and below 2^63, not -1"),
+        (["mfengine.generate", "RUN", f"--seed={2**64}"], "seed must be at least 0 and below 2^63"),
         (["mfengine.train", "--seed=-1"], "seed must be at least 0 and below 2^63, not -1"),
         (["mfengine.evaluate", "RUN", "--data=DATA", "--seed=-1"], "seed must be at least 0 and below 2^63, not -1"),
-        (["mfengine.sample", "RUN", "--out=x.jpg"], "must end in .png"),
-        (["mfengine.sample", "RUN", "--ema-decay=0.1"], "no moving average of decay 0.1; it has [0.9, 0.5]"),
-        (["mfengine.sample", "broken.safetensors"], "cannot read broken.safetensors"),
+        (["mfengine.generate", "RUN", "--out=x.jpg"], "must end in .png"),
+        (["mfengine.generate", "RUN", "--ema-decay=0.1"], "no moving average of decay 0.1; it has [0.9, 0.5]"),
+        (["mfengine.generate", "broken.safetensors"], "cannot read broken.safetensors"),
         (["mfengine.export", "RUN", "out.bin"], "must end in .safetensors"),
         (["mfengine.evaluate", "RUN", "--data=nowhere"], "dataset.json does not exist"),
     ],
@@ -348,7 +348,7 @@ def test_checkpoint_of_another_architecture(trained, tmp_path, monkeypatch, caps
     description.write_text(json.dumps(values))
     try:
         code, _, errors = run_in_process(
-            "mfengine.sample", trained[0], cwd=tmp_path, monkeypatch=monkeypatch, capsys=capsys
+            "mfengine.generate", trained[0], cwd=tmp_path, monkeypatch=monkeypatch, capsys=capsys
         )
     finally:
         description.write_text(kept)
@@ -361,7 +361,7 @@ def test_help_is_there(tmp_path, monkeypatch, capsys):
     for args, text in (
         (["mfengine.train", "--help"], "676 M parameters, 240 epochs"),
         (["mfengine.train", "b4", "--help"], "guidance weight of the sample's own velocity"),
-        (["mfengine.sample", "--help"], "network evaluations per sample"),
+        (["mfengine.generate", "--help"], "network evaluations per sample"),
     ):
         code, output, _ = run_in_process(*args, cwd=tmp_path, monkeypatch=monkeypatch, capsys=capsys)
         assert code == 0
@@ -388,7 +388,7 @@ def test_vae_decodes_latents(tmp_path):
         up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4, norm_num_groups=4,
     )  # fmt: skip
     vae.save_pretrained(tmp_path / "vae")
-    from mfengine.engine.vae import VAE
+    from mfengine.data.vae import VAE
 
     space = LatentSpace(shape=(4, 8, 8), num_classes=10, scale=0.2, bias=0.5)
     latents = torch.randn(2, 4, 8, 8)

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from mfengine import ModelConfig
+from mfengine.data.dataset import BROKEN, DESCRIPTION, Dataset, LatentSpace, Loader, read_means
+from mfengine.data.writer import ArraySamples, Broken, order, write_dataset
 from mfengine.engine import shards
-from mfengine.engine.data import BROKEN, DESCRIPTION, Dataset, LatentSpace, Loader, read_means
-from mfengine.engine.shards import ArraySamples, Broken, order, write_dataset
 from mfengine.errors import InputError, RankError
 
 CPU = torch.device("cpu")

@@ -13,9 +13,9 @@ import torch
 from conftest import SMALL, checkpoint_contents, run_command
 from golden_cases import relative_error
 
+from mfengine.data.dataset import LatentSpace
+from mfengine.data.writer import ArraySamples, order, write_dataset
 from mfengine.engine.checkpoint import load_model, newest_checkpoint
-from mfengine.engine.data import LatentSpace
-from mfengine.engine.shards import ArraySamples, order, write_dataset
 
 GUIDED = ("--method.omega=0.2", "--method.kappa=0.92", "--method.t-end=0.75")
 STEPS = ("--steps=20", "--checkpoint-every=10")

@@ -17,10 +17,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from mfengine import DiT, ModelConfig
+from mfengine.data.dataset import Dataset, LatentSpace, iterate_means, read_means
+from mfengine.data.image_files import ImageArchive, ImageFolder
+from mfengine.data.vae import VAE
+from mfengine.data.writer import ArraySamples, order, write_dataset
 from mfengine.engine.checkpoint import describe_model, load_model, newest_checkpoint
-from mfengine.engine.data import Dataset, LatentSpace, iterate_means, read_means
-from mfengine.engine.distributed import World
-from mfengine.engine.evaluation import (
+from mfengine.errors import RankError
+from mfengine.evaluation.samples import (
     SAMPLES,
     LabelReader,
     Moments,
@@ -31,14 +34,11 @@ from mfengine.engine.evaluation import (
     latent_distance,
     write_figures,
 )
-from mfengine.engine.image_files import ImageArchive, ImageFolder
-from mfengine.engine.shards import ArraySamples, order, write_dataset
-from mfengine.engine.vae import VAE
-from mfengine.errors import RankError
+from mfengine.ranks import World
 
 ALONE = World(0, 1, torch.device("cpu"))
 TRAIN = (
-    *("mfengine.train", *SMALL, "--every=10", "--checkpoint-every=10"),
+    *("mfengine.train", *SMALL, "--evaluate-every=10", "--checkpoint-every=10"),
     *("--optim.lr=1e-3", "--optim.ema-decays=0.5"),
 )
 LATENTS = LatentSpace(shape=(4, 8, 8), num_classes=10, scale=0.2, bias=0.5)

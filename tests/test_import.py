@@ -13,10 +13,10 @@ import pytest
 import torch
 from conftest import run_command, run_in_process
 
+from mfengine.data.dataset import Dataset
+from mfengine.data.importers import ImportedSamples
+from mfengine.data.pickles import Refused, load_record
 from mfengine.engine import importers
-from mfengine.engine.data import Dataset
-from mfengine.engine.importers import ImportedSamples
-from mfengine.engine.pickles import Refused, load_record
 
 COUNT, CLASSES, SHAPE = 23, 5, (4, 6, 6)
 LABELS = [3 * i % CLASSES for i in range(COUNT)]
@@ -417,7 +417,7 @@ def test_a_record_cannot_change_the_reader():
 @pytest.fixture(scope="module")
 def imported(tmp_path_factory):
     """A data set of three shards."""
-    from mfengine.engine.shards import write_dataset
+    from mfengine.data.writer import write_dataset
 
     folder = tmp_path_factory.mktemp("check")
     return write_dataset(folder / "data", ImportedSamples(make_npy(folder / "source")), shard_samples=10).folder

@@ -6,7 +6,7 @@ from golden_cases import relative_error
 from torch.utils import _pytree as pytree
 
 from mfengine import DiT, ModelConfig
-from mfengine.engine.config import PRESETS
+from mfengine.engine.presets import PRESETS
 
 
 def small_model(dtype=torch.float64, **changes):

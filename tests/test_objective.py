@@ -8,7 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from mfengine import DiT, MeanFlow, MeanFlowConfig, ModelConfig
-from mfengine.engine.config import PRESETS
+from mfengine.engine.presets import PRESETS
 from mfengine.ops import use_attention
 
 

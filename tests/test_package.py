@@ -149,4 +149,4 @@ def test_floors_import_only_floors_below(floor):
         for name in above:
             assert f"mfengine.{name}" not in text, f"{path.name} imports {name}"
     if floor == "method":
-        assert "kernels" not in (ROOT / "mfengine/method/objective.py").read_text()
+        assert "kernels" not in (ROOT / "mfengine/methods/meanflow.py").read_text()

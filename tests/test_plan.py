@@ -16,15 +16,17 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from benchmarks.counts import Saved
 from benchmarks.scaling import KINDS, count_fake, fake_world, layout
 from mfengine import DiT, MeanFlow
+from mfengine.data.dataset import LatentSpace
+from mfengine.data.writer import ArraySamples, write_dataset
 from mfengine.engine import trainer
-from mfengine.engine.config import PRESETS, OptimConfig, TrainConfig
-from mfengine.engine.data import LatentSpace
-from mfengine.engine.distributed import World, prepare_model
+from mfengine.engine.config import OptimConfig, TrainConfig
+from mfengine.engine.distributed import prepare_model
 from mfengine.engine.optim import adamw_ema, averages
-from mfengine.engine.plan import LiveBytes, activation_bytes, make_plan
-from mfengine.engine.shards import ArraySamples, write_dataset
+from mfengine.engine.preflight import LiveBytes, activation_bytes, make_plan
+from mfengine.engine.presets import PRESETS
 from mfengine.ops import use_backend
 from mfengine.optim import local
+from mfengine.ranks import World
 from mfengine.train import parse
 
 GPU = torch.device("cuda")

@@ -16,11 +16,11 @@ import torch
 from conftest import kill, run_command, run_in_process
 from PIL import Image
 
-from mfengine.engine.data import BROKEN, Dataset, LatentSpace, Loader
-from mfengine.engine.images import ImageDecoder, adm_crop
-from mfengine.engine.shards import order
-from mfengine.engine.sources import open_source
-from mfengine.engine.vae import VAE
+from mfengine.data.dataset import BROKEN, Dataset, LatentSpace, Loader
+from mfengine.data.images import ImageDecoder, adm_crop
+from mfengine.data.sources import open_source
+from mfengine.data.vae import VAE
+from mfengine.data.writer import order
 from mfengine.errors import InputError
 
 diffusers = pytest.importorskip("diffusers", reason="diffusers is an extra")

@@ -9,7 +9,7 @@ from torch.distributed.run import get_args_parser
 
 from benchmarks import scaling
 from mfengine import cli, evaluate, prepare, train
-from mfengine.engine.config import PRESETS
+from mfengine.engine.presets import PRESETS
 
 PAGE = Path(__file__).parent.parent / "docs/backend.md"
 RECIPES = dict(re.findall(r"^## Recipe: (.*?)\n.*?^```python\n(.*?)^```", PAGE.read_text(), re.M | re.S))

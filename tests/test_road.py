@@ -102,10 +102,18 @@ def test_from_photographs_to_figures(photographs, vae):
     run("mfengine.prepare", "check", "latents")
     plan = run("mfengine.train", *TINY, "--data=latents", "--dry-run", "--name=tiny")
     assert "ready to start; nothing was written" in plan.stdout
-    run("mfengine.train", *TINY, "--data=latents", "--steps=50", "--every=25", "--sample-every=50", "--name=tiny")
+    run(
+        "mfengine.train",
+        *TINY,
+        "--data=latents",
+        "--steps=50",
+        "--evaluate-every=25",
+        "--sample-every=50",
+        "--name=tiny",
+    )
     measured = [json.loads(line) for line in (cwd / "runs/tiny/metrics.jsonl").read_text().splitlines()]
     assert any("frechet_1nfe" in line for line in measured)
-    run("mfengine.sample", "runs/tiny", f"--vae={vae}", "--out=grid.png", "--per-label=2")
+    run("mfengine.generate", "runs/tiny", f"--vae={vae}", "--out=grid.png", "--per-label=2")
     assert Image.open(cwd / "grid.png").size[0] >= SIZE * 2
     run(
         "mfengine.evaluate",
@@ -122,5 +130,5 @@ def test_from_photographs_to_figures(photographs, vae):
     assert images.shape == (100, SIZE, SIZE, 3)
     assert images.dtype == np.uint8
     run("mfengine.export", "runs/tiny", "tiny.safetensors")
-    run("mfengine.sample", "tiny.safetensors", f"--vae={vae}", "--out=again.png", "--per-label=2")
+    run("mfengine.generate", "tiny.safetensors", f"--vae={vae}", "--out=again.png", "--per-label=2")
     assert (cwd / "again.png").read_bytes() == (cwd / "grid.png").read_bytes()

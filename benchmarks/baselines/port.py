@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mfengine import Draws, MeanFlowConfig, ModelConfig
-from mfengine.method.objective import column, to_device
-from mfengine.model.transformer import TIME_FEATURES, sincos_positions
+from mfengine.device import to_device
+from mfengine.methods.meanflow import column
+from mfengine.networks.dit import TIME_FEATURES, sincos_positions
 
 # ----------------------------------------------------------------------------
 # Attention of queries, keys and values (B, H, N, d).

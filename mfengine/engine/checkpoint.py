@@ -23,12 +23,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mfengine.convert import from_sit
-from mfengine.engine.config import from_json, to_json
-from mfengine.engine.data import LatentSpace
-from mfengine.engine.distributed import World
+from mfengine.configs import from_json, to_json
+from mfengine.data.dataset import LatentSpace
 from mfengine.errors import InputError
-from mfengine.model import DiT, ModelConfig
+from mfengine.networks import DiT, ModelConfig
+from mfengine.networks.convert import from_sit
+from mfengine.ranks import World
 
 # A single process has no process group, which is as it should be.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")

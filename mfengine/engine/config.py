@@ -1,29 +1,18 @@
-"""Configuration of a training run, and the presets."""
+"""Configuration of a training run."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Literal
 
-import tyro
-
+from mfengine.configs import check_seed
 from mfengine.errors import InputError
-from mfengine.method import MeanFlowConfig
-from mfengine.model import ModelConfig
+from mfengine.methods import MeanFlowConfig
+from mfengine.networks import ModelConfig
 from mfengine.ops.backend import Backend
 from mfengine.ops.choice import Attention
 from mfengine.optim import Backend as OptimBackend
-
-C = TypeVar("C")
-
-
-def check_seed(seed: int) -> None:
-    """InputError unless NumPy and PyTorch take it as a seed."""
-    if not 0 <= seed < 2**63:
-        raise InputError(f"seed must be at least 0 and below 2^63, not {seed}")
 
 
 @dataclass(frozen=True)
@@ -108,7 +97,7 @@ class TrainConfig:
     """steps between lines in metrics.jsonl and TensorBoard"""
     sample_every: int = 5000
     """steps between sample pictures; 0 draws none"""
-    evaluate_every: Annotated[int, tyro.conf.arg(aliases=("--every",))] = 0
+    evaluate_every: int = 0
     """steps between measurements of one-step samples: their Frechet distance from the data, in latents; 0 takes none"""
     checkpoint_every: int = 5000
     """steps between checkpoints; one is always written at the end"""
@@ -154,80 +143,3 @@ class TrainConfig:
         except ValueError as error:
             raise InputError(f"{error}; change batch_size, accumulation or method.interval_share") from None
         return local
-
-
-# ----------------------------------------------------------------------------
-# Presets.
-
-
-def _imagenet(name: str, patch: int, width: int, depth: int, heads: int, epochs: int, **guidance: float) -> TrainConfig:
-    """A configuration of arXiv 2505.13447: ImageNet latents of 4 x 32 x 32."""
-    return TrainConfig(
-        data=Path("data/imagenet256"),
-        name=name,
-        model=ModelConfig(patch_size=patch, hidden_size=width, depth=depth, num_heads=heads),
-        method=MeanFlowConfig(**guidance),
-        epochs=epochs,
-    )
-
-
-PRESETS: dict[str, tuple[str, TrainConfig]] = {
-    "digits": (
-        "the 1,797 handwritten digits of scikit-learn, 8 x 8 pixels: minutes on two CPU cores",
-        TrainConfig(
-            data=Path("data/digits"),
-            name="digits",
-            model=ModelConfig(8, 4, 1, hidden_size=128, depth=4, num_heads=4, num_classes=10),
-            optim=OptimConfig(lr=2e-3, ema_decays=(0.995,)),
-            batch_size=256,
-            epochs=214,
-            log_every=25,
-            sample_every=500,
-            checkpoint_every=250,
-        ),
-    ),
-    "b4": ("ImageNet 256, 131 M parameters, 80 epochs", _imagenet("b4", 4, 768, 12, 12, 80, omega=1.0, kappa=0.5)),
-    "b2": ("ImageNet 256, 131 M parameters, 240 epochs", _imagenet("b2", 2, 768, 12, 12, 240, omega=1.0, kappa=0.5)),
-    "m2": (
-        "ImageNet 256, 308 M parameters, 240 epochs (guidance as b2: the published one is unconfirmed)",
-        _imagenet("m2", 2, 1024, 16, 16, 240, omega=1.0, kappa=0.5),
-    ),
-    "l2": (
-        "ImageNet 256, 459 M parameters, 240 epochs",
-        _imagenet("l2", 2, 1024, 24, 16, 240, omega=0.2, kappa=0.92, t_end=0.8),
-    ),
-    "xl2": (
-        "ImageNet 256, 676 M parameters, 240 epochs",
-        _imagenet("xl2", 2, 1152, 28, 16, 240, omega=0.2, kappa=0.92, t_end=0.75),
-    ),
-    "xl2-plus": (
-        "ImageNet 256, 676 M parameters, 1000 epochs (guidance as xl2: the published one is unconfirmed)",
-        _imagenet("xl2-plus", 2, 1152, 28, 16, 1000, omega=0.2, kappa=0.92, t_end=0.75),
-    ),
-}
-
-
-# ----------------------------------------------------------------------------
-# Configurations as JSON.
-
-
-def to_json(config: Any) -> dict[str, Any]:
-    """A configuration dataclass as plain JSON values."""
-    return json.loads(json.dumps(dataclasses.asdict(config), default=str))
-
-
-def from_json(cls: type[C], values: dict[str, Any]) -> C:
-    """A flat configuration dataclass from what `to_json` made; InputError for a field that it has not."""
-    names = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    unknown = sorted(values.keys() - names)
-    if unknown:
-        raise InputError(f"{cls.__name__} has no {', '.join(unknown)}: written by another version of mfengine")
-    return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
-
-
-def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested JSON objects as {outer.inner: value}."""
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat

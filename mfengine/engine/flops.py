@@ -11,9 +11,9 @@ from statistics import NormalDist
 
 import torch
 
-from mfengine.method import MeanFlowConfig
-from mfengine.model import ModelConfig
-from mfengine.model.transformer import TIME_FEATURES
+from mfengine.methods import MeanFlowConfig
+from mfengine.networks import ModelConfig
+from mfengine.networks.dit import TIME_FEATURES
 
 
 def forward_flops(config: ModelConfig) -> int:

@@ -10,11 +10,11 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
-import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
+
+from mfengine.data.pictures import image_grid, save_picture
 
 METRICS = "metrics.jsonl"
 
@@ -116,19 +116,6 @@ class Telemetry:
             self._bar.write(message, file=sys.stderr)
 
 
-def progress(total: int, title: str, enabled: bool) -> Any:
-    """A progress bar over images, with their number per second."""
-    terminal = sys.stderr.isatty()
-    return tqdm(
-        total=total,
-        desc=title,
-        unit=" images",
-        dynamic_ncols=terminal,
-        mininterval=0.2 if terminal else 20,
-        disable=not enabled,
-    )
-
-
 def _continue_metrics(path: Path, step: int) -> Any:
     """Open metrics.jsonl for appending, without the lines of steps that will be done again."""
     kept = []
@@ -141,29 +128,3 @@ def _continue_metrics(path: Path, step: int) -> Any:
                 break  # a line that a killed run left half-written, always the last
     path.write_text("".join(kept))
     return path.open("a")
-
-
-# ----------------------------------------------------------------------------
-# Pictures.
-
-
-def image_grid(images: Tensor, columns: int | None = None) -> Tensor:
-    """Lay out images (B, C, H, W) in rows, as near to a square as can be, with a margin: (C, H', W')."""
-    count, channels, height, width = images.shape
-    columns = columns or int(np.ceil(np.sqrt(count)))
-    rows = -(-count // columns)
-    margin = max(1, height // 16)
-    grid = images.new_ones(channels, rows * (height + margin) + margin, columns * (width + margin) + margin)
-    for i, image in enumerate(images):
-        top, left = margin + i // columns * (height + margin), margin + i % columns * (width + margin)
-        grid[:, top : top + height, left : left + width] = image
-    return grid
-
-
-def save_picture(image: Tensor, path: Path, min_size: int = 480) -> None:
-    """Write an image (C, H, W) in [0, 1] as PNG, small ones enlarged by a whole factor."""
-    pixels = (image.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
-    factor = max(1, min_size // max(pixels.shape[:2]))
-    pixels = pixels.repeat(factor, axis=0).repeat(factor, axis=1)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels).save(path)

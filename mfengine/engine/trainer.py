@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
@@ -21,6 +21,10 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
 )
 
+from mfengine.configs import flatten, to_json
+from mfengine.data.dataset import Dataset, Loader
+from mfengine.data.pictures import draw_latents
+from mfengine.device import HostCopy, step_generator, to_device
 from mfengine.engine.checkpoint import (
     Checkpointer,
     describe_model,
@@ -29,22 +33,20 @@ from mfengine.engine.checkpoint import (
     newest_checkpoint,
     read_description,
 )
-from mfengine.engine.config import TrainConfig, flatten, to_json
-from mfengine.engine.data import Dataset, Loader
-from mfengine.engine.decode import draw_latents
-from mfengine.engine.distributed import World, prepare_model, reduce_gradients
-from mfengine.engine.evaluation import Gaussian, SampleSet, check_dimensions, fit_data, latent_distance
+from mfengine.engine.config import TrainConfig
+from mfengine.engine.distributed import prepare_model, reduce_gradients
 from mfengine.engine.flops import matrix_rate, step_flops
 from mfengine.engine.optim import adamw_ema, averaged, averages
 from mfengine.engine.telemetry import Telemetry
 from mfengine.errors import InputError, TrainingError
+from mfengine.evaluation.samples import Gaussian, SampleSet, check_dimensions, fit_data, latent_distance
 from mfengine.kernels.multi_tensor import LIBRARY
-from mfengine.method import MeanFlow, sample
-from mfengine.method.objective import to_device
-from mfengine.model import DiT
+from mfengine.methods import MeanFlow, sample
+from mfengine.networks import DiT
 from mfengine.ops import use_attention, use_backend
 from mfengine.ops.choice import why_not
 from mfengine.optim import local
+from mfengine.ranks import World
 
 CONFIG = "config.json"
 FIXED = (  # what a run learns and from what; how it is computed, watched and kept may change when it is continued
@@ -300,25 +302,6 @@ class Trainer:
         return {int(part): position for part, position in state.get("data", {}).items()}, notes
 
 
-class HostCopy:
-    """Figures on their way from the device to the host."""
-
-    def __init__(self, x: Tensor) -> None:
-        self._event = None
-        self._host = x
-        if x.device.type == "cuda":
-            self._host = torch.empty_like(x, device="cpu", pin_memory=True)
-            self._host.copy_(x, non_blocking=True)
-            self._event = torch.cuda.Event()
-            self._event.record()
-
-    def values(self) -> list[float]:
-        """The figures, once everything queued before the copy is done."""
-        if self._event is not None:
-            self._event.synchronize()
-        return self._host.tolist()
-
-
 def compute_dtype(config: TrainConfig, world: World) -> torch.dtype:
     if config.precision == "auto":
         return torch.bfloat16 if world.device.type == "cuda" else torch.float32
@@ -356,12 +339,6 @@ def check_run(config: TrainConfig, dataset: Dataset, world: World) -> None:
 def absent(device: torch.device) -> bool:
     """Whether it is a GPU that is not there: for a plan of another machine."""
     return device.type == "cuda" and not torch.cuda.is_available()
-
-
-def step_generator(seed: int, step: int, part: int) -> torch.Generator:
-    """The random numbers of one pass: they follow from where it stands, so none of their state is saved."""
-    state = np.random.SeedSequence([seed, step, part]).generate_state(1, np.uint64)[0]
-    return torch.Generator().manual_seed(int(state))
 
 
 @contextmanager

@@ -120,7 +120,7 @@ def _residual_tangent(x: Tensor, y: Tensor, gate: Tensor, dx: Tensor, dy: Tensor
 # Fused, as operators that PyTorch knows by name.
 
 
-def _rows(*tensors: Tensor) -> list[Tensor]:
+def _rows(*tensors: Tensor) -> list[Any]:
     """As the kernels read them: each row in one piece."""
     return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
 
@@ -157,7 +157,7 @@ def _modulate_backward_op(x: Tensor, scale: Tensor, go: Tensor, eps: float) -> t
 def _residual_op(x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     from mfengine.kernels import adaln as kernel
 
-    return kernel.forward(*_rows(x, y, gate, shift, scale), eps)
+    return kernel.forward(*_rows(x, y, gate, shift, scale), eps=eps)
 
 
 @torch.library.custom_op("mfengine::residual_adaln_dual", mutates_args=())
@@ -167,7 +167,7 @@ def _residual_dual_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     from mfengine.kernels import adaln as kernel
 
-    return kernel.forward_dual(*_rows(x, y, gate, shift, scale, dx, dy, dgate, dshift, dscale), eps)
+    return kernel.forward_dual(*_rows(x, y, gate, shift, scale, dx, dy, dgate, dshift, dscale), eps=eps)
 
 
 @torch.library.custom_op("mfengine::residual_adaln_backward", mutates_args=())

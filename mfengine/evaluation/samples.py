@@ -19,13 +19,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mfengine.engine.data import Dataset, LatentSpace, iterate_means, read_means
-from mfengine.engine.distributed import World
-from mfengine.engine.fidelity import Fidelity, Reference
-from mfengine.engine.image_files import ImageWriter
-from mfengine.engine.telemetry import progress
+from mfengine.data.dataset import Dataset, LatentSpace, iterate_means, read_means
+from mfengine.data.image_files import ImageWriter
 from mfengine.errors import InputError, RankError
-from mfengine.method import sample
+from mfengine.evaluation.fidelity import Fidelity, Reference
+from mfengine.methods import sample
+from mfengine.progress import progress
+from mfengine.ranks import World
 
 MAX_DIMENSIONS = 16_384  # of latents whose covariance is taken: 4 x 64 x 64, and a matrix of 2 GiB
 

@@ -3,7 +3,7 @@
 A data set is a folder of WebDataset tar shards, each with a DALI index (`.idx`), and `dataset.json`. A sample has
 two raw components: `moments`, float16 (flips, 2, C, H, W), the mean and the standard deviation of the VAE's
 posterior for the image and, where flips is 2, for its mirror image; and `label`, one int32. Samples are shuffled
-when they are written (`engine/shards.py`), so a reader's shuffle buffer need not hold the whole set.
+when they are written (`data/writer.py`), so a reader's shuffle buffer need not hold the whole set.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mfengine.engine.config import from_json
+from mfengine.configs import from_json
+from mfengine.device import device_generator
 from mfengine.errors import InputError, RankError
-from mfengine.method.objective import device_generator
-from mfengine.model import ModelConfig
+from mfengine.networks import ModelConfig
 
 DESCRIPTION = "dataset.json"
 BROKEN = "broken.jsonl"  # samples that could not be read: a name and a reason each

@@ -1,4 +1,4 @@
-"""`python -m mfengine.sample CHECKPOINT --steps 1 --out grid.png`: draw a grid of samples."""
+"""`python -m mfengine.generate CHECKPOINT --steps 1 --out grid.png`: draw a grid of samples."""
 
 from __future__ import annotations
 
@@ -11,14 +11,13 @@ import torch
 import tyro
 
 from mfengine import cli
+from mfengine.configs import check_seed
+from mfengine.data.pictures import draw_latents, image_grid, save_picture
+from mfengine.data.vae import VAE
 from mfengine.engine.checkpoint import load_model
-from mfengine.engine.config import check_seed
-from mfengine.engine.decode import draw_latents
-from mfengine.engine.distributed import world
-from mfengine.engine.telemetry import image_grid, save_picture
-from mfengine.engine.vae import VAE
 from mfengine.errors import InputError
-from mfengine.method import sample
+from mfengine.methods import sample
+from mfengine.ranks import world
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ class SampleArgs:
 
 
 def main(args: Sequence[str]) -> None:
-    config = cli.parse(SampleArgs, args, "python -m mfengine.sample")
+    config = cli.parse(SampleArgs, args, "python -m mfengine.generate")
     if config.steps < 1 or config.per_label < 1:
         raise InputError("--steps and --per-label must be at least 1")
     check_seed(config.seed)

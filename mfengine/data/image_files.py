@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mfengine.engine.distributed import World
 from mfengine.errors import InputError, RankError
+from mfengine.ranks import World
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 ARRAY = "arr_0"  # what NumPy calls the first array of an .npz, and ADM its images

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mfengine.engine.data import DESCRIPTION, Dataset, Shard
+from mfengine.data.dataset import DESCRIPTION, Dataset, Shard
 from mfengine.errors import InputError
 
 CHUNK = 1 << 24  # bytes hashed at a time

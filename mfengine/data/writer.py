@@ -34,10 +34,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from mfengine.engine.config import check_seed, flatten, from_json
-from mfengine.engine.data import BROKEN, DESCRIPTION, INDEX_VERSION, Dataset, LatentSpace, Shard
-from mfengine.engine.distributed import World
+from mfengine.configs import check_seed, flatten, from_json
+from mfengine.data.dataset import BROKEN, DESCRIPTION, INDEX_VERSION, Dataset, LatentSpace, Shard
 from mfengine.errors import InputError
+from mfengine.ranks import World
 
 T = TypeVar("T")
 

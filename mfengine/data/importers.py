@@ -25,10 +25,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from mfengine.engine.data import DESCRIPTION, LatentSpace
-from mfengine.engine.pickles import Refused, load_record
-from mfengine.engine.shards import Broken
-from mfengine.engine.sources import open_lmdb
+from mfengine.data.dataset import DESCRIPTION, LatentSpace
+from mfengine.data.pickles import Refused, load_record
+from mfengine.data.sources import open_lmdb
+from mfengine.data.writer import Broken
 from mfengine.errors import InputError
 
 SD_SCALE = 0.18215  # of the VAE of Stable Diffusion 1 and 2, four channels

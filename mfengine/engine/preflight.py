@@ -19,17 +19,18 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from mfengine.data.dataset import Dataset, Loader
 from mfengine.engine.checkpoint import load_initial_weights, read_description
 from mfengine.engine.config import TrainConfig
-from mfengine.engine.data import Dataset, Loader
-from mfengine.engine.distributed import World, num_shards, prepare_model
+from mfengine.engine.distributed import num_shards, prepare_model
 from mfengine.engine.flops import step_flops
 from mfengine.engine.optim import adamw_ema
 from mfengine.engine.trainer import absent, check_run, check_run_folder, compute_dtype
 from mfengine.errors import InputError
-from mfengine.method import MeanFlow
-from mfengine.model import DiT
+from mfengine.methods import MeanFlow
+from mfengine.networks import DiT
 from mfengine.ops import use_backend
+from mfengine.ranks import World
 
 META = torch.device("meta")
 NORM = 8  # bytes of the gradients' squared norm, as the optimizer sums it over shards

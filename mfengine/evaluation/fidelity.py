@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mfengine.engine.distributed import World
-from mfengine.engine.image_files import ImageArchive, ImageFolder
-from mfengine.engine.telemetry import progress
+from mfengine.data.image_files import ImageArchive, ImageFolder
 from mfengine.errors import InputError
+from mfengine.progress import progress
+from mfengine.ranks import World
 
 EXTRACTOR = "inception-v3-compat"  # the network of the original FID, its weights converted from TensorFlow
 FEATURES = 2048  # the network's last pooling, for FID, precision and recall

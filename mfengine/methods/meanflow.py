@@ -20,7 +20,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mfengine.method.network import Network, null_class, velocity, velocity_and_jvp
+from mfengine.device import device_generator, to_device
+from mfengine.networks.base import Network, null_class, velocity, velocity_and_jvp
 
 
 @dataclass(frozen=True)
@@ -192,15 +193,3 @@ class MeanFlow:
 def column(t: Tensor) -> Tensor:
     """(B,) to (B, 1, 1, 1)."""
     return t[:, None, None, None]
-
-
-def device_generator(generator: torch.Generator, device: torch.device | str) -> torch.Generator:
-    """A generator on the device, seeded from one on the host."""
-    return torch.Generator(device).manual_seed(int(torch.randint(2**62, (), generator=generator)))
-
-
-def to_device(x: Tensor, device: torch.device) -> Tensor:
-    """Copy a host tensor without waiting for the device."""
-    if device.type == "cuda":
-        return x.pin_memory().to(device, non_blocking=True)
-    return x.to(device)

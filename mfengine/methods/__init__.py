@@ -1,6 +1,6 @@
 """The method: what is trained and how it samples."""
 
-from mfengine.method.objective import Draws, MeanFlow, MeanFlowConfig
-from mfengine.method.sampler import sample
+from mfengine.methods.meanflow import Draws, MeanFlow, MeanFlowConfig
+from mfengine.methods.sampling import sample
 
 __all__ = ["Draws", "MeanFlow", "MeanFlowConfig", "sample"]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mfengine import ops
-from mfengine.ops.sdpa import scaled_dot_product_attention
+from mfengine.backend.sdpa import scaled_dot_product_attention
 
 ROWS, TOKENS = 2, 16  # of the random input on which a swap is checked
 

@@ -14,9 +14,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mfengine.engine.shards import Broken
-from mfengine.engine.sources import Source
-from mfengine.engine.vae import VAE
+from mfengine.data.sources import Source
+from mfengine.data.vae import VAE
+from mfengine.data.writer import Broken
 from mfengine.errors import InputError
 
 READERS = 16  # files that are read at the same time: disks on a network answer slowly, but many at once

@@ -1,0 +1,54 @@
+"""Latents as images without a decoder, and grids of images as files; `mfengine.data.vae` has a decoder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mfengine.data.dataset import LatentSpace
+
+
+def draw_latents(latents: Tensor, space: LatentSpace) -> Tensor:
+    """Images of latents without a decoder.
+
+    Args:
+        latents: (B, C, H, W) float32, as the network sees them.
+        space: what they mean. Where they are pixels they are shown as such; otherwise the first three channels are,
+            from -3 to 3 standard deviations.
+
+    Returns:
+        (B, 3, H, W) in [0, 1].
+    """
+    if space.pixel_range is not None:
+        black, white = space.pixel_range
+        images = (space.unscale(latents) - black) / (white - black)
+    else:
+        images = (latents + 3) / 6
+    images = images[:, :3] if images.shape[1] >= 3 else images[:, :1].expand(-1, 3, -1, -1)
+    return images.clamp(0, 1)
+
+
+def image_grid(images: Tensor, columns: int | None = None) -> Tensor:
+    """Lay out images (B, C, H, W) in rows, as near to a square as can be, with a margin: (C, H', W')."""
+    count, channels, height, width = images.shape
+    columns = columns or int(np.ceil(np.sqrt(count)))
+    rows = -(-count // columns)
+    margin = max(1, height // 16)
+    grid = images.new_ones(channels, rows * (height + margin) + margin, columns * (width + margin) + margin)
+    for i, image in enumerate(images):
+        top, left = margin + i // columns * (height + margin), margin + i % columns * (width + margin)
+        grid[:, top : top + height, left : left + width] = image
+    return grid
+
+
+def save_picture(image: Tensor, path: Path, min_size: int = 480) -> None:
+    """Write an image (C, H, W) in [0, 1] as PNG, small ones enlarged by a whole factor."""
+    pixels = (image.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+    factor = max(1, min_size // max(pixels.shape[:2]))
+    pixels = pixels.repeat(factor, axis=0).repeat(factor, axis=1)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)

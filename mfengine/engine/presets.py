@@ -1,0 +1,56 @@
+"""Presets: configurations by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mfengine.engine.config import OptimConfig, TrainConfig
+from mfengine.methods import MeanFlowConfig
+from mfengine.networks import ModelConfig
+
+
+def _imagenet(name: str, patch: int, width: int, depth: int, heads: int, epochs: int, **guidance: float) -> TrainConfig:
+    """A configuration of arXiv 2505.13447: ImageNet latents of 4 x 32 x 32."""
+    return TrainConfig(
+        data=Path("data/imagenet256"),
+        name=name,
+        model=ModelConfig(patch_size=patch, hidden_size=width, depth=depth, num_heads=heads),
+        method=MeanFlowConfig(**guidance),
+        epochs=epochs,
+    )
+
+
+PRESETS: dict[str, tuple[str, TrainConfig]] = {
+    "digits": (
+        "the 1,797 handwritten digits of scikit-learn, 8 x 8 pixels: minutes on two CPU cores",
+        TrainConfig(
+            data=Path("data/digits"),
+            name="digits",
+            model=ModelConfig(8, 4, 1, hidden_size=128, depth=4, num_heads=4, num_classes=10),
+            optim=OptimConfig(lr=2e-3, ema_decays=(0.995,)),
+            batch_size=256,
+            epochs=214,
+            log_every=25,
+            sample_every=500,
+            checkpoint_every=250,
+        ),
+    ),
+    "b4": ("ImageNet 256, 131 M parameters, 80 epochs", _imagenet("b4", 4, 768, 12, 12, 80, omega=1.0, kappa=0.5)),
+    "b2": ("ImageNet 256, 131 M parameters, 240 epochs", _imagenet("b2", 2, 768, 12, 12, 240, omega=1.0, kappa=0.5)),
+    "m2": (
+        "ImageNet 256, 308 M parameters, 240 epochs (guidance as b2: the published one is unconfirmed)",
+        _imagenet("m2", 2, 1024, 16, 16, 240, omega=1.0, kappa=0.5),
+    ),
+    "l2": (
+        "ImageNet 256, 459 M parameters, 240 epochs",
+        _imagenet("l2", 2, 1024, 24, 16, 240, omega=0.2, kappa=0.92, t_end=0.8),
+    ),
+    "xl2": (
+        "ImageNet 256, 676 M parameters, 240 epochs",
+        _imagenet("xl2", 2, 1152, 28, 16, 240, omega=0.2, kappa=0.92, t_end=0.75),
+    ),
+    "xl2-plus": (
+        "ImageNet 256, 676 M parameters, 1000 epochs (guidance as xl2: the published one is unconfirmed)",
+        _imagenet("xl2-plus", 2, 1152, 28, 16, 1000, omega=0.2, kappa=0.92, t_end=0.75),
+    ),
+}
