@@ -15,6 +15,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from mfengine.data.pictures import image_grid, save_picture
+from mfengine.files import write_atomic
 
 METRICS = "metrics.jsonl"
 
@@ -126,5 +127,5 @@ def _continue_metrics(path: Path, step: int) -> Any:
                     kept.append(line)
             except (ValueError, KeyError):
                 break  # a line that a killed run left half-written, always the last
-    path.write_text("".join(kept))
+    write_atomic(path, "".join(kept))
     return path.open("a")

@@ -41,6 +41,7 @@ from mfengine.engine.rates import peak_rate
 from mfengine.engine.telemetry import Telemetry
 from mfengine.errors import InputError, TrainingError
 from mfengine.evaluation.samples import Gaussian, SampleSet, check_dimensions, fit_data, latent_distance
+from mfengine.files import write_atomic
 from mfengine.kernels.multi_tensor import LIBRARY
 from mfengine.methods import MeanFlow, sample
 from mfengine.networks import DiT
@@ -401,9 +402,7 @@ def check_run_folder(config: TrainConfig, dataset: Dataset) -> Path | None:
 def write_config(config: TrainConfig, dataset: Dataset) -> None:
     """Write the resolved configuration into the run's folder."""
     config.folder.mkdir(parents=True, exist_ok=True)
-    partial = config.folder / f".partial-{CONFIG}"
-    partial.write_text(json.dumps(_config_values(config, dataset), indent=1) + "\n")
-    partial.rename(config.folder / CONFIG)
+    write_atomic(config.folder / CONFIG, json.dumps(_config_values(config, dataset), indent=1) + "\n")
 
 
 def _config_values(config: TrainConfig, dataset: Dataset) -> dict[str, Any]:
