@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks.baselines.port import Port, PortDiT, jvp_flash_attention, modulate, plain_attention, sdpa
 from benchmarks.measure import Row, summarise
-from benchmarks.workload import IMPLEMENTATIONS, OBJECTIVES, Call, make_model, small, torch_pair, training_step
+from benchmarks.workload import IMPLEMENTATIONS, OBJECTIVES, Call, make_model, small, tiny, torch_pair, training_step
 from mfengine import ModelConfig, ops, sample
 from mfengine.data.dataset import Dataset, LatentSpace, Loader
 from mfengine.data.writer import ArraySamples, write_dataset
@@ -64,6 +64,7 @@ class Machine:
 
     device: torch.device
     folder: Path  # an empty one, for data and checkpoints
+    rehearse: bool = False  # everything in miniature, without a GPU
 
     @property
     def gpu(self) -> bool:
@@ -76,16 +77,29 @@ class Machine:
 
     def model(self, preset: str) -> ModelConfig:
         config = PRESETS[preset][1].model
-        return config if self.gpu else small(config)
+        return config if self.gpu else tiny(config) if self.rehearse else small(config)
 
     def name(self, preset: str) -> str:
         """What `model(preset)` is called in the tables."""
-        return preset if self.gpu else "small"
+        return preset if self.gpu else "tiny" if self.rehearse else "small"
 
     def state(self) -> ModelConfig:
         """A network whose weights no cache holds."""
         config = PRESETS["xl2" if self.gpu else "b2"][1].model
-        return config if self.gpu else replace(config, depth=2)
+        return config if self.gpu else tiny(config) if self.rehearse else replace(config, depth=2)
+
+
+def fitting_batch(machine: Machine, preset: str) -> int:
+    """The largest batch whose guided step fits into the memory that is free now, at most 256.
+
+    Counted: 22 bytes per parameter (weight, gradient, two moments, average, bfloat16 copy), and 41 that each layer
+    keeps of a token's channel (`benchmarks.counts`); a tenth is left for the rest.
+    """
+    config = machine.model(preset)
+    count = sum(p.numel() for p in make_model(config, torch.device("meta")).parameters())
+    row = 41 * config.depth * config.num_tokens * config.hidden_size
+    free, _ = torch.cuda.mem_get_info(machine.device)
+    return next((b for b in (256, 192, 128, 96, 64) if 22 * count + b * row < 0.9 * free), 32)
 
 
 def cases(machine: Machine, peer: Callable[..., Call] | None = None) -> Iterator[Case]:
@@ -145,9 +159,8 @@ class FusedOp:
         return sum(math.prod(shape) * dtype.itemsize for shape, dtype in self.arguments + self.outputs)
 
 
-def fused_ops(config: ModelConfig, batch: int, dtype: torch.dtype) -> list[FusedOp]:
+def fused_ops(batch: int, tokens: int, width: int, heads: int, dtype: torch.dtype) -> list[FusedOp]:
     """The ops as the network uses them: a float32 residual stream, everything else in `dtype`."""
-    tokens, width, heads = config.num_tokens, config.hidden_size, config.num_heads
     stream: Array = ((batch, tokens, width), torch.float32)
     branch: Array = ((batch, tokens, width), dtype)
     row: Array = ((batch, width), dtype)
@@ -187,7 +200,8 @@ def fused_ops(config: ModelConfig, batch: int, dtype: torch.dtype) -> list[Fused
 
 
 def kernels(machine: Machine, preset: str, batch: int) -> Iterator[Case]:
-    for op in fused_ops(machine.model(preset), batch, machine.dtype):
+    config = machine.model(preset)
+    for op in fused_ops(batch, config.num_tokens, config.hidden_size, config.num_heads, machine.dtype):
         for mode, products, passes, make in (
             ("dual", 6, 2, dual_call),
             ("primal", 2, 1, primal_call),
@@ -208,7 +222,7 @@ def kernels(machine: Machine, preset: str, batch: int) -> Iterator[Case]:
 
 
 def primal_call(machine: Machine, op: FusedOp, f: Callable[..., Any], explicit: bool = False) -> Call:
-    following = rotating(lambda: arrays(machine, op.arguments), machine.device)
+    following = rotating(lambda: arrays(machine.device, op.arguments), machine.device)
 
     def call() -> None:
         with torch.no_grad():
@@ -221,7 +235,7 @@ def dual_call(machine: Machine, op: FusedOp, f: Callable[..., Any], explicit: bo
     """Output and tangent: from our explicit duals, or by `torch.func.jvp`."""
     active = len(op.arguments) - op.constants
     following = rotating(
-        lambda: (arrays(machine, op.arguments), arrays(machine, op.arguments[:active])), machine.device
+        lambda: (arrays(machine.device, op.arguments), arrays(machine.device, op.arguments[:active])), machine.device
     )
 
     def call() -> None:
@@ -237,7 +251,9 @@ def dual_call(machine: Machine, op: FusedOp, f: Callable[..., Any], explicit: bo
 
 
 def backward_call(machine: Machine, op: FusedOp, f: Callable[..., Any], explicit: bool = False) -> Call:
-    following = rotating(lambda: (arrays(machine, op.arguments), arrays(machine, op.outputs)), machine.device)
+    following = rotating(
+        lambda: (arrays(machine.device, op.arguments), arrays(machine.device, op.outputs)), machine.device
+    )
 
     def call() -> None:
         primals, gradients = following()
@@ -247,17 +263,15 @@ def backward_call(machine: Machine, op: FusedOp, f: Callable[..., Any], explicit
     return call
 
 
-def arrays(machine: Machine, kinds: list[Array]) -> list[Tensor]:
-    return [torch.randn(shape, device=machine.device).to(dtype) for shape, dtype in kinds]
+def arrays(device: torch.device, kinds: list[Array]) -> list[Tensor]:
+    return [torch.randn(shape, device=device).to(dtype) for shape, dtype in kinds]
 
 
 # ----------------------------------------------------------------------------
 # Training steps: loss, backward, AdamW and EMA.
 
 
-def step(
-    machine: Machine, preset: str, batch: int, objective: str, peer: Callable[..., Call] | None = None
-) -> Case:
+def step(machine: Machine, preset: str, batch: int, objective: str, peer: Callable[..., Call] | None = None) -> Case:
     """Our step and its peers on the same random latents, with the same draws."""
     config, method = machine.model(preset), OBJECTIVES[objective]
     arguments = (config, method, batch, machine.device, machine.dtype)

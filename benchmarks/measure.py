@@ -116,7 +116,7 @@ def summarise(rounds: list[float]) -> dict[str, Any]:
     }
 
 
-def ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+def ceilings(device: torch.device, dtype: torch.dtype, seconds: float = 0.5) -> dict[str, float]:
     """What this machine reaches: moving large arrays, and a large matrix product in `dtype`; its data sheet's peak.
 
     Arrays are copied, and added in place: a CPU reads what a copy overwrites, which copying does not show.
@@ -124,8 +124,8 @@ def ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     size = 2**30 if device.type == "cuda" else 2**27
     a, b = (torch.ones(size // 4, device=device) for _ in range(2))
     clock = make_clock(device)
-    copying = 2 * size / min(measure(lambda: b.copy_(a), clock, 0.5))
-    adding = 3 * size / min(measure(lambda: b.add_(a), clock, 0.5))
+    copying = 2 * size / min(measure(lambda: b.copy_(a), clock, seconds))
+    adding = 3 * size / min(measure(lambda: b.add_(a), clock, seconds))
     found = {"memory_bytes_per_s": max(copying, adding), "matrix_flops_per_s": matrix_rate(device, dtype)}
     peak = data_sheet_rate(device, dtype)
     return found if peak is None else found | {"peak_flops_per_s": peak}

@@ -169,10 +169,9 @@ def batches(config: ModelConfig, world: World, batch: int, folder: Path) -> Iter
         yield latents, to_device(labels, world.device)
 
 
-def guided_split(preset: str, batch: int, ranks: World) -> dict[str, float]:
-    """`split` of a preset's guided step; of a small network like it where there is no GPU."""
+def guided_split(config: ModelConfig, batch: int, ranks: World) -> dict[str, float]:
+    """`split` of a guided step, in bfloat16 on a GPU."""
     gpu = ranks.device.type == "cuda"
-    config = PRESETS[preset][1].model if gpu else small(PRESETS[preset][1].model)
     with tempfile.TemporaryDirectory() as folder:
         inputs = batches(config, ranks, batch, Path(folder))
         return split(config, OBJECTIVES["guided"], ranks, torch.bfloat16 if gpu else torch.float32, inputs)
@@ -184,7 +183,8 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=16, help="samples per rank")
     args = parser.parse_args()
     with world("auto") as ranks:
-        found = guided_split(args.preset, args.batch, ranks)
+        config = PRESETS[args.preset][1].model
+        found = guided_split(config if ranks.device.type == "cuda" else small(config), args.batch, ranks)
     if ranks.main:
         for name, seconds in found.items():
             print(f"{name:14} {seconds * 1e3:9.3f} ms {seconds / found['step']:7.1%}")
