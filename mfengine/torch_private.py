@@ -33,10 +33,15 @@ def intercepted() -> bool:
     return torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack() > 0
 
 
+softmax_backward = torch.ops.aten._softmax_backward_data
+"""(gradient, softmax, dim, dtype) -> P * (gradient - rowsum(P * gradient)), in one pass over memory, not three."""
+
+
 def multi_head_attention_forward(attention: Callable[..., Any]) -> Callable[..., Any]:
     """`F.multi_head_attention_forward` on another `scaled_dot_product_attention`.
 
-    PyTorch hides a `TorchFunctionMode` from the body of a function that the mode calls, so the body gets it as a global.
+    PyTorch hides a `TorchFunctionMode` from the body of a function that the mode calls. So the body gets a
+    global of ours.
     """
     names = {**vars(F), "scaled_dot_product_attention": attention}
     del names["__name__"]  # torch.compile would look for globals in the module of that name
