@@ -14,14 +14,13 @@ from mfengine.ops.adaln import adaln_modulate, gated_residual_adaln
 from mfengine.ops.attention import attention, attention_packed
 from mfengine.ops.backend import use_backend
 from mfengine.ops.choice import use_attention
-from mfengine.ops.dual import Dual, add, add_constant, chunk, linear_map
+from mfengine.ops.dual import Dual, add, chunk, linear_map
 from mfengine.ops.linear import linear, sinusoid
 
 __all__ = [
     "Dual",
     "adaln_modulate",
     "add",
-    "add_constant",
     "attention",
     "attention_packed",
     "chunk",

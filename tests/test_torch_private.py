@@ -1,0 +1,58 @@
+"""Each private name of PyTorch that mfengine uses is still needed: a failure here says that a public way has come."""
+
+import inspect
+
+import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from mfengine import torch_private
+
+
+def test_marking_a_constant_still_imports_the_compiler():
+    assert "import torch._dynamo" in inspect.getsource(torch.compiler.assume_constant_result)
+
+
+def test_active_transforms_and_modes_cannot_be_asked_for():
+    assert not [name for name in dir(torch.func) if not name.startswith("_") and ("active" in name or "level" in name)]
+    assert not hasattr(torch.utils, "python_dispatch")
+
+
+def test_transforms_and_modes_are_noticed():
+    seen = []
+
+    def look(x):
+        seen.append((torch_private.intercepted(), torch_private.transformed()))
+        return x.sin()
+
+    x = torch.ones(2)
+    look(x)
+    torch.func.jvp(look, (x,), (x,))
+    torch.func.vmap(look)(x)
+    torch.func.jvp(lambda x: torch.func.jvp(look, (x,), (x,))[1], (x,), (x,))
+    with FlopCounterMode(display=False):
+        look(x)
+    assert seen == [(False, False), (True, False), (True, True), (True, True), (True, False)]
+
+
+def test_backward_of_the_softmax_has_no_public_name():
+    assert not [name for name in (*dir(torch), *dir(F)) if "softmax_backward" in name and not name.startswith("_")]
+    p, g = torch.randn(3, 4).softmax(-1), torch.randn(3, 4)
+    expected = p * (g - (p * g).sum(-1, keepdim=True))
+    torch.testing.assert_close(torch_private.softmax_backward(g, p, -1, p.dtype), expected)
+
+
+def test_a_mode_is_still_hidden_from_multi_head_attention():
+    calls = []
+
+    class Mode(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            calls.append(func)
+            return func(*args, **(kwargs or {}))
+
+    x = torch.ones(1, 2, 4)
+    with Mode():
+        torch.nn.MultiheadAttention(4, 1, batch_first=True)(x, x, x, need_weights=False)
+    assert F.multi_head_attention_forward in calls
+    assert F.scaled_dot_product_attention not in calls
