@@ -35,11 +35,13 @@ from mfengine.engine.checkpoint import (
 )
 from mfengine.engine.config import TrainConfig
 from mfengine.engine.distributed import prepare_model, reduce_gradients
-from mfengine.engine.flops import matrix_rate, step_flops
+from mfengine.engine.flops import step_flops
 from mfengine.engine.optim import adamw_ema, averaged, averages
+from mfengine.engine.rates import peak_rate
 from mfengine.engine.telemetry import Telemetry
 from mfengine.errors import InputError, TrainingError
 from mfengine.evaluation.samples import Gaussian, SampleSet, check_dimensions, fit_data, latent_distance
+from mfengine.files import write_atomic
 from mfengine.kernels.multi_tensor import LIBRARY
 from mfengine.methods import MeanFlow, sample
 from mfengine.networks import DiT
@@ -123,7 +125,7 @@ class Trainer:
         # Nothing is written before here, so that wrong input leaves nothing behind.
         world.on_main(lambda: write_config(config, dataset))
         self.checkpointer = Checkpointer(config.folder, world, config.keep, asynchronous=world.device.type == "cuda")
-        peak = world.size * matrix_rate(world.device, model.compute_dtype) / step_flops(config.model, config.method)
+        peak = world.size * peak_rate(world.device, model.compute_dtype) / step_flops(config.model, config.method)
         self.telemetry = Telemetry(config.folder, world.main, self.step, self.total_steps, config.batch_size, peak)
         for note in notes:
             self.telemetry.say(note)
@@ -400,9 +402,7 @@ def check_run_folder(config: TrainConfig, dataset: Dataset) -> Path | None:
 def write_config(config: TrainConfig, dataset: Dataset) -> None:
     """Write the resolved configuration into the run's folder."""
     config.folder.mkdir(parents=True, exist_ok=True)
-    partial = config.folder / f".partial-{CONFIG}"
-    partial.write_text(json.dumps(_config_values(config, dataset), indent=1) + "\n")
-    partial.rename(config.folder / CONFIG)
+    write_atomic(config.folder / CONFIG, json.dumps(_config_values(config, dataset), indent=1) + "\n")
 
 
 def _config_values(config: TrainConfig, dataset: Dataset) -> dict[str, Any]:
