@@ -21,15 +21,22 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class World:
-    """This process among all. A single process has no process group."""
+    """This process among all. A single process has no process group, unless it is a mesh of its own."""
 
     rank: int
     size: int
     device: torch.device
+    one_rank_mesh: bool = False
+    """a single process shards its model too, over itself"""
 
     @property
     def main(self) -> bool:
         return self.rank == 0
+
+    @property
+    def sharded(self) -> bool:
+        """Whether models are sharded over the ranks, which takes a process group."""
+        return self.size > 1 or self.one_rank_mesh
 
     def gather(self, row: list[float]) -> Tensor:
         """Everyone's row of figures, (size, len(row)) float64, by way of the hosts: no device waits for it."""
@@ -73,12 +80,13 @@ class World:
 
 
 @contextmanager
-def world(device: str, patience: timedelta = timedelta(minutes=10)) -> Iterator[World]:
+def world(device: str, timeout: timedelta = timedelta(minutes=10), one_rank_mesh: bool = False) -> Iterator[World]:
     """Join the other processes that torchrun started, if it did.
 
     Args:
         device: "cpu", "cuda", or "auto" for a GPU where there is one.
-        patience: how long the ranks wait for each other.
+        timeout: how long the ranks wait for each other.
+        one_rank_mesh: a single process has a process group as well, and shards its model over itself.
 
     Raises:
         InputError: there is no such device.
@@ -96,10 +104,12 @@ def world(device: str, patience: timedelta = timedelta(minutes=10)) -> Iterator[
         here = torch.device("cuda", local_rank)
     else:
         here = torch.device("cpu")
-    if size > 1:
+    joined = World(rank, size, here, one_rank_mesh)
+    if joined.sharded:
         backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=patience)
-    yield World(rank, size, here)
-    if size > 1:  # not after an error: the other ranks may be waiting for this one
+        store = dist.HashStore() if size == 1 else None  # in this process's memory: there is nobody to meet
+        dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=size)
+    yield joined
+    if joined.sharded:  # not after an error: the other ranks may be waiting for this one
         gc.collect()  # sharded modules are in cycles; a group that they hold aborts the interpreter's exit at times
         dist.destroy_process_group()

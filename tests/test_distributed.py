@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, checkpoint_contents, run_command
+from conftest import SMALL, checkpoint_contents, run_command, run_in_process
 from golden_cases import relative_error
 
+from benchmarks.one_rank import check_one_rank
 from mfengine.data.dataset import LatentSpace
 from mfengine.data.writer import ArraySamples, order, write_dataset
 from mfengine.engine.checkpoint import load_model, newest_checkpoint
@@ -100,6 +101,27 @@ def test_another_number_of_processes_resumes(single, digits):
     } == set()
     steps = {float(value) for name, value in after.items() if name.endswith("/step")}
     assert steps == {11.0}
+
+
+def test_one_rank_mesh_equals_no_mesh():
+    for row in check_one_rank(torch.device("cpu")):
+        assert row["error"] == 0, row
+
+
+def test_one_rank_mesh_and_no_mesh_continue_each_other(digits, tmp_path, monkeypatch, capsys):
+    def run(name, *args):
+        command = ("mfengine.train", *SMALL, *GUIDED, f"--data={digits}", f"--name={name}", "--resume=auto", *args)
+        code, _, err = run_in_process(*command, cwd=tmp_path, monkeypatch=monkeypatch, capsys=capsys)
+        assert code == 0, err
+
+    run("alone", "--steps=6")
+    expected = checkpoint_contents(tmp_path / "runs/alone")
+    for name, first, second in (("to-mesh", "auto", "always"), ("from-mesh", "always", "auto")):
+        run(name, "--steps=3", f"--shard={first}")
+        run(name, "--steps=6", f"--shard={second}")
+        actual = checkpoint_contents(tmp_path / "runs" / name)
+        for key, value in expected.items():
+            assert torch.equal(actual[key], value) if isinstance(value, torch.Tensor) else actual[key] == value, key
 
 
 def test_error_on_every_rank_is_told_once(digits, tmp_path):

@@ -88,6 +88,8 @@ class TrainConfig:
     """compile the blocks with torch.compile"""
     recompute: bool = False
     """activation checkpointing: recompute each block in the backward to save memory"""
+    shard: Literal["auto", "always"] = "auto"
+    """shard parameters and optimizer state (FSDP2) over several ranks, or always: over a single one, too, to test it"""
     replicas: int = 1
     """HSDP: keep this many copies of the sharded model, one per node say; it divides the ranks"""
     reshard: bool = False
