@@ -18,15 +18,15 @@ from benchmarks.measure import ROOT
 from benchmarks.workload import OBJECTIVES, make_model, training_step
 from mfengine import MeanFlow, ModelConfig, ops
 from mfengine.ops import Dual, use_attention, use_backend
-from mfengine.ops.choice import Implementation, why_not
+from mfengine.ops.choice import Attention, why_not
 from mfengine.optim import AdamWEMA, Backend
 
 GOLDEN_BOUND = 1e-5
-Check = dict[str, Any]  # check: its name; error, bound; note: what else is wrong, or ""
+Check = dict[str, Any]  # check: its name; error, bound; note: what else is wrong, if anything
 
 
 def passed(check: Check) -> bool:
-    return check["error"] <= check["bound"] and not check["note"]
+    return check["error"] <= check["bound"] and not check.get("note")
 
 
 def compare(
@@ -96,14 +96,14 @@ def check_op(op: FusedOp, name: str, device: torch.device) -> Check:
 Shape = Sequence[int]  # batch, tokens, width, heads
 
 
-def attentions(shape: Shape, dtype: torch.dtype, device: torch.device) -> list[Implementation]:
+def attentions(shape: Shape, dtype: torch.dtype, device: torch.device) -> list[Attention]:
     """The implementations other than the plain one that take such heads here."""
     dim = shape[2] // shape[3]
-    names = [name for name in get_args(Implementation) if name != "torch"]
-    return [name for name in names if why_not(name, "training", device, dtype, dim) is None]
+    names = [name for name in get_args(Attention) if name not in ("auto", "torch")]
+    return [name for name in names if why_not(name, device, dtype, dim) is None]
 
 
-def check_attention(by: Implementation, shape: Shape, dtype: torch.dtype, name: str, device: torch.device) -> Check:
+def check_attention(by: Attention, shape: Shape, dtype: torch.dtype, name: str, device: torch.device) -> Check:
     """Output and gradient of attention where no row has a tangent."""
     torch.manual_seed(0)
     batch, tokens, width, heads = shape

@@ -34,6 +34,7 @@ import torch
 from benchmarks import cases, checks
 from benchmarks.cases import Case, Machine, fitting_batch, fused_ops
 from benchmarks.measure import ceilings, environment, make_clock, measure
+from benchmarks.one_rank import check_one_rank
 from benchmarks.report import compact, render
 from benchmarks.split import guided_split, synchronise
 from mfengine.files import write_atomic
@@ -77,6 +78,7 @@ def _tasks(machine: Machine, many: int) -> Iterator[Task]:
         yield _check("xl2", f"AdamWEMA {backend}", 10, partial(checks.check_optimizer, backend, device, steps))
     waits = partial(checks.check_waits, replace(machine.model("b2"), depth=2), dtype, device)
     yield _check("xl2", "the host does not wait in a step", 20, waits)
+    yield Task("xl2", "FSDP2 on one rank", 20, False, lambda: {"checks": check_one_rank(device)})
 
     stage = f"xl2 of {few}"
     yield Task(stage, "ceilings", 5, True, lambda: {"ceilings": ceilings(device, dtype, 0.5 if gpu else 0.0)})
@@ -373,7 +375,7 @@ class Run:
 def _lines(part: Part) -> Iterator[str]:
     for check in part.get("checks", []):
         verdict = "ok    " if checks.passed(check) else "FAILED"
-        yield f"{verdict} {check['check']}: {check['error']:.2e} of {check['bound']:.1e} {check['note']}"
+        yield f"{verdict} {check['check']}: {check['error']:.2e} of {check['bound']:.1e} {check.get('note', '')}"
     for row in part.get("rows", []):
         yield f"timed  {row['suite']}: {row['case']}: {row['implementation']}: {1e3 * row['seconds']:.3f} ms"
     for name in part.get("splits", {}):
