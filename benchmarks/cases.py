@@ -31,6 +31,7 @@ from mfengine.engine.flops import forward_flops, step_flops
 from mfengine.engine.presets import PRESETS
 from mfengine.kernels import multi_tensor
 from mfengine.ops import Dual
+from mfengine.ops.backend import Backend
 from mfengine.optim import AdamWEMA
 from mfengine.ranks import World
 
@@ -75,6 +76,11 @@ class Machine:
         """Of matrix products."""
         return torch.bfloat16 if self.gpu else torch.float32
 
+    @property
+    def backend(self) -> Backend:
+        """What computes the ops: our kernels run on a GPU."""
+        return "triton" if self.gpu else "torch"
+
     def model(self, preset: str) -> ModelConfig:
         config = PRESETS[preset][1].model
         return config if self.gpu else tiny(config) if self.rehearse else small(config)
@@ -99,7 +105,7 @@ def fitting_batch(machine: Machine, preset: str) -> int:
     count = sum(p.numel() for p in make_model(config, torch.device("meta")).parameters())
     row = 41 * config.depth * config.num_tokens * config.hidden_size
     free, _ = torch.cuda.mem_get_info(machine.device)
-    return next((b for b in (256, 192, 128, 96, 64) if 22 * count + b * row < 0.9 * free), 32)
+    return next((b for b in (256, 224, 192, 160, 128, 96, 64) if 22 * count + b * row < 0.9 * free), 32)
 
 
 def cases(machine: Machine, peer: Callable[..., Call] | None = None) -> Iterator[Case]:

@@ -18,8 +18,10 @@ from benchmarks.measure import ROOT
 from benchmarks.workload import OBJECTIVES, make_model, training_step
 from mfengine import MeanFlow, ModelConfig, ops
 from mfengine.ops import Dual, use_attention, use_backend
+from mfengine.ops.backend import Backend
 from mfengine.ops.choice import Attention, why_not
-from mfengine.optim import AdamWEMA, Backend
+from mfengine.optim import AdamWEMA
+from mfengine.optim import Backend as OptimBackend
 
 GOLDEN_BOUND = 1e-5
 Check = dict[str, Any]  # check: its name; error, bound; note: what else is wrong, if anything
@@ -70,7 +72,7 @@ def run_op(op: Callable[..., Any], primals: list[Tensor], tangents: list[Tensor]
     return [x.detach() for o in outputs for x in o] + list(torch.autograd.grad(total, leaves))
 
 
-def check_op(op: FusedOp, name: str, device: torch.device) -> Check:
+def check_op(op: FusedOp, name: str, device: torch.device, backend: Backend = "triton") -> Check:
     """Output, tangent and gradients of our kernels; three runs on poisoned memory must agree bit for bit.
 
     The first row has no tangent.
@@ -87,7 +89,7 @@ def check_op(op: FusedOp, name: str, device: torch.device) -> Check:
 
     with use_backend("torch"):
         exact, plain = run(torch.float64), run()
-    with use_backend("triton"), poisoned_memory():
+    with use_backend(backend), poisoned_memory():
         runs = [run() for _ in range(3)]
     same = all(torch.equal(a, b) for again in runs[1:] for a, b in zip(runs[0], again, strict=True))
     return compare(name, runs[0], plain, exact, "" if same else "three runs differ")
@@ -141,7 +143,9 @@ def check_golden(name: str, device: torch.device) -> Check:
     return {"check": f"golden {name}", "error": error, "bound": GOLDEN_BOUND, "note": ""}
 
 
-def check_step(config: ModelConfig, batch: int, dtype: torch.dtype, name: str, device: torch.device) -> Check:
+def check_step(
+    config: ModelConfig, batch: int, dtype: torch.dtype, name: str, device: torch.device, backend: Backend = "triton"
+) -> Check:
     """Loss and gradient of a guided step through our kernels."""
     method = MeanFlow(OBJECTIVES["guided"])
     generator = torch.Generator().manual_seed(0)
@@ -149,7 +153,7 @@ def check_step(config: ModelConfig, batch: int, dtype: torch.dtype, name: str, d
     labels = torch.arange(batch) % config.num_classes
     draws = method.draw(latents.shape, generator)
 
-    def run(compute_dtype: torch.dtype, backend: Any) -> list[Tensor]:
+    def run(compute_dtype: torch.dtype, backend: Backend) -> list[Tensor]:
         wide = torch.float64 if compute_dtype == torch.float64 else torch.float32
         model = make_model(config, device, compute_dtype).to(wide)
         inputs = draws._replace(t=draws.t.to(wide), r=draws.r.to(wide), noise=draws.noise.to(device, wide))
@@ -158,7 +162,7 @@ def check_step(config: ModelConfig, batch: int, dtype: torch.dtype, name: str, d
             loss.backward()
         return [loss, torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])]
 
-    return compare(name, run(dtype, "triton"), run(dtype, "torch"), run(torch.float64, "torch"))
+    return compare(name, run(dtype, backend), run(dtype, "torch"), run(torch.float64, "torch"))
 
 
 def check_waits(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Check:
@@ -178,7 +182,7 @@ def check_waits(config: ModelConfig, dtype: torch.dtype, device: torch.device) -
     return {"check": "the host does not wait in a step", "error": 0.0, "bound": 0.0, "note": note}
 
 
-def check_optimizer(backend: Backend, device: torch.device, steps: int = 200) -> Check:
+def check_optimizer(backend: OptimBackend, device: torch.device, steps: int = 200) -> Check:
     """A backend of AdamWEMA, beside torch.optim.AdamW and averages by lerp in float32, both against float64.
 
     On any alignment, and again from the same start, which must give the same bits; then a gradient that is not finite

@@ -41,7 +41,7 @@ from mfengine.files import write_atomic
 from mfengine.ranks import World
 
 START_S = 20  # in which a worker imports PyTorch and finds its device, at a guess
-PATIENCE = 8  # times as long as it was expected to take, and a minute, may a task run
+PATIENCE, PATIENCE_S = 8, 60.0  # a task may run so many times as long as was expected, and so many seconds more
 
 Part = dict[str, Any]  # of the report: lists are appended to what it has under the same name, dictionaries merged
 
@@ -111,14 +111,14 @@ def _tasks(machine: Machine, many: int) -> Iterator[Task]:
 
 def _checks_of_a_preset(machine: Machine, preset: str) -> Iterator[Task]:
     """Its step at two blocks, and each op at its shapes: they compile all kernels of its timings."""
-    config = replace(machine.model(preset), depth=2 if machine.gpu else 1)
+    config = replace(machine.model(preset), depth=2)
     shape = (4, config.num_tokens, config.hidden_size, config.num_heads) if machine.gpu else (2, 5, 24, 1)
     dtype = machine.dtype
     name = f"guided step, {machine.name(preset)} of {config.depth} blocks"
-    yield _check(preset, name, 60, partial(checks.check_step, config, 8, dtype, name, machine.device))
+    yield _check(preset, name, 60, partial(checks.check_step, config, 8, dtype, name, machine.device, machine.backend))
     for op in fused_ops(*shape, dtype):
         name = f"{op.name} {shape} {_name(dtype)}"
-        yield _check(preset, name, 30, partial(checks.check_op, op, name, machine.device))
+        yield _check(preset, name, 30, partial(checks.check_op, op, name, machine.device, machine.backend))
 
 
 def _remaining_checks(machine: Machine) -> Iterator[Task]:
@@ -142,7 +142,7 @@ def _remaining_checks(machine: Machine) -> Iterator[Task]:
     for *shape, dtype in shapes:
         for op in fused_ops(*shape, dtype):
             name = f"{op.name} {tuple(shape)} {_name(dtype)}"
-            yield _check("remaining", name, 15, partial(checks.check_op, op, name, device))
+            yield _check("remaining", name, 15, partial(checks.check_op, op, name, device, machine.backend))
         for by in checks.attentions(shape, dtype, device):
             name = f"attention by {by} {tuple(shape)} {_name(dtype)}"
             yield _check("remaining", name, 10, partial(checks.check_attention, by, shape, dtype, name, device))
@@ -183,11 +183,15 @@ def _name(dtype: torch.dtype) -> str:
 # Workers.
 
 
-def work(connection: Connection, rehearse: bool, folder: str, many: int | None) -> None:
+Plan = Callable[[Machine, int], dict[str, Task]]
+
+
+def work(connection: Connection, make_plan: Plan, rehearse: bool, folder: str, many: int | None) -> None:
     """A worker: sends its device and its tasks, then runs those that it is told to, one at a time.
 
     Args:
         connection: to the parent.
+        make_plan: `plan`.
         rehearse: on a CPU.
         folder: for data.
         many: the batch of XL/2 that fills the device; found out here if None.
@@ -200,7 +204,7 @@ def work(connection: Connection, rehearse: bool, folder: str, many: int | None) 
     else:
         torch.cuda.set_device(device)
     many = many or (4 if rehearse else fitting_batch(machine, "xl2"))
-    tasks = plan(machine, many)
+    tasks = make_plan(machine, many)
     connection.send((environment(device), many, [(t.stage, t.name, t.seconds, t.alone) for t in tasks.values()]))
     well = True
     while well:
@@ -213,7 +217,7 @@ def work(connection: Connection, rehearse: bool, folder: str, many: int | None) 
 
 
 def attempt(task: Task, device: torch.device) -> tuple[Part, bool]:
-    """What a task gives, or why it gives nothing; and whether others can run after it in this process."""
+    """What a task gives, or why it gives nothing, and whether others can run after it in this process."""
     assert task.run is not None
     try:
         part = task.run()
@@ -247,18 +251,18 @@ def _end_with_parent() -> None:
 class Worker:
     """A process that runs tasks."""
 
-    def __init__(self, rehearse: bool, folder: str, many: int | None, timeout: float) -> None:
-        """Raises RuntimeError if it does not start."""
+    def __init__(self, timeout: float, *args: Any) -> None:
+        """With the arguments of `work` after the connection; RuntimeError if it does not start in time."""
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=work, args=(theirs, rehearse, folder, many), daemon=True)
+        self._process = context.Process(target=work, args=(theirs, *args), daemon=True)
         self._process.start()
         theirs.close()
         self.environment, self.many, tasks = self._answer(timeout)
         self.tasks = [Task(*values) for values in tasks]
 
     def run(self, name: str, timeout: float) -> tuple[Part, bool]:
-        """What a task gives, or why it gives nothing; and whether the worker is still there."""
+        """What a task gives, or why it gives nothing, and whether the worker can run another."""
         self._connection.send(name)
         try:
             return self._answer(timeout)
@@ -286,9 +290,9 @@ class Worker:
 class Run:
     """The report, and the workers that fill it."""
 
-    def __init__(self, rehearse: bool, minutes: float, folder: str) -> None:
+    def __init__(self, rehearse: bool, minutes: float, folder: str, make_plan: Plan = plan) -> None:
         self.report: dict[str, Any] = {}
-        self._rehearse, self._folder = rehearse, folder
+        self._rehearse, self._folder, self._plan = rehearse, folder, make_plan
         self._begin = time.monotonic()
         self._deadline = self._begin + 60 * minutes
         self._lock = threading.Lock()
@@ -348,7 +352,7 @@ class Run:
             worker = self._workers[i] or self._start()
         except RuntimeError as error:
             return {"errors": {task.name: f"no worker: {error}"}}
-        part, well = worker.run(task.name, min(left, PATIENCE * task.seconds + 60))
+        part, well = worker.run(task.name, min(left, PATIENCE * task.seconds + PATIENCE_S))
         if not well:
             worker.stop()
         self._workers[i] = worker if well else None
@@ -356,7 +360,7 @@ class Run:
 
     def _start(self) -> Worker:
         left = max(1.0, self._deadline - time.monotonic())
-        return Worker(self._rehearse, self._folder, self._many, left)
+        return Worker(left, self._plan, self._rehearse, self._folder, self._many)
 
     def _keep(self, part: Part) -> None:
         """Into the report, to the disk, then to the terminal."""
@@ -393,8 +397,6 @@ def main() -> int:
     if not args.rehearse and not torch.cuda.is_available():
         print("error: torch finds no GPU; `python -m benchmarks.gpu --rehearse` runs on a CPU", file=sys.stderr)
         return 2
-    if args.rehearse:
-        os.environ["TRITON_INTERPRET"] = "1"  # of the workers
     with tempfile.TemporaryDirectory() as folder:
         run = Run(args.rehearse, args.minutes, folder)
         run.run()

@@ -128,7 +128,9 @@ def _seconds(events: list[dict[str, Any]], gpu: bool) -> dict[str, float]:
             spent[event["name"]] = spent.get(event["name"], 0.0) + event["dur"] / 1e6
     if not gpu:
         return spent
-    launched = {e["args"]["correlation"]: e["ts"] for e in events if e.get("cat") == "cuda_runtime"}
+    # PyTorch launches through CUDA's runtime, Triton through its driver.
+    calls = [e for e in events if e.get("cat") in ("cuda_runtime", "cuda_driver")]
+    launched = {e["args"]["correlation"]: e["ts"] for e in calls if "correlation" in e["args"]}
     passes = [e for e in ranges if e["name"] not in ("step", "alone") and ":" not in e["name"]]
     for kernel in events:
         if kernel.get("cat") not in ("kernel", "gpu_memcpy", "gpu_memset"):

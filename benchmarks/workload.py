@@ -140,5 +140,5 @@ def small(config: ModelConfig) -> ModelConfig:
 
 
 def tiny(config: ModelConfig) -> ModelConfig:
-    """The same network, as small as it can be, for kernels under Triton's interpreter."""
+    """The same network, as small as it can be."""
     return dataclasses.replace(config, hidden_size=32, depth=2, num_heads=2, input_size=4)
