@@ -164,7 +164,7 @@ def _timed(stage: str, machine: Machine, case: Case, compiled: bool = False) -> 
 
 def _time(machine: Machine, case: Case, name: str, make: Callable[[], cases.Call], seconds: float) -> Part:
     call, clock = make(), make_clock(machine.device, case.hide_host)
-    return {"rows": [asdict(case.row(name, measure(call, clock, seconds, warmup=3 if machine.gpu else 1)))]}
+    return {"rows": [asdict(case.row(name, measure(call, clock, seconds, warmup=2 if machine.gpu else 0)))]}
 
 
 def _split(stage: str, machine: Machine, preset: str, batch: int) -> Task:

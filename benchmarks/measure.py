@@ -88,22 +88,21 @@ def other_work(device: torch.device) -> Callable[[], Any]:
 
 def measure(f: Callable[[], Any], clock: Callable[[], float], seconds: float, warmup: int = 3) -> list[float]:
     """Seconds of one call of f, for each of several rounds that take about so long in all."""
-    for _ in range(warmup):
-        f()
+    f()
     start = clock()
     f()
     now = clock()
     # Short calls are queued one behind the other, so that the device does not wait for the host.
     calls = max(1, min(50, int(2e-3 / max(now - start, 1e-7))))
-    rounds = []
+    rounds: list[float] = []
     until = time.monotonic() + seconds
-    while len(rounds) < 3 or time.monotonic() < until:
+    while len(rounds) < warmup + 3 or time.monotonic() < until:
         start = now
         for _ in range(calls):
             f()
         now = clock()
         rounds.append((now - start) / calls)
-    return rounds
+    return rounds[warmup:]
 
 
 def summarise(rounds: list[float]) -> dict[str, Any]:

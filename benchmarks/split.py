@@ -105,14 +105,14 @@ def split(
         trace.export_chrome_trace(str(path))
         events = json.loads(path.read_text())["traceEvents"]
 
-    spent = _seconds(events, device.type == "cuda")
+    spent = seconds_of_passes(events, device.type == "cuda")
     found = {name: spent.get(name, 0.0) / STEPS for name in ("step", *PASSES)}
     found["tangent"] = max(0.0, spent["forward"] / STEPS - found["primal"])
     found["rest"] = max(0.0, found["step"] - sum(found[name] for name in PASSES[:-2]))
     return found
 
 
-def _seconds(events: list[dict[str, Any]], gpu: bool) -> dict[str, float]:
+def seconds_of_passes(events: list[dict[str, Any]], gpu: bool) -> dict[str, float]:
     """Seconds by the name of a labelled range; `communication` is that of collectives within steps."""
     ranges = [e for e in events if e.get("cat") == "user_annotation" and e.get("ph") == "X"]
     steps = [e for e in ranges if e["name"] == "step"]
