@@ -47,7 +47,7 @@ class Case:
     name: str
     implementations: dict[str, Callable[[], Call]]  # by name: makes the inputs, and returns what is timed
     samples: int  # of one call
-    flops: float = 0.0  # of one call: the least that it needs
+    flops: Callable[[], float] = float  # of one call: the least that it needs; counting takes a second
     bytes: float = 0.0  # of one call, moved to and from memory: the least that it needs
     hide_host: bool = False  # time the device alone, as `make_clock` does
 
@@ -55,7 +55,7 @@ class Case:
         """What the seconds of some rounds say."""
         timed = summarise(rounds)
         return Row(
-            self.suite, self.name, implementation, samples=self.samples, flops=self.flops, bytes=self.bytes, **timed
+            self.suite, self.name, implementation, samples=self.samples, flops=self.flops(), bytes=self.bytes, **timed
         )
 
 
@@ -221,7 +221,7 @@ def kernels(machine: Machine, preset: str, batch: int) -> Iterator[Case]:
                 {OURS: partial(make, machine, op, op.ours, explicit=True)}
                 | {name: partial(make, machine, op, f) for name, f in ({plain: op.plain} | other).items()},
                 samples=batch,
-                flops=products * op.product,
+                flops=partial(float, products * op.product),
                 bytes=passes * op.bytes,
                 hide_host=True,
             )
@@ -293,7 +293,7 @@ def step(machine: Machine, preset: str, batch: int, objective: str, peer: Callab
         f"{objective}, {machine.name(preset)} of {batch}",
         implementations,
         batch,
-        batch * step_flops(config, method),
+        lambda: batch * step_flops(config, method),
     )
 
 
@@ -441,8 +441,8 @@ def sampler(machine: Machine) -> Iterator[Case]:
 
         return call
 
-    flops = batch * forward_flops(config)
-    yield Case("sampler", f"one step, {machine.name('xl2')} of {batch}", {OURS: ours, "port SDPA": port}, batch, flops)
+    name = f"one step, {machine.name('xl2')} of {batch}"
+    yield Case("sampler", name, {OURS: ours, "port SDPA": port}, batch, lambda: batch * forward_flops(config))
 
 
 def checkpoint(machine: Machine) -> Iterator[Case]:

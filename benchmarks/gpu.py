@@ -157,7 +157,7 @@ def _timed(stage: str, machine: Machine, case: Case, compiled: bool = False) -> 
     for name, make in case.implementations.items():
         if ("compiled" in name) == compiled:
             budget = (0.3 if case.hide_host else 2.0) if machine.gpu else 0.0
-            expected = budget + (90 if compiled else 1 if case.hide_host else 8)
+            expected = budget + (90 if compiled else {"kernels": 1, "step": 6}.get(case.suite, 2))
             run = partial(_time, machine, case, name, make, budget)
             yield Task(stage, f"{case.suite}: {case.name}: {name}", expected, True, run)
 

@@ -10,6 +10,7 @@ import sys
 import time
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
+from shutil import which
 
 import gpu_tasks
 import pytest
@@ -18,6 +19,7 @@ from conftest import SMALL, run_command
 
 from benchmarks import gpu
 from benchmarks.cases import Machine
+from mfengine.kernels.multi_tensor import Library
 
 ROOT = Path(__file__).parent.parent
 GPU = Machine(torch.device("cuda", 0), Path("unused"))
@@ -137,6 +139,24 @@ def running(group):
     except ProcessLookupError:
         return False
     return True
+
+
+def test_the_cuda_library_is_built_first_where_it_is_missing(bare, tmp_path):
+    """Where nvcc and cmake are; elsewhere a line says that it is not."""
+    _, clone = bare
+    plan = subprocess.run(["make", "--dry-run", "gpu"], cwd=clone, capture_output=True, text=True, check=True).stdout
+    assert plan.index("kernels/cuda/build.py") < plan.index("-m benchmarks.gpu")
+
+    def build(**environment):
+        command = [sys.executable, "kernels/cuda/build.py"]
+        environment = {**os.environ, "MFENGINE_CUDA_ARCHS": "90", **environment}
+        return subprocess.run(command, cwd=clone, env=environment, capture_output=True, text=True, check=True).stderr
+
+    assert "no nvcc" in build(PATH=str(tmp_path), CUDA_HOME="", CUDACXX="")
+    if which("nvcc") and which("cmake"):
+        assert "building libmfengine_cuda.so, which is not there" in build()
+        assert Library(clone / "kernels/libmfengine_cuda.so").device == "cuda"
+        assert build() == ""
 
 
 # ----------------------------------------------------------------------------
