@@ -2,6 +2,7 @@
 
 import inspect
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
@@ -10,8 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from mfengine import torch_private
 
 
-def test_marking_a_constant_still_imports_the_compiler():
-    assert "import torch._dynamo" in inspect.getsource(torch.compiler.assume_constant_result)
+@pytest.mark.parametrize("public", [torch.compiler.assume_constant_result, torch.compiler.disable])
+def test_the_public_way_still_imports_the_compiler(public):
+    assert "import torch._dynamo" in inspect.getsource(public)
 
 
 def test_active_transforms_and_modes_cannot_be_asked_for():

@@ -81,8 +81,7 @@ def scaled_dot_product_attention(
 
 def _forward_mode(*tensors: Tensor | None) -> bool:
     """Whether one of the tensors may have a tangent."""
-    tangents = [None if x is None else fwad.unpack_dual(x).tangent for x in tensors]
-    return transformed() or any(tangent is not None for tangent in tangents)
+    return transformed() or any(x is not None and fwad.unpack_dual(x).tangent is not None for x in tensors)
 
 
 def _fuses(q: Tensor, k: Tensor, v: Tensor) -> bool:

@@ -16,8 +16,11 @@ from mfengine.ops.backend import use_backend
 from mfengine.ops.choice import use_attention
 from mfengine.ops.dual import Dual, add, chunk, linear_map
 from mfengine.ops.linear import linear, sinusoid
+from mfengine.ops.rmsnorm import rms_norm
+from mfengine.ops.table import OPS
 
 __all__ = [
+    "OPS",
     "Dual",
     "adaln_modulate",
     "add",
@@ -28,6 +31,7 @@ __all__ = [
     "gelu",
     "linear",
     "linear_map",
+    "rms_norm",
     "silu",
     "sinusoid",
     "use_attention",

@@ -123,9 +123,8 @@ def _plain(q: A, k: A, v: A, scale: float | None) -> tuple[A]:
 def _plain_packed(qkv: Any, heads: int) -> tuple[Any]:
     if isinstance(qkv, Dual):
         q, k, v = map(Dual, _split_heads(qkv.primal, heads), _split_heads(qkv.tangent, heads))
-    else:
-        q, k, v = _split_heads(qkv, heads)
-    return (linear_map(_merge_heads, _plain(q, k, v, None)[0]),)
+        return (linear_map(_merge_heads, _plain(q, k, v, None)[0]),)
+    return (_merge_heads(_plain(*_split_heads(qkv, heads), None)[0]),)
 
 
 def _probabilities(q: Tensor, k: Tensor, scale: float) -> Tensor:

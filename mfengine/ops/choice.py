@@ -51,7 +51,7 @@ def choose(*args: Any, dim: int) -> Attention:
     Raises:
         ValueError: the one asked for does not do it.
     """
-    if any(isinstance(a, Dual) or fwad.unpack_dual(a).tangent is not None for a in args) or transformed():
+    if transformed() or any(isinstance(a, Dual) or fwad.unpack_dual(a).tangent is not None for a in args):
         return "auto"
     if _asked == "auto":
         backend = chosen()

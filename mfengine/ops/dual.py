@@ -71,7 +71,7 @@ def complete(primals: Sequence[Tensor], tangents: Sequence[Tensor | None], param
     rows = len(primals) - parameters
     counts = {t.shape[0] for t in tangents[:rows] if t is not None} or {primals[0].shape[0]}
     if len(counts) > 1:
-        raise ValueError(f"tangents of {' and '.join(map(str, sorted(counts)))} rows do not go together")
+        raise ValueError(f"tangents must be of one number of rows, not of {' and '.join(map(str, sorted(counts)))}")
     (duals,) = counts
     pairs = zip(primals[:rows], tangents[:rows], strict=True)
     return [*(x.new_zeros(duals, *x.shape[1:]) if t is None else t for x, t in pairs), *tangents[rows:]]

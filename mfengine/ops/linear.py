@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,7 @@ from torch import Tensor
 from mfengine.ops.dual import A, Dual, linear_map, primal_of, push
 
 
-def linear(x: A, weight: Tensor | Dual, bias: Tensor | Dual | None = None) -> A:
+def linear(x: A, weight: Any, bias: Any = None) -> A:
     """x W^T + b, computed in the dtype of x; the tangent is dx W^T + x dW^T + db.
 
     Args:

@@ -22,12 +22,9 @@ from torch.utils.flop_counter import register_flop_formula
 
 from mfengine.ops.backend import fused
 from mfengine.ops.dual import Dual, complete, primal_of
-from mfengine.torch_private import intercepted
+from mfengine.torch_private import intercepted, uncompiled
 
 _SCHEMA_TYPES = {"int": "int", "float": "float", "float | None": "float?"}
-
-OPS: dict[str, Op] = {}
-"""Every op with kernels, by name."""
 
 
 class Op:
@@ -75,7 +72,6 @@ class Op:
         self._keep = tuple(known.index(name) for name in saved)
         self._like = tuple(self.saved.index((like or {}).get(name, name)) for name in self.arguments)
         self._operators = self._register({k: v for k, v in annotations.items() if v in _SCHEMA_TYPES})
-        OPS[name] = self
 
     def __call__(self, *args: Any, options: tuple[Any, ...] = ()) -> tuple[Any, ...]:
         if fused(*map(primal_of, args)):
@@ -155,12 +151,20 @@ class Op:
         if any(g is not None for g in gradients[len(self.returned) :]):
             raise RuntimeError(
                 f"a gradient reached the tangent of {self.name}, which fused kernels do not differentiate: detach the "
-                'tangent, or compute in plain PyTorch inside mfengine.ops.use_backend("torch")'
+                "tangent (a compiled function must return it detached), or take plain PyTorch by "
+                'mfengine.ops.use_backend("torch")'
             )
         saved, gradients = ctx.saved_tensors, gradients[: len(self.outputs)]
+        if all(g is None for g in gradients):
+            return (None,) * len(self.arguments)
         # With create_graph, the operator: it refuses second derivatives, where a launcher would give none.
         eager = not torch.is_grad_enabled() and _eager((*saved, *gradients))
         return _tuple((self.backward if eager else self._operators[2])(*saved, *gradients, *ctx.options))
+
+    def _refuse(self, *_: Any) -> None:
+        raise RuntimeError(
+            f'second derivatives of {self.name} need plain PyTorch: mfengine.ops.use_backend("torch") does it'
+        )
 
     # ------------------------------------------------------------------------
     # How PyTorch knows it.
@@ -207,6 +211,7 @@ class Op:
         )
         for operator in (forward, dual):
             torch.library.register_autograd(operator, differentiate, setup_context=save)
+        torch.library.register_autograd(backward, self._refuse)
         if flops is not None:
 
             @register_flop_formula(forward.overloadpacket)
@@ -258,7 +263,7 @@ def _operator(name: str, arguments: list[str], results: int, run: Callable[..., 
     qualified = f"mfengine::{name}"
     schema = f"({', '.join(arguments)}) -> ({', '.join(['Tensor'] * results)})"
     torch.library.define(qualified, schema, tags=torch.Tag.pt2_compliant_tag)
-    torch.library.impl(qualified, "default", unpacked(run))
+    torch.library.impl(qualified, "default", uncompiled(unpacked(run)))
     torch.library.register_fake(qualified, unpacked(fake))
     return getattr(torch.ops.mfengine, name).default
 
