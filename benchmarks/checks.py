@@ -6,20 +6,21 @@ The bound is twice the error of plain PyTorch in the same dtype, both against fl
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
-from benchmarks.cases import FusedOp, arrays
+from benchmarks.cases import outputs_of, random_on
 from benchmarks.measure import ROOT
 from benchmarks.workload import OBJECTIVES, make_model, training_step
-from mfengine import MeanFlow, ModelConfig, ops
-from mfengine.ops import Dual, use_attention, use_backend
+from mfengine import MeanFlow, ModelConfig
+from mfengine.ops import OPS, Dual, use_attention, use_backend
 from mfengine.ops.backend import Backend
 from mfengine.ops.choice import Attention, why_not
+from mfengine.ops.table import Example, Shape
 from mfengine.optim import AdamWEMA
 from mfengine.optim import Backend as OptimBackend
 
@@ -63,64 +64,53 @@ def poisoned_memory() -> Iterator[None]:
 # Ops.
 
 
-def run_op(op: Callable[..., Any], primals: list[Tensor], tangents: list[Tensor], constants: list[Tensor]) -> list[Any]:
-    """Outputs, their tangents, and gradients of all arguments."""
-    leaves = [x.detach().requires_grad_() for x in primals + constants]
-    duals = [Dual(x, dx) for x, dx in zip(leaves, tangents, strict=False)]
-    outputs = op(*duals, *leaves[len(duals) :])
-    total = sum((o.primal * torch.linspace(-1, 1, o.primal.shape[-1]).to(o.primal)).sum() for o in outputs)
-    return [x.detach() for o in outputs for x in o] + list(torch.autograd.grad(total, leaves))
+def check_op(
+    op: str, shape: Shape, dtype: torch.dtype, name: str, device: torch.device, backend: Backend = "triton"
+) -> Check:
+    """Output, tangent and gradients of an op through our kernels; three runs must agree bit for bit.
 
-
-def check_op(op: FusedOp, name: str, device: torch.device, backend: Backend = "triton") -> Check:
-    """Output, tangent and gradients of our kernels; three runs on poisoned memory must agree bit for bit.
-
-    The first row has no tangent.
+    The first row has no tangent, and memory is poisoned.
     """
     torch.manual_seed(0)
-    active = len(op.arguments) - op.constants
-    inputs = arrays(device, op.arguments)
-    primals, constants = inputs[:active], inputs[active:]
-    tangents = [x[1:] for x in arrays(device, op.arguments[:active])]
+    case, along = (OPS[op](shape, random_on(device, dtype)) for _ in range(2))
+    rows = len(case.arguments) - case.parameters
 
-    def run(dtype: torch.dtype | None = None) -> list[Tensor]:
-        cast = [[x if dtype is None else x.to(dtype) for x in part] for part in (primals, tangents, constants)]
-        return run_op(op.ours, *cast)
+    def run(case: Example, along: Example) -> list[Tensor]:
+        leaves = [x.detach().requires_grad_() for x in case.arguments]
+        duals = [Dual(x, dx[1:]) for x, dx in zip(leaves[:rows], along.arguments, strict=False)]
+        outputs = outputs_of(case.function(*duals, *leaves[rows:]))
+        total = sum((o.primal * torch.linspace(-1, 1, o.primal.shape[-1]).to(o.primal)).sum() for o in outputs)
+        return [x.detach() for o in outputs for x in o] + list(torch.autograd.grad(total, leaves))
 
     with use_backend("torch"):
-        exact, plain = run(torch.float64), run()
+        exact, plain = run(case.double(), along.double()), run(case, along)
     with use_backend(backend), poisoned_memory():
-        runs = [run() for _ in range(3)]
+        runs = [run(case, along) for _ in range(3)]
     pairs = [pair for again in runs[1:] for pair in zip(runs[0], again, strict=True)]
     same = all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in pairs)
     return compare(name, runs[0], plain, exact, "" if same else "three runs differ")
 
 
-Shape = Sequence[int]  # batch, tokens, width, heads
-
-
 def attentions(shape: Shape, dtype: torch.dtype, device: torch.device) -> list[Attention]:
     """The implementations other than the plain one that take such heads here."""
-    dim = shape[2] // shape[3]
     names = [name for name in get_args(Attention) if name not in ("auto", "torch")]
-    return [name for name in names if why_not(name, device, dtype, dim) is None]
+    return [name for name in names if why_not(name, device, dtype, shape.dim) is None]
 
 
 def check_attention(by: Attention, shape: Shape, dtype: torch.dtype, name: str, device: torch.device) -> Check:
     """Output and gradient of attention where no row has a tangent."""
     torch.manual_seed(0)
-    batch, tokens, width, heads = shape
-    qkv = torch.randn(batch, tokens, 3 * width, device=device).to(dtype)
+    case = OPS["attention_packed"](shape, random_on(device, dtype))
 
-    def run(qkv: Tensor) -> list[Tensor]:
-        leaf = qkv.detach().requires_grad_()
-        o = ops.attention_packed(leaf, heads)
-        return [o.detach(), *torch.autograd.grad((o * torch.linspace(-1, 1, width).to(o)).sum(), leaf)]
+    def run(case: Example) -> list[Tensor]:
+        leaf = case.arguments[0].detach().requires_grad_()
+        o = case.function(leaf)
+        return [o.detach(), *torch.autograd.grad((o * torch.linspace(-1, 1, shape.width).to(o)).sum(), leaf)]
 
     with use_attention("torch"):
-        exact, plain = run(qkv.double()), run(qkv)
+        exact, plain = run(case.double()), run(case)
     with use_attention(by):
-        return compare(name, run(qkv), plain, exact)
+        return compare(name, run(case), plain, exact)
 
 
 # ----------------------------------------------------------------------------

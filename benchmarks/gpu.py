@@ -32,12 +32,13 @@ from typing import Any
 import torch
 
 from benchmarks import cases, checks
-from benchmarks.cases import Case, Machine, fitting_batch, fused_ops
+from benchmarks.cases import Case, Machine, fitting_batch, fused_ops, op_shape
 from benchmarks.measure import ceilings, environment, make_clock, measure
 from benchmarks.one_rank import check_one_rank
 from benchmarks.report import compact, render
 from benchmarks.split import guided_split, synchronise
 from mfengine.files import write_atomic
+from mfengine.ops.table import Shape
 from mfengine.ranks import World
 
 START_S = 20  # in which a worker imports PyTorch and finds its device, at a guess
@@ -112,13 +113,11 @@ def _tasks(machine: Machine, many: int) -> Iterator[Task]:
 def _checks_of_a_preset(machine: Machine, preset: str) -> Iterator[Task]:
     """Its step at two blocks, and each op at its shapes: they compile all kernels of its timings."""
     config = replace(machine.model(preset), depth=2)
-    shape = (4, config.num_tokens, config.hidden_size, config.num_heads) if machine.gpu else (2, 5, 24, 1)
+    shape = op_shape(config, 4)
     dtype = machine.dtype
     name = f"guided step, {machine.name(preset)} of {config.depth} blocks"
     yield _check(preset, name, 60, partial(checks.check_step, config, 8, dtype, name, machine.device, machine.backend))
-    for op in fused_ops(*shape, dtype):
-        name = f"{op.name} {shape} {_name(dtype)}"
-        yield _check(preset, name, 30, partial(checks.check_op, op, name, machine.device, machine.backend))
+    yield from _op_checks(preset, machine, shape, dtype)
 
 
 def _remaining_checks(machine: Machine) -> Iterator[Task]:
@@ -126,26 +125,28 @@ def _remaining_checks(machine: Machine) -> Iterator[Task]:
     gpu, device = machine.gpu, machine.device
     for name in ("guided_kappa", "guided_omega_train", "unguided"):
         yield _check("remaining", f"golden {name}", 60, partial(checks.check_golden, name, device))
-    shapes = [(2, 7, 24, 1, torch.float16)]  # batch, tokens, width, heads
+    examples = [(Shape(2, 7, 1, 24), torch.float16)]
     if gpu:
-        half = [
-            (3, n, heads * dim, heads)
-            for dim, heads in ((64, 16), (72, 16), (80, 8), (96, 8), (128, 4))
-            for n in (1, 257)
-        ]
-        shapes = [(*shape, torch.bfloat16) for shape in half]
-        shapes += [
-            (3, 257, 1152, 16, torch.float32),
-            (3, 257, 1152, 16, torch.float16),
-            (3, 100, 512, 4, torch.float16),
-        ]
-    for *shape, dtype in shapes:
-        for op in fused_ops(*shape, dtype):
-            name = f"{op.name} {tuple(shape)} {_name(dtype)}"
-            yield _check("remaining", name, 15, partial(checks.check_op, op, name, device, machine.backend))
+        heads = ((16, 64), (16, 72), (8, 80), (8, 96), (4, 128))
+        examples = [(Shape(3, tokens, *head), torch.bfloat16) for head in heads for tokens in (1, 257)]
+        examples += [(Shape(3, 257, 16, 72), torch.float32), (Shape(3, 257, 16, 72), torch.float16)]
+        examples += [(Shape(3, 100, 4, 128), torch.float16)]
+    for shape, dtype in examples:
+        yield from _op_checks("remaining", machine, shape, dtype)
         for by in checks.attentions(shape, dtype, device):
-            name = f"attention by {by} {tuple(shape)} {_name(dtype)}"
+            name = f"attention by {by}, {_describe(shape, dtype)}"
             yield _check("remaining", name, 10, partial(checks.check_attention, by, shape, dtype, name, device))
+
+
+def _op_checks(stage: str, machine: Machine, shape: Shape, dtype: torch.dtype) -> Iterator[Task]:
+    for op in fused_ops():
+        name = f"{op}, {_describe(shape, dtype)}"
+        run = partial(checks.check_op, op, shape, dtype, name, machine.device, machine.backend)
+        yield _check(stage, name, 20, run)
+
+
+def _describe(shape: Shape, dtype: torch.dtype) -> str:
+    return f"{' x '.join(map(str, shape))} {str(dtype).removeprefix('torch.')}"
 
 
 def _check(stage: str, name: str, seconds: float, check: Callable[[], checks.Check]) -> Task:
@@ -173,10 +174,6 @@ def _split(stage: str, machine: Machine, preset: str, batch: int) -> Task:
     return Task(
         stage, f"split: {name}", 20, True, lambda: {"splits": {name: guided_split(machine.model(preset), batch, ranks)}}
     )
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 # ----------------------------------------------------------------------------

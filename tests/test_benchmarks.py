@@ -4,13 +4,14 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks import checks, guard, measure, report
-from benchmarks.cases import FusedOp, fused_ops, rotating
+from benchmarks.cases import fused_ops, rotating
 from benchmarks.measure import Row
 from benchmarks.split import Labelled, seconds_of_passes
 from benchmarks.workload import OBJECTIVES
@@ -18,8 +19,10 @@ from mfengine import DiT, MeanFlow, ModelConfig, ops
 from mfengine.engine import rates
 from mfengine.kernels import multi_tensor
 from mfengine.ops.backend import chosen
+from mfengine.ops.table import Shape
 
 ROOT = Path(__file__).parent.parent
+SMALL = Shape(2, 5, 1, 24)
 CEILINGS = {"memory_bytes_per_s": 1e9, "matrix_flops_per_s": 1e12}
 
 
@@ -60,21 +63,27 @@ def test_counts_are_exact():
 
 
 PLANTED = """
-import mfengine.ops, mfengine.methods, torch
+import dataclasses, mfengine.methods, torch
+from mfengine.ops import OPS
 
-usual_gelu, usual_loss = mfengine.ops.gelu, mfengine.methods.MeanFlow.loss
+usual_gelu, usual_loss = OPS["gelu"], mfengine.methods.MeanFlow.loss
 
 def slow_gelu(*args):
-    for _ in range(7):
-        usual_gelu(*args)
-    return usual_gelu(*args)
+    example = usual_gelu(*args)
+
+    def function(*args):
+        for _ in range(7):
+            example.function(*args)
+        return example.function(*args)
+
+    return dataclasses.replace(example, function=function)
 
 def costly_loss(self, model, latents, labels, draws):
     with torch.no_grad():
         model(latents, latents[:, 0, 0, 0], latents[:, 0, 0, 0], labels)
     return usual_loss(self, model, latents, labels, draws)
 
-mfengine.ops.gelu, mfengine.methods.MeanFlow.loss = slow_gelu, costly_loss
+OPS["gelu"], mfengine.methods.MeanFlow.loss = slow_gelu, costly_loss
 """
 
 
@@ -122,7 +131,7 @@ def test_guard_trips_on_a_slow_op_and_on_an_extra_forward(tmp_path):
     (tmp_path / "planted.py").write_text(PLANTED)
     guarded = run_benchmarks("--guard", cwd=tmp_path, plugin="planted")
     assert guarded.returncode == 1, guarded.stdout + guarded.stderr
-    assert "REGRESSION kernels: bias gelu, dual" in guarded.stdout
+    assert "REGRESSION kernels: gelu, dual" in guarded.stdout
     assert "REGRESSION b2, guided, mfengine: flops" in guarded.stdout
 
     done = subprocess.run(
@@ -245,20 +254,9 @@ def test_inputs_are_more_than_the_cache_holds(monkeypatch):
 # What a check notices.
 
 
-def planted(fault):
-    """GELU, with a fault where our kernels would compute it."""
-
-    def op(x, bias):
-        o = ops.gelu(x, bias)
-        return (fault(o) if chosen() == "triton" else o,)
-
-    kinds = [((2, 3, 16), torch.float32), ((16,), torch.float32)]
-    return FusedOp("gelu", op, op, kinds, kinds[:1], constants=1)
-
-
-@pytest.mark.parametrize("op", fused_ops(2, 5, 24, 1, torch.float16), ids=lambda op: op.name)
+@pytest.mark.parametrize("op", fused_ops())
 def test_checks_pass_our_kernels(op):
-    check = checks.check_op(op, op.name, torch.device("cpu"))
+    check = checks.check_op(op, SMALL, torch.float16, op, torch.device("cpu"))
     assert checks.passed(check), check
 
 
@@ -281,8 +279,21 @@ def different_each_time(o):
 
 
 @pytest.mark.parametrize("fault", [lost_tangent, unwritten, inexact, different_each_time])
-def test_checks_notice(fault):
-    check = checks.check_op(planted(fault), "gelu", torch.device("cpu"))
+def test_checks_notice(fault, monkeypatch):
+    """What goes wrong only where our kernels run."""
+    usual = ops.OPS["gelu"]
+
+    def planted(*args):
+        example = usual(*args)
+
+        def function(*args):
+            o = example.function(*args)
+            return fault(o) if chosen() == "triton" else o
+
+        return replace(example, function=function)
+
+    monkeypatch.setitem(ops.OPS, "gelu", planted)
+    check = checks.check_op("gelu", SMALL, torch.float32, "gelu", torch.device("cpu"))
     assert not checks.passed(check), check
     assert bool(check["note"]) == (fault is different_each_time)
 
