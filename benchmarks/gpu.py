@@ -315,7 +315,7 @@ class Run:
             worker.stop()
 
     def _estimate(self, tasks: list[Task]) -> str:
-        lines, total = [], START_S
+        lines, total = [], float(START_S)
         for stage in dict.fromkeys(task.stage for task in tasks):
             found = [task for task in tasks if task.stage == stage]
             seconds = sum(t.seconds / (1 if t.alone else self._cores) for t in found)
