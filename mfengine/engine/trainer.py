@@ -327,7 +327,7 @@ def check_run(config: TrainConfig, dataset: Dataset, world: World) -> None:
     for option, name in (("ops", config.ops), ("attention", config.attention)):
         if name == "auto":
             continue
-        if why := why_not(name, "training", world.device, compute_dtype(config, world), head):
+        if why := why_not(name, world.device, compute_dtype(config, world), head):
             raise InputError(f"--{option} {name} cannot be had: {why}")
     optim = config.optim
     if optim.backend == "cuda" and absent(world.device) and LIBRARY.is_file():
