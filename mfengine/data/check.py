@@ -11,8 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-from mfengine.data.dataset import DESCRIPTION, Dataset, Shard
+from mfengine.data.format import DESCRIPTION, Dataset, Shard
 from mfengine.errors import InputError
+from mfengine.progress import progress
 
 CHUNK = 1 << 24  # bytes hashed at a time
 USUAL_MEAN, USUAL_STD = 0.5, (0.5, 2.0)  # of the latents as the network sees them: noise has 0 and 1
@@ -53,18 +54,16 @@ def verify(folder: Path) -> Report:
     Raises:
         InputError: there is no data set, or its description says nothing that could be checked.
     """
-    from tqdm import tqdm  # benchmarks import the engine where only torch is installed
-
     dataset = Dataset.read(folder)
     report, sums = Report(dataset), _Sums(dataset.space.shape[0])
     size = sum(shard.bytes for shard in dataset.shards)
-    with tqdm(total=size, unit="B", unit_scale=True, dynamic_ncols=True) as progress:
+    with progress(size, "B", scale=True) as bar:
         for shard in dataset.shards:
             try:
                 report.problems += _shard_problems(dataset, shard, report.class_counts, sums)
             except (InputError, OSError) as error:
                 report.problems.append(str(error))
-            progress.update(shard.bytes)
+            bar.update(shard.bytes)
     if not report.problems and dataset.class_counts:
         counted = tuple(report.class_counts[label] for label in range(dataset.space.num_classes))
         if counted != dataset.class_counts:

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mfengine.data.dataset import LatentSpace
+from mfengine.data.format import LatentSpace
 from mfengine.errors import InputError, RankError
 
 Precision = Literal["float32", "bfloat16"]

@@ -34,9 +34,10 @@ import torch
 import torch.distributed as dist
 
 from mfengine.configs import check_seed, flatten, from_json
-from mfengine.data.dataset import BROKEN, DESCRIPTION, INDEX_VERSION, Dataset, LatentSpace, Shard
+from mfengine.data.format import BROKEN, DESCRIPTION, INDEX_VERSION, Dataset, LatentSpace, Shard
 from mfengine.errors import InputError
 from mfengine.files import sync, write_atomic
+from mfengine.progress import progress
 from mfengine.ranks import World
 
 T = TypeVar("T")
@@ -185,8 +186,6 @@ def write_dataset(
 
 def _share_out(writer: _Writer, world: World, max_broken: float) -> None:
     """Write all shards that are not there, this rank its own; the ranks meet every few seconds."""
-    from tqdm import tqdm  # benchmarks import this file where only torch is installed
-
     whole = world.on_main(writer.begin)
     pending = [shard for shard in range(writer.num_shards) if shard not in whole]
     total = len(writer.samples)
@@ -196,7 +195,7 @@ def _share_out(writer: _Writer, world: World, max_broken: float) -> None:
     ended = False
     with (
         closing(writer.write(pending[world.rank :: world.size])) as work,
-        tqdm(total=total, initial=done, unit=" images", disable=not world.main, dynamic_ncols=True) as progress,
+        progress(total, "samples", initial=done, enabled=world.main) as bar,
     ):
         while not ended:
             finished, known, error = 0, len(found), None
@@ -216,7 +215,7 @@ def _share_out(writer: _Writer, world: World, max_broken: float) -> None:
             if news[3]:
                 raise InputError(next(message for message in _gather(world, error) if message))
             done, broken, ended = done + int(news[0]), broken + int(news[1]), news[2] == world.size
-            progress.update(int(news[0]))
+            bar.update(int(news[0]))
             if broken > max_broken * total:
                 lists = _gather(world, found)
                 report = world.on_main(lambda: writer.report([b for part in lists for b in part]))  # noqa: B023
