@@ -24,7 +24,6 @@ from mfengine.data.sources import open_source
 from mfengine.data.vae import VAE
 from mfengine.data.writer import order
 from mfengine.errors import InputError
-from mfengine.prepare import ImagesArgs
 
 diffusers = pytest.importorskip("diffusers", reason="diffusers is an extra")
 datasets = pytest.importorskip("sklearn.datasets", reason="scikit-learn is an extra")
@@ -523,7 +522,6 @@ def test_images_are_encoded_in_float32_unless_asked_otherwise(arguments, tmp_pat
     code, _, errors = prepare(arguments[0], "data", *arguments[1:])
     assert code == 0, errors
     assert seen == {("float32", False)}
-    assert ImagesArgs(tmp_path, tmp_path, "vae").precision == "float32"
 
 
 def test_vae_in_bfloat16_is_near(vae, photographs):
