@@ -257,7 +257,7 @@ def test_writer_that_was_killed_continues(tmp_path, dataset, stop):
 
 def test_data_set_without_all_of_its_shards_gets_no_name(tmp_path, dataset, monkeypatch):
     """As when another node's files do not show."""
-    monkeypatch.setattr(writer, "PATIENCE_S", 0.1)
+    monkeypatch.setattr(writer, "TIMEOUT_S", 0.1)
     whole = writer._Writer._record
     monkeypatch.setattr(writer._Writer, "_record", lambda self, k: None if k == 1 else whole(self, k))
     with pytest.raises(InputError, match=r"shard 1 of .* is not there: the same command writes it again"):

@@ -15,7 +15,6 @@ from mfengine.data.format import DESCRIPTION, Dataset, Shard
 from mfengine.errors import InputError
 from mfengine.progress import progress
 
-CHUNK = 1 << 24  # bytes hashed at a time
 USUAL_MEAN, USUAL_STD = 0.5, (0.5, 2.0)  # of the latents as the network sees them: noise has 0 and 1
 
 
@@ -97,10 +96,9 @@ def _shard_problems(dataset: Dataset, shard: Shard, classes: Counter[int], sums:
     path = dataset.folder / shard.file
     data = np.memmap(path, np.uint8, mode="r")
     if shard.sha256:
-        digest = hashlib.sha256()
-        for start in range(0, len(data), CHUNK):
-            digest.update(data[start : start + CHUNK].tobytes())
-        if digest.hexdigest() != shard.sha256:
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if digest != shard.sha256:
             yield f"shard {path} is not what was written: its checksum differs from that of {DESCRIPTION}"
     lines = path.with_suffix(".idx").read_text().splitlines()[1:]
     if len(lines) != shard.count:
