@@ -36,8 +36,9 @@ from mfengine.engine.checkpoint import (
 )
 from mfengine.engine.config import TrainConfig
 from mfengine.engine.distributed import prepare_model, reduce_gradients
-from mfengine.engine.flops import matrix_rate, step_flops
+from mfengine.engine.flops import step_flops
 from mfengine.engine.optim import adamw_ema, averaged, averages
+from mfengine.engine.rates import peak_rate
 from mfengine.engine.telemetry import Telemetry
 from mfengine.errors import InputError, TrainingError
 from mfengine.evaluation.frechet import Gaussian, check_dimensions, fit_data, latent_distance
@@ -126,7 +127,7 @@ class Trainer:
         # Nothing is written before here, so that wrong input leaves nothing behind.
         world.on_main(lambda: write_config(config, dataset))
         self.checkpointer = Checkpointer(config.folder, world, config.keep, asynchronous=world.device.type == "cuda")
-        peak = world.size * matrix_rate(world.device, model.compute_dtype) / step_flops(config.model, config.method)
+        peak = world.size * peak_rate(world.device, model.compute_dtype) / step_flops(config.model, config.method)
         self.telemetry = Telemetry(config.folder, world.main, self.step, self.total_steps, config.batch_size, peak)
         for note in notes:
             self.telemetry.say(note)
