@@ -14,7 +14,7 @@ import torch
 from conftest import SMALL, checkpoint_contents, run_command, run_in_process
 from PIL import Image
 
-from mfengine.data.dataset import LatentSpace
+from mfengine.data.format import LatentSpace
 from mfengine.data.writer import ArraySamples, order, write_dataset
 from mfengine.engine import trainer
 from mfengine.engine.checkpoint import load_model, newest_checkpoint

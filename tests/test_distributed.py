@@ -13,7 +13,7 @@ import torch
 from conftest import SMALL, checkpoint_contents, run_command
 from golden_cases import relative_error
 
-from mfengine.data.dataset import LatentSpace
+from mfengine.data.format import LatentSpace
 from mfengine.data.writer import ArraySamples, order, write_dataset
 from mfengine.engine.checkpoint import load_model, newest_checkpoint
 

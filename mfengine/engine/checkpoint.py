@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mfengine.configs import from_json, to_json
-from mfengine.data.dataset import LatentSpace
+from mfengine.data.format import LatentSpace
 from mfengine.errors import InputError
 from mfengine.files import sync, write_atomic
 from mfengine.networks import DiT, ModelConfig

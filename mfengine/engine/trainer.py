@@ -22,7 +22,8 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from mfengine.configs import flatten, to_json
-from mfengine.data.dataset import Dataset, Loader
+from mfengine.data.format import Dataset
+from mfengine.data.loader import Loader
 from mfengine.data.pictures import draw_latents
 from mfengine.device import HostCopy, step_generator, to_device
 from mfengine.engine.checkpoint import (
@@ -40,7 +41,8 @@ from mfengine.engine.optim import adamw_ema, averaged, averages
 from mfengine.engine.rates import peak_rate
 from mfengine.engine.telemetry import Telemetry
 from mfengine.errors import InputError, TrainingError
-from mfengine.evaluation.samples import Gaussian, SampleSet, check_dimensions, fit_data, latent_distance
+from mfengine.evaluation.frechet import Gaussian, check_dimensions, fit_data, latent_distance
+from mfengine.evaluation.samples import SampleSet
 from mfengine.files import write_atomic
 from mfengine.kernels.multi_tensor import LIBRARY
 from mfengine.methods import MeanFlow, sample
@@ -322,7 +324,8 @@ def check_run(config: TrainConfig, dataset: Dataset, world: World) -> None:
         InputError: model and data do not fit; kernels, attention or optimizer cannot be had; samples are to be
             measured in too many dimensions.
     """
-    dataset.check_model(config.model)
+    model = config.model
+    dataset.check_model((model.in_channels, model.input_size, model.input_size), model.num_classes)
     head = config.model.hidden_size // config.model.num_heads
     for option, name in (("ops", config.ops), ("attention", config.attention)):
         if name == "auto":
