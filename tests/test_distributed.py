@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,7 @@ from golden_cases import relative_error
 from benchmarks.one_rank import check_one_rank
 from mfengine.data.dataset import LatentSpace
 from mfengine.data.writer import ArraySamples, order, write_dataset
-from mfengine.engine.checkpoint import load_model, newest_checkpoint
+from mfengine.engine.checkpoint import load_model
 
 GUIDED = ("--method.omega=0.2", "--method.kappa=0.92", "--method.t-end=0.75")
 STEPS = ("--steps=20", "--checkpoint-every=10")
@@ -159,21 +158,6 @@ def test_data_that_only_one_rank_finds_unreadable(tmp_path):
     done = run_command("mfengine.train", *SMALL, "--data=bad", "--steps=3", cwd=tmp_path, ranks=2)
     assert done.returncode != 0
     assert "cannot read bad: Malformed index file" in done.stderr
-
-
-def test_sigterm_to_torchrun_writes_a_checkpoint(digits, tmp_path):
-    process = subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "mfengine.train", *SMALL,
-         f"--data={digits}", "--steps=100000"],
-        cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    metrics = tmp_path / "runs/digits/metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not (metrics.exists() and metrics.read_text()) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    process.terminate()
-    process.wait(timeout=60)
-    assert newest_checkpoint(tmp_path / "runs/digits") is not None
 
 
 WORKER = Path(__file__).parent / "rank_worker.py"
