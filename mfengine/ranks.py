@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mfengine.errors import InputError, RankError
+from mfengine.errors import InputError, RankError, TrainingError
 
 T = TypeVar("T")
 
@@ -39,12 +39,19 @@ class World:
         return self.size > 1 or self.one_rank_mesh
 
     def gather(self, row: list[float]) -> Tensor:
-        """Everyone's row of figures, (size, len(row)) float64, by way of the hosts: no device waits for it."""
+        """Everyone's row of figures, (size, len(row)) float64, by way of the hosts: no device waits for it.
+
+        Raises:
+            TrainingError: a rank has ended, or has not come within the timeout.
+        """
         mine = torch.tensor(row, dtype=torch.float64)
         if self.size == 1:
             return mine[None]
         rows = [torch.empty_like(mine) for _ in range(self.size)]
-        dist.all_gather(rows, mine)
+        try:
+            dist.all_gather(rows, mine)
+        except RuntimeError as error:  # gloo's errors have no class of their own
+            raise TrainingError(f"another rank has ended or does not answer: {error}") from None
         return torch.stack(rows)
 
     def gather_rows(self, x: Tensor) -> Tensor | None:
@@ -100,6 +107,8 @@ def world(device: str, timeout: timedelta = timedelta(minutes=10), one_rank_mesh
             raise InputError("device cuda was asked for, but torch finds no GPU; use --device cpu")
         if local_rank >= torch.cuda.device_count():
             raise RankError(f"local rank {local_rank} has no GPU: there are {torch.cuda.device_count()}")
+        if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():  # read when CUDA starts
+            os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
         torch.cuda.set_device(local_rank)
         here = torch.device("cuda", local_rank)
     else:

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from mfengine.configs import from_json, to_json
-from mfengine.data.dataset import LatentSpace
+from mfengine.data.format import LatentSpace
 from mfengine.errors import InputError, TrainingError
 from mfengine.files import sync, write_atomic
 from mfengine.networks import DiT, ModelConfig

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mfengine.data.dataset import Dataset, Loader
+from mfengine.data.format import Dataset
+from mfengine.data.loader import Loader
 from mfengine.engine.checkpoint import load_initial_weights, read_description
 from mfengine.engine.config import TrainConfig
 from mfengine.engine.distributed import num_shards, prepare_model
