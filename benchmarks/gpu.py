@@ -4,7 +4,8 @@ One command for ten minutes with a GPU, most valuable first: checks of what XL/2
 beside their peers, its step at as many rows as fit, B/2, the remaining checks, compiled peers. Every line of the report
 is a task of its own, in another process: one that raises, runs out of memory, hangs or ends the process costs nothing
 but itself. Checks run in parallel on all cores, because compiling their kernels takes the time, and they compile what
-the timings after them use. With OUT set, $OUT/gpu.json is written anew after each task.
+the timings after them use. With OUT set, $OUT/gpu.json is written anew after each task;
+`python -m benchmarks.report` makes full tables of it.
 
 Needs torch, triton and numpy only. `--rehearse` runs all of it in miniature on a CPU, so that no time with a GPU is
 spent on debugging the script.
@@ -35,7 +36,7 @@ from benchmarks import cases, checks
 from benchmarks.cases import Case, Machine, fitting_batch, fused_ops, op_shape
 from benchmarks.measure import ceilings, environment, make_clock, measure
 from benchmarks.one_rank import check_one_rank
-from benchmarks.report import compact, render
+from benchmarks.report import compact
 from benchmarks.split import guided_split, synchronise
 from mfengine.files import write_atomic
 from mfengine.ops.table import Shape
@@ -293,10 +294,13 @@ class Run:
         self._begin = time.monotonic()
         self._deadline = self._begin + 60 * minutes
         self._lock = threading.Lock()
-        self._out = Path(os.environ["OUT"], "gpu.json") if os.environ.get("OUT") else None
+        self._out = None
+        if out := os.environ.get("OUT"):
+            Path(out).mkdir(parents=True, exist_ok=True)
+            self._out = Path(out, "gpu.json")
         self._workers: list[Worker | None] = []
         self._many: int | None = None
-        self._cores = 2 if rehearse else max(1, min(16, os.cpu_count() or 1))
+        self._cores = min(2 if rehearse else 16, os.cpu_count() or 1)
 
     def run(self) -> None:
         first = self._start()
@@ -306,13 +310,17 @@ class Run:
         for stage in dict.fromkeys(task.stage for task in first.tasks):
             tasks = [task for task in first.tasks if task.stage == stage]
             self._serve([task for task in tasks if not task.alone], self._cores)
-            for worker in filter(None, self._workers[1:]):  # they would hold memory, and the host's attention
-                worker.stop()
-            self._workers[1:] = [None] * (self._cores - 1)
+            self._stop(1)  # the others would hold memory
             self._serve([task for task in tasks if task.alone], 1)
             print(f"\n--- after {stage}\n{compact(self.report)}\n", flush=True)
-        for worker in filter(None, self._workers):
-            worker.stop()
+        self._stop(0)
+
+    def _stop(self, first: int) -> None:
+        """End the workers from `first` on, all at once."""
+        ending = [worker for worker in self._workers[first:] if worker]
+        self._workers[first:] = [None] * (self._cores - first)
+        with ThreadPoolExecutor(self._cores) as pool:
+            list(pool.map(Worker.stop, ending))
 
     def _estimate(self, tasks: list[Task]) -> str:
         lines, total = [], float(START_S)
@@ -396,14 +404,13 @@ def main() -> int:
         return 2
     with tempfile.TemporaryDirectory() as folder:
         run = Run(args.rehearse, args.minutes, folder)
-        run.run()
-    print(render(run.report))
+        try:
+            run.run()
+        except RuntimeError as error:
+            print(f"error: no worker: {error}", file=sys.stderr)
+            return 1
     failed = [check for check in run.report["checks"] if not checks.passed(check)]
-    errors = run.report.get("errors", {})
-    for line in _lines({"checks": failed, "missing": run.report.get("missing", {}), "errors": errors}):
-        print(line)
-    print(f"{len(run.report['checks'])} checks, {len(failed)} failed; {len(errors)} errors")
-    return 1 if failed or errors else 0
+    return 1 if failed or run.report.get("errors") else 0
 
 
 if __name__ == "__main__":

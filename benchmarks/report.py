@@ -116,7 +116,9 @@ def compact(report: dict[str, Any]) -> str:
             ratios = ", ".join(f"{r.implementation} {r.seconds / ours.seconds:.2f} x" for r in peers)
             cells[1:] = [f"{ours.seconds * 1e3:.3f}", speed, _mfu(ours, ceilings), _share(ours, ceilings), ratios]
         lines.append(cells)
-    parts = [table(["case", "ms", "samples/s", "MFU", "of ceiling", "peers"], lines)] if lines else []
+    parts = [_machine(report)]
+    if lines:
+        parts.append(table(["case", "ms", "samples/s", "MFU", "of ceiling", "peers"], lines))
     if report.get("splits"):
         parts.append(_splits(report["splits"]))
     checks = report.get("checks", [])
