@@ -5,7 +5,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from mfengine import DiT, MeanFlow, MeanFlowConfig, ModelConfig
-from mfengine.engine.flops import forward_flops, matrix_rate, step_flops
+from mfengine.engine.flops import forward_flops, step_flops
+from mfengine.engine.rates import matrix_rate
 from mfengine.ops import use_attention
 
 CONFIG = ModelConfig(8, 2, 4, hidden_size=24, depth=3, num_heads=2, num_classes=3)

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from benchmarks.counts import Saved
 from benchmarks.scaling import KINDS, count_fake, fake_world, layout
 from mfengine import DiT, MeanFlow
-from mfengine.data.dataset import LatentSpace
+from mfengine.data.format import LatentSpace
 from mfengine.data.writer import ArraySamples, write_dataset
 from mfengine.engine import trainer
 from mfengine.engine.config import OptimConfig, TrainConfig

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
@@ -15,10 +14,27 @@ from PIL import Image
 from torch import Tensor
 
 from mfengine.errors import InputError, RankError
+from mfengine.files import check_writable, writing
 from mfengine.ranks import World
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP")  # as Pillow names them
 ARRAY = "arr_0"  # what NumPy calls the first array of an .npz, and ADM its images
+
+
+def open_rgb(file: Path | IO[bytes]) -> Image.Image:
+    """Decode an image to RGB, 8 bits a channel.
+
+    Of grey images the channel is repeated, transparency is dropped, CMYK and palettes are converted, and 16 bits are
+    cut to their upper 8. The orientation in EXIF is ignored, as ADM ignores it.
+
+    Raises:
+        Exception: of many kinds, where the file is broken; PIL.UnidentifiedImageError where it is of no known format.
+    """
+    with Image.open(file, formats=FORMATS) as image:
+        if image.mode.startswith("I"):  # 16 bits, which Pillow would clip at 255
+            return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+        return image.convert("RGB")
 
 
 class ImageFolder:
@@ -87,9 +103,8 @@ class ImageArchive:
 def _read_image(path: Path, kind: Callable[[str], InputError]) -> np.ndarray:
     """(H, W, 3) uint8."""
     try:
-        with Image.open(path) as image:
-            return np.asarray(image.convert("RGB"))
-    except (OSError, ValueError, SyntaxError) as error:  # Pillow raises all of them for broken files
+        return np.asarray(open_rgb(path))
+    except Exception as error:  # Pillow raises many kinds for broken files
         raise kind(f"cannot read {path}: {error}") from None
 
 
@@ -115,7 +130,7 @@ class ImageWriter:
 
         def begin() -> int:
             """Bytes before the first image of the array."""
-            with _writing(path, InputError):
+            with writing(path):
                 if self._partial.exists():
                     shutil.rmtree(self._partial)  # of a writer that was killed
                 self._partial.mkdir(parents=True)
@@ -131,7 +146,7 @@ class ImageWriter:
     def write(self, rows: range, images: Tensor) -> None:
         """Write images (n, 3, H, W) uint8 as those of the numbers `rows`; RankError where that fails."""
         pixels = images.permute(0, 2, 3, 1).cpu().numpy()
-        with _writing(self._path, RankError):
+        with writing(self._path, RankError):
             if self._array is not None:
                 # Not through memory maps: those of several machines overwrite what they share of a page.
                 with self._array.open("r+b") as file:
@@ -147,7 +162,7 @@ class ImageWriter:
         self._world.on_main(self._rename)
 
     def _rename(self) -> None:
-        with _writing(self._path, InputError):
+        with writing(self._path):
             if self._array is not None:
                 archive = self._partial / self._path.name
                 with zipfile.ZipFile(archive, "w") as file:  # not compressed, as np.savez does it
@@ -167,18 +182,3 @@ def check_new(path: Path) -> None:
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise InputError(f"{path} is not an empty folder: choose another one, or remove it first")
     check_writable(path)
-
-
-def check_writable(path: Path) -> None:
-    """InputError unless a name can be given in its folder, or in the nearest one above that is there."""
-    folder = next(above for above in path.absolute().parents if above.exists())
-    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
-        raise InputError(f"cannot write {path}: {folder} is not a folder that can be written to")
-
-
-@contextmanager
-def _writing(path: Path, kind: Callable[[str], InputError]) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise kind(f"cannot write {path}: {error.strerror or error}") from None

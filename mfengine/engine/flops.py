@@ -1,4 +1,4 @@
-"""FLOPs of a training step, and the rate of matrix products that a device reaches: their quotient is the MFU.
+"""FLOPs of a training step. Over those that the devices could do in the same time (`rates.py`), they are the MFU.
 
 Counted are matrix products alone, two FLOPs per multiply-add, as `torch.utils.flop_counter` does; the backward is
 two forwards, and nothing that is recomputed counts.
@@ -6,7 +6,6 @@ two forwards, and nothing that is recomputed counts.
 
 from __future__ import annotations
 
-import time
 from statistics import NormalDist
 
 import torch
@@ -53,20 +52,3 @@ def _share_below(method: MeanFlowConfig, t: float) -> float:
         return float(t)
     normal = NormalDist(method.logit_mean, method.logit_std)
     return normal.cdf(torch.logit(torch.tensor(t, dtype=torch.float64)).item()) ** 2
-
-
-def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOPs per second that a device reaches in a large matrix product, measured in a fraction of a second."""
-    n = 8192 if device.type == "cuda" else 512
-    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-
-    def run() -> float:
-        start = time.perf_counter()
-        for _ in range(5):
-            a @ b
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter() - start
-
-    run()
-    return 5 * 2 * n**3 / min(run() for _ in range(3))

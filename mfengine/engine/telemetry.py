@@ -10,11 +10,13 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
 from mfengine.data.pictures import image_grid, save_picture
+from mfengine.files import write_atomic
+from mfengine.progress import progress
 
 METRICS = "metrics.jsonl"
 
@@ -27,8 +29,8 @@ class Telemetry:
         enabled: whether this rank reports.
         step, total_steps: where the run starts and ends.
         batch_size: samples per step.
-        peak: samples per second if all of the step's arithmetic ran at the devices' matrix rate; speed is told as a
-            share of it, the MFU.
+        peak: samples per second if all of the step's arithmetic ran at the devices' peak rate (`rates.peak_rate`); speed is
+            told as a share of it, the MFU.
     """
 
     def __init__(self, folder: Path, enabled: bool, step: int, total_steps: int, batch_size: int, peak: float) -> None:
@@ -40,15 +42,7 @@ class Telemetry:
         self._folder = folder
         self._metrics = _continue_metrics(folder / METRICS, step)
         self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=step)
-        terminal = sys.stderr.isatty()
-        self._bar = tqdm(
-            total=total_steps * batch_size,
-            initial=step * batch_size,
-            unit=" samples",
-            unit_scale=True,
-            dynamic_ncols=terminal,
-            mininterval=0.2 if terminal else 20,
-        )
+        self._bar = progress(total_steps * batch_size, "samples", initial=step * batch_size, scale=True)
 
     def __enter__(self) -> Telemetry:
         return self
@@ -85,6 +79,7 @@ class Telemetry:
             "v_loss": v_loss,
             "samples_per_second": round(speed, 1),
             "mfu": round(speed / self._peak, 4),
+            "memory_gb": round(torch.cuda.max_memory_allocated() / 1e9, 3) if torch.cuda.is_initialized() else None,
             "skipped_steps": skipped_steps,
         }
         self._figures.clear()
@@ -126,5 +121,5 @@ def _continue_metrics(path: Path, step: int) -> Any:
                     kept.append(line)
             except (ValueError, KeyError):
                 break  # a line that a killed run left half-written, always the last
-    path.write_text("".join(kept))
+    write_atomic(path, "".join(kept))
     return path.open("a")
