@@ -256,9 +256,7 @@ def arrays(machine: Machine, kinds: list[Array]) -> list[Tensor]:
 # Training steps: loss, backward, AdamW and EMA.
 
 
-def step(
-    machine: Machine, preset: str, batch: int, objective: str, peer: Callable[..., Call] | None = None
-) -> Case:
+def step(machine: Machine, preset: str, batch: int, objective: str, peer: Callable[..., Call] | None = None) -> Case:
     """Our step and its peers on the same random latents, with the same draws."""
     config, method = machine.model(preset), OBJECTIVES[objective]
     arguments = (config, method, batch, machine.device, machine.dtype)

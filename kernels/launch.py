@@ -52,7 +52,9 @@ def addressing(*tensors: Tensor) -> tuple[tuple[int, ...], dict[str, Any]]:
 def _addressing(
     unit: int, strides: tuple[tuple[int, ...], ...], shapes: tuple[torch.Size, ...]
 ) -> tuple[tuple[int, ...], dict[str, Any]]:
-    spans = (sum((n - 1) * step for n, step in zip(s, x[2:], strict=True)) for s, x in zip(shapes, strides, strict=True))
+    spans = (
+        sum((n - 1) * step for n, step in zip(s, x[2:], strict=True)) for s, x in zip(shapes, strides, strict=True)
+    )
     wide = max(spans) >= 2**31
     if wide or any(x[3] != 1 or x[0] % unit or x[1] % unit or x[2] % unit for x in strides):
         unit = 1
