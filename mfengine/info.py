@@ -75,13 +75,8 @@ def _attention(device: torch.device) -> str:
     """Which implementation computes the attention of XL/2 where no tangent is needed."""
     model = PRESETS["xl2"][1].model
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    name = choice.choose("forward", device, dtype, model.hidden_size // model.num_heads, model.num_tokens)
-    if rows := choice.measured("forward", device, dtype):
-        names = ", ".join(sorted(set.intersection(*(set(row["times"]) for row in rows))))
-        why = f"by the times of {names} measured on {choice.device_name(device)}"
-    else:
-        why = "its times are not measured on this device: python -m benchmarks.attention"
-    return f"{name} where no tangent is needed (xl2, {str(dtype).removeprefix('torch.')}): {why}"
+    why = choice.why_not("flash-attn", device, dtype, model.hidden_size // model.num_heads)
+    return f"sdpa where no tangent is needed; flash-attn {f'is unavailable: {why}' if why else 'can be asked for'}"
 
 
 def _package(module: str, purpose: str) -> str:

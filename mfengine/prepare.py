@@ -85,7 +85,7 @@ def images(args: ImagesArgs) -> None:
     """Encode images, on every rank."""
     if args.batch_size < 1:
         raise InputError(f"--batch-size {args.batch_size} must be at least 1")
-    with world(args.device, patience=timedelta(hours=1)) as here:  # one rank lists the source, which may take long
+    with world(args.device, timeout=timedelta(hours=1)) as here:  # one rank lists the source, which may take long
         here.on_main(lambda: check_vacant(args.out))
         source = here.on_main(lambda: open_source(args.src, args.one_class))
         torch.backends.cudnn.allow_tf32 = False  # PyTorch lets convolutions round float32 to 10 bits of mantissa
@@ -144,7 +144,7 @@ class ImportArgs:
 
 def import_latents(args: ImportArgs) -> None:
     """Write what a source of latents holds; under torchrun, all ranks share the work."""
-    with world("cpu", patience=timedelta(hours=1)) as here:  # listing a source may take one rank longer than another
+    with world("cpu", timeout=timedelta(hours=1)) as here:  # listing a source may take one rank longer than another
         here.on_main(lambda: check_vacant(args.out))
         samples = ImportedSamples(args.source, args.num_classes, args.scale, args.bias)
         dataset = write_dataset(args.out, samples, here, seed=args.seed, max_broken=args.max_broken)

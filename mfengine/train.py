@@ -65,7 +65,7 @@ def parse(args: Sequence[str]) -> TrainArgs:
 
 def main(args: Sequence[str]) -> int:
     config = parse(args)
-    with world(config.device) as here:
+    with world(config.device, one_rank_mesh=config.shard == "always") as here:
         if config.dry_run:
             if config.ranks not in (None, here.size) and here.size > 1:
                 raise InputError(f"ranks is {config.ranks}, but torchrun started {here.size}: leave --ranks away")

@@ -145,7 +145,7 @@ def make_plan(config: TrainConfig, world: World) -> Plan:
         "optimizer state": 2 * shard,
         "averages": len(config.optim.ema_decays) * shard,
     }
-    if world.size > 1:
+    if world.sharded:
         # What is freed after each use is there twice: in use, and gathered or reduced ahead.
         memory["gathered parameters"] = 2 * max(gathered) if config.reshard else sum(gathered)
         memory["gradients in reduction"] = 2 * SINGLE * max(padded)
@@ -243,7 +243,7 @@ def activation_bytes(config: TrainConfig, world: World, batch: int) -> int:
         inside.enter_context(use_backend("triton" if fused else "torch"))
         with META:
             model = prepare_model(DiT(config.model, dtype), World(0, 1, META), recompute=config.recompute)
-            if world.size > 1:  # gathered in the compute dtype, which one rank casts to as it goes
+            if world.sharded:  # gathered in the compute dtype, which one rank casts to as it goes
                 for half, group in _parameter_groups(model):
                     for p in group:
                         p.data = p.data.to(dtype) if half else p.data
@@ -278,7 +278,7 @@ def dry_run(config: TrainConfig, here: World, ranks: int) -> None:
             is one.
     """
     device = torch.device("cpu" if config.device == "cpu" else "cuda")
-    plan = make_plan(config, World(0, ranks, device))
+    plan = make_plan(config, World(0, ranks, device, here.one_rank_mesh))
     dataset: Dataset | None = None
     refused: InputError | None = None
     try:

@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
@@ -78,6 +79,7 @@ class Telemetry:
             "v_loss": v_loss,
             "samples_per_second": round(speed, 1),
             "mfu": round(speed / self._peak, 4),
+            "memory_gb": round(torch.cuda.max_memory_allocated() / 1e9, 3) if torch.cuda.is_initialized() else None,
             "skipped_steps": skipped_steps,
         }
         self._figures.clear()

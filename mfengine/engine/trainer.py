@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -40,7 +41,7 @@ from mfengine.engine.flops import step_flops
 from mfengine.engine.optim import adamw_ema, averaged, averages
 from mfengine.engine.rates import peak_rate
 from mfengine.engine.telemetry import Telemetry
-from mfengine.errors import InputError, TrainingError
+from mfengine.errors import InputError, RankTrainingError, TrainingError
 from mfengine.evaluation.frechet import Gaussian, check_dimensions, fit_data, latent_distance
 from mfengine.evaluation.samples import SampleSet
 from mfengine.files import write_atomic
@@ -73,13 +74,20 @@ def train(config: TrainConfig, world: World) -> int:
 
     Raises:
         InputError: the configuration, the data or the run folder is not usable.
-        TrainingError: the loss is not finite.
+        TrainingError: the loss is not finite, or the memory does not suffice.
     """
     config.local_batch(world.size)
     dataset = world.on_main(lambda: Dataset.open(config.data))
     check_run(config, dataset, world)
-    with use_backend(config.ops), use_attention(config.attention), caught_signals() as caught:
-        return Trainer(config, world, dataset).run(caught)
+    try:
+        with use_backend(config.ops), use_attention(config.attention), caught_signals() as caught:
+            return Trainer(config, world, dataset).run(caught)
+    except torch.OutOfMemoryError as error:
+        asked = ". ".join(str(error).split(". ")[:2])  # what PyTorch says then depends on its version
+        peak = torch.cuda.max_memory_allocated() / 1e9
+        raise RankTrainingError(
+            f"{asked}, and the peak was {peak:.1f} GB: --recompute or a larger --accumulation takes less memory"
+        ) from None
 
 
 # ----------------------------------------------------------------------------
@@ -95,6 +103,7 @@ class Trainer:
         self.method = MeanFlow(config.method)
         self.step = 0
         self.skipped = 0
+        self.saved_at = time.monotonic()
 
         newest = world.on_main(lambda: check_run_folder(config, dataset))
         torch.manual_seed(config.seed)
@@ -136,10 +145,10 @@ class Trainer:
         """Train until the end, or until `caught` holds a signal on any rank; returns the signal or 0."""
         with self.telemetry:
             while self.step < self.total_steps:
-                signum = self._train_step(caught)
+                signum, overdue = self._train_step(caught)
                 self.checkpointer.poll()
                 due = self.step % self.config.checkpoint_every == 0 or self.step == self.total_steps
-                if due or signum:
+                if due or overdue or signum:
                     self._save()
                 if self.config.sample_every and self.step % self.config.sample_every == 0:
                     self._draw_samples()
@@ -153,8 +162,8 @@ class Trainer:
             self.telemetry.say(f"step {self.step} of {self.total_steps}, checkpoint {self.checkpointer.newest}")
         return signum
 
-    def _train_step(self, caught: list[int]) -> int:
-        """One optimizer step; returns a signal that any rank has caught, or 0."""
+    def _train_step(self, caught: list[int]) -> tuple[int, bool]:
+        """One optimizer step; returns a signal that any rank has caught, or 0, and whether it is time to save."""
         config, world = self.config, self.world
         figures = []
         for i, loader in enumerate(self.loaders):
@@ -171,7 +180,8 @@ class Trainer:
             (loss / config.accumulation).backward()
 
         # Every rank decides the same: by what all of them have seen.
-        ranks = world.gather([*means.values(), caught[0] if caught else 0])  # (ranks, 4)
+        overdue = 0 < config.checkpoint_minutes * 60 <= time.monotonic() - self.saved_at
+        ranks = world.gather([*means.values(), caught[0] if caught else 0, overdue])  # (ranks, 5)
         if ranks[0, 2]:
             self._skipped_gradient()  # a step ago: no host has waited for it
         finite = ranks[:, 0].isfinite()
@@ -186,7 +196,7 @@ class Trainer:
         self.telemetry.step(*ranks[finite, :2].mean(0).tolist())
         if self.step % config.log_every == 0 or self.step == self.total_steps:
             self.telemetry.log(self.step, self.step * config.batch_size / self.dataset.count, self.skipped)
-        return int(ranks[:, 3].max())
+        return int(ranks[:, 3].max()), bool(ranks[0, 4])
 
     def _skipped_gradient(self) -> None:
         """The last step of the optimizer changed nothing."""
@@ -273,7 +283,7 @@ class Trainer:
         if self.optimizer.skipped:
             self._skipped_gradient()
         # However it came to them, weights that are not finite must not replace good ones.
-        finite = all(bool(local(p).isfinite().all()) for p in self.model.parameters())
+        finite = bool(torch.stack([local(p).isfinite().all() for p in self.model.parameters()]).all())
         ranks = self.world.gather([finite])[:, 0]
         if not ranks.all():
             self._give_up(f"the weights are not finite after step {self.step} on rank {int(ranks.argmin())}")
@@ -286,6 +296,7 @@ class Trainer:
             **describe_model(self.config.model, self.dataset.space),
         }
         self.checkpointer.save(self.step, state, description)
+        self.saved_at = time.monotonic()
 
     def _resume(self, path: Path) -> tuple[dict[int, bytes], list[str]]:
         """Continue from a checkpoint; returns the data's positions, if they still apply, and what to tell."""
@@ -330,7 +341,7 @@ def check_run(config: TrainConfig, dataset: Dataset, world: World) -> None:
     for option, name in (("ops", config.ops), ("attention", config.attention)):
         if name == "auto":
             continue
-        if why := why_not(name, "training", world.device, compute_dtype(config, world), head):
+        if why := why_not(name, world.device, compute_dtype(config, world), head):
             raise InputError(f"--{option} {name} cannot be had: {why}")
     optim = config.optim
     if optim.backend == "cuda" and absent(world.device) and LIBRARY.is_file():
