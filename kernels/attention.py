@@ -86,9 +86,12 @@ def forward_kernel(
     o_b, o_h, o_n, o_d, do_b, do_h, do_n, do_d,
     heads, queries, keys, dim, scale,
     DIM: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, UNIT: tl.constexpr, INDEX: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """Output and log-sum-exp; the output's tangent too where tangents are given, which are None otherwise."""
+    """Output and log-sum-exp; the output's tangent too where tangents are given, which are None otherwise.
+
+    EVEN: keys are a multiple of BLOCK_N, so that none need be masked.
+    """
     head, rows = _program(queries, BLOCK_M, INDEX)
     q, q_n = _head(q, head, heads, q_b, q_h, q_n, UNIT)
     k, k_n = _head(k, head, heads, k_b, k_h, k_n, UNIT)
@@ -138,7 +141,9 @@ def forward_kernel(
                     dk2 = _tile(dk, cols, keys, dk_n, dk_d, HEAD, TAIL, DIM)
                     ds = _dot(dq2, k2.T, ds)
                     ds = _dot(q2, dk2.T, ds)
-        s = tl.where((cols < keys)[None, :], s * (scale * LOG2_E), float("-inf"))
+        s *= scale * LOG2_E
+        if not EVEN:
+            s = tl.where((cols < keys)[None, :], s, float("-inf"))
         higher = tl.maximum(peak, tl.max(s, 1))
         shrink = tl.exp2(peak - higher)
         peak = higher
@@ -270,7 +275,7 @@ def backward_q_kernel(
     q_b, q_h, q_n, q_d, k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d, go_b, go_h, go_n, go_d, gq_b, gq_h, gq_n, gq_d,
     heads, queries, keys, dim, scale,
     DIM: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, UNIT: tl.constexpr, INDEX: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a block of queries, over all keys."""
     head, rows = _program(queries, BLOCK_M, INDEX)
@@ -308,8 +313,10 @@ def backward_q_kernel(
             if TAIL:
                 s = _dot(q2, k2.T, s)
                 gp = _dot(go2, v2.T, gp)
-        # Keys beyond the last have score 0, whose probability would overflow where the log-sum-exp is very negative.
-        s = tl.where((cols < keys)[None, :], s * (scale * LOG2_E), float("-inf"))
+        s *= scale * LOG2_E
+        if not EVEN:
+            # Keys beyond the last have score 0, whose probability overflows where the log-sum-exp is very negative.
+            s = tl.where((cols < keys)[None, :], s, float("-inf"))
         p = tl.exp2(s - (row_lse * LOG2_E)[:, None])
         gs = (p * (gp - row_delta[:, None])).to(k1.dtype)
         gq1 = _dot(gs, k1, gq1)
@@ -416,7 +423,7 @@ def backward(
     config = CONFIGS["backward_q"][tile_class(dim, q.dtype)]
     launch(
         backward_q_kernel, config.grid(queries, batch * heads), q,
-        q, k, v, go, lse, delta, gq, *strides, *rest, **constants, **config.kwargs,
+        q, k, v, go, lse, delta, gq, *strides, *rest, EVEN=config.even(keys), **constants, **config.kwargs,
     )  # fmt: skip
 
 
@@ -440,7 +447,7 @@ def _launch_forward(
     launch(
         forward_kernel, config.grid(queries, batch * heads), q,
         q, k, v, dq, dk, dv, o, do, lse, *strides, heads, queries, k.shape[2], dim, _scale(scale, dim),
-        *shape_constants(dim, q.dtype), **constants, **config.kwargs,
+        *shape_constants(dim, q.dtype), EVEN=config.even(k.shape[2]), **constants, **config.kwargs,
     )  # fmt: skip
 
 
@@ -479,27 +486,33 @@ def tile_class(dim: int, dtype: torch.dtype) -> str:
     return "narrow" if sum(widths(dim)) <= 80 else "wide"
 
 
-# Chosen by `python -m benchmarks.static`: no stack on sm_80, sm_90 and sm_100. Times: not measured yet.
+# No stack on sm_80, sm_90 and sm_100 by `python -m benchmarks.static`, several programs per multiprocessor. For sm_90
+# tiles were searched that keep the tensor cores at 80 % or more of the cycles of a modelled main loop. Times: not
+# measured yet.
 CONFIGS: dict[str, dict[str, Config]] = {
     "forward": {
-        "narrow": Config(BLOCK_M=128, BLOCK_N=64, num_warps=8, num_stages=2),
-        "wide": Config(BLOCK_M=128, BLOCK_N=32, num_warps=8, num_stages=2),
+        "narrow": Config(BLOCK_M=64, BLOCK_N=128, num_warps=4, num_stages=2),
+        "wide": Config(BLOCK_M=64, BLOCK_N=64, num_warps=4, num_stages=2),
         "float32": Config(BLOCK_M=16, BLOCK_N=16, num_warps=4, num_stages=1),
     },
     "dual": {
         "narrow": Config(BLOCK_M=64, BLOCK_N=32, num_warps=4, num_stages=2),
-        "wide": Config(BLOCK_M=64, BLOCK_N=16, num_warps=8, num_stages=2),
+        "wide": Config(BLOCK_M=64, BLOCK_N=16, num_warps=4, num_stages=2),
         "float32": Config(BLOCK_M=16, BLOCK_N=16, num_warps=4, num_stages=1),
     },
-    "delta": dict.fromkeys(("narrow", "wide", "float32"), Config(BLOCK_M=16, num_warps=4, num_stages=1)),
+    "delta": {
+        "narrow": Config(BLOCK_M=64, num_warps=4, num_stages=1),
+        "wide": Config(BLOCK_M=32, num_warps=4, num_stages=1),
+        "float32": Config(BLOCK_M=32, num_warps=4, num_stages=1),
+    },
     "backward_kv": {
         "narrow": Config(BLOCK_M=32, BLOCK_N=64, num_warps=4, num_stages=2),
-        "wide": Config(BLOCK_M=32, BLOCK_N=64, num_warps=8, num_stages=2),
+        "wide": Config(BLOCK_M=32, BLOCK_N=64, num_warps=4, num_stages=2),
         "float32": Config(BLOCK_M=16, BLOCK_N=16, num_warps=4, num_stages=1),
     },
     "backward_q": {
         "narrow": Config(BLOCK_M=64, BLOCK_N=32, num_warps=4, num_stages=2),
-        "wide": Config(BLOCK_M=64, BLOCK_N=32, num_warps=8, num_stages=2),
+        "wide": Config(BLOCK_M=64, BLOCK_N=32, num_warps=4, num_stages=2),
         "float32": Config(BLOCK_M=16, BLOCK_N=16, num_warps=4, num_stages=1),
     },
 }

@@ -27,9 +27,12 @@ class Config:
     def grid(self, rows: int, heads: int, block: str = "BLOCK_M") -> tuple[int]:
         return (-(-rows // self.blocks[block]) * heads,)
 
+    def even(self, keys: int) -> bool:
+        return keys % self.blocks["BLOCK_N"] == 0
+
 
 def launch(kernel: Any, grid: tuple[int, ...], like: Tensor, *args: Any, **options: Any) -> None:
-    """Launch on the device of `like`; Triton takes the current one. Axis 0 of a grid takes 2^31 - 1, the others 65,535."""
+    """Launch on the device of `like`, where Triton takes the current one. Axes 1 and 2 of a grid end at 65,535."""
     if like.is_cuda and like.device.index != torch.cuda.current_device():
         with torch.cuda.device(like.device):
             kernel[grid](*args, **options)
@@ -52,8 +55,8 @@ def addressing(*tensors: Tensor) -> tuple[tuple[int, ...], dict[str, Any]]:
 def _addressing(
     unit: int, strides: tuple[tuple[int, ...], ...], shapes: tuple[torch.Size, ...]
 ) -> tuple[tuple[int, ...], dict[str, Any]]:
-    spans = (sum((n - 1) * step for n, step in zip(s, x[2:], strict=True)) for s, x in zip(shapes, strides, strict=True))
-    wide = max(spans) >= 2**31
+    last = [(n - 1) * x[2] + (d - 1) * x[3] for (n, d), x in zip(shapes, strides, strict=True)]
+    wide = max(last) >= 2**31
     if wide or any(x[3] != 1 or x[0] % unit or x[1] % unit or x[2] % unit for x in strides):
         unit = 1
     counted = tuple(step if i == 3 else step // unit for x in strides for i, step in enumerate(x))
