@@ -7,7 +7,7 @@ tensor-core instructions and the widths of global accesses in loops. A row fails
 
 - any stack, which is a spill or a local array;
 - a dot product without tensor-core instructions;
-- a global access of less than 8 bytes in a loop (anywhere, if there is none) where the layout allows for wider ones.
+- a global access of less than 8 bytes in a loop (anywhere, if there is none).
 
 Exit code 1 if a row fails; `--json FILE` writes the rows.
 """
@@ -59,7 +59,6 @@ class Case(NamedTuple):
     name: str
     function: Callable[..., Any]
     arguments: tuple[Any, ...]
-    aligned: bool = True  # the layout allows for accesses of 16 bytes
 
 
 def heads(layout: str, dim: int, dtype: torch.dtype, count: int) -> Iterator[Tensor]:
@@ -76,14 +75,14 @@ def heads(layout: str, dim: int, dtype: torch.dtype, count: int) -> Iterator[Ten
 def cases() -> Iterator[Case]:
     for dim, (label, dtype) in product(HEAD_DIMS, DTYPES.items()):
         for layout in ("packed", "dense", "odd") if dim == 72 and label != "fp16" else ("packed",):
-            name, aligned = f"attention d{dim} {label} {layout}", layout != "odd"
+            name = f"attention d{dim} {label} {layout}"
             q, k, v, dq, dk, dv, gq, gk, gv, o, go, _ = heads(layout, dim, dtype, 12)
             if layout == "packed":
                 o, go = torch.empty(2, BATCH, TOKENS, HEADS, dim, dtype=dtype).transpose(2, 3).unbind(0)
             lse = torch.empty(q.shape[:3])
-            yield Case(name, attention.forward, (q, k, v), aligned)
-            yield Case(f"{name} dual", attention.forward_dual, (q, k, v, dq, dk, dv), aligned)
-            yield Case(f"{name} backward", attention.backward, (q, k, v, o, lse, go, gq, gk, gv), aligned)
+            yield Case(name, attention.forward, (q, k, v))
+            yield Case(f"{name} dual", attention.forward_dual, (q, k, v, dq, dk, dv))
+            yield Case(f"{name} backward", attention.backward, (q, k, v, o, lse, go, gq, gk, gv))
     for width, (label, dtype) in product(WIDTHS, DTYPES.items()):
         # The residual stream is float32 whatever the rest is; the modulation is a slice of a wider product.
         x, dx, gx_out = torch.empty(3, BATCH, TOKENS, width).unbind(0)
@@ -147,7 +146,7 @@ def compiled(name: str, arch: int) -> list[dict[str, Any]]:
         cubin, ttir = (Path(metadata_group[f"{kernel}.{kind}"]) for kind in ("cubin", "ttir"))
         row = {"kernel": f"{name}: {kernel}", "arch": f"sm_{arch}", "shared": metadata["shared"]}
         row |= {option: metadata[option] for option in ("num_warps", "num_stages")} | inspect(cubin)
-        row["faults"] = faults(row, "tt.dot" in ttir.read_text(), ROW_STATISTICS.get(kernel, 0), case.aligned)
+        row["faults"] = faults(row, "tt.dot" in ttir.read_text(), ROW_STATISTICS.get(kernel, 0))
         found.append(row)
 
     driver.set_active(CompileOnly(name, arch))
@@ -156,14 +155,14 @@ def compiled(name: str, arch: int) -> list[dict[str, Any]]:
     return found
 
 
-def faults(row: dict[str, Any], dots: bool, narrow: int, aligned: bool) -> list[str]:
+def faults(row: dict[str, Any], dots: bool, narrow: int) -> list[str]:
     """Why a row fails. `dots`: the kernel has dot products; `narrow`: accesses under 8 bytes that are due."""
     return [
         fault
         for fault, present in (
             ("stack", row["stack"] > 0),
             ("no tensor cores", dots and not row["tensor_core"]),
-            ("narrow accesses", aligned and sum(n for size, n in row["accesses"].items() if int(size) < 8) > narrow),
+            ("narrow accesses", sum(n for size, n in row["accesses"].items() if int(size) < 8) > narrow),
         )
         if present
     ]
