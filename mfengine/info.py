@@ -12,6 +12,7 @@ import torch
 import mfengine
 from mfengine.engine.presets import PRESETS
 from mfengine.kernels import multi_tensor
+from mfengine.networks import ModelConfig
 from mfengine.ops import choice
 from mfengine.ops.backend import fused
 
@@ -74,8 +75,9 @@ def _library() -> str:
 def _attention(device: torch.device) -> str:
     """Which implementation computes the attention of XL/2 where no tangent is needed."""
     model = PRESETS["xl2"][1].model
+    assert isinstance(model, ModelConfig)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    name = choice.choose("forward", device, dtype, model.hidden_size // model.num_heads, model.num_tokens)
+    name = choice.choose("forward", device, dtype, model.head_dim, model.num_tokens)
     if rows := choice.measured("forward", device, dtype):
         names = ", ".join(sorted(set.intersection(*(set(row["times"]) for row in rows))))
         why = f"by the times of {names} measured on {choice.device_name(device)}"

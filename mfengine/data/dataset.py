@@ -25,7 +25,7 @@ from torch import Tensor
 from mfengine.configs import from_json
 from mfengine.device import device_generator
 from mfengine.errors import InputError, RankError
-from mfengine.networks import ModelConfig
+from mfengine.networks import NetworkConfig
 
 DESCRIPTION = "dataset.json"
 BROKEN = "broken.jsonl"  # samples that could not be read: a name and a reason each
@@ -136,11 +136,10 @@ class Dataset:
                 f"needs {self.sizes}"
             )
 
-    def check_model(self, model: ModelConfig) -> None:
+    def check_model(self, model: NetworkConfig) -> None:
         """InputError unless `model` fits these latents and labels."""
-        needed = (model.in_channels, model.input_size, model.input_size)
-        if needed != self.space.shape:
-            raise InputError(f"{self.folder} holds latents of {self.space.shape}; the model takes {needed}")
+        if model.latent_shape != self.space.shape:
+            raise InputError(f"{self.folder} holds latents of {self.space.shape}; the model takes {model.latent_shape}")
         if self.space.num_classes != model.num_classes:
             raise InputError(
                 f"{self.folder} has {self.space.num_classes} classes; model.num_classes is {model.num_classes}"

@@ -23,13 +23,13 @@ from mfengine.data.dataset import Dataset, LatentSpace, iterate_means, read_mean
 from mfengine.data.image_files import ImageWriter
 from mfengine.errors import InputError, RankError
 from mfengine.evaluation.fidelity import Fidelity, Reference
-from mfengine.methods import sample
+from mfengine.methods import Sampler, sample
 from mfengine.progress import progress
 from mfengine.ranks import World
 
 MAX_DIMENSIONS = 16_384  # of latents whose covariance is taken: 4 x 64 x 64, and a matrix of 2 GiB
 
-SAMPLES = ("checkpoint", "ema_decay", "samples", "seed", "labels", "batch_size")  # what samples follow from
+SAMPLES = ("checkpoint", "ema_decay", "conditions", "samples", "seed", "labels", "batch_size")  # they follow from
 
 Decode = Callable[[Tensor, LatentSpace], Tensor]  # latents (B, C, H, W) to images (B, 3, H', W') in [0, 1]
 
@@ -54,6 +54,8 @@ class SampleSet:
     seed: int = 0
     labels: Literal["balanced", "random"] = "balanced"
     """balanced: sample i has label i modulo the number of classes"""
+    sampler: Sampler = sample
+    """of the model's objective"""
 
     def draw(self, model: nn.Module, steps: int, world: World) -> Iterator[tuple[range, Tensor, Tensor]]:
         """This rank's share of the samples.
@@ -75,7 +77,7 @@ class SampleSet:
             rows = slices[min(mine, len(slices) - 1)]
             inputs = [self._inputs(i) for i in rows]
             noise, labels = (torch.stack(parts).to(world.device) for parts in zip(*inputs, strict=True))
-            latents = sample(model, noise, labels, steps)
+            latents = self.sampler(model, noise, labels, steps)
             if mine < len(slices):
                 yield rows, latents, labels
 
@@ -348,7 +350,7 @@ def write_figures(figures: dict[str, float], origin: dict[str, Any], path: Path)
     """
     try:
         before = json.loads(path.read_text())
-        same = all(before.get(name) == origin[name] for name in SAMPLES)
+        same = all(before.get(name) == origin.get(name) for name in SAMPLES)
         same = same and all(before.get(name, value) == value for name, value in origin.items())
     except (OSError, ValueError, AttributeError):
         same = False
