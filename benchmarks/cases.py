@@ -26,7 +26,7 @@ from benchmarks.workload import IMPLEMENTATIONS, OBJECTIVES, Call, make_model, s
 from mfengine import ModelConfig, ops, sample
 from mfengine.data.dataset import Dataset, LatentSpace, Loader
 from mfengine.data.writer import ArraySamples, write_dataset
-from mfengine.engine.flops import forward_flops, step_flops
+from mfengine.engine.flops import sample_flops, step_flops
 from mfengine.engine.presets import PRESETS
 from mfengine.kernels import multi_tensor
 from mfengine.ops import Dual
@@ -267,7 +267,7 @@ def steps(machine: Machine, peer: Callable[..., Call] | None = None) -> Iterator
                     f"{name}, {machine.name(preset)} of {batch}",
                     implementations,
                     batch,
-                    batch * step_flops(config, objective),
+                    batch * step_flops(config, objective, batch),
                 )
 
 
@@ -415,7 +415,7 @@ def sampler(machine: Machine) -> Iterator[Case]:
 
         return call
 
-    flops = batch * forward_flops(config)
+    flops = batch * sample_flops(config, OBJECTIVES["unguided"])
     yield Case("sampler", f"one step, {machine.name('xl2')} of {batch}", {OURS: ours, "port SDPA": port}, batch, flops)
 
 

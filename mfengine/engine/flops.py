@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -33,6 +34,7 @@ def _counted() -> Iterator[FlopCounterMode]:
         yield counter
 
 
+@cache
 def step_flops(model: NetworkConfig, method: ObjectiveConfig, batch: int) -> float:
     """Expected FLOPs of one training step for one sample, in local batches of `batch` rows."""
     rows = -(-COUNTED_ROWS // batch) * batch

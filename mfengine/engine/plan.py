@@ -11,7 +11,7 @@ import weakref
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -24,8 +24,8 @@ from mfengine.engine.config import TrainConfig
 from mfengine.engine.distributed import num_shards, prepare_model
 from mfengine.engine.flops import META, meta_network, step_flops
 from mfengine.engine.optim import adamw_ema
-from mfengine.methods import OBJECTIVES
-from mfengine.networks import Network, ShardUnit
+from mfengine.methods import OBJECTIVES, ObjectiveConfig
+from mfengine.networks import Network, NetworkConfig, ShardUnit
 from mfengine.ops import use_backend
 from mfengine.ranks import World
 
@@ -149,7 +149,7 @@ def make_plan(config: TrainConfig, world: World) -> Plan:
     model = meta_network(config.model, dtype)
     adamw_ema(model, dataclasses.replace(config.optim, backend="auto"))  # refuses what it would refuse on a device
     parameters = sum(p.numel() for p in model.parameters())
-    groups = _parameter_groups(model)
+    groups = parameter_groups(model)
     padded = [sum(_padded(p, shards) for p in parameters) for _, parameters in groups]  # elements, of each group
     gathered = [n * unit.dtype.itemsize for n, (unit, _) in zip(padded, groups, strict=True)]
     shard = SINGLE * sum(padded) // shards
@@ -165,7 +165,10 @@ def make_plan(config: TrainConfig, world: World) -> Plan:
         memory["gradients in reduction"] = 2 * SINGLE * max(padded)
         if config.accumulation > 1:  # whole, until the last pass reduces them
             memory["accumulated gradients"] = SINGLE * parameters
-    memory["activations"], passes = meta_pass(config, world, local)
+    fused = config.ops == "triton" or (config.ops == "auto" and world.device.type == "cuda")
+    memory["activations"], passes = meta_pass(
+        config.model, config.method, local, dtype, fused=fused, recompute=config.recompute, gathered=world.size > 1
+    )
     collectives: list[Collective] = []
     if world.size > 1:
         for n, whole, phases in zip(padded, gathered, passes, strict=True):
@@ -179,7 +182,7 @@ def make_plan(config: TrainConfig, world: World) -> Plan:
     return Plan(config, world, dtype, parameters, memory, tuple(collectives))
 
 
-def _parameter_groups(model: Network) -> list[tuple[ShardUnit, list[nn.Parameter]]]:
+def parameter_groups(model: Network) -> list[tuple[ShardUnit, list[nn.Parameter]]]:
     """What FSDP gathers and reduces together, as `prepare_model` divides it."""
     groups, taken = [], set[nn.Parameter]()
     for unit in (*model.shard_units(), ShardUnit(model, model.compute_dtype)):
@@ -234,30 +237,43 @@ class LiveBytes(TorchDispatchMode):
         self.peak = max(self.peak, self.now)
 
 
-def meta_pass(config: TrainConfig, world: World, batch: int) -> tuple[int, list[Counter[Phase]]]:
+@cache
+def meta_pass(
+    model: NetworkConfig,
+    method: ObjectiveConfig,
+    batch: int,
+    dtype: torch.dtype,
+    *,
+    fused: bool,
+    recompute: bool = False,
+    gathered: bool = False,
+) -> tuple[int, list[Counter[Phase]]]:
     """The trainer's pass over `batch` rows of one rank: loss and backward, without `--compile`.
+
+    Args:
+        model, method, batch, dtype: network, objective, rows, and the dtype of matrix products.
+        fused: by the fused ops.
+        recompute: activation checkpointing.
+        gathered: parameters come in the dtype that they are gathered in; one rank casts them as it goes.
 
     Returns:
         The peak of all tensors but parameters and their gradients, in bytes; and for each group of parameters how
         often it is used in which phase, in the order of its first use.
     """
-    fused = config.ops == "triton" or (config.ops == "auto" and world.device.type == "cuda")
-    objective, shape = OBJECTIVES.build(config.method), (batch, *config.model.latent_shape)
-    model = meta_network(config.model, config.compute_dtype(world.device))
-    prepare_model(model, World(0, 1, META), recompute=config.recompute)
+    network = prepare_model(meta_network(model, dtype), World(0, 1, META), recompute=recompute)
+    objective, shape = OBJECTIVES.build(method), (batch, *model.latent_shape)
     uses: list[Counter[Phase]] = []
-    for unit, parameters in _parameter_groups(model):
+    for unit, parameters in parameter_groups(network):
         uses.append(Counter())
         unit.module.register_forward_pre_hook(_note_use(uses[-1]))
         for p in parameters:
-            if world.size > 1:  # gathered in this dtype, which one rank casts to as it goes
-                p.data = p.data.to(unit.dtype)
+            p.data = p.data.to(unit.dtype) if gathered else p.data
             p.grad = torch.empty_like(p)
-    draws = objective.draw(shape, torch.Generator().manual_seed(config.seed), META)
+    draws = objective.draw(shape, torch.Generator().manual_seed(0), META)
     latents, labels = torch.empty(shape, device=META), torch.empty(batch, dtype=torch.int64, device=META)
-    apart = [x for p in model.parameters() for x in (p, p.grad) if x is not None]
+    apart = [x for p in network.parameters() for x in (p, p.grad) if x is not None]
     with use_backend("triton" if fused else "torch"), LiveBytes(apart) as live:
-        loss, metrics = objective.loss(model, latents, labels, draws)
+        loss, metrics = objective.loss(network, latents, labels, draws)
         loss.backward()
         del loss, metrics
     return live.peak, uses
