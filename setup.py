@@ -6,8 +6,6 @@ runs PyTorch's kernels.
 """
 
 import os
-import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -16,51 +14,27 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
-ROOT = Path(__file__).parent
+sys.path.insert(0, str(Path(__file__).parent / "kernels/cuda"))
+import build as library  # importing mfengine.kernels would need torch
+
 LIBRARY = "mfengine.kernels.libmfengine_cuda"
-ARCHITECTURES = (80, 90, 100, 120)
 WISH = os.environ.get("MFENGINE_CUDA", "")
-
-
-def find_tool(name: str, folder: str = "") -> str | None:
-    """A program on the path, beside this Python, or in `folder`."""
-    places = [os.environ.get("PATH", ""), str(Path(sys.executable).parent), folder]
-    return shutil.which(name, path=os.pathsep.join(place for place in places if place))
 
 
 def wanted() -> bool:
     """Whether to build the library; says so where it is not."""
     if WISH not in ("", "0", "1"):
         sys.exit(f"error: MFENGINE_CUDA is {WISH}; it must be 0, to leave the CUDA kernels out, or 1, to demand them")
-    missing = [name for name, path in (("nvcc", nvcc()), ("cmake", find_tool("cmake"))) if path is None]
+    missing = library.missing_tools()
     if WISH == "1" and missing:
         sys.exit(f"error: MFENGINE_CUDA is 1, but {' and '.join(missing)} cannot be found")
     if WISH != "0" and not missing:
         return True
     reason = "MFENGINE_CUDA is 0" if WISH == "0" else f"no {' and no '.join(missing)} found"
-    say(f"{reason}: installing without the CUDA optimizer kernels")
+    library.say(f"{reason}: installing without the CUDA optimizer kernels")
     if "editable_wheel" in sys.argv:
-        (ROOT / "kernels/libmfengine_cuda.so").unlink(missing_ok=True)  # of an installation before
+        library.LIBRARY.unlink(missing_ok=True)  # of an installation before
     return False
-
-
-def say(what: str) -> None:
-    print(f"mfengine: {what}", file=sys.stderr)
-
-
-def nvcc() -> str | None:
-    """The compiler that CMake will take too: $CUDACXX, which may have arguments, or nvcc."""
-    home = os.environ.get("CUDA_HOME")
-    named = os.environ.get("CUDACXX", "").split()
-    return find_tool(named[0] if named else "nvcc", f"{home}/bin" if home else "")
-
-
-def architectures() -> str:
-    """$MFENGINE_CUDA_ARCHS, or those of ours that the compiler knows."""
-    if asked := os.environ.get("MFENGINE_CUDA_ARCHS"):
-        return asked
-    known = subprocess.run([nvcc(), "--list-gpu-arch"], capture_output=True, text=True).stdout.split()
-    return ";".join(str(arch) for arch in ARCHITECTURES if not known or f"compute_{arch}" in known)
 
 
 class BuildLibrary(build_ext):
@@ -70,22 +44,17 @@ class BuildLibrary(build_ext):
         return fullname.replace(".", "/") + ".so"
 
     def build_extension(self, ext: Extension) -> None:
-        out = Path(self.get_ext_fullpath(ext.name)).resolve()
-        folder = Path(self.build_temp).resolve() / "cmake"
-        cmake, targets = find_tool("cmake"), architectures()
-        options = [f"-DCMAKE_CUDA_ARCHITECTURES={targets}", f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={out.parent}"]
-        if "CUDACXX" not in os.environ:
-            options.append(f"-DCMAKE_CUDA_COMPILER={nvcc()}")
-        for command in (["-S", str(ROOT), "-B", str(folder), *options], ["--build", str(folder), "--parallel"]):
-            done = subprocess.run([cmake, *command], capture_output=True, text=True)
-            if done.returncode:
-                say(f"{done.stdout}{done.stderr}")
-                what = f"the CUDA kernels could not be built for {targets}, which MFENGINE_CUDA_ARCHS changes"
-                if WISH == "1":
-                    sys.exit(f"error: {what}")
-                say(f"{what}: installing without them")
-                raise CompileError(what)  # the extension is optional
-        say(f"built {out.name} for {targets}")
+        out = Path(self.get_ext_fullpath(ext.name)).resolve().parent
+        targets = library.architectures()
+        try:
+            library.build(out, Path(self.build_temp).resolve() / "cmake", targets)
+        except library.BuildError as error:
+            library.say(str(error))
+            what = f"the CUDA kernels could not be built for {targets}, which MFENGINE_CUDA_ARCHS changes"
+            if WISH == "1":
+                sys.exit(f"error: {what}")
+            library.say(f"{what}: installing without them")
+            raise CompileError(what) from None  # the extension is optional
 
 
 class LibraryWheel(bdist_wheel):

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from benchmarks.baselines.port import Port, PortDiT, jvp_flash_attention, modulate, plain_attention, sdpa
 from benchmarks.measure import Row, summarise
@@ -47,6 +48,7 @@ class Case:
     samples: int  # of one call
     flops: float = 0.0  # of one call: the least that it needs
     bytes: float = 0.0  # of one call, moved to and from memory: the least that it needs
+    hide_host: bool = False  # time the device alone, as `make_clock` does
 
     def row(self, implementation: str, rounds: list[float]) -> Row:
         """What the seconds of some rounds say."""
@@ -94,25 +96,29 @@ def cases(machine: Machine, peer: Callable[..., Call] | None = None) -> Iterator
         peer: somebody else's training step, timed beside ours: (model config, objective config, batch, device,
             dtype) -> a function that does one optimizer step.
     """
-    yield from kernels(machine)
-    yield from steps(machine, peer)
+    for preset in ("xl2", "b2") if machine.gpu else ("xl2",):
+        for batch in (32, 256) if machine.gpu else (32,):
+            yield from kernels(machine, preset, batch)
+    for preset in ("b2", "l2", "xl2") if machine.gpu else ("b2",):
+        for batch in (32, 256) if machine.gpu else (16,):
+            for objective in OBJECTIVES:
+                yield step(machine, preset, batch, objective, peer)
     yield from optimizer(machine)
     yield from data(machine)
     yield from sampler(machine)
     yield from checkpoint(machine)
 
 
-def rotating(make: Callable[[], Any], number: int = 4) -> Callable[[], Any]:
-    """A function that gives several inputs in turn, so that none of them stays in a cache."""
-    inputs = [make() for _ in range(number)]
-    turn = 0
-
-    def following() -> Any:
-        nonlocal turn
-        turn += 1
-        return inputs[turn % number]
-
-    return following
+def rotating(make: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
+    """A function that gives several inputs in turn: more than the device's cache holds, so that none stays in it."""
+    inputs = [make()]
+    number = 4
+    if device.type == "cuda":
+        size = sum(x.numel() * x.element_size() for x in tree_leaves(inputs) if isinstance(x, Tensor))
+        number = max(2, min(256, 1 + 2 * torch.cuda.get_device_properties(device).L2_cache_size // max(1, size)))
+    inputs += [make() for _ in range(number - 1)]
+    following = itertools.cycle(inputs)
+    return lambda: next(following)
 
 
 # ----------------------------------------------------------------------------
@@ -180,30 +186,29 @@ def fused_ops(config: ModelConfig, batch: int, dtype: torch.dtype) -> list[Fused
     ]  # fmt: skip
 
 
-def kernels(machine: Machine) -> Iterator[Case]:
-    for preset in ("xl2", "b2") if machine.gpu else ("xl2",):
-        for batch in (32, 256) if machine.gpu else (32,):
-            for op in fused_ops(machine.model(preset), batch, machine.dtype):
-                for mode, products, passes, make in (
-                    ("primal", 2, 1, primal_call),
-                    ("dual", 6, 2, dual_call),
-                    ("forward + backward", 7, 3, backward_call),
-                ):
-                    other = op.other_dual if mode == "dual" else op.other_primal
-                    plain = "torch.func.jvp" if mode == "dual" else "plain"
-                    yield Case(
-                        "kernels",
-                        f"{op.name}, {mode}, {machine.name(preset)} of {batch}",
-                        {OURS: partial(make, machine, op, op.ours, explicit=True)}
-                        | {name: partial(make, machine, op, f) for name, f in ({plain: op.plain} | other).items()},
-                        samples=batch,
-                        flops=products * op.product,
-                        bytes=passes * op.bytes,
-                    )
+def kernels(machine: Machine, preset: str, batch: int) -> Iterator[Case]:
+    for op in fused_ops(machine.model(preset), batch, machine.dtype):
+        for mode, products, passes, make in (
+            ("dual", 6, 2, dual_call),
+            ("primal", 2, 1, primal_call),
+            ("forward + backward", 7, 3, backward_call),
+        ):
+            other = op.other_dual if mode == "dual" else op.other_primal
+            plain = "torch.func.jvp" if mode == "dual" else "plain"
+            yield Case(
+                "kernels",
+                f"{op.name}, {mode}, {machine.name(preset)} of {batch}",
+                {OURS: partial(make, machine, op, op.ours, explicit=True)}
+                | {name: partial(make, machine, op, f) for name, f in ({plain: op.plain} | other).items()},
+                samples=batch,
+                flops=products * op.product,
+                bytes=passes * op.bytes,
+                hide_host=True,
+            )
 
 
 def primal_call(machine: Machine, op: FusedOp, f: Callable[..., Any], explicit: bool = False) -> Call:
-    following = rotating(lambda: arrays(machine, op.arguments))
+    following = rotating(lambda: arrays(machine, op.arguments), machine.device)
 
     def call() -> None:
         with torch.no_grad():
@@ -215,7 +220,9 @@ def primal_call(machine: Machine, op: FusedOp, f: Callable[..., Any], explicit: 
 def dual_call(machine: Machine, op: FusedOp, f: Callable[..., Any], explicit: bool = False) -> Call:
     """Output and tangent: from our explicit duals, or by `torch.func.jvp`."""
     active = len(op.arguments) - op.constants
-    following = rotating(lambda: (arrays(machine, op.arguments), arrays(machine, op.arguments[:active])))
+    following = rotating(
+        lambda: (arrays(machine, op.arguments), arrays(machine, op.arguments[:active])), machine.device
+    )
 
     def call() -> None:
         primals, tangents = following()
@@ -230,7 +237,7 @@ def dual_call(machine: Machine, op: FusedOp, f: Callable[..., Any], explicit: bo
 
 
 def backward_call(machine: Machine, op: FusedOp, f: Callable[..., Any], explicit: bool = False) -> Call:
-    following = rotating(lambda: (arrays(machine, op.arguments), arrays(machine, op.outputs)))
+    following = rotating(lambda: (arrays(machine, op.arguments), arrays(machine, op.outputs)), machine.device)
 
     def call() -> None:
         primals, gradients = following()
@@ -248,27 +255,24 @@ def arrays(machine: Machine, kinds: list[Array]) -> list[Tensor]:
 # Training steps: loss, backward, AdamW and EMA.
 
 
-def steps(machine: Machine, peer: Callable[..., Call] | None = None) -> Iterator[Case]:
+def step(machine: Machine, preset: str, batch: int, objective: str, peer: Callable[..., Call] | None = None) -> Case:
     """Our step and its peers on the same random latents, with the same draws."""
-    for preset in ("b2", "l2", "xl2") if machine.gpu else ("b2",):
-        config = machine.model(preset)
-        for batch in (32, 256) if machine.gpu else (16,):
-            for name, objective in OBJECTIVES.items():
-                arguments = (config, objective, batch, machine.device, machine.dtype)
-                implementations: dict[str, Callable[[], Call]] = {
-                    implementation: partial(training_step, *arguments, implementation=implementation)
-                    for implementation in IMPLEMENTATIONS
-                    if usable(implementation, machine)
-                }
-                if peer is not None:
-                    implementations["peer"] = partial(peer, *arguments)
-                yield Case(
-                    "step",
-                    f"{name}, {machine.name(preset)} of {batch}",
-                    implementations,
-                    batch,
-                    batch * step_flops(config, objective, batch),
-                )
+    config, method = machine.model(preset), OBJECTIVES[objective]
+    arguments = (config, method, batch, machine.device, machine.dtype)
+    implementations: dict[str, Callable[[], Call]] = {
+        implementation: partial(training_step, *arguments, implementation=implementation)
+        for implementation in IMPLEMENTATIONS
+        if usable(implementation, machine)
+    }
+    if peer is not None:
+        implementations["peer"] = partial(peer, *arguments)
+    return Case(
+        "step",
+        f"{objective}, {machine.name(preset)} of {batch}",
+        implementations,
+        batch,
+        batch * step_flops(config, method, batch),
+    )
 
 
 def usable(implementation: str, machine: Machine) -> bool:
@@ -399,11 +403,11 @@ def sampler(machine: Machine) -> Iterator[Case]:
         return torch.randn(shape, device=machine.device), torch.zeros(batch, dtype=torch.long, device=machine.device)
 
     def ours() -> Call:
-        model, following = make_model(config, machine.device, machine.dtype), rotating(inputs)
+        model, following = make_model(config, machine.device, machine.dtype), rotating(inputs, machine.device)
         return lambda: sample(model, *following())
 
     def port() -> Call:
-        network, following = PortDiT(config).to(machine.device), rotating(inputs)
+        network, following = PortDiT(config).to(machine.device), rotating(inputs, machine.device)
         velocity = Port(OBJECTIVES["unguided"], machine.dtype, attention=sdpa)
         one = torch.ones(batch, device=machine.device)
 

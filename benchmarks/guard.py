@@ -59,7 +59,7 @@ def changed_counts(now: dict[str, Any], accepted: dict[str, Any]) -> list[str]:
 
 def in_turns(case: Case, machine: Machine, rounds: int = 12) -> list[Row]:
     """Time the implementations of a case in turns, so that what disturbs the machine disturbs all of them."""
-    clock = make_clock(machine.device)
+    clock = make_clock(machine.device, case.hide_host)
     calls = {name: make() for name, make in case.implementations.items()}
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from mfengine.engine.flops import matrix_rate
+from mfengine.engine.rates import data_sheet_rate, matrix_rate
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -46,27 +46,44 @@ class Row:
         return max(self.flops / ceilings["matrix_flops_per_s"], self.bytes / ceilings["memory_bytes_per_s"])
 
 
-def make_clock(device: torch.device) -> Callable[[], float]:
+def make_clock(device: torch.device, hide_host: bool = False) -> Callable[[], float]:
     """A function that tells seconds since some moment: the host's on a CPU, of CUDA events on a GPU.
 
-    On a GPU it waits until all that was queued is done; what is between two calls is the device's time.
+    On a GPU it waits until all that was queued is done; the device's time passes between two calls.
+
+    Args:
+        device: the clock's.
+        hide_host: give the device other work first, which does not count. Calls are then queued while it is busy and
+            follow each other at once, so that the host's time does not show: kernels take less than their launches.
     """
     if device.type != "cuda":
         return time.perf_counter
     last = torch.cuda.Event(enable_timing=True)
     last.record()
-    total = 0.0
+    total, portions, keep_busy = 0.0, 16, other_work(device) if hide_host else None
 
     def clock() -> float:
-        nonlocal last, total
+        nonlocal last, total, portions
+        late = last.query()  # the device began to wait for the host
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         event.synchronize()
         total += last.elapsed_time(event) / 1e3  # summed here: an event's float32 would lose microseconds in a minute
+        if keep_busy is not None:
+            portions = min(2 * portions, 128) if late else max(16, portions - 1)
+            for _ in range(portions):
+                keep_busy()
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
         last = event
         return total
 
     return clock
+
+
+def other_work(device: torch.device) -> Callable[[], Any]:
+    """A function that queues about a millisecond of work."""
+    return torch.zeros(2**28, device=device).neg_
 
 
 def measure(f: Callable[[], Any], clock: Callable[[], float], seconds: float, warmup: int = 3) -> list[float]:
@@ -75,16 +92,17 @@ def measure(f: Callable[[], Any], clock: Callable[[], float], seconds: float, wa
         f()
     start = clock()
     f()
-    once = max(clock() - start, 1e-7)
+    now = clock()
     # Short calls are queued one behind the other, so that the device does not wait for the host.
-    calls = max(1, min(50, int(2e-3 / once)))
+    calls = max(1, min(50, int(2e-3 / max(now - start, 1e-7))))
     rounds = []
     until = time.monotonic() + seconds
     while len(rounds) < 3 or time.monotonic() < until:
-        start = clock()
+        start = now
         for _ in range(calls):
             f()
-        rounds.append((clock() - start) / calls)
+        now = clock()
+        rounds.append((now - start) / calls)
     return rounds
 
 
@@ -99,7 +117,7 @@ def summarise(rounds: list[float]) -> dict[str, Any]:
 
 
 def ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
-    """What this machine reaches: moving large arrays, and a large matrix product in `dtype`.
+    """What this machine reaches: moving large arrays, and a large matrix product in `dtype`; its data sheet's peak.
 
     Arrays are copied, and added in place: a CPU reads what a copy overwrites, which copying does not show.
     """
@@ -108,7 +126,9 @@ def ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     clock = make_clock(device)
     copying = 2 * size / min(measure(lambda: b.copy_(a), clock, 0.5))
     adding = 3 * size / min(measure(lambda: b.add_(a), clock, 0.5))
-    return {"memory_bytes_per_s": max(copying, adding), "matrix_flops_per_s": matrix_rate(device, dtype)}
+    found = {"memory_bytes_per_s": max(copying, adding), "matrix_flops_per_s": matrix_rate(device, dtype)}
+    peak = data_sheet_rate(device, dtype)
+    return found if peak is None else found | {"peak_flops_per_s": peak}
 
 
 def environment(device: torch.device) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mfengine.kernels.launch import Config, check_device, check_dtype
+from mfengine.kernels.launch import Config, check_device, check_dtype, launch
 
 MAX_WIDTH = 8192
 TOKENS_PER_PROGRAM = 16  # of the backward, which adds up a sample's gradients over so many tokens before writing
@@ -81,7 +81,8 @@ def backward_kernel(
 
     Without a gx_out, x' has no gradient but that through o.
     """
-    b, part = tl.program_id(1).to(tl.int64), tl.program_id(0)
+    parts = tl.cdiv(tokens, TOKENS)
+    b, part = (tl.program_id(0) // parts).to(tl.int64), (tl.program_id(0) % parts).to(tl.int64)
     cols = tl.arange(0, BLOCK)
     mask = cols < width
     slope = 1.0 + tl.load(scale + b * scale_b + cols, mask=mask, other=0.0).to(tl.float32)
@@ -107,7 +108,7 @@ def backward_kernel(
             branch = tl.load(y + b * y_b + n * y_n + cols, mask=mask, other=0.0).to(tl.float32)
             ggate += gstream * branch
             tl.store(gy + row * width + cols, (gstream * g).to(gy.dtype.element_ty), mask=mask)
-    at = sums + (b * tl.num_programs(0) + part) * 3 * width + cols
+    at = sums + (b * parts + part) * 3 * width + cols
     tl.store(at, gshift, mask=mask)
     tl.store(at + width, gscale, mask=mask)
     if y is not None:
@@ -199,7 +200,8 @@ def backward(
     parts = -(-tokens // TOKENS_PER_PROGRAM)
     sums = torch.empty(batch, parts, 3, width, dtype=torch.float32, device=x_out.device)
     if x_out.numel():
-        backward_kernel[(parts, batch)](
+        launch(
+            backward_kernel, (parts * batch,), x_out,
             x_out, y, gate, scale, gx_out, go, gx, gy, sums,
             *_strides(2, x_out, y), *_strides(1, gate, scale), *_strides(2, gx_out, go), tokens, width, eps,
             TOKENS=TOKENS_PER_PROGRAM, BLOCK=block(width), **CONFIGS["backward"].kwargs,
@@ -217,7 +219,8 @@ def _launch_forward(
     batch, tokens, width = o.shape
     tangents = [None] * 5 if tangents is None else tangents
     strides = [stride for x, y, *rows in (primals, tangents) for stride in (*_strides(2, x, y), *_strides(1, *rows))]
-    forward_kernel[(batch * tokens,)](
+    launch(
+        forward_kernel, (batch * tokens,), o,
         *primals, *tangents, x_out, o, dx_out, do, *strides, tokens, width, eps,
         BLOCK=block(width), **CONFIGS["forward" if dx_out is None else "dual"].kwargs,
     )  # fmt: skip

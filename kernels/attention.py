@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mfengine.kernels.launch import Config, check_dtype, check_like, widths
+from mfengine.kernels.launch import Config, addressing, check_dtype, check_like, launch, widths
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 COLUMNS = tl.constexpr(32)  # of float32 operands at a time
@@ -28,9 +28,27 @@ COLUMNS = tl.constexpr(32)  # of float32 operands at a time
 
 
 @triton.jit
+def _program(rows, BLOCK: tl.constexpr, INDEX: tl.constexpr):
+    """Number of the head among all samples' heads, and the rows of this block.
+
+    One axis counts blocks and heads, since the others end at 65,535. Blocks of one head follow each other: they share
+    what they read in the L2 cache.
+    """
+    blocks = tl.cdiv(rows, BLOCK)
+    block = tl.program_id(0) % blocks
+    return (tl.program_id(0) // blocks).to(tl.int64), (block * BLOCK + tl.arange(0, BLOCK)).to(INDEX)
+
+
+@triton.jit
+def _head(x, head, heads, stride_b, stride_h, stride_row, UNIT: tl.constexpr):
+    """Where a head begins, and the stride of its rows in elements; strides come in units of UNIT elements."""
+    return x + (head // heads * stride_b + head % heads * stride_h) * UNIT, stride_row * UNIT
+
+
+@triton.jit
 def _tile(base, rows, num_rows, stride_row, stride_col, first, WIDTH: tl.constexpr, DIM: tl.constexpr):
     """Columns first to first + WIDTH of some rows, zero outside of the matrix (num_rows, DIM)."""
-    cols = first + tl.arange(0, WIDTH)
+    cols = (first + tl.arange(0, WIDTH)).to(rows.dtype)
     mask = (rows < num_rows)[:, None] & (cols < DIM)[None, :]
     return tl.load(base + rows[:, None] * stride_row + cols[None, :] * stride_col, mask=mask, other=0.0)
 
@@ -39,7 +57,7 @@ def _tile(base, rows, num_rows, stride_row, stride_col, first, WIDTH: tl.constex
 def _store(
     base, rows, num_rows, stride_row, stride_col, value, FIRST: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr
 ):
-    cols = FIRST + tl.arange(0, WIDTH)
+    cols = (FIRST + tl.arange(0, WIDTH)).to(rows.dtype)
     mask = (rows < num_rows)[:, None] & (cols < DIM)[None, :]
     value = value.to(base.dtype.element_ty)
     tl.store(base + rows[:, None] * stride_row + cols[None, :] * stride_col, value, mask=mask)
@@ -67,20 +85,20 @@ def forward_kernel(
     dq_b, dq_h, dq_n, dq_d, dk_b, dk_h, dk_n, dk_d, dv_b, dv_h, dv_n, dv_d,
     o_b, o_h, o_n, o_d, do_b, do_h, do_n, do_d,
     heads, queries, keys, dim, scale,
-    DIM: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    DIM: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, UNIT: tl.constexpr, INDEX: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Output and log-sum-exp; the output's tangent too where tangents are given, which are None otherwise."""
-    b, h = (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads
-    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    q += b * q_b + h * q_h
-    k += b * k_b + h * k_h
-    v += b * v_b + h * v_h
-    o += b * o_b + h * o_h
+    head, rows = _program(queries, BLOCK_M, INDEX)
+    q, q_n = _head(q, head, heads, q_b, q_h, q_n, UNIT)
+    k, k_n = _head(k, head, heads, k_b, k_h, k_n, UNIT)
+    v, v_n = _head(v, head, heads, v_b, v_h, v_n, UNIT)
+    o, o_n = _head(o, head, heads, o_b, o_h, o_n, UNIT)
     if dq is not None:
-        dq += b * dq_b + h * dq_h
-        dk += b * dk_b + h * dk_h
-        dv += b * dv_b + h * dv_h
-        do += b * do_b + h * do_h
+        dq, dq_n = _head(dq, head, heads, dq_b, dq_h, dq_n, UNIT)
+        dk, dk_n = _head(dk, head, heads, dk_b, dk_h, dk_n, UNIT)
+        dv, dv_n = _head(dv, head, heads, dv_b, dv_h, dv_n, UNIT)
+        do, do_n = _head(do, head, heads, do_b, do_h, do_n, UNIT)
 
     q1 = _tile(q, rows, queries, q_n, q_d, 0, HEAD, DIM)
     acc1 = tl.zeros((BLOCK_M, HEAD), tl.float32)
@@ -98,7 +116,7 @@ def forward_kernel(
         dtotal = tl.zeros((BLOCK_M,), tl.float32)  # rowsum(P * S')
 
     for start in range(0, keys, BLOCK_N):
-        cols = start + tl.arange(0, BLOCK_N)
+        cols = (start + tl.arange(0, BLOCK_N)).to(INDEX)
         s = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         ds = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         if q.dtype.element_ty == tl.float32:
@@ -156,9 +174,7 @@ def forward_kernel(
         _store(do, rows, queries, do_n, do_d, dacc1 / total[:, None] - mean * o1, 0, HEAD, DIM)
         if TAIL:
             _store(do, rows, queries, do_n, do_d, dacc2 / total[:, None] - mean * o2, HEAD, TAIL, DIM)
-    tl.store(
-        lse + tl.program_id(1).to(tl.int64) * queries + rows, (peak + tl.log2(total)) / LOG2_E, mask=rows < queries
-    )
+    tl.store(lse + head * queries + rows, (peak + tl.log2(total)) / LOG2_E, mask=rows < queries)
 
 
 @triton.jit
@@ -166,19 +182,19 @@ def delta_kernel(
     o, go, delta,
     o_b, o_h, o_n, o_d, go_b, go_h, go_n, go_d,
     heads, queries,
-    DIM: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, BLOCK_M: tl.constexpr,
+    DIM: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, UNIT: tl.constexpr, INDEX: tl.constexpr,
+    BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """rowsum(O * gradient of O), which the softmax's backward subtracts."""
-    b, h = (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads
-    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    o += b * o_b + h * o_h
-    go += b * go_b + h * go_h
+    head, rows = _program(queries, BLOCK_M, INDEX)
+    o, o_n = _head(o, head, heads, o_b, o_h, o_n, UNIT)
+    go, go_n = _head(go, head, heads, go_b, go_h, go_n, UNIT)
     o1 = _tile(o, rows, queries, o_n, o_d, 0, HEAD, DIM).to(tl.float32)
     sum = tl.sum(o1 * _tile(go, rows, queries, go_n, go_d, 0, HEAD, DIM).to(tl.float32), 1)
     if TAIL:
         o2 = _tile(o, rows, queries, o_n, o_d, HEAD, TAIL, DIM).to(tl.float32)
         sum += tl.sum(o2 * _tile(go, rows, queries, go_n, go_d, HEAD, TAIL, DIM).to(tl.float32), 1)
-    tl.store(delta + tl.program_id(1).to(tl.int64) * queries + rows, sum, mask=rows < queries)
+    tl.store(delta + head * queries + rows, sum, mask=rows < queries)
 
 
 @triton.jit
@@ -187,17 +203,17 @@ def backward_kv_kernel(
     q_b, q_h, q_n, q_d, k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d, go_b, go_h, go_n, go_d,
     gk_b, gk_h, gk_n, gk_d, gv_b, gv_h, gv_n, gv_d,
     heads, queries, keys, dim, scale,
-    DIM: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    DIM: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, UNIT: tl.constexpr, INDEX: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a block of keys and values, over all queries."""
-    b, h = (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads
-    cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    q += b * q_b + h * q_h
-    k += b * k_b + h * k_h
-    v += b * v_b + h * v_h
-    go += b * go_b + h * go_h
-    lse += tl.program_id(1).to(tl.int64) * queries
-    delta += tl.program_id(1).to(tl.int64) * queries
+    head, cols = _program(keys, BLOCK_N, INDEX)
+    q, q_n = _head(q, head, heads, q_b, q_h, q_n, UNIT)
+    k, k_n = _head(k, head, heads, k_b, k_h, k_n, UNIT)
+    v, v_n = _head(v, head, heads, v_b, v_h, v_n, UNIT)
+    go, go_n = _head(go, head, heads, go_b, go_h, go_n, UNIT)
+    lse += head * queries
+    delta += head * queries
 
     k1 = _tile(k, cols, keys, k_n, k_d, 0, HEAD, DIM)
     v1 = _tile(v, cols, keys, v_n, v_d, 0, HEAD, DIM)
@@ -210,7 +226,7 @@ def backward_kv_kernel(
         gv2 = tl.zeros((BLOCK_N, TAIL), tl.float32)
 
     for start in range(0, queries, BLOCK_M):
-        rows = start + tl.arange(0, BLOCK_M)
+        rows = (start + tl.arange(0, BLOCK_M)).to(INDEX)
         q1 = _tile(q, rows, queries, q_n, q_d, 0, HEAD, DIM)
         go1 = _tile(go, rows, queries, go_n, go_d, 0, HEAD, DIM)
         if TAIL:
@@ -239,8 +255,8 @@ def backward_kv_kernel(
             gv2 = _dot(p, go2, gv2)
             gk2 = _dot(gs, q2, gk2)
 
-    gk += b * gk_b + h * gk_h
-    gv += b * gv_b + h * gv_h
+    gk, gk_n = _head(gk, head, heads, gk_b, gk_h, gk_n, UNIT)
+    gv, gv_n = _head(gv, head, heads, gv_b, gv_h, gv_n, UNIT)
     _store(gk, cols, keys, gk_n, gk_d, gk1 * scale, 0, HEAD, DIM)
     _store(gv, cols, keys, gv_n, gv_d, gv1, 0, HEAD, DIM)
     if TAIL:
@@ -253,16 +269,16 @@ def backward_q_kernel(
     q, k, v, go, lse, delta, gq,
     q_b, q_h, q_n, q_d, k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d, go_b, go_h, go_n, go_d, gq_b, gq_h, gq_n, gq_d,
     heads, queries, keys, dim, scale,
-    DIM: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    DIM: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, UNIT: tl.constexpr, INDEX: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a block of queries, over all keys."""
-    b, h = (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads
-    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    q += b * q_b + h * q_h
-    k += b * k_b + h * k_h
-    v += b * v_b + h * v_h
-    go += b * go_b + h * go_h
-    at = tl.program_id(1).to(tl.int64) * queries + rows
+    head, rows = _program(queries, BLOCK_M, INDEX)
+    q, q_n = _head(q, head, heads, q_b, q_h, q_n, UNIT)
+    k, k_n = _head(k, head, heads, k_b, k_h, k_n, UNIT)
+    v, v_n = _head(v, head, heads, v_b, v_h, v_n, UNIT)
+    go, go_n = _head(go, head, heads, go_b, go_h, go_n, UNIT)
+    at = head * queries + rows
     row_lse = tl.load(lse + at, mask=rows < queries, other=float("inf"))
     row_delta = tl.load(delta + at, mask=rows < queries, other=0.0)
 
@@ -275,7 +291,7 @@ def backward_q_kernel(
         gq2 = tl.zeros((BLOCK_M, TAIL), tl.float32)
 
     for start in range(0, keys, BLOCK_N):
-        cols = start + tl.arange(0, BLOCK_N)
+        cols = (start + tl.arange(0, BLOCK_N)).to(INDEX)
         k1 = _tile(k, cols, keys, k_n, k_d, 0, HEAD, DIM)
         v1 = _tile(v, cols, keys, v_n, v_d, 0, HEAD, DIM)
         if TAIL:
@@ -292,14 +308,15 @@ def backward_q_kernel(
             if TAIL:
                 s = _dot(q2, k2.T, s)
                 gp = _dot(go2, v2.T, gp)
-        # Keys beyond the last are zero, and so is what they add.
-        p = tl.exp2(s * (scale * LOG2_E) - (row_lse * LOG2_E)[:, None])
+        # Keys beyond the last have score 0, whose probability would overflow where the log-sum-exp is very negative.
+        s = tl.where((cols < keys)[None, :], s * (scale * LOG2_E), float("-inf"))
+        p = tl.exp2(s - (row_lse * LOG2_E)[:, None])
         gs = (p * (gp - row_delta[:, None])).to(k1.dtype)
         gq1 = _dot(gs, k1, gq1)
         if TAIL:
             gq2 = _dot(gs, k2, gq2)
 
-    gq += b * gq_b + h * gq_h
+    gq, gq_n = _head(gq, head, heads, gq_b, gq_h, gq_n, UNIT)
     _store(gq, rows, queries, gq_n, gq_d, gq1 * scale, 0, HEAD, DIM)
     if TAIL:
         _store(gq, rows, queries, gq_n, gq_d, gq2 * scale, HEAD, TAIL, DIM)
@@ -381,23 +398,25 @@ def backward(
         for g in (gq, gk, gv):
             g.zero_()
         return
-    constants, factor = shape_constants(dim, q.dtype), _scale(scale, dim)
+    rest = (heads, queries, keys, dim, _scale(scale, dim), *shape_constants(dim, q.dtype))
     delta = torch.empty_like(lse)
+    strides, constants = addressing(o, go)
     config = CONFIGS["delta"][tile_class(dim, q.dtype)]
-    delta_kernel[config.grid(queries, batch * heads)](
-        o, go, delta, *o.stride(), *go.stride(), heads, queries, *constants, **config.kwargs
-    )
-    config = CONFIGS["backward_kv"][tile_class(dim, q.dtype)]
-    backward_kv_kernel[config.grid(keys, batch * heads, "BLOCK_N")](
-        q, k, v, go, lse, delta, gk, gv,
-        *q.stride(), *k.stride(), *v.stride(), *go.stride(), *gk.stride(), *gv.stride(),
-        heads, queries, keys, dim, factor, *constants, **config.kwargs,
+    launch(
+        delta_kernel, config.grid(queries, batch * heads), q,
+        o, go, delta, *strides, heads, queries, *shape_constants(dim, q.dtype), **constants, **config.kwargs,
     )  # fmt: skip
+    strides, constants = addressing(q, k, v, go, gk, gv)
+    config = CONFIGS["backward_kv"][tile_class(dim, q.dtype)]
+    launch(
+        backward_kv_kernel, config.grid(keys, batch * heads, "BLOCK_N"), q,
+        q, k, v, go, lse, delta, gk, gv, *strides, *rest, **constants, **config.kwargs,
+    )  # fmt: skip
+    strides, constants = addressing(q, k, v, go, gq)
     config = CONFIGS["backward_q"][tile_class(dim, q.dtype)]
-    backward_q_kernel[config.grid(queries, batch * heads)](
-        q, k, v, go, lse, delta, gq,
-        *q.stride(), *k.stride(), *v.stride(), *go.stride(), *gq.stride(),
-        heads, queries, keys, dim, factor, *constants, **config.kwargs,
+    launch(
+        backward_q_kernel, config.grid(queries, batch * heads), q,
+        q, k, v, go, lse, delta, gq, *strides, *rest, **constants, **config.kwargs,
     )  # fmt: skip
 
 
@@ -417,10 +436,11 @@ def _launch_forward(
     config = CONFIGS["dual" if tangents else "forward"][tile_class(dim, q.dtype)]
     dq, dk, dv, do = tangents or (None,) * 4
     # Strides of what is not there are never read.
-    strides = [n for x in (q, k, v, *(tangents or (q, k, v))[:3], o, (tangents or (o,))[-1]) for n in x.stride()]
-    forward_kernel[config.grid(queries, batch * heads)](
-        q, k, v, dq, dk, dv, o, do, lse, *strides,
-        heads, queries, k.shape[2], dim, _scale(scale, dim), *shape_constants(dim, q.dtype), **config.kwargs,
+    strides, constants = addressing(q, k, v, *(tangents or (q, k, v))[:3], o, (tangents or (o,))[-1])
+    launch(
+        forward_kernel, config.grid(queries, batch * heads), q,
+        q, k, v, dq, dk, dv, o, do, lse, *strides, heads, queries, k.shape[2], dim, _scale(scale, dim),
+        *shape_constants(dim, q.dtype), **constants, **config.kwargs,
     )  # fmt: skip
 
 

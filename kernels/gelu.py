@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mfengine.kernels.launch import Config, check_device, check_dtype
+from mfengine.kernels.launch import Config, check_device, check_dtype, launch
 
 BLOCK_ROWS, BLOCK_COLS = 4, 1024
 ROWS_PER_PROGRAM = 64  # of the backward, which adds up the bias's gradient over so many rows before writing
@@ -111,7 +111,8 @@ def backward(x: Tensor, bias: Tensor, go: Tensor) -> tuple[Tensor, Tensor]:
     parts = -(-rows // ROWS_PER_PROGRAM)
     sums = torch.empty(parts, width, dtype=torch.float32, device=x.device)
     if x.numel():
-        backward_kernel[(parts, -(-width // BLOCK_COLS))](
+        launch(
+            backward_kernel, (parts, -(-width // BLOCK_COLS)), x,
             x, bias, go, gx, sums, rows, width,
             ROWS_PER_PROGRAM // BLOCK_ROWS, BLOCK_ROWS, BLOCK_COLS, **CONFIGS["backward"].kwargs,
         )  # fmt: skip
@@ -123,9 +124,10 @@ def _launch_forward(x: Tensor, bias: Tensor, dx: Tensor | None, o: Tensor, do: T
         width = bias.shape[0]
         rows = x.numel() // width
         config = CONFIGS["forward" if dx is None else "dual"]
-        forward_kernel[(-(-rows // BLOCK_ROWS), -(-width // BLOCK_COLS))](
-            x, bias, dx, o, do, rows, width, BLOCK_ROWS, BLOCK_COLS, **config.kwargs
-        )
+        launch(
+            forward_kernel, (-(-rows // BLOCK_ROWS), -(-width // BLOCK_COLS)), x,
+            x, bias, dx, o, do, rows, width, BLOCK_ROWS, BLOCK_COLS, **config.kwargs,
+        )  # fmt: skip
 
 
 def check_arguments(x: Tensor, bias: Tensor, prefix: str = "") -> None:

@@ -1,11 +1,13 @@
-"""What launchers share: configurations, and checks of arguments before anything is launched."""
+"""What launchers share: the launch itself, configurations, and checks of arguments before anything is launched."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
+import triton.language as tl
 from torch import Tensor
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -22,8 +24,42 @@ class Config:
     def kwargs(self) -> dict[str, Any]:
         return {**self.blocks, **self.options}
 
-    def grid(self, rows: int, others: int, block: str = "BLOCK_M") -> tuple[int, int]:
-        return -(-rows // self.blocks[block]), others
+    def grid(self, rows: int, heads: int, block: str = "BLOCK_M") -> tuple[int]:
+        return (-(-rows // self.blocks[block]) * heads,)
+
+
+def launch(kernel: Any, grid: tuple[int, ...], like: Tensor, *args: Any, **options: Any) -> None:
+    """Launch on the device of `like`; Triton takes the current one. Axis 0 of a grid takes 2^31 - 1, the others 65,535."""
+    if like.is_cuda and like.device.index != torch.cuda.current_device():
+        with torch.cuda.device(like.device):
+            kernel[grid](*args, **options)
+    else:
+        kernel[grid](*args, **options)
+
+
+def addressing(*tensors: Tensor) -> tuple[tuple[int, ...], dict[str, Any]]:
+    """Strides of tensors (B, H, N, d) of one dtype as kernels take them, and the constants UNIT and INDEX.
+
+    Triton knows of an integer argument only whether it is a multiple of 16, which the strides of heads of 72 columns
+    are not. UNIT is the number of elements in 16 bytes where all addresses of rows are multiples of 16 bytes: all
+    strides but the last, which is 1, then count units. Elsewhere it is 1. INDEX is the type of offsets within a head.
+    """
+    unit = 1 if any(x.data_ptr() % 16 for x in tensors) else 16 // tensors[0].element_size()
+    return _addressing(unit, tuple(x.stride() for x in tensors), tuple(x.shape[2:] for x in tensors))
+
+
+@lru_cache(maxsize=4096)
+def _addressing(
+    unit: int, strides: tuple[tuple[int, ...], ...], shapes: tuple[torch.Size, ...]
+) -> tuple[tuple[int, ...], dict[str, Any]]:
+    spans = (
+        sum((n - 1) * step for n, step in zip(s, x[2:], strict=True)) for s, x in zip(shapes, strides, strict=True)
+    )
+    wide = max(spans) >= 2**31
+    if wide or any(x[3] != 1 or x[0] % unit or x[1] % unit or x[2] % unit for x in strides):
+        unit = 1
+    counted = tuple(step if i == 3 else step // unit for x in strides for i, step in enumerate(x))
+    return counted, {"UNIT": unit, "INDEX": tl.int64 if wide else tl.int32}
 
 
 def widths(dim: int, least: int = 16) -> tuple[int, int]:

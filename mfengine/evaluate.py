@@ -12,13 +12,14 @@ import tyro
 from mfengine import cli
 from mfengine.configs import check_seed
 from mfengine.data.dataset import Dataset
-from mfengine.data.image_files import check_new, check_writable
+from mfengine.data.image_files import check_new
 from mfengine.data.pictures import draw_latents
 from mfengine.data.vae import VAE
 from mfengine.engine.checkpoint import load_model
 from mfengine.errors import InputError
 from mfengine.evaluation.fidelity import SPLITS, Reference
 from mfengine.evaluation.samples import Decode, SampleSet, evaluate, write_figures
+from mfengine.files import check_writable
 from mfengine.ranks import world
 
 

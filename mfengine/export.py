@@ -11,6 +11,7 @@ import tyro
 from mfengine import cli
 from mfengine.engine.checkpoint import export_model
 from mfengine.errors import InputError
+from mfengine.files import check_writable
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ def main(args: Sequence[str]) -> None:
         raise InputError(f"{config.out} exists: choose another name")
     if not config.out.parent.is_dir():
         raise InputError(f"folder {config.out.parent} does not exist")
+    check_writable(config.out)
     print(f"{config.out}: weights of {export_model(config.checkpoint, config.out, config.ema_decay)}")
 
 

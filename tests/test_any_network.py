@@ -162,12 +162,12 @@ JVP_ATTENTION = r"If it is attention, take the loss inside `with mfengine.jvp_at
         (
             lambda: Around(lambda u, *args: Function.apply(u(*args))),
             NotImplementedError,
-            "autograd.Function, give it setup_context and jvp",
+            "autograd.Function of your own, give it setup_context and jvp",
         ),
         (
             lambda: Around(lambda u, *args: checkpoint(u, *args, use_reentrant=False)),
             NotImplementedError,
-            "activation checkpointing, .* turn it off",
+            "activation checkpointing.* turn it off",
         ),
     ],
     ids=["tuple", "shape", "num_classes", "attention", "function", "checkpoint"],

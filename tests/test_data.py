@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from mfengine import ModelConfig
+from mfengine.data import writer
 from mfengine.data.dataset import BROKEN, DESCRIPTION, Dataset, LatentSpace, Loader, read_means
 from mfengine.data.writer import ArraySamples, Broken, order, write_dataset
-from mfengine.engine import shards
 from mfengine.errors import InputError, RankError
 
 CPU = torch.device("cpu")
@@ -229,9 +229,9 @@ def test_writer_that_was_killed_continues(tmp_path, dataset, stop):
 
 def test_data_set_without_all_of_its_shards_gets_no_name(tmp_path, dataset, monkeypatch):
     """As when another node's files do not show."""
-    monkeypatch.setattr(shards, "PATIENCE_S", 0.1)
-    whole = shards._Writer._record
-    monkeypatch.setattr(shards._Writer, "_record", lambda self, k: None if k == 1 else whole(self, k))
+    monkeypatch.setattr(writer, "PATIENCE_S", 0.1)
+    whole = writer._Writer._record
+    monkeypatch.setattr(writer._Writer, "_record", lambda self, k: None if k == 1 else whole(self, k))
     with pytest.raises(InputError, match=r"shard 1 of .* is not there: the same command writes it again"):
         write_dataset(tmp_path / "again", numbered(), shard_samples=40)
     assert not (tmp_path / "again").exists()

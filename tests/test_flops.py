@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from mfengine import MeanFlow, MeanFlowConfig, ModelConfig
-from mfengine.engine.flops import matrix_rate, sample_flops, step_flops
+from mfengine.engine.flops import sample_flops, step_flops
+from mfengine.engine.rates import matrix_rate
 
 CONFIG = ModelConfig(8, 2, 4, hidden_size=24, depth=3, num_heads=2, num_classes=3)
 WIDTH, TOKENS, FEATURES, PATCH = 24, 16, 256, 16

@@ -40,7 +40,9 @@ def python(*args, cwd, **env):
 def source(tmp_path_factory):
     """A copy of what the repository holds, so that building leaves nothing in it."""
     copy = tmp_path_factory.mktemp("source") / "mfengine"
-    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "build", "*.so", "*.egg-info", "data", "runs"))
+    shutil.copytree(
+        ROOT, copy, symlinks=True, ignore=shutil.ignore_patterns(".*", "build", "*.so", "*.egg-info", "data", "runs")
+    )
     return copy
 
 
@@ -77,7 +79,7 @@ def test_editable_install(source, tmp_path):
     probe = f"import site; site.addsitedir({str(site)!r}); import sys; sys.path.append({libraries!r}); {PROBE}"
     done = subprocess.run([inner, "-c", probe], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert Path(done.stdout.strip()) == source / "kernels/__init__.py"
+    assert Path(done.stdout.strip()).resolve() == source / "kernels/__init__.py"
 
 
 WHEEL = ("-m", "pip", "wheel", "--verbose", "--no-deps", "--no-build-isolation", "-w")
@@ -139,14 +141,3 @@ def test_info(tmp_path):
 def test_sample_is_the_function(tmp_path):
     out = python("-c", "from mfengine import sample; print(callable(sample))", cwd=tmp_path)
     assert out == "True"
-
-
-@pytest.mark.parametrize("floor", ["ops", "model", "method"])
-def test_floors_import_only_floors_below(floor):
-    above = {"ops": ("model", "method", "engine"), "model": ("method", "engine"), "method": ("engine",)}[floor]
-    for path in (ROOT / "mfengine" / floor).glob("*.py"):
-        text = path.read_text()
-        for name in above:
-            assert f"mfengine.{name}" not in text, f"{path.name} imports {name}"
-    if floor == "method":
-        assert "kernels" not in (ROOT / "mfengine/methods/meanflow.py").read_text()

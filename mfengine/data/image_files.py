@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from mfengine.errors import InputError, RankError
+from mfengine.files import check_writable, writing
 from mfengine.ranks import World
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -115,7 +114,7 @@ class ImageWriter:
 
         def begin() -> int:
             """Bytes before the first image of the array."""
-            with _writing(path, InputError):
+            with writing(path):
                 if self._partial.exists():
                     shutil.rmtree(self._partial)  # of a writer that was killed
                 self._partial.mkdir(parents=True)
@@ -131,7 +130,7 @@ class ImageWriter:
     def write(self, rows: range, images: Tensor) -> None:
         """Write images (n, 3, H, W) uint8 as those of the numbers `rows`; RankError where that fails."""
         pixels = images.permute(0, 2, 3, 1).cpu().numpy()
-        with _writing(self._path, RankError):
+        with writing(self._path, RankError):
             if self._array is not None:
                 # Not through memory maps: those of several machines overwrite what they share of a page.
                 with self._array.open("r+b") as file:
@@ -147,7 +146,7 @@ class ImageWriter:
         self._world.on_main(self._rename)
 
     def _rename(self) -> None:
-        with _writing(self._path, InputError):
+        with writing(self._path):
             if self._array is not None:
                 archive = self._partial / self._path.name
                 with zipfile.ZipFile(archive, "w") as file:  # not compressed, as np.savez does it
@@ -167,18 +166,3 @@ def check_new(path: Path) -> None:
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise InputError(f"{path} is not an empty folder: choose another one, or remove it first")
     check_writable(path)
-
-
-def check_writable(path: Path) -> None:
-    """InputError unless a name can be given in its folder, or in the nearest one above that is there."""
-    folder = next(above for above in path.absolute().parents if above.exists())
-    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
-        raise InputError(f"cannot write {path}: {folder} is not a folder that can be written to")
-
-
-@contextmanager
-def _writing(path: Path, kind: Callable[[str], InputError]) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise kind(f"cannot write {path}: {error.strerror or error}") from None

@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from mfengine.data.dataset import LatentSpace
+from mfengine.files import write_atomic, writing
 
 
 def draw_latents(latents: Tensor, space: LatentSpace) -> Tensor:
@@ -46,9 +47,10 @@ def image_grid(images: Tensor, columns: int | None = None) -> Tensor:
 
 
 def save_picture(image: Tensor, path: Path, min_size: int = 480) -> None:
-    """Write an image (C, H, W) in [0, 1] as PNG, small ones enlarged by a whole factor."""
+    """Write an image (C, H, W) in [0, 1] as PNG, small ones enlarged by a whole factor; InputError if that fails."""
     pixels = (image.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
     factor = max(1, min_size // max(pixels.shape[:2]))
     pixels = pixels.repeat(factor, axis=0).repeat(factor, axis=1)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels).save(path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, Image.fromarray(pixels).save)

@@ -18,7 +18,6 @@ import fcntl
 import hashlib
 import json
 import math
-import os
 import shutil
 import tarfile
 import time
@@ -37,6 +36,7 @@ import torch.distributed as dist
 from mfengine.configs import check_seed, flatten, from_json
 from mfengine.data.dataset import BROKEN, DESCRIPTION, INDEX_VERSION, Dataset, LatentSpace, Shard
 from mfengine.errors import InputError
+from mfengine.files import sync, write_atomic
 from mfengine.ranks import World
 
 T = TypeVar("T")
@@ -281,7 +281,7 @@ class _Writer:
                 )
         with self._disk():
             if not path.exists():
-                _write_whole(path, plan)
+                _write_json(path, plan)
         records = {k: self._record(k) for k in range(self.num_shards)}
         return {k: (record["count"], len(record["broken"])) for k, record in records.items() if record}
 
@@ -345,14 +345,13 @@ class _Writer:
                 raise InputError(f"{samples.name} gave {found} samples for shard {shard} instead of {len(indices)}")
             with self._disk():
                 tar.close()
-                file.flush()
-                os.fsync(file.fileno())
                 file.close()
+                sync(aside)
                 if entries:
                     header = f"{INDEX_VERSION} {len(entries)}"
-                    _write_aside(path.with_suffix(".idx"), "\n".join([header, *entries]) + "\n")
                     aside.rename(path)
-                _write_whole(
+                    write_atomic(path.with_suffix(".idx"), "\n".join([header, *entries]) + "\n")
+                _write_json(
                     self.partial / f"{shard:06d}.json",
                     {
                         "file": path.name,
@@ -412,10 +411,11 @@ class _Writer:
         with self._disk():
             if broken:
                 _write_lines(self.data / BROKEN, broken)
-            _write_whole(self.data / DESCRIPTION, values)
+            _write_json(self.data / DESCRIPTION, values)
             if self.folder.exists():
                 self.folder.rmdir()
             self.data.rename(self.folder)
+            sync(self.partial.parent)
             shutil.rmtree(self.partial)
         return dataset
 
@@ -441,7 +441,7 @@ class _Hashed:
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file, self.digest, self.size = file, hashlib.sha256(), 0
-        self.flush, self.close, self.fileno = file.flush, file.close, file.fileno
+        self.close = file.close
 
     def write(self, data: bytes) -> int:
         self.digest.update(data)
@@ -480,18 +480,8 @@ def _short(value: Any) -> str:
 
 
 def _write_lines(path: Path, values: list[dict[str, Any]]) -> None:
-    path.write_text("".join(json.dumps(value) + "\n" for value in values))
+    write_atomic(path, "".join(json.dumps(value) + "\n" for value in values))
 
 
-def _write_whole(path: Path, values: Any) -> None:
-    """Write JSON aside, and give it its name when it is whole."""
-    _write_aside(path, json.dumps(values, indent=1) + "\n")
-
-
-def _write_aside(path: Path, text: str) -> None:
-    aside = path.with_name(f"{path.name}.partial")
-    with aside.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.rename(path)
+def _write_json(path: Path, values: Any) -> None:
+    write_atomic(path, json.dumps(values, indent=1) + "\n")

@@ -7,7 +7,6 @@ A checkpoint is a folder `checkpoints/step-00001000` with the shards of `torch.d
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import re
 import shutil
@@ -27,6 +26,7 @@ from mfengine.configs import from_json
 from mfengine.data.dataset import LatentSpace
 from mfengine.engine.flops import meta_network
 from mfengine.errors import InputError
+from mfengine.files import sync, write_atomic
 from mfengine.methods import OBJECTIVES, Objective
 from mfengine.networks import NETWORKS, Network
 from mfengine.ranks import World
@@ -72,7 +72,7 @@ class Checkpointer:
         partial = self._partial(step)
         if self._world.main:
             partial.mkdir(exist_ok=True)  # the other ranks may be ahead
-            (partial / DESCRIPTION).write_text(json.dumps({"step": step, **description}, indent=1) + "\n")
+            write_atomic(partial / DESCRIPTION, json.dumps({"step": step, **description}, indent=1) + "\n")
         alone = self._world.size == 1
         if self._asynchronous:
             future = dcp.async_save(state, checkpoint_id=partial, process_group=self._group, no_dist=alone)
@@ -101,10 +101,9 @@ class Checkpointer:
         self.newest = whole
         if self._world.main:
             partial = self._partial(step)
-            _sync(partial / DESCRIPTION)
-            _sync(partial)
+            sync(partial)
             partial.rename(whole)
-            _sync(self._folder)
+            sync(self._folder)
             for old in _whole_checkpoints(self._folder)[: -self._keep]:
                 # Renamed first: a kill in the midst of the removal must not leave a folder that looks whole.
                 doomed = old.with_name(f".removed-{old.name}")
@@ -113,15 +112,6 @@ class Checkpointer:
 
     def _partial(self, step: int) -> Path:
         return self._folder / f".partial-step-{step:08d}"
-
-
-def _sync(path: Path) -> None:
-    """Make what was written to a file, or renamed in a folder, survive a power cut; DCP does so for its own files."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _whole_checkpoints(folder: Path) -> list[Path]:
@@ -197,10 +187,8 @@ def export_model(checkpoint: Path, out: Path, ema_decay: float | None = None) ->
     checkpoint = _find_checkpoint(checkpoint)
     description = read_description(checkpoint)
     weights = _read_average(checkpoint, description, ema_decay, sampling=True)
-    partial = out.with_name(f".partial-{out.name}")
     kept = {key: value for key, value in description.items() if key not in ("parts", "skipped_steps", "ema_decays")}
-    save_file(weights, partial, metadata={"mfengine": json.dumps(kept)})
-    partial.rename(out)
+    write_atomic(out, lambda partial: save_file(weights, partial, metadata={"mfengine": json.dumps(kept)}))
     return checkpoint
 
 

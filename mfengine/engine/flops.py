@@ -1,4 +1,4 @@
-"""FLOPs counted on the real code, and the rate of matrix products that a device reaches: their quotient is the MFU.
+"""FLOPs counted on the real code. Over those that the devices could do in the same time (`rates.py`), they are the MFU.
 
 Counted are matrix products alone, two FLOPs per multiply-add, by `torch.utils.flop_counter` on meta tensors, which have
 shapes and no values. The plain ops run, so nothing that fused ones compute twice counts.
@@ -6,7 +6,6 @@ shapes and no values. The plain ops run, so nothing that fused ones compute twic
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -53,20 +52,3 @@ def sample_flops(model: NetworkConfig, method: ObjectiveConfig) -> int:
     with torch.no_grad(), _counted() as counter:
         OBJECTIVES.build(method).sampler({})(meta_network(model).for_sampling(), noise, label, 1)
     return counter.get_total_flops()
-
-
-def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOPs per second that a device reaches in a large matrix product, measured in a fraction of a second."""
-    n = 8192 if device.type == "cuda" else 512
-    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-
-    def run() -> float:
-        start = time.perf_counter()
-        for _ in range(5):
-            a @ b
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter() - start
-
-    run()
-    return 5 * 2 * n**3 / min(run() for _ in range(3))

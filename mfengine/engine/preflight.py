@@ -21,6 +21,7 @@ from mfengine.engine.optim import adamw_ema
 from mfengine.engine.plan import make_plan
 from mfengine.errors import InputError
 from mfengine.evaluation.samples import check_dimensions
+from mfengine.files import write_atomic
 from mfengine.kernels.multi_tensor import LIBRARY
 from mfengine.methods import OBJECTIVES
 from mfengine.networks import NETWORKS
@@ -103,9 +104,7 @@ def check_run_folder(config: TrainConfig, dataset: Dataset) -> Path | None:
 def write_config(config: TrainConfig, dataset: Dataset) -> None:
     """Write the resolved configuration into the run's folder."""
     config.folder.mkdir(parents=True, exist_ok=True)
-    partial = config.folder / f".partial-{CONFIG}"
-    partial.write_text(json.dumps(_config_values(config, dataset), indent=1) + "\n")
-    partial.rename(config.folder / CONFIG)
+    write_atomic(config.folder / CONFIG, json.dumps(_config_values(config, dataset), indent=1) + "\n")
 
 
 def _config_values(config: TrainConfig, dataset: Dataset) -> dict[str, Any]:

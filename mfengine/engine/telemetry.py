@@ -15,6 +15,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from mfengine.data.pictures import image_grid, save_picture
+from mfengine.files import write_atomic
 
 METRICS = "metrics.jsonl"
 
@@ -27,8 +28,8 @@ class Telemetry:
         enabled: whether this rank reports.
         step, total_steps: where the run starts and ends.
         batch_size: samples per step.
-        peak: samples per second if all of the step's arithmetic ran at the devices' matrix rate; speed is told as a
-            share of it, the MFU.
+        peak: samples per second if all of the step's arithmetic ran at the devices' peak rate (`rates.peak_rate`); speed is
+            told as a share of it, the MFU.
     """
 
     def __init__(self, folder: Path, enabled: bool, step: int, total_steps: int, batch_size: int, peak: float) -> None:
@@ -126,5 +127,5 @@ def _continue_metrics(path: Path, step: int) -> Any:
                     kept.append(line)
             except (ValueError, KeyError):
                 break  # a line that a killed run left half-written, always the last
-    path.write_text("".join(kept))
+    write_atomic(path, "".join(kept))
     return path.open("a")

@@ -24,10 +24,11 @@ from mfengine.device import HostCopy, step_generator, to_device
 from mfengine.engine.checkpoint import Checkpointer, load_initial_weights, load_state, read_description
 from mfengine.engine.config import TrainConfig
 from mfengine.engine.distributed import prepare_model, reduce_gradients
-from mfengine.engine.flops import matrix_rate, step_flops
+from mfengine.engine.flops import step_flops
 from mfengine.engine.optim import adamw_ema, averaged, averages
 from mfengine.engine.plan import device_memory, make_plan
 from mfengine.engine.preflight import check_run, check_run_folder, write_config
+from mfengine.engine.rates import peak_rate
 from mfengine.engine.telemetry import Telemetry
 from mfengine.errors import TrainingError
 from mfengine.evaluation.samples import Gaussian, SampleSet, fit_data, latent_distance
@@ -113,7 +114,7 @@ class Trainer:
             if device_memory(world.device) is not None:
                 notes += make_plan(config, world).warnings(world.device)
             flops = step_flops(config.model, config.method, config.local_batch(world.size))
-            peak = world.size * matrix_rate(world.device, model.compute_dtype) / flops
+            peak = world.size * peak_rate(world.device, model.compute_dtype) / flops
         self.telemetry = Telemetry(config.folder, world.main, self.step, self.total_steps, config.batch_size, peak)
         for note in notes:
             self.telemetry.say(note)

@@ -23,6 +23,7 @@ from mfengine.data.dataset import Dataset, LatentSpace, iterate_means, read_mean
 from mfengine.data.image_files import ImageWriter
 from mfengine.errors import InputError, RankError
 from mfengine.evaluation.fidelity import Fidelity, Reference
+from mfengine.files import write_atomic, writing
 from mfengine.methods import Sampler, sample
 from mfengine.progress import progress
 from mfengine.ranks import World
@@ -355,9 +356,5 @@ def write_figures(figures: dict[str, float], origin: dict[str, Any], path: Path)
     except (OSError, ValueError, AttributeError):
         same = False
     report = {**(before if same else {}), **figures, **origin}
-    partial = path.with_name(f".partial-{path.name}")
-    try:
-        partial.write_text(json.dumps(report, indent=1) + "\n")
-        partial.replace(path)
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror or error}") from None
+    with writing(path):
+        write_atomic(path, json.dumps(report, indent=1) + "\n")

@@ -106,7 +106,8 @@ def unwrapped(network: AnyNetwork) -> AnyNetwork:
 _SIGNS = ("forward AD", "forward mode AD", "functorch transforms")  # in PyTorch's messages
 _HINT = (
     "If it is attention, take the loss inside `with mfengine.jvp_attention():`, or swap attention and adaLN once by "
-    "`mfengine.accelerate(model)`. If it is an autograd.Function, give it setup_context and jvp."
+    "`mfengine.accelerate(model)`. If it is activation checkpointing, turn it off. If it is "
+    "an autograd.Function of your own, give it setup_context and jvp."
 )
 _HOOKS = "activation checkpointing, or another hook on saved tensors, does not work under a JVP: turn it off"
 

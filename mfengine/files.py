@@ -1,0 +1,72 @@
+"""Files that are never half-written: they get their name when they are whole."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from mfengine.errors import InputError
+
+# What file systems that cannot sync a folder, or anything, answer: network and FUSE ones, mostly.
+NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.EISDIR, errno.EACCES, errno.EPERM)
+
+
+def write_atomic(path: Path, content: str | bytes | Callable[[Path], object]) -> None:
+    """Write a file under another name in the same folder, sync it, and rename it to `path`.
+
+    Args:
+        path: what is there already is replaced. The folder must exist.
+        content: text, bytes, or a function that writes a file of the name it is given; that name has the suffix of
+            `path`.
+
+    Raises:
+        OSError: the file cannot be written. Then `path` is as it was, and nothing is left beside it.
+    """
+    partial = path.with_name(f".partial-{path.name}")
+    try:
+        if callable(content):
+            content(partial)
+        else:
+            partial.write_bytes(content.encode() if isinstance(content, str) else content)
+        sync(partial)
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Make what was written to a file, or renamed in a folder, survive a power cut, if the file system can.
+
+    Raises:
+        OSError: the disk failed or is full.
+    """
+    try:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    except OSError as error:
+        if error.errno not in NO_SYNC:
+            raise
+
+
+def check_writable(path: Path) -> None:
+    """InputError unless a file can be made in the folder of `path`, or in the nearest one above that exists."""
+    folder = next(above for above in path.absolute().parents if above.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise InputError(f"cannot write {path}: {folder} is not a folder that can be written to")
+
+
+@contextmanager
+def writing(path: Path, kind: Callable[[str], InputError] = InputError) -> Iterator[None]:
+    """Turn an OSError inside into one line, as a `kind` of InputError."""
+    try:
+        yield
+    except OSError as error:
+        raise kind(f"cannot write {path}: {error.strerror or error}") from None

@@ -1,0 +1,44 @@
+"""All private PyTorch that mfengine uses, each with its reason. tests/test_torch_private.py fails when one can go."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import FunctionType
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def constant_for_compiler(function: _Function) -> _Function:
+    """Let torch.compile call a function while it traces, and take the result as a constant.
+
+    This is `torch.compiler.assume_constant_result` without the import of the compiler, which takes a second.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@constant_for_compiler  # the compiler guards on the transforms that are active
+def transformed() -> bool:
+    """Whether transforms of `torch.func` other than a single jvp are active. `torch.func` does not tell."""
+    stack = torch._C._functorch.get_interpreter_stack() or []
+    return len(stack) > 1 or any(level.key() != torch._C._functorch.TransformType.Jvp for level in stack)
+
+
+def intercepted() -> bool:
+    """Whether a transform of `torch.func` or a `TorchDispatchMode` must see every operator. PyTorch does not tell."""
+    return torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack() > 0
+
+
+def multi_head_attention_forward(attention: Callable[..., Any]) -> Callable[..., Any]:
+    """`F.multi_head_attention_forward` on another `scaled_dot_product_attention`.
+
+    PyTorch hides a `TorchFunctionMode` from the body of a function that the mode calls, so the body gets it as a global.
+    """
+    names = {**vars(F), "scaled_dot_product_attention": attention}
+    del names["__name__"]  # torch.compile would look for globals in the module of that name
+    original = F.multi_head_attention_forward
+    return FunctionType(original.__code__, names, argdefs=original.__defaults__)
