@@ -78,7 +78,7 @@ class Hardware:
     """us per hop of a ring in a node (the same)"""
     network_hop_us: float = 4.0
     """us per hop of a ring between nodes (the same)"""
-    collective_launches: float = 4.0
+    collective_launches: float = 3.0
     """operations that a collective launches beside itself: copies into and out of its buffer"""
     launch_us: float = 10.0
     """us of the host per operation that it launches, views and module hooks included, without --compile"""
