@@ -2,7 +2,7 @@
 
 import ast
 import re
-from graphlib import TopologicalSorter
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -82,6 +82,14 @@ def test_import_up_the_floors_is_seen(tmp_path, place, line):
     assert violations(tmp_path)[1] == []
     (tmp_path / "mfengine" / place).write_text(line)
     assert len(violations(tmp_path)[1]) == 1
+
+
+def test_circle_is_seen(tmp_path):
+    (tmp_path / "mfengine/ops").mkdir(parents=True)
+    (tmp_path / "mfengine/ops/a.py").write_text("from mfengine.ops import b")
+    (tmp_path / "mfengine/ops/b.py").write_text("def f():\n    import mfengine.ops.a")
+    with pytest.raises(CycleError):
+        tuple(TopologicalSorter(violations(tmp_path)[0]).static_order())
 
 
 def test_engine_names_no_network_and_no_objective():

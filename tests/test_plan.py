@@ -19,7 +19,7 @@ from mfengine import DiT, MeanFlow
 from mfengine.data.dataset import LatentSpace
 from mfengine.data.writer import ArraySamples, write_dataset
 from mfengine.engine import plan as planning
-from mfengine.engine import preflight
+from mfengine.engine import preflight, trainer
 from mfengine.engine.config import OptimConfig, TrainConfig
 from mfengine.engine.distributed import prepare_model
 from mfengine.engine.optim import adamw_ema, averages
@@ -161,13 +161,18 @@ def test_layouts_trade_memory_for_communication():
     assert memory["accumulation"]["activations"] < memory["default"]["activations"]
 
 
-def test_plan_that_does_not_fit_is_a_warning(monkeypatch, where):
+def test_plan_that_does_not_fit_is_a_warning(digits, monkeypatch, where):
     monkeypatch.setattr(planning, "device_memory", lambda device: 20 * 10**9)
     assert make_plan(PRESETS["xl2"][1], on_gpus(8)).warnings(GPU) == []
     (line,) = make_plan(PRESETS["xl2"][1], on_gpus(2)).warnings(GPU)
     assert "per rank and the device has 20.00 GB: more --accumulation, --recompute or more ranks take less" in line
     code, out, _ = run_in_process("mfengine.train", "xl2", "--dry-run", "--ranks=2", **where)
     assert (code, line in out) == (2, True)  # there is no data
+
+    for module in (planning, trainer):
+        monkeypatch.setattr(module, "device_memory", lambda device: 1000)
+    code, _, err = run_in_process("mfengine.train", *SMALL, f"--data={digits}", "--steps=1", **where)
+    assert (code, "warning: the plan takes" in err) == (0, True)
 
 
 # ----------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-from mfengine.configs import check_seed, to_json
+from mfengine.configs import check_seed
 from mfengine.errors import InputError
 from mfengine.methods import OBJECTIVES, ObjectiveConfig
 from mfengine.networks import NETWORKS, NetworkConfig
@@ -140,9 +140,6 @@ class TrainConfig:
     def description(self) -> dict[str, Any]:
         """What every checkpoint says of it: network and objective, by name and with their settings."""
         return {**NETWORKS.describe(self.model, "model"), **OBJECTIVES.describe(self.method, "method")}
-
-    def to_json(self) -> dict[str, Any]:
-        return {**to_json(self), **self.description()}
 
     def local_batch(self, world_size: int) -> int:
         """Rows of one forward pass on one rank; InputError if the batch cannot be divided so."""

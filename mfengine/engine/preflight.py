@@ -110,7 +110,7 @@ def write_config(config: TrainConfig, dataset: Dataset) -> None:
 def _config_values(config: TrainConfig, dataset: Dataset) -> dict[str, Any]:
     """The configuration, and what it was trained on."""
     description = {"name": dataset.name, "count": dataset.count, "flips": dataset.flips}
-    return {**config.to_json(), "space": to_json(dataset.space), "dataset": description}
+    return {**config.description(), **to_json(config), "space": to_json(dataset.space), "dataset": description}
 
 
 # ----------------------------------------------------------------------------

@@ -44,7 +44,8 @@ class Converted(NamedTuple):
 class Network(nn.Module):
     """A network of latents z (B, C, H, W), labels y (B,) and whatever else its objective gives it.
 
-    Its state dict holds parameters alone, float32. To be found by name, it is put into `mfengine.networks.NETWORKS`.
+    Its state dict holds parameters alone, float32. It also runs on meta tensors, on which the engine counts what a run
+    takes. To be found by name, it is put into `mfengine.networks.NETWORKS`.
 
     Args:
         config: the architecture, a `Config`.
