@@ -25,7 +25,8 @@ from benchmarks.baselines.port import Port, PortDiT, jvp_flash_attention, modula
 from benchmarks.measure import Row, summarise
 from benchmarks.workload import IMPLEMENTATIONS, OBJECTIVES, Call, make_model, small, torch_pair, training_step
 from mfengine import ModelConfig, ops, sample
-from mfengine.data.dataset import Dataset, LatentSpace, Loader
+from mfengine.data.format import Dataset, LatentSpace
+from mfengine.data.loader import Loader
 from mfengine.data.writer import ArraySamples, write_dataset
 from mfengine.engine.flops import sample_flops, step_flops
 from mfengine.engine.presets import PRESETS

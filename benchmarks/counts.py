@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.cases import OURS, Update
 from benchmarks.workload import torch_pair, training_step
@@ -24,33 +24,11 @@ from mfengine.networks import ModelConfig
 from mfengine.ops import use_backend
 
 META = torch.device("meta")
-ATTENTION_PRODUCTS = {"primal": 2, "tangent": 4, "backward": 7}  # of N x N by d; the backward makes the scores twice
 IDLE = {"detach", "lift_fresh", "empty", "empty_like", "empty_strided", "new_empty", "promote_types", "_unsafe_view"}
 WAITS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten::masked_select")
 
 _SHAPES = torch.library.Library("aten", "IMPL", "Meta")
 _SHAPES.impl("_fused_sgd_", lambda *args, **kwargs: None)  # PyTorch has none for meta tensors
-
-
-@register_flop_formula(torch.ops.mfengine.attention_packed)
-def _packed(qkv: Any, heads: int, **_: Any) -> int:
-    return ATTENTION_PRODUCTS["primal"] * _product(qkv)
-
-
-@register_flop_formula(torch.ops.mfengine.attention_packed_dual)
-def _packed_dual(qkv: Any, dqkv: Any, *_: Any, **__: Any) -> int:
-    return ATTENTION_PRODUCTS["primal"] * _product(qkv) + ATTENTION_PRODUCTS["tangent"] * _product(dqkv)
-
-
-@register_flop_formula(torch.ops.mfengine.attention_packed_backward)
-def _packed_backward(qkv: Any, *_: Any, **__: Any) -> int:
-    return ATTENTION_PRODUCTS["backward"] * _product(qkv)
-
-
-def _product(qkv: Any) -> int:
-    """FLOPs of one product of the scores' size, over all heads, for a packed qkv of this shape."""
-    batch, tokens, width = qkv
-    return 2 * batch * tokens**2 * (width // 3)
 
 
 def launches(func: Any) -> bool:

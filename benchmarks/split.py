@@ -22,7 +22,8 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from benchmarks.workload import OBJECTIVES, make_model, small
 from mfengine import MeanFlow, MeanFlowConfig, ModelConfig
-from mfengine.data.dataset import LatentSpace, Loader
+from mfengine.data.format import LatentSpace
+from mfengine.data.loader import Loader
 from mfengine.data.writer import ArraySamples, write_dataset
 from mfengine.device import to_device
 from mfengine.engine.config import OptimConfig

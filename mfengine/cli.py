@@ -16,7 +16,7 @@ from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
 
-from mfengine.errors import InputError, RankError, TrainingError
+from mfengine.errors import InputError, RankError, RankTrainingError, TrainingError
 
 T = TypeVar("T")
 
@@ -98,7 +98,7 @@ def run(command: Callable[[Sequence[str]], int | None]) -> None:
     except (InputError, TrainingError) as error:
         # What is wrong is wrong on every rank alike and the first one says it, unless only one rank can know.
         rank = int(os.environ.get("RANK", 0))
-        if rank == 0 or isinstance(error, RankError):
+        if rank == 0 or isinstance(error, (RankError, RankTrainingError)):
             print(f"error: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr)
         code = 2 if isinstance(error, InputError) else 1
     sys.exit(code)

@@ -11,3 +11,7 @@ class RankError(InputError):
 
 class TrainingError(RuntimeError):
     """A run that cannot go on: a command prints the message and exits with code 1."""
+
+
+class RankTrainingError(TrainingError):
+    """A failure that only this rank knows of, and so has to tell: it ran out of memory."""

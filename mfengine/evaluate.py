@@ -11,14 +11,15 @@ import tyro
 
 from mfengine import cli
 from mfengine.configs import check_seed
-from mfengine.data.dataset import Dataset
+from mfengine.data.format import Dataset
 from mfengine.data.image_files import check_new
 from mfengine.data.pictures import draw_latents
 from mfengine.data.vae import VAE
 from mfengine.engine.checkpoint import load_model
 from mfengine.errors import InputError
 from mfengine.evaluation.fidelity import SPLITS, Reference
-from mfengine.evaluation.samples import Decode, SampleSet, evaluate, write_figures
+from mfengine.evaluation.metrics import Decode, evaluate, write_metrics
+from mfengine.evaluation.samples import SampleSet
 from mfengine.files import check_writable
 from mfengine.ranks import world
 
@@ -35,7 +36,7 @@ class EvaluateArgs:
     checkpoint: tyro.conf.Positional[Path]
     """a run folder, one of its checkpoints, or an export (.safetensors)"""
     steps: tuple[int, ...] = (1, 2)
-    """network evaluations per sample; all figures are taken for each value"""
+    """network evaluations per sample; all metrics are taken for each value"""
     # torchrun on Python 3.11 stumbles over --num, which is how options of its own begin.
     num: Annotated[int, tyro.conf.arg(aliases=("--num-samples",))] = 2000
     """samples to draw; 50000 is usual for FID. Under torchrun write --num-samples"""
@@ -61,7 +62,7 @@ class EvaluateArgs:
     save: Path | None = None
     """write the images, of the first of --steps: NAME.npz as ADM's evaluation takes it, or a folder for PNG files"""
     out: Path | None = None
-    """where to write the figures; metrics.json in the run folder if not given, nowhere for an export. Those of the same
+    """where to write the metrics; metrics.json in the run folder if not given, nowhere for an export. Those of the same
     samples that are there already stay"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes a GPU where there is one"""
@@ -102,7 +103,7 @@ def main(args: Sequence[str]) -> None:
         if out is not None:
             check_writable(out)
         if dataset is not None:
-            dataset.check_model(model.config)
+            dataset.check_model(model.config.latent_shape, model.num_classes)
         decode: Decode | None = None
         if config.reference is not None or config.save is not None:
             if config.vae is not None:
@@ -111,7 +112,7 @@ def main(args: Sequence[str]) -> None:
                 decode = draw_latents
             else:
                 raise InputError(f"latents of {space.shape} become images by a VAE: give it with --vae")
-        figures = evaluate(
+        metrics = evaluate(
             model.to(here.device),
             SampleSet(space, config.num, config.batch_size, config.seed, config.labels, sampler),
             config.steps,
@@ -132,14 +133,14 @@ def main(args: Sequence[str]) -> None:
         **{name: str(part.resolve()) for name in ("data", "reference") if (part := getattr(config, name)) is not None},
         **({"vae": config.vae} if config.vae is not None else {}),
     }
-    width = max(len(name) for name in (*figures, *origin))
-    for name, value in figures.items():
+    width = max(len(name) for name in (*metrics, *origin))
+    for name, value in metrics.items():
         print(f"{name:{width}} {value:.4g}")
     for name, value in origin.items():
         if value is not None:
             print(f"{name:{width}} {value}")
     if out is not None:
-        write_figures(figures, origin, out)
+        write_metrics(metrics, origin, out)
         print(f"written to {out}")
 
 

@@ -12,7 +12,6 @@ import torch
 import mfengine
 from mfengine.engine.presets import PRESETS
 from mfengine.kernels import multi_tensor
-from mfengine.networks import ModelConfig
 from mfengine.ops import choice
 from mfengine.ops.backend import fused
 
@@ -74,16 +73,9 @@ def _library() -> str:
 
 def _attention(device: torch.device) -> str:
     """Which implementation computes the attention of XL/2 where no tangent is needed."""
-    model = PRESETS["xl2"][1].model
-    assert isinstance(model, ModelConfig)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    name = choice.choose("forward", device, dtype, model.head_dim, model.num_tokens)
-    if rows := choice.measured("forward", device, dtype):
-        names = ", ".join(sorted(set.intersection(*(set(row["times"]) for row in rows))))
-        why = f"by the times of {names} measured on {choice.device_name(device)}"
-    else:
-        why = "its times are not measured on this device: python -m benchmarks.attention"
-    return f"{name} where no tangent is needed (xl2, {str(dtype).removeprefix('torch.')}): {why}"
+    why = choice.why_not("flash-attn", device, dtype, PRESETS["xl2"][1].model.head_dim or 0)
+    return f"sdpa where no tangent is needed; flash-attn {f'is unavailable: {why}' if why else 'can be asked for'}"
 
 
 def _package(module: str, purpose: str) -> str:

@@ -10,16 +10,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 import tyro
 
 from mfengine import cli
 from mfengine.configs import choose
 from mfengine.data.check import verify
-from mfengine.data.dataset import Dataset, LatentSpace
+from mfengine.data.format import Dataset, LatentSpace
 from mfengine.data.images import EncodedImages
 from mfengine.data.importers import ImportedSamples
 from mfengine.data.sources import open_source
-from mfengine.data.vae import VAE
+from mfengine.data.vae import VAE, Precision
 from mfengine.data.writer import ArraySamples, check_vacant, write_dataset
 from mfengine.errors import InputError
 from mfengine.ranks import world
@@ -63,8 +64,8 @@ class ImagesArgs:
     """a folder or hub name that diffusers loads as AutoencoderKL"""
     size: int = 256
     """side of the squares, in pixels; smaller images are enlarged"""
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """of the VAE; auto is bfloat16 on a GPU, else float32"""
+    precision: Precision = "float32"
+    """of the VAE's convolutions and matrix products"""
     batch_size: int = 64
     """images encoded at a time by each rank"""
     seed: int = 0
@@ -85,13 +86,11 @@ def images(args: ImagesArgs) -> None:
     """Encode images, on every rank."""
     if args.batch_size < 1:
         raise InputError(f"--batch-size {args.batch_size} must be at least 1")
-    with world(args.device, patience=timedelta(hours=1)) as here:  # one rank lists the source, which may take long
+    with world(args.device, timeout=timedelta(hours=1)) as here:  # one rank lists the source, which may take long
         here.on_main(lambda: check_vacant(args.out))
         source = here.on_main(lambda: open_source(args.src, args.one_class))
-        precision = args.precision
-        if precision == "auto":
-            precision = "bfloat16" if here.device.type == "cuda" else "float32"
-        vae = VAE(args.vae, here.device, precision)
+        torch.backends.cudnn.allow_tf32 = False  # PyTorch lets convolutions round float32 to 10 bits of mantissa
+        vae = VAE(args.vae, here.device, args.precision)
         samples = EncodedImages(
             args.out.absolute().name, source, vae, args.size, args.batch_size, here.device, args.num_classes
         )
@@ -148,7 +147,7 @@ class ImportArgs:
 
 def import_latents(args: ImportArgs) -> None:
     """Write what a source of latents holds; under torchrun, all ranks share the work."""
-    with world("cpu", patience=timedelta(hours=1)) as here:  # listing a source may take one rank longer than another
+    with world("cpu", timeout=timedelta(hours=1)) as here:  # listing a source may take one rank longer than another
         here.on_main(lambda: check_vacant(args.out))
         samples = ImportedSamples(args.source, args.num_classes, args.scale, args.bias)
         dataset = write_dataset(args.out, samples, here, seed=args.seed, max_broken=args.max_broken)

@@ -14,30 +14,44 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mfengine.errors import InputError, RankError
+from mfengine.errors import InputError, RankError, TrainingError
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among all. A single process has no process group."""
+    """This process among all. A single process has no process group, unless it is a mesh of its own."""
 
     rank: int
     size: int
     device: torch.device
+    one_rank_mesh: bool = False
+    """a single process shards its model too, over itself"""
 
     @property
     def main(self) -> bool:
         return self.rank == 0
 
+    @property
+    def sharded(self) -> bool:
+        """Whether models are sharded over the ranks, which takes a process group."""
+        return self.size > 1 or self.one_rank_mesh
+
     def gather(self, row: list[float]) -> Tensor:
-        """Everyone's row of figures, (size, len(row)) float64, by way of the hosts: no device waits for it."""
+        """Everyone's row of figures, (size, len(row)) float64, by way of the hosts: no device waits for it.
+
+        Raises:
+            TrainingError: a rank has ended, or has not come within the timeout.
+        """
         mine = torch.tensor(row, dtype=torch.float64)
         if self.size == 1:
             return mine[None]
         rows = [torch.empty_like(mine) for _ in range(self.size)]
-        dist.all_gather(rows, mine)
+        try:
+            dist.all_gather(rows, mine)
+        except RuntimeError as error:  # gloo's errors have no class of their own
+            raise TrainingError(f"another rank has ended or does not answer: {error}") from None
         return torch.stack(rows)
 
     def gather_rows(self, x: Tensor) -> Tensor | None:
@@ -73,12 +87,13 @@ class World:
 
 
 @contextmanager
-def world(device: str, patience: timedelta = timedelta(minutes=10)) -> Iterator[World]:
+def world(device: str, timeout: timedelta = timedelta(minutes=10), one_rank_mesh: bool = False) -> Iterator[World]:
     """Join the other processes that torchrun started, if it did.
 
     Args:
         device: "cpu", "cuda", or "auto" for a GPU where there is one.
-        patience: how long the ranks wait for each other.
+        timeout: how long the ranks wait for each other.
+        one_rank_mesh: a single process has a process group as well, and shards its model over itself.
 
     Raises:
         InputError: there is no such device.
@@ -92,14 +107,18 @@ def world(device: str, patience: timedelta = timedelta(minutes=10)) -> Iterator[
             raise InputError("device cuda was asked for, but torch finds no GPU; use --device cpu")
         if local_rank >= torch.cuda.device_count():
             raise RankError(f"local rank {local_rank} has no GPU: there are {torch.cuda.device_count()}")
+        if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():  # read when CUDA starts
+            os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
         torch.cuda.set_device(local_rank)
         here = torch.device("cuda", local_rank)
     else:
         here = torch.device("cpu")
-    if size > 1:
+    joined = World(rank, size, here, one_rank_mesh)
+    if joined.sharded:
         backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=patience)
-    yield World(rank, size, here)
-    if size > 1:  # not after an error: the other ranks may be waiting for this one
+        store = dist.HashStore() if size == 1 else None  # in this process's memory: there is nobody to meet
+        dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=size)
+    yield joined
+    if joined.sharded:  # not after an error: the other ranks may be waiting for this one
         gc.collect()  # sharded modules are in cycles; a group that they hold aborts the interpreter's exit at times
         dist.destroy_process_group()

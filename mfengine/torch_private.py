@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
+from torch._compile import _disable_dynamo
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -29,14 +30,26 @@ def transformed() -> bool:
 
 
 def intercepted() -> bool:
-    """Whether a transform of `torch.func` or a `TorchDispatchMode` must see every operator. PyTorch does not tell."""
-    return torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack() > 0
+    """Whether somebody must see every operator: a transform of `torch.func`, a `TorchDispatchMode`, or torch.compile,
+    which also looks at the functions that a frame calls that it could not compile. PyTorch does not tell.
+    """
+    compiler = torch._C._dynamo.eval_frame.get_eval_frame_callback()
+    return torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack() > 0 or bool(compiler)
+
+
+uncompiled = _disable_dynamo
+"""Decorator: torch.compile leaves the function alone. As `torch.compiler.disable`, but without its import of the
+compiler."""
+
+softmax_backward = torch.ops.aten._softmax_backward_data
+"""(gradient, softmax, dim, dtype) -> P * (gradient - rowsum(P * gradient)), in one pass over memory, not three."""
 
 
 def multi_head_attention_forward(attention: Callable[..., Any]) -> Callable[..., Any]:
     """`F.multi_head_attention_forward` on another `scaled_dot_product_attention`.
 
-    PyTorch hides a `TorchFunctionMode` from the body of a function that the mode calls, so the body gets it as a global.
+    PyTorch hides a `TorchFunctionMode` from the body of a function that the mode calls. So the body gets a
+    global of ours.
     """
     names = {**vars(F), "scaled_dot_product_attention": attention}
     del names["__name__"]  # torch.compile would look for globals in the module of that name

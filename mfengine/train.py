@@ -57,7 +57,7 @@ def parse(args: Sequence[str]) -> Arguments:
 def main(args: Sequence[str]) -> int:
     arguments = parse(args)
     config = arguments.run
-    with world(config.device) as here:
+    with world(config.device, one_rank_mesh=config.shard == "always") as here:
         if arguments.dry_run:
             if arguments.ranks not in (None, here.size) and here.size > 1:
                 raise InputError(f"ranks is {arguments.ranks}, but torchrun started {here.size}: leave --ranks away")

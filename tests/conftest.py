@@ -85,10 +85,10 @@ SMALL = (
 """Arguments of a run that takes milliseconds per step."""
 
 
-def checkpoint_contents(run):
-    """All that a run's newest checkpoint holds, as {path: tensor or value}: weights, averages, optimizer, data."""
-    merged = run / "merged.pt"
-    dcp_to_torch_save(newest_checkpoint(run), merged)
+def checkpoint_contents(path):
+    """All that a checkpoint, or a run's newest, holds, as {path: tensor or value}."""
+    merged = path / "merged.pt"
+    dcp_to_torch_save(newest_checkpoint(path) or path, merged)
 
     def leaves(tree, path):
         if not isinstance(tree, dict):

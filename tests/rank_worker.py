@@ -1,9 +1,11 @@
 """Checks that run on each rank of a process group; `test_distributed.py` starts them under torchrun."""
 
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 from stranger import Stranger
@@ -16,6 +18,7 @@ from torch.torch_version import TorchVersion
 from mfengine import DiT, Draws, MeanFlow, MeanFlowConfig, ModelConfig
 from mfengine.engine.checkpoint import Checkpointer, load_state, newest_checkpoint
 from mfengine.engine.distributed import prepare_model
+from mfengine.errors import TrainingError
 from mfengine.kernels import multi_tensor
 from mfengine.optim import AdamWEMA, local
 from mfengine.ranks import world
@@ -188,6 +191,15 @@ def optimizer(here):
         assert all(torch.equal(local(p), old) for p, old in zip(model.parameters(), before, strict=True))
 
 
+def lost_rank(here):
+    """The host exchange ends with one error where a rank has ended without a word."""
+    if here.rank == 0:
+        with pytest.raises(TrainingError, match=r"^another rank has ended or does not answer: [^\n]+$"):
+            here.gather([1.0])
+    print("passed", flush=True)
+    os._exit(0)
+
+
 if __name__ == "__main__":
     with world("cpu") as here:
         {
@@ -196,5 +208,6 @@ if __name__ == "__main__":
             "bfloat16": bfloat16,
             "optimizer": optimizer,
             "asynchronous_checkpoint": asynchronous_checkpoint,
+            "lost_rank": lost_rank,
         }[sys.argv[1]](here)
         print("passed")

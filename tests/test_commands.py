@@ -14,10 +14,13 @@ import torch
 from conftest import SMALL, checkpoint_contents, run_command, run_in_process
 from PIL import Image
 
-from mfengine.data.dataset import LatentSpace
+from mfengine import MeanFlow, cli
+from mfengine.data.format import LatentSpace
 from mfengine.data.writer import ArraySamples, order, write_dataset
 from mfengine.engine.checkpoint import load_model, newest_checkpoint
-from mfengine.methods import OBJECTIVES, MeanFlow
+from mfengine.engine.telemetry import METRICS, Telemetry
+from mfengine.errors import RankTrainingError
+from mfengine.methods import OBJECTIVES
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +114,43 @@ def test_training_with_every_option(digits, tmp_path):
     line = json.loads((tmp_path / "runs/all/metrics.jsonl").read_text().splitlines()[-1])
     assert np.isfinite(line["loss"])
     assert line["skipped_steps"] == 0
+
+
+def test_running_out_of_memory_is_one_line(digits, tmp_path, monkeypatch, capsys):
+    def loss(*_):
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.10 GiB of which ..."
+        )
+
+    monkeypatch.setattr(MeanFlow, "loss", loss)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 78.24e9)
+    args = ("mfengine.train", *SMALL, f"--data={digits}")
+    code, _, err = run_in_process(*args, cwd=tmp_path, monkeypatch=monkeypatch, capsys=capsys)
+    assert code == 1
+    assert err.splitlines()[-1] == (
+        "error: CUDA out of memory. Tried to allocate 2.00 GiB, and the peak was 78.2 GB: "
+        "--recompute or a larger --accumulation takes less memory"
+    )
+    assert "Traceback" not in err
+
+
+def test_a_failure_that_only_one_rank_knows_of_is_told_by_it(monkeypatch, capsys):
+    def fail(_):
+        raise RankTrainingError("out of memory")
+
+    monkeypatch.setenv("RANK", "3")
+    with pytest.raises(SystemExit) as stop:
+        cli.run(fail)
+    assert (stop.value.code, capsys.readouterr().err) == (1, "error: rank 3: out of memory\n")
+
+
+@pytest.mark.parametrize(("initialized", "expected"), [(False, None), (True, 12.346)])
+def test_metrics_hold_the_peak_of_the_gpus_memory(initialized, expected, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: initialized)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 12_345_678_901)
+    with Telemetry(tmp_path, True, 0, 1, 32, 1.0) as telemetry:
+        telemetry.log(1, 0.5, 0)
+    assert json.loads((tmp_path / METRICS).read_text())["memory_gb"] == expected
 
 
 def test_training_starts_from_other_weights(trained, digits, tmp_path):

@@ -2,16 +2,19 @@
 
 import hashlib
 import json
+import re
 import resource
+import subprocess
+import sys
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
 import torch
 
-from mfengine import ModelConfig
 from mfengine.data import writer
-from mfengine.data.dataset import BROKEN, DESCRIPTION, Dataset, LatentSpace, Loader, read_means
+from mfengine.data.format import BROKEN, DESCRIPTION, Dataset, LatentSpace, read_means
+from mfengine.data.loader import Loader
 from mfengine.data.writer import ArraySamples, Broken, order, write_dataset
 from mfengine.errors import InputError, RankError
 
@@ -133,15 +136,15 @@ def test_damaged_data_set(dataset, damage, message):
 
 
 @pytest.mark.parametrize(
-    ("model", "message"),
+    ("shape", "num_classes", "message"),
     [
-        (ModelConfig(3, 1, 4, 8, 1, 1, num_classes=101), r"latents of \(2, 3, 3\); the model takes \(4, 3, 3\)"),
-        (ModelConfig(3, 1, 2, 8, 1, 1, num_classes=10), "101 classes; model.num_classes is 10"),
+        ((4, 3, 3), 101, r"latents of \(2, 3, 3\); the model takes \(4, 3, 3\)"),
+        ((2, 3, 3), 10, "101 classes; model.num_classes is 10"),
     ],
 )
-def test_data_of_another_model(dataset, model, message):
+def test_data_of_another_model(dataset, shape, num_classes, message):
     with pytest.raises(InputError, match=message):
-        dataset.check_model(model)
+        dataset.check_model(shape, num_classes)
 
 
 def test_label_out_of_range(dataset):
@@ -151,11 +154,36 @@ def test_label_out_of_range(dataset):
         next(loader)
 
 
-def test_shard_cut_off_while_training(dataset):
-    dataset = Dataset.open(dataset.folder)
-    truncate(dataset.folder / "000001.tar", 1024)
-    with pytest.raises(RankError, match=r"cannot read .*data: Malformed index file .* outside of the archive"):
-        labels_of(Loader(dataset, 101, 0, 1, seed=0, device=CPU), 2)
+TRUNCATES_A_SHARD = """
+import os, sys
+from pathlib import Path
+import torch
+from mfengine.data.format import Dataset
+from mfengine.data.loader import Loader
+from mfengine.errors import RankError
+
+dataset = Dataset.open(Path(sys.argv[1]))
+loader = Loader(dataset, 8, 0, 1, seed=0, device=torch.device("cpu"))
+next(loader)
+os.truncate(dataset.folder / dataset.shards[0].file, 100_000)
+try:
+    for _ in range(2 * dataset.count // 8):
+        next(loader)
+except RankError as error:
+    print(error)
+"""
+
+
+def test_shard_truncated_under_a_running_loader(tmp_path):
+    """In a process of its own, which a mapped file would kill by SIGBUS. The shuffle buffer holds a part of the set."""
+    moments = np.broadcast_to(np.float16(0), (5000, 1, 2, *SPACE.shape))
+    write_dataset(tmp_path / "data", ArraySamples("zeros", SPACE, moments, np.arange(5000) % 101))
+    done = subprocess.run(
+        [sys.executable, "-c", TRUNCATES_A_SHARD, tmp_path / "data"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.match("cannot read .*data: Malformed index file .* outside of the archive file\n", done.stdout)
+    assert done.stdout.count("\n") == 1
 
 
 def test_too_few_samples_for_the_ranks(dataset):
@@ -229,7 +257,7 @@ def test_writer_that_was_killed_continues(tmp_path, dataset, stop):
 
 def test_data_set_without_all_of_its_shards_gets_no_name(tmp_path, dataset, monkeypatch):
     """As when another node's files do not show."""
-    monkeypatch.setattr(writer, "PATIENCE_S", 0.1)
+    monkeypatch.setattr(writer, "TIMEOUT_S", 0.1)
     whole = writer._Writer._record
     monkeypatch.setattr(writer._Writer, "_record", lambda self, k: None if k == 1 else whole(self, k))
     with pytest.raises(InputError, match=r"shard 1 of .* is not there: the same command writes it again"):

@@ -4,18 +4,19 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, checkpoint_contents, run_command
+from conftest import SMALL, checkpoint_contents, run_command, run_in_process
 from golden_cases import relative_error
 
-from mfengine.data.dataset import LatentSpace
+from benchmarks.one_rank import check_one_rank
+from mfengine.data.format import LatentSpace
 from mfengine.data.writer import ArraySamples, order, write_dataset
-from mfengine.engine.checkpoint import load_model, newest_checkpoint
+from mfengine.engine.checkpoint import load_model
+from mfengine.ranks import world
 
 GUIDED = ("--method.omega=0.2", "--method.kappa=0.92", "--method.t-end=0.75")
 STEPS = ("--steps=20", "--checkpoint-every=10")
@@ -102,6 +103,27 @@ def test_another_number_of_processes_resumes(single, digits):
     assert steps == {11.0}
 
 
+def test_one_rank_mesh_equals_no_mesh():
+    for row in check_one_rank(torch.device("cpu")):
+        assert row["error"] == 0, row
+
+
+def test_one_rank_mesh_and_no_mesh_continue_each_other(digits, tmp_path, monkeypatch, capsys):
+    def run(name, *args):
+        command = ("mfengine.train", *SMALL, *GUIDED, f"--data={digits}", f"--name={name}", "--resume=auto", *args)
+        code, _, err = run_in_process(*command, cwd=tmp_path, monkeypatch=monkeypatch, capsys=capsys)
+        assert code == 0, err
+
+    run("alone", "--steps=6")
+    expected = checkpoint_contents(tmp_path / "runs/alone")
+    for name, first, second in (("to-mesh", "auto", "always"), ("from-mesh", "always", "auto")):
+        run(name, "--steps=3", f"--shard={first}")
+        run(name, "--steps=6", f"--shard={second}")
+        actual = checkpoint_contents(tmp_path / "runs" / name)
+        for key, value in expected.items():
+            assert torch.equal(actual[key], value) if isinstance(value, torch.Tensor) else actual[key] == value, key
+
+
 def test_error_on_every_rank_is_told_once(digits, tmp_path):
     done = run_command("mfengine.train", *SMALL, f"--data={digits}", "--batch-size=33", cwd=tmp_path, ranks=2)
     assert done.returncode != 0
@@ -139,25 +161,25 @@ def test_data_that_only_one_rank_finds_unreadable(tmp_path):
     assert "cannot read bad: Malformed index file" in done.stderr
 
 
-def test_sigterm_to_torchrun_writes_a_checkpoint(digits, tmp_path):
-    process = subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "mfengine.train", *SMALL,
-         f"--data={digits}", "--steps=100000"],
-        cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    metrics = tmp_path / "runs/digits/metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not (metrics.exists() and metrics.read_text()) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    process.terminate()
-    process.wait(timeout=60)
-    assert newest_checkpoint(tmp_path / "runs/digits") is not None
+@pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", None])
+def test_allocator_uses_expandable_segments_unless_told_otherwise(name, monkeypatch):
+    at_start = []
+    monkeypatch.setattr(os, "environ", {} if name is None else {name: "max_split_size_mb:64"})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: at_start.append(dict(os.environ)))
+    with world("cuda"):
+        pass
+    expected = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"} if name is None else {name: "max_split_size_mb:64"}
+    assert at_start == [expected]
 
 
 WORKER = Path(__file__).parent / "rank_worker.py"
 
 
-@pytest.mark.parametrize("check", ["zero_guided_rows", "strangers_network", "asynchronous_checkpoint", "bfloat16"])
+@pytest.mark.parametrize(
+    "check", ["zero_guided_rows", "strangers_network", "asynchronous_checkpoint", "bfloat16", "lost_rank"]
+)
 def test_on_two_ranks(check, tmp_path):
     on_two_ranks(check, cwd=tmp_path)
 

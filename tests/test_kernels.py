@@ -275,7 +275,8 @@ def test_compiled(case, transform):
     def f(primals, tangents):
         if transform == "dual":
             return op(*(Dual(p, t) for p, t in zip(primals, tangents, strict=True)))
-        return torch.func.jvp(op, tuple(primals), tuple(tangents))
+        output, tangent = torch.func.jvp(op, tuple(primals), tuple(tangents))
+        return output, torch.utils._pytree.tree_map(torch.Tensor.detach, tangent)
 
     torch._dynamo.reset()
     with ops.use_backend("triton"):

@@ -10,8 +10,10 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import SMALL
 from torch.distributed.run import get_args_parser
 
+from mfengine.engine.checkpoint import newest_checkpoint
 from mfengine.train import parse
 
 ROOT = Path(__file__).parent.parent
@@ -21,13 +23,17 @@ STAND_IN = f"""#!{sys.executable}
 import json, os, pathlib, signal, subprocess, sys, time
 name, args = pathlib.Path(sys.argv[0]).name, sys.argv[1:]
 here = pathlib.Path(sys.argv[0]).parent.parent
+if name == "python" and args[0] == "-c":
+    name, args = "torchrun", args[2:]
 with (here / "calls").open("a") as calls:
     calls.write(json.dumps([name, *args]) + chr(10))
 if name == "scontrol" and args[0] == "show":
-    print("node7", "node8", sep=chr(10))
+    print(os.environ.get("HEAD", "node7"), "node8", sep=chr(10))
 if name == "srun":
-    (here / "cpus").write_text(os.environ.get("SRUN_CPUS_PER_TASK", ""))
-    sys.exit(subprocess.call(args[next(i for i, a in enumerate(args) if not a.startswith("-")):]))
+    (here / "environment").write_text(json.dumps(dict(os.environ)))
+    task = subprocess.Popen(args[next(i for i, a in enumerate(args) if not a.startswith("-")):])
+    (here / "task").write_text(str(task.pid))
+    sys.exit(task.wait())
 if name == "scancel":
     os.kill(int((here / "pid").read_text()), signal.SIGTERM)
 if name == "torchrun":
@@ -45,7 +51,7 @@ sys.exit(int(os.environ.get("EXIT_" + name.upper(), 0)))
 def launch(tmp_path):
     """Start the script as Slurm does: a process whose stand-ins record their calls in tmp_path/calls."""
     (tmp_path / "bin").mkdir()
-    for name in ("srun", "torchrun", "scontrol", "scancel", "python"):
+    for name in ("srun", "scontrol", "scancel", "python"):
         (tmp_path / "bin" / name).write_text(STAND_IN)
         (tmp_path / "bin" / name).chmod(0o755)
 
@@ -67,6 +73,11 @@ def calls(tmp_path, name):
     return [call[1:] for call in lines if call[0] == name]
 
 
+def environment(tmp_path):
+    """Of srun, and so of all that it starts."""
+    return json.loads((tmp_path / "environment").read_text())
+
+
 def test_syntax():
     assert subprocess.run(["bash", "-n", SCRIPT], check=False).returncode == 0
     assert os.access(SCRIPT, os.X_OK)
@@ -80,7 +91,7 @@ def test_training_on_two_nodes(launch, tmp_path):
     given = get_args_parser().parse_args(args)  # what torchrun itself makes of it
     assert (given.nnodes, given.nproc_per_node, given.rdzv_backend) == ("2", "8", "c10d")
     assert (given.rdzv_endpoint, given.rdzv_id, given.max_restarts) == ("node7:20041", "41", 3)
-    assert given.shutdown_timeout == 240
+    assert environment(tmp_path)["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] == "240"
     assert (given.module, given.training_script, given.training_script_args) == (True, command[0], command[1:])
     run = parse(given.training_script_args).run
     assert (str(run.data), run.resume) == ("a folder", "auto")
@@ -92,7 +103,7 @@ def test_srun_has_the_cpus_of_the_job(launch, tmp_path, monkeypatch, asked):
     for name in ("SLURM_CPUS_PER_TASK", "SRUN_CPUS_PER_TASK"):
         monkeypatch.delenv(name, raising=False)
     assert launch("mfengine.evaluate", "x", **asked).wait(30) == 0
-    assert (tmp_path / "cpus").read_text() == asked.get("SLURM_CPUS_PER_TASK", "")
+    assert environment(tmp_path).get("SRUN_CPUS_PER_TASK") == asked.get("SLURM_CPUS_PER_TASK")
 
 
 def test_wrong_input_takes_no_gpu(launch, tmp_path):
@@ -111,20 +122,41 @@ def test_other_commands_run_as_they_are(command, launch, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("command", "on_term", "requeued"),
-    [("mfengine.train", "1", True), ("mfengine.prepare", "1", True), ("mfengine.evaluate", "1", False),
-     ("mfengine.train", "0", False)],
+    ("command", "code", "requeued"),
+    [("mfengine.train", 143, True), ("mfengine.prepare", 143, True), ("mfengine.evaluate", 143, False),
+     ("mfengine.train", 1, False), ("mfengine.train", 0, False)],
 )  # fmt: skip
-def test_before_the_time_limit(command, on_term, requeued, launch, tmp_path):
-    """The signal reaches torchrun, the script waits for it, and what can be continued goes back to the queue."""
-    process = launch(command, "x", ON_TERM=on_term, RUNS_S="60")
-    deadline = time.monotonic() + 30
-    while not ((tmp_path / "pid").exists() and (tmp_path / "pid").read_text()) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGUSR1)
-    assert process.wait(30) == int(on_term)
-    assert calls(tmp_path, "scancel") == [["--signal=TERM", "41"]]
+@pytest.mark.parametrize("sender", ["script", "another"])
+def test_stopped_by_sigterm(sender, command, code, requeued, launch, tmp_path):
+    """Who sent it does not matter: the script waits for torchrun, and what can be continued goes back to the queue."""
+    process = launch(command, "x", ON_TERM=str(code), RUNS_S="60")
+    wait_for(tmp_path / "pid")
+    if sender == "script":
+        process.send_signal(signal.SIGUSR1)
+    else:
+        os.kill(int((tmp_path / "pid").read_text()), signal.SIGTERM)
+    assert process.wait(30) == code
+    assert calls(tmp_path, "scancel") == ([["--signal=TERM", "41"]] if sender == "script" else [])
     assert calls(tmp_path, "scontrol")[1:] == ([["requeue", "41"]] if requeued else [])
+
+
+def test_torchrun_stopped_by_sigterm_is_requeued(launch, digits, tmp_path):
+    """With the real torchrun and training: the script learns of the signal after the checkpoint is whole."""
+    (tmp_path / "bin/python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    process = launch("mfengine.train", *SMALL, f"--data={digits}", "--steps=100000", "--device=cpu",
+                     HEAD="localhost", SLURM_NNODES="1", SLURM_GPUS_ON_NODE="2")  # fmt: skip
+    wait_for(tmp_path / "runs/digits/metrics.jsonl")
+    os.kill(int((tmp_path / "task").read_text()), signal.SIGTERM)
+    assert process.wait(60) == 143
+    assert calls(tmp_path, "scontrol")[1:] == [["requeue", "41"]]
+    assert newest_checkpoint(tmp_path / "runs/digits") is not None
+
+
+def wait_for(path):
+    """Until something stands in the file."""
+    deadline = time.monotonic() + 120
+    while not (path.exists() and path.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.02)
 
 
 def test_usage(launch, tmp_path):
@@ -140,4 +172,4 @@ def test_options_of_the_job():
     assert options["ntasks-per-node"] == "1"
     assert options["signal"] == "B:USR1@300"
     assert options["requeue"] == ""
-    assert int(re.search(r"shutdown-timeout=(\d+)", SCRIPT.read_text())[1]) < 300
+    assert int(re.search(r"SHUTDOWN_TIMEOUT=(\d+)", SCRIPT.read_text())[1]) < 300

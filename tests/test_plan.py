@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.counts import Saved
 from mfengine import DiT, MeanFlow
-from mfengine.data.dataset import LatentSpace
+from mfengine.data.format import LatentSpace
 from mfengine.data.writer import ArraySamples, write_dataset
 from mfengine.engine import plan as planning
 from mfengine.engine import preflight, trainer

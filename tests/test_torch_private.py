@@ -2,20 +2,22 @@
 
 import inspect
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from mfengine import torch_private
 
 
-def test_marking_a_constant_still_imports_the_compiler():
-    assert "import torch._dynamo" in inspect.getsource(torch.compiler.assume_constant_result)
+@pytest.mark.parametrize("public", [torch.compiler.assume_constant_result, torch.compiler.disable])
+def test_the_public_way_still_imports_the_compiler(public):
+    assert "import torch._dynamo" in inspect.getsource(public)
 
 
 def test_active_transforms_and_modes_cannot_be_asked_for():
-    public = {name for module in (torch.func, torch.overrides) for name in dir(module) if not name.startswith("_")}
-    assert not [name for name in public if "active" in name or "stack" in name or "transform" in name]
+    assert not [name for name in dir(torch.func) if not name.startswith("_") and ("active" in name or "level" in name)]
     assert not hasattr(torch.utils, "python_dispatch")
 
 
@@ -31,9 +33,16 @@ def test_transforms_and_modes_are_noticed():
     torch.func.jvp(look, (x,), (x,))
     torch.func.vmap(look)(x)
     torch.func.jvp(lambda x: torch.func.jvp(look, (x,), (x,))[1], (x,), (x,))
-    with torch.utils.flop_counter.FlopCounterMode(display=False):
+    with FlopCounterMode(display=False):
         look(x)
     assert seen == [(False, False), (True, False), (True, True), (True, True), (True, False)]
+
+
+def test_backward_of_the_softmax_has_no_public_name():
+    assert not [name for name in (*dir(torch), *dir(F)) if "softmax_backward" in name and not name.startswith("_")]
+    p, g = torch.randn(3, 4).softmax(-1), torch.randn(3, 4)
+    expected = p * (g - (p * g).sum(-1, keepdim=True))
+    torch.testing.assert_close(torch_private.softmax_backward(g, p, -1, p.dtype), expected)
 
 
 def test_a_mode_is_still_hidden_from_multi_head_attention():

@@ -6,17 +6,18 @@ import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import cache
-from types import FunctionType
 from typing import Any
 
 import torch
 import torch.autograd.forward_ad as fwad
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from mfengine.ops.attention import attention
-from mfengine.ops.backend import chosen, fused, transformed
+from mfengine.ops.backend import chosen, fused
+from mfengine.torch_private import multi_head_attention_forward, transformed
 
 
 def jvp_attention() -> AbstractContextManager[Any]:
@@ -74,15 +75,12 @@ def scaled_dot_product_attention(
             _warn_plain(name)
     if not any(unfused.values()) and _fuses(query, key, value):
         return attention(query, key, value, scale)
-    if attn_mask is not None and attn_mask.dtype == torch.bool:  # the operator below adds what it is given
-        attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill(~attn_mask, -torch.inf)
-    return torch.ops.aten._scaled_dot_product_attention_math(query, key, value, attn_mask, **options)[0]
+    with sdpa_kernel(SDPBackend.MATH):  # the others are not differentiable in forward mode
+        return F.scaled_dot_product_attention(query, key, value, attn_mask, **options)
 
 
 def _forward_mode(*tensors: Tensor | None) -> bool:
     """Whether one of the tensors may have a tangent."""
-    if fwad._current_level < 0:
-        return False
     return transformed() or any(x is not None and fwad.unpack_dual(x).tangent is not None for x in tensors)
 
 
@@ -115,14 +113,7 @@ def _warn_plain(name: str) -> None:
     )
 
 
-# PyTorch hides a mode from what the mode calls: the body of `multi_head_attention_forward` would not meet it. So it is
-# given ours as a global. Not its __name__: torch.compile would look for globals in the module of that name.
-_globals = {**vars(F), "scaled_dot_product_attention": scaled_dot_product_attention}
-del _globals["__name__"]
-_multi_head_attention_forward = FunctionType(
-    F.multi_head_attention_forward.__code__, _globals, argdefs=F.multi_head_attention_forward.__defaults__
-)
 _REPLACED: dict[Any, Callable[..., Any]] = {
     F.scaled_dot_product_attention: scaled_dot_product_attention,
-    F.multi_head_attention_forward: _multi_head_attention_forward,
+    F.multi_head_attention_forward: multi_head_attention_forward(scaled_dot_product_attention),
 }

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
-from mfengine.data.dataset import DESCRIPTION, Dataset, Shard
+from mfengine.data.format import DESCRIPTION, Dataset, Shard
 from mfengine.errors import InputError
+from mfengine.progress import progress
 
-CHUNK = 1 << 24  # bytes hashed at a time
 USUAL_MEAN, USUAL_STD = 0.5, (0.5, 2.0)  # of the latents as the network sees them: noise has 0 and 1
 
 
@@ -53,18 +53,16 @@ def verify(folder: Path) -> Report:
     Raises:
         InputError: there is no data set, or its description says nothing that could be checked.
     """
-    from tqdm import tqdm  # benchmarks import the engine where only torch is installed
-
     dataset = Dataset.read(folder)
     report, sums = Report(dataset), _Sums(dataset.space.shape[0])
     size = sum(shard.bytes for shard in dataset.shards)
-    with tqdm(total=size, unit="B", unit_scale=True, dynamic_ncols=True) as progress:
+    with progress(size, "B", scale=True) as bar:
         for shard in dataset.shards:
             try:
                 report.problems += _shard_problems(dataset, shard, report.class_counts, sums)
             except (InputError, OSError) as error:
                 report.problems.append(str(error))
-            progress.update(shard.bytes)
+            bar.update(shard.bytes)
     if not report.problems and dataset.class_counts:
         counted = tuple(report.class_counts[label] for label in range(dataset.space.num_classes))
         if counted != dataset.class_counts:
@@ -98,10 +96,9 @@ def _shard_problems(dataset: Dataset, shard: Shard, classes: Counter[int], sums:
     path = dataset.folder / shard.file
     data = np.memmap(path, np.uint8, mode="r")
     if shard.sha256:
-        digest = hashlib.sha256()
-        for start in range(0, len(data), CHUNK):
-            digest.update(data[start : start + CHUNK].tobytes())
-        if digest.hexdigest() != shard.sha256:
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if digest != shard.sha256:
             yield f"shard {path} is not what was written: its checksum differs from that of {DESCRIPTION}"
     lines = path.with_suffix(".idx").read_text().splitlines()[1:]
     if len(lines) != shard.count:

@@ -6,6 +6,7 @@ import shutil
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
@@ -16,8 +17,24 @@ from mfengine.errors import InputError, RankError
 from mfengine.files import check_writable, writing
 from mfengine.ranks import World
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP")  # as Pillow names them
 ARRAY = "arr_0"  # what NumPy calls the first array of an .npz, and ADM its images
+
+
+def open_rgb(file: Path | IO[bytes]) -> Image.Image:
+    """Decode an image to RGB, 8 bits a channel.
+
+    Of grey images the channel is repeated, transparency is dropped, CMYK and palettes are converted, and 16 bits are
+    cut to their upper 8. The orientation in EXIF is ignored, as ADM ignores it.
+
+    Raises:
+        Exception: of many kinds, where the file is broken; PIL.UnidentifiedImageError where it is of no known format.
+    """
+    with Image.open(file, formats=FORMATS) as image:
+        if image.mode.startswith("I"):  # 16 bits, which Pillow would clip at 255
+            return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+        return image.convert("RGB")
 
 
 class ImageFolder:
@@ -86,9 +103,8 @@ class ImageArchive:
 def _read_image(path: Path, kind: Callable[[str], InputError]) -> np.ndarray:
     """(H, W, 3) uint8."""
     try:
-        with Image.open(path) as image:
-            return np.asarray(image.convert("RGB"))
-    except (OSError, ValueError, SyntaxError) as error:  # Pillow raises all of them for broken files
+        return np.asarray(open_rgb(path))
+    except Exception as error:  # Pillow raises many kinds for broken files
         raise kind(f"cannot read {path}: {error}") from None
 
 

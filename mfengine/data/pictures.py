@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mfengine.data.dataset import LatentSpace
+from mfengine.data.format import LatentSpace
 from mfengine.files import write_atomic, writing
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from mfengine.data.dataset import LatentSpace
+from mfengine.data.format import LatentSpace
 from mfengine.errors import InputError, RankError
 
 Precision = Literal["float32", "bfloat16"]
@@ -76,7 +78,6 @@ class VAE:
             digest.update(weight.cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()
 
-    @torch.no_grad()
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """The posterior of latents.
 
@@ -89,14 +90,10 @@ class VAE:
         Raises:
             RankError: the device has too little memory for the batch.
         """
-        try:
-            with torch.autocast(self._device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
-                posterior = self._vae.encode(images.to(self._device)).latent_dist
-        except torch.OutOfMemoryError:
-            raise RankError(f"the GPU's memory is too small for {len(images)} images at a time: choose fewer") from None
-        return posterior.mean.float(), torch.exp(0.5 * posterior.logvar.float())
+        with self._computing(f"encode {len(images)} images"):
+            posterior = self._vae.encode(images.to(self._device)).latent_dist
+            return posterior.mean.float(), torch.exp(0.5 * posterior.logvar.float())
 
-    @torch.no_grad()
     def decode(self, latents: Tensor, space: LatentSpace) -> Tensor:
         """Images (B, 3, H', W') in [0, 1] of latents (B, C, H, W) as the network sees them.
 
@@ -106,12 +103,16 @@ class VAE:
         """
         if latents.shape[1] != self.channels:
             raise InputError(f"the VAE has {self.channels} latent channels, the model {latents.shape[1]}")
+        with self._computing(f"decode {len(latents)} latents"):
+            images = self._vae.decode(space.unscale(latents)).sample
+            return ((images.float() + 1) / 2).clamp(0, 1)
+
+    @contextmanager
+    def _computing(self, task: str) -> Iterator[None]:
         try:
-            with torch.autocast(self._device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
-                images = self._vae.decode(space.unscale(latents)).sample
+            with torch.no_grad(), torch.autocast(self._device.type, torch.bfloat16, self.precision == "bfloat16"):
+                yield
         except torch.OutOfMemoryError:
             raise RankError(
-                f"the GPU's memory is too small to decode {len(latents)} latents at a time: choose fewer, as by "
-                "--batch-size"
+                f"the GPU's memory is too small to {task} at a time: choose fewer, as by --batch-size"
             ) from None
-        return ((images.float() + 1) / 2).clamp(0, 1)

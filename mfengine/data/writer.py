@@ -1,12 +1,12 @@
 """Writing data sets: samples of any source, in a global random order, to shards, by any number of ranks.
 
 The order is one random permutation of the samples, and shard k is a fixed slice of it whatever the number of ranks:
-they take shards in turn. A shard is written aside and renamed when it is whole, then what it holds and its checksum
-are recorded; a writer that was killed continues after the recorded ones, also with another number of ranks. Until all
-are there, everything lies beside the data set's place:
+they take shards in turn. A shard gets its name when it is whole, then its content and checksum are recorded; a writer
+that was killed continues after the recorded ones, also with another number of ranks. Until all are there, everything
+lies beside the data set's place:
 
-    .partial-NAME/plan.json           what is written: another source, order or encoder does not continue it
-    .partial-NAME/000000.json ...     what the whole shards hold
+    .partial-NAME/plan.json           the source, order and encoder: the writer continues with no other
+    .partial-NAME/000000.json ...     the content of the whole shards
     .partial-NAME/data/000000.tar ... becomes NAME, at last, with dataset.json in it
 """
 
@@ -33,10 +33,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from mfengine.configs import check_seed, flatten, from_json
-from mfengine.data.dataset import BROKEN, DESCRIPTION, INDEX_VERSION, Dataset, LatentSpace, Shard
+from mfengine.configs import check_seed, flatten
+from mfengine.data.format import BROKEN, DESCRIPTION, INDEX_VERSION, Dataset, LatentSpace, Shard
 from mfengine.errors import InputError
 from mfengine.files import sync, write_atomic
+from mfengine.progress import progress
 from mfengine.ranks import World
 
 T = TypeVar("T")
@@ -45,7 +46,7 @@ SHARD_BYTES = 2**30
 ALONE = World(0, 1, torch.device("cpu"))
 PLAN = "plan.json"
 MEETING_S = 2.0  # how often the ranks tell each other how far they are
-PATIENCE_S = 60.0  # for what another node has written to show
+TIMEOUT_S = 60.0  # for the files of another node to show
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,7 @@ def write_dataset(
     shard_samples: int | None = None,
     max_broken: float = 0.0,
 ) -> Dataset:
-    """Write a data set, aside, and give the folder its name when it is whole; continue one that was begun.
+    """Write a data set, whose folder gets its name when it is whole; continue one that was begun.
 
     Every rank calls it with the same arguments, and gets what the shards hold, byte for byte what a single rank
     writes without a break as long as `samples` gives the same. The first rank shows the progress of all.
@@ -185,8 +186,6 @@ def write_dataset(
 
 def _share_out(writer: _Writer, world: World, max_broken: float) -> None:
     """Write all shards that are not there, this rank its own; the ranks meet every few seconds."""
-    from tqdm import tqdm  # benchmarks import this file where only torch is installed
-
     whole = world.on_main(writer.begin)
     pending = [shard for shard in range(writer.num_shards) if shard not in whole]
     total = len(writer.samples)
@@ -196,7 +195,7 @@ def _share_out(writer: _Writer, world: World, max_broken: float) -> None:
     ended = False
     with (
         closing(writer.write(pending[world.rank :: world.size])) as work,
-        tqdm(total=total, initial=done, unit=" images", disable=not world.main, dynamic_ncols=True) as progress,
+        progress(total, "samples", initial=done, enabled=world.main) as bar,
     ):
         while not ended:
             finished, known, error = 0, len(found), None
@@ -216,7 +215,7 @@ def _share_out(writer: _Writer, world: World, max_broken: float) -> None:
             if news[3]:
                 raise InputError(next(message for message in _gather(world, error) if message))
             done, broken, ended = done + int(news[0]), broken + int(news[1]), news[2] == world.size
-            progress.update(int(news[0]))
+            bar.update(int(news[0]))
             if broken > max_broken * total:
                 lists = _gather(world, found)
                 report = world.on_main(lambda: writer.report([b for part in lists for b in part]))  # noqa: B023
@@ -276,7 +275,7 @@ class _Writer:
                 if was.get(name) == now.get(name) or name == "provenance.vae.name":
                     continue
                 raise InputError(
-                    f"{self.partial} was begun with {name} {_short(was.get(name))}, not {_short(now.get(name))}: it "
+                    f"{self.partial} was begun with {name} {was.get(name)!s:.80}, not {now.get(name)!s:.80}: it "
                     f"cannot be continued so; remove it to start again"
                 )
         with self._disk():
@@ -321,15 +320,15 @@ class _Writer:
     def _write_shard(self, shard: int) -> Iterator[Broken | None]:
         samples, first = self.samples, shard * self.shard_samples
         path = self.data / f"{shard:06d}.tar"
-        aside = path.with_suffix(".tar.partial")
+        partial = path.with_suffix(".tar.partial")
         indices = self.order[first : first + self.shard_samples]
         entries: list[str] = []
         classes: Counter[int] = Counter()
         broken: list[Broken] = []
         with self._disk():
-            file = _Hashed(aside.open("wb"))
+            file = partial.open("wb")
         try:
-            tar = tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT)  # type: ignore[call-overload]  # noqa: SIM115
+            tar = tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
             for number, sample in enumerate(samples.read(indices), start=first):
                 if isinstance(sample, Broken):
                     broken.append(sample)
@@ -346,25 +345,25 @@ class _Writer:
             with self._disk():
                 tar.close()
                 file.close()
-                sync(aside)
+                sync(partial)
+                with partial.open("rb") as written:
+                    digest = hashlib.file_digest(written, "sha256").hexdigest()
+                record = {
+                    "file": path.name,
+                    "count": len(entries),
+                    "bytes": partial.stat().st_size,
+                    "sha256": digest,
+                    "classes": dict(sorted(classes.items())),
+                    "broken": [dataclasses.asdict(sample) for sample in broken],
+                }
                 if entries:
-                    header = f"{INDEX_VERSION} {len(entries)}"
-                    aside.rename(path)
-                    write_atomic(path.with_suffix(".idx"), "\n".join([header, *entries]) + "\n")
-                _write_json(
-                    self.partial / f"{shard:06d}.json",
-                    {
-                        "file": path.name,
-                        "count": len(entries),
-                        "bytes": file.size,
-                        "sha256": file.digest.hexdigest(),
-                        "classes": dict(sorted(classes.items())),
-                        "broken": [dataclasses.asdict(sample) for sample in broken],
-                    },
-                )
+                    partial.rename(path)
+                    write_atomic(path.with_suffix(".idx"), "\n".join([f"{INDEX_VERSION} {len(entries)}", *entries, ""]))
+                _write_json(self.partial / f"{shard:06d}.json", record)
         finally:
-            file.discard()
-            aside.unlink(missing_ok=True)
+            with suppress(OSError):  # what is left to write may find no room
+                file.close()
+            partial.unlink(missing_ok=True)
 
     def _checked(self, moments: np.ndarray, label: int, index: int) -> tuple[np.ndarray, int]:
         samples, space = self.samples, self.samples.space
@@ -381,7 +380,7 @@ class _Writer:
 
     def finish(self) -> Dataset:
         """Describe the data set and give it its name; InputError unless all of its shards are there."""
-        records, deadline = [], time.monotonic() + PATIENCE_S
+        records, deadline = [], time.monotonic() + TIMEOUT_S
         for shard in range(self.num_shards):
             # Network file systems show another node's files late.
             while (record := self._record(shard)) is None and time.monotonic() < deadline:
@@ -393,21 +392,13 @@ class _Writer:
         classes: Counter[int] = Counter()
         for record in records:
             classes.update({int(label): count for label, count in record["classes"].items()})
-        names = {f.name for f in dataclasses.fields(Shard)}
-        dataset = Dataset(
-            folder=self.folder,
-            name=self.samples.name,
-            space=from_json(LatentSpace, json.loads(json.dumps(self.plan["space"]))),
-            flips=self.samples.flips,
-            count=classes.total(),
-            shards=tuple(Shard(**{k: r[k] for k in names}) for r in records if r["count"]),
-            broken=len(broken),
-            class_counts=tuple(classes[label] for label in range(self.samples.space.num_classes)),
-            class_names=self.samples.class_names,
-            provenance=json.loads(json.dumps(self.samples.provenance)),
-        )
-        values = dataclasses.asdict(dataset)
-        del values["folder"]
+        values = {
+            **{name: self.plan[name] for name in ("name", "space", "flips", "class_names", "provenance")},
+            "count": classes.total(),
+            "shards": [{f.name: r[f.name] for f in dataclasses.fields(Shard)} for r in records if r["count"]],
+            "broken": len(broken),
+            "class_counts": [classes[label] for label in range(self.samples.space.num_classes)],
+        }
         with self._disk():
             if broken:
                 _write_lines(self.data / BROKEN, broken)
@@ -417,7 +408,7 @@ class _Writer:
             self.data.rename(self.folder)
             sync(self.partial.parent)
             shutil.rmtree(self.partial)
-        return dataset
+        return Dataset.read(self.folder)
 
     @contextmanager
     def _disk(self) -> Iterator[None]:
@@ -436,27 +427,6 @@ class _Writer:
             ) from None
 
 
-class _Hashed:
-    """A file with its size and checksum so far."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file, self.digest, self.size = file, hashlib.sha256(), 0
-        self.close = file.close
-
-    def write(self, data: bytes) -> int:
-        self.digest.update(data)
-        self.size += len(data)
-        return self._file.write(data)
-
-    def tell(self) -> int:
-        return self.size
-
-    def discard(self) -> None:
-        """Close, whether or not what is left to write finds room."""
-        with suppress(OSError):
-            self.close()
-
-
 def _add(tar: tarfile.TarFile, number: int, moments: np.ndarray, label: int) -> str:
     """Add a sample to a shard: its line in the index."""
     entry = []
@@ -473,10 +443,6 @@ def _tar_bytes(samples: Samples) -> int:
     """Bytes that a sample takes in a shard: its two components in whole blocks, with a header each."""
     moments = 2 * samples.flips * 2 * math.prod(samples.space.shape)
     return tarfile.BLOCKSIZE * (math.ceil(moments / tarfile.BLOCKSIZE) + 3)
-
-
-def _short(value: Any) -> str:
-    return str(value) if len(str(value)) <= 80 else f"{str(value)[:77]}..."
 
 
 def _write_lines(path: Path, values: list[dict[str, Any]]) -> None:

@@ -11,21 +11,21 @@ import pickle
 import re
 import shutil
 import warnings
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from mfengine.configs import from_json
-from mfengine.data.dataset import LatentSpace
+from mfengine.data.format import LatentSpace
 from mfengine.engine.flops import meta_network
-from mfengine.errors import InputError
+from mfengine.errors import InputError, TrainingError
 from mfengine.files import sync, write_atomic
 from mfengine.methods import OBJECTIVES, Objective
 from mfengine.networks import NETWORKS, Network
@@ -45,15 +45,31 @@ class Checkpointer:
         folder: the run's.
         world: the ranks that write.
         keep: how many to keep.
-        asynchronous: write while training goes on; `poll` and `wait` then finish the work.
+        asynchronous: write while training goes on. `save` then only copies the state, into host memory that it
+            allocates once, pinned if it comes from a GPU. `poll` and `wait` tell how the writing ended.
+
+    `save`, `poll` and `wait` raise TrainingError if a checkpoint could not be written.
     """
 
     def __init__(self, folder: Path, world: World, keep: int, asynchronous: bool) -> None:
         self._folder, self._world, self._keep = folder / "checkpoints", world, keep
-        self._asynchronous = asynchronous
-        self._pending: tuple[int, Future[Any]] | None = None
-        # Ranks talk in the background too, and must not be heard by those that train meanwhile.
-        self._group = dist.new_group(backend="gloo") if asynchronous and world.size > 1 else None
+        self._writer: ThreadPoolExecutor | None = None
+        self._writing: Future[Path] | None = None
+        self._group: dist.ProcessGroup | None = None
+        if asynchronous:
+            cuda = world.device.type == "cuda"
+            # A new thread works on the first GPU: every rank would start a context there.
+            self._writer = ThreadPoolExecutor(
+                1, initializer=partial(torch.cuda.set_device, world.device) if cuda else None
+            )
+            # Copies are queued behind the optimizer's step and waited for: whatever comes next may change the weights.
+            self._stager = DefaultStager(
+                StagingOptions(
+                    use_pinned_memory=cuda, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=cuda
+                )
+            )
+            # Ranks talk in the background too, and must not be heard by those that train meanwhile.
+            self._group = dist.new_group(backend="gloo") if world.sharded else None
         self.newest = world.on_main(lambda: newest_checkpoint(folder))
         if world.main:
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -69,49 +85,47 @@ class Checkpointer:
             description: goes to checkpoint.json, with the step.
         """
         self.wait()
-        partial = self._partial(step)
-        if self._world.main:
-            partial.mkdir(exist_ok=True)  # the other ranks may be ahead
-            write_atomic(partial / DESCRIPTION, json.dumps({"step": step, **description}, indent=1) + "\n")
-        alone = self._world.size == 1
-        if self._asynchronous:
-            future = dcp.async_save(state, checkpoint_id=partial, process_group=self._group, no_dist=alone)
-            assert isinstance(future, Future)
-            self._pending = (step, future)
+        description = {"step": step, **description}
+        if self._writer is None:
+            self.newest = self._write(step, state, description)
         else:
-            dcp.save(state, checkpoint_id=partial, no_dist=alone)
-            self._finish(step)
+            staged = self._stager.stage(state)
+            assert isinstance(staged, dict)
+            self._writing = self._writer.submit(self._write, step, staged, description)
 
     def poll(self) -> None:
-        """Finish a write in the background if it is done."""
-        if self._pending and self._pending[1].done():
+        """Take note of the end of a write in the background."""
+        if self._writing and self._writing.done():
             self.wait()
 
     def wait(self) -> None:
-        """Wait for the write in the background, if there is one, and finish it."""
-        if self._pending:
-            step, future = self._pending
-            future.result()
-            self._pending = None
-            self._finish(step)
+        """Wait for the write in the background, if there is one."""
+        if self._writing:
+            writing, self._writing = self._writing, None
+            self.newest = writing.result()
 
-    def _finish(self, step: int) -> None:
-        """Give the folder its name and remove old ones. All ranks have written: rank 0 ends with the metadata."""
-        whole = self._folder / f"step-{step:08d}"
-        self.newest = whole
-        if self._world.main:
-            partial = self._partial(step)
-            sync(partial)
-            partial.rename(whole)
-            sync(self._folder)
-            for old in _whole_checkpoints(self._folder)[: -self._keep]:
-                # Renamed first: a kill in the midst of the removal must not leave a folder that looks whole.
-                doomed = old.with_name(f".removed-{old.name}")
-                old.rename(doomed)
-                shutil.rmtree(doomed)
-
-    def _partial(self, step: int) -> Path:
-        return self._folder / f".partial-step-{step:08d}"
+    def _write(self, step: int, state: dict[str, Any], description: dict[str, Any]) -> Path:
+        """Write a folder under another name, rename it when it is whole, and remove old ones."""
+        unfinished, whole = (self._folder / f"{name}-{step:08d}" for name in (".partial-step", "step"))
+        try:
+            if self._world.main:
+                unfinished.mkdir(exist_ok=True)  # the other ranks may be ahead
+                write_atomic(unfinished / DESCRIPTION, json.dumps(description, indent=1) + "\n")
+            dcp.save(state, checkpoint_id=unfinished, process_group=self._group, no_dist=not self._world.sharded)
+            if self._world.main:  # all ranks have written: rank 0 ends with the metadata
+                sync(unfinished)
+                unfinished.rename(whole)
+                sync(self._folder)
+                for old in _whole_checkpoints(self._folder)[: -self._keep]:
+                    # Renamed first: a kill in the midst of the removal must not leave a folder that looks whole.
+                    doomed = old.with_name(f".removed-{old.name}")
+                    old.rename(doomed)
+                    shutil.rmtree(doomed)
+        except (dcp.CheckpointException, OSError) as error:
+            raise TrainingError(
+                f"cannot write {whole}: {_reason(error)}; last whole checkpoint: {self.newest or 'none'}"
+            ) from None
+        return whole
 
 
 def _whole_checkpoints(folder: Path) -> list[Path]:
@@ -140,10 +154,14 @@ def load_state(checkpoint: Path, state: dict[str, Any], world: World) -> None:
         InputError: the checkpoint has not all of it, or in other shapes.
     """
     try:
-        dcp.load(state, checkpoint_id=checkpoint, no_dist=world.size == 1)
-    except (dcp.api.CheckpointException, RuntimeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[-1]
-        raise InputError(f"cannot read {checkpoint}: {reason}") from None
+        dcp.load(state, checkpoint_id=checkpoint, no_dist=not world.sharded)
+    except (dcp.CheckpointException, RuntimeError, ValueError) as error:
+        raise InputError(f"cannot read {checkpoint}: {_reason(error)}") from None
+
+
+def _reason(error: BaseException) -> str:
+    """The last line of an error: DCP's begin with the tracebacks of all ranks."""
+    return str(error).strip().splitlines()[-1]
 
 
 # ----------------------------------------------------------------------------
@@ -184,6 +202,8 @@ def load_model(path: Path, ema_decay: float | None = None, compute_dtype: torch.
 
 def export_model(checkpoint: Path, out: Path, ema_decay: float | None = None) -> Path:
     """Write a moving average of what sampling needs, with its description, as safetensors; the checkpoint read."""
+    from safetensors.torch import save_file  # here, since `make gpu` runs without it
+
     checkpoint = _find_checkpoint(checkpoint)
     description = read_description(checkpoint)
     weights = _read_average(checkpoint, description, ema_decay, sampling=True)
@@ -253,6 +273,8 @@ def _read_average(
 
 
 def _read_export(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    from safetensors import safe_open  # likewise
+
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}

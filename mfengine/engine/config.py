@@ -91,6 +91,8 @@ class TrainConfig:
     """compile the blocks with torch.compile"""
     recompute: bool = False
     """activation checkpointing: recompute each block in the backward to save memory"""
+    shard: Literal["auto", "always"] = "auto"
+    """shard parameters and optimizer state (FSDP2) over several ranks, or always: over a single one, too, to test it"""
     replicas: int = 1
     """HSDP: keep this many copies of the sharded model, one per node say; it divides the ranks"""
     reshard: bool = False
@@ -104,6 +106,8 @@ class TrainConfig:
     """steps between measurements of one-step samples: their Frechet distance from the data, in latents; 0 takes none"""
     checkpoint_every: int = 5000
     """steps between checkpoints; one is always written at the end"""
+    checkpoint_minutes: float = 0
+    """minutes after which a checkpoint is written as well, by the clock of rank 0; 0 counts steps alone"""
     keep: int = 3
     """checkpoints to keep"""
     max_skipped_steps: int = 0
@@ -117,8 +121,8 @@ class TrainConfig:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if not self.name or "/" in self.name:
             raise ValueError(f"name must be the name of a folder, not '{self.name}'")
-        for name in ("sample_every", "evaluate_every", "max_skipped_steps"):
-            if getattr(self, name) < 0:
+        for name in ("sample_every", "evaluate_every", "max_skipped_steps", "checkpoint_minutes"):
+            if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, not {getattr(self, name)}")
         if not 0 < self.epochs < float("inf") or (self.steps is not None and self.steps < 1):
             raise ValueError("epochs must be positive and steps at least 1")

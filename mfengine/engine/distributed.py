@@ -43,7 +43,7 @@ def prepare_model(
 
     Args:
         model: on the host, the same on every rank.
-        world: the ranks to shard over.
+        world: the ranks to shard over; a single one keeps the model whole, unless it is a mesh of its own.
         replicas: copies of the sharded model (HSDP).
         reshard: free gathered parameters after each forward. If not, one gathering serves the guidance pass, the
             forward and the backward.
@@ -61,7 +61,7 @@ def prepare_model(
         if recompute:
             # A compiled block must be called as in the forward, to save the same tensors.
             block.forward = _recomputed(block.forward, without_tangents=not compile)
-    if world.size == 1:
+    if not world.sharded:
         return model.to(world.device)
 
     shape: tuple[int, ...] = (world.size,)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mfengine.data.dataset import Dataset
+from mfengine.data.format import Dataset
 from mfengine.engine.config import TrainConfig
 from mfengine.engine.distributed import num_shards, prepare_model
 from mfengine.engine.flops import META, meta_network, step_flops
@@ -159,7 +159,7 @@ def make_plan(config: TrainConfig, world: World) -> Plan:
         "optimizer state": 2 * shard,
         "averages": len(config.optim.ema_decays) * shard,
     }
-    if world.size > 1:
+    if world.sharded:
         # What is freed after each use is there twice: in use, and gathered or reduced ahead.
         memory["gathered parameters"] = 2 * max(gathered) if config.reshard else sum(gathered)
         memory["gradients in reduction"] = 2 * SINGLE * max(padded)
@@ -167,7 +167,7 @@ def make_plan(config: TrainConfig, world: World) -> Plan:
             memory["accumulated gradients"] = SINGLE * parameters
     fused = config.ops == "triton" or (config.ops == "auto" and world.device.type == "cuda")
     memory["activations"], passes = meta_pass(
-        config.model, config.method, local, dtype, fused=fused, recompute=config.recompute, gathered=world.size > 1
+        config.model, config.method, local, dtype, fused=fused, recompute=config.recompute, gathered=world.sharded
     )
     collectives: list[Collective] = []
     if world.size > 1:

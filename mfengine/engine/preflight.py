@@ -13,14 +13,15 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mfengine.configs import flatten, to_json
-from mfengine.data.dataset import Dataset, Loader
+from mfengine.data.format import Dataset
+from mfengine.data.loader import Loader
 from mfengine.engine.checkpoint import load_initial_weights, newest_checkpoint, read_description
 from mfengine.engine.config import TrainConfig
 from mfengine.engine.flops import meta_network
 from mfengine.engine.optim import adamw_ema
 from mfengine.engine.plan import make_plan
 from mfengine.errors import InputError
-from mfengine.evaluation.samples import check_dimensions
+from mfengine.evaluation.frechet import check_dimensions
 from mfengine.files import write_atomic
 from mfengine.kernels.multi_tensor import LIBRARY
 from mfengine.methods import OBJECTIVES
@@ -47,12 +48,12 @@ def check_run(config: TrainConfig, dataset: Dataset, world: World) -> None:
         InputError: model and data do not fit; kernels, attention or optimizer are unavailable; samples are to be
             measured in too many dimensions.
     """
-    dataset.check_model(config.model)
+    dataset.check_model(config.model.latent_shape, config.model.num_classes)
     head = config.model.head_dim
     for option, name in (("ops", config.ops), ("attention", config.attention)):
         if name == "auto" or head is None:
             continue
-        if why := why_not(name, "training", world.device, config.compute_dtype(world.device), head):
+        if why := why_not(name, world.device, config.compute_dtype(world.device), head):
             raise InputError(f"--{option} {name} is unavailable: {why}")
     optim = config.optim
     if optim.backend == "cuda" and absent(world.device) and LIBRARY.is_file():
@@ -132,7 +133,7 @@ def dry_run(config: TrainConfig, here: World, ranks: int) -> None:
             is one.
     """
     device = torch.device("cpu" if config.device == "cpu" else "cuda")
-    plan = make_plan(config, World(0, ranks, device))
+    plan = make_plan(config, World(0, ranks, device, here.one_rank_mesh))
     dataset: Dataset | None = None
     refused: InputError | None = None
     try:

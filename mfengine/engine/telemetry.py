@@ -10,12 +10,13 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
 from mfengine.data.pictures import image_grid, save_picture
 from mfengine.files import write_atomic
+from mfengine.progress import progress
 
 METRICS = "metrics.jsonl"
 
@@ -41,15 +42,7 @@ class Telemetry:
         self._folder = folder
         self._metrics = _continue_metrics(folder / METRICS, step)
         self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=step)
-        terminal = sys.stderr.isatty()
-        self._bar = tqdm(
-            total=total_steps * batch_size,
-            initial=step * batch_size,
-            unit=" samples",
-            unit_scale=True,
-            dynamic_ncols=terminal,
-            mininterval=0.2 if terminal else 20,
-        )
+        self._bar = progress(total_steps * batch_size, "samples", initial=step * batch_size, scale=True)
 
     def __enter__(self) -> Telemetry:
         return self
@@ -86,6 +79,7 @@ class Telemetry:
             **{name: float(np.mean(values)) if values else None for name, values in self._scalars.items()},
             "samples_per_second": round(speed, 1),
             "mfu": round(speed / self._peak, 4),
+            "memory_gb": round(torch.cuda.max_memory_allocated() / 1e9, 3) if torch.cuda.is_initialized() else None,
             "skipped_steps": skipped_steps,
         }
         self._scalars.clear()

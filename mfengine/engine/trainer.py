@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +19,8 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from mfengine.configs import to_json
-from mfengine.data.dataset import Dataset, Loader
+from mfengine.data.format import Dataset
+from mfengine.data.loader import Loader
 from mfengine.data.pictures import draw_latents
 from mfengine.device import HostCopy, step_generator, to_device
 from mfengine.engine.checkpoint import Checkpointer, load_initial_weights, load_state, read_description
@@ -30,8 +32,9 @@ from mfengine.engine.plan import device_memory, make_plan
 from mfengine.engine.preflight import check_run, check_run_folder, write_config
 from mfengine.engine.rates import peak_rate
 from mfengine.engine.telemetry import Telemetry
-from mfengine.errors import TrainingError
-from mfengine.evaluation.samples import Gaussian, SampleSet, fit_data, latent_distance
+from mfengine.errors import RankTrainingError, TrainingError
+from mfengine.evaluation.frechet import Gaussian, fit_data, latent_distance
+from mfengine.evaluation.samples import SampleSet
 from mfengine.methods import OBJECTIVES
 from mfengine.networks import NETWORKS
 from mfengine.ops import use_attention, use_backend
@@ -54,13 +57,20 @@ def train(config: TrainConfig, world: World) -> int:
 
     Raises:
         InputError: the configuration, the data or the run folder is not usable.
-        TrainingError: the loss is not finite.
+        TrainingError: the loss is not finite, or the memory does not suffice.
     """
     config.local_batch(world.size)
     dataset = world.on_main(lambda: Dataset.open(config.data))
     check_run(config, dataset, world)
-    with use_backend(config.ops), use_attention(config.attention), caught_signals() as caught:
-        return Trainer(config, world, dataset).run(caught)
+    try:
+        with use_backend(config.ops), use_attention(config.attention), caught_signals() as caught:
+            return Trainer(config, world, dataset).run(caught)
+    except torch.OutOfMemoryError as error:
+        asked = ". ".join(str(error).split(". ")[:2])  # what PyTorch says then depends on its version
+        peak = torch.cuda.max_memory_allocated() / 1e9
+        raise RankTrainingError(
+            f"{asked}, and the peak was {peak:.1f} GB: --recompute or a larger --accumulation takes less memory"
+        ) from None
 
 
 # ----------------------------------------------------------------------------
@@ -76,6 +86,7 @@ class Trainer:
         self.objective = OBJECTIVES.build(config.method)
         self.step = 0
         self.skipped = 0
+        self.saved_at = time.monotonic()
 
         newest = world.on_main(lambda: check_run_folder(config, dataset))
         torch.manual_seed(config.seed)
@@ -123,10 +134,10 @@ class Trainer:
         """Train until the end, or until `caught` holds a signal on any rank; returns the signal or 0."""
         with self.telemetry:
             while self.step < self.total_steps:
-                signum = self._train_step(caught)
+                signum, overdue = self._train_step(caught)
                 self.checkpointer.poll()
                 due = self.step % self.config.checkpoint_every == 0 or self.step == self.total_steps
-                if due or signum:
+                if due or overdue or signum:
                     self._save()
                 if self.config.sample_every and self.step % self.config.sample_every == 0:
                     self._draw_samples()
@@ -140,8 +151,8 @@ class Trainer:
             self.telemetry.say(f"step {self.step} of {self.total_steps}, checkpoint {self.checkpointer.newest}")
         return signum
 
-    def _train_step(self, caught: list[int]) -> int:
-        """One optimizer step; returns a signal that any rank has caught, or 0."""
+    def _train_step(self, caught: list[int]) -> tuple[int, bool]:
+        """One optimizer step; returns a signal that any rank has caught, or 0, and whether it is time to save."""
         config, world = self.config, self.world
         scalars = ("loss", *self.objective.scalars)
         passes = []
@@ -159,7 +170,11 @@ class Trainer:
             (loss / config.accumulation).backward()
 
         # Every rank decides the same: by what all of them have seen.
-        row = dict(zip((*scalars, "skipped"), means.values(), strict=True), signal=caught[0] if caught else 0)
+        row = {
+            **dict(zip((*scalars, "skipped"), means.values(), strict=True)),
+            "signal": caught[0] if caught else 0,
+            "overdue": 0 < config.checkpoint_minutes * 60 <= time.monotonic() - self.saved_at,
+        }
         ranks = dict(zip(row, world.gather([*row.values()]).T, strict=True))  # of each name, (ranks,)
         if ranks["skipped"][0]:
             self._skipped_gradient()  # a step ago: no host has waited for it
@@ -175,7 +190,7 @@ class Trainer:
         self.telemetry.step({name: float(ranks[name][finite].mean()) for name in scalars})
         if self.step % config.log_every == 0 or self.step == self.total_steps:
             self.telemetry.log(self.step, self.step * config.batch_size / self.dataset.count, self.skipped)
-        return int(ranks["signal"].max())
+        return int(ranks["signal"].max()), bool(ranks["overdue"][0])
 
     def _skipped_gradient(self) -> None:
         """The last step of the optimizer changed nothing."""
@@ -263,7 +278,7 @@ class Trainer:
         if self.optimizer.skipped:
             self._skipped_gradient()
         # However it came to them, weights that are not finite must not replace good ones.
-        finite = all(bool(local(p).isfinite().all()) for p in self.model.parameters())
+        finite = bool(torch.stack([local(p).isfinite().all() for p in self.model.parameters()]).all())
         ranks = self.world.gather([finite])[:, 0]
         if not ranks.all():
             self._give_up(f"the weights are not finite after step {self.step} on rank {int(ranks.argmin())}")
@@ -277,6 +292,7 @@ class Trainer:
             "space": to_json(self.dataset.space),
         }
         self.checkpointer.save(self.step, state, description)
+        self.saved_at = time.monotonic()
 
     def _resume(self, path: Path) -> tuple[dict[int, bytes], list[str]]:
         """Continue from a checkpoint; returns the data's positions, if they still apply, and what to tell."""

@@ -107,8 +107,8 @@ class Fidelity:
         """Features and logits (n, 2048 + 1008) float32, on the host, of images (n, 3, H, W) uint8."""
         return torch.cat(self._extractor(images.to(self._world.device)), dim=1).cpu()
 
-    def figures(self, shares: list[tuple[range, Tensor]]) -> dict[str, float]:
-        """All figures, on rank 0; every rank calls it with what it took: numbers of images and their features.
+    def metrics(self, shares: list[tuple[range, Tensor]]) -> dict[str, float]:
+        """All metrics, on rank 0; every rank calls it with what it took: numbers of images and their features.
 
         FID (arXiv 1706.08500), Inception Score (arXiv 1606.03498) and, where the reference has images, precision and
         recall (arXiv 1904.06991).
@@ -127,7 +127,7 @@ class Fidelity:
             real = real or fid_features_to_statistics(real_features.double())
         fid = fid_statistics_to_metric(fid_features_to_statistics(features.double()), real, verbose=False)
         score = isc_features_to_metric(logits, splits=SPLITS)
-        figures = {
+        metrics = {
             "fid": fid[KEY_METRIC_FID],
             "inception_score": score[KEY_METRIC_ISC_MEAN],
             "inception_score_std": score[KEY_METRIC_ISC_STD],
@@ -141,13 +141,13 @@ class Fidelity:
                 save_cpu_ram=True,
                 verbose=False,
             )
-            figures["precision"], figures["recall"] = overlap[KEY_METRIC_PRECISION], overlap[KEY_METRIC_RECALL]
-        return figures
+            metrics["precision"], metrics["recall"] = overlap[KEY_METRIC_PRECISION], overlap[KEY_METRIC_RECALL]
+        return metrics
 
     def _read(self, images: ImageFolder | ImageArchive, batch: int) -> Iterator[tuple[range, Tensor]]:
         """This rank's share of the reference: numbers of images and their features."""
         count, stride = len(images), self._world.size * batch
-        with progress(count, "reference", self._world.main) as bar:
+        with progress(count, "images", "reference", enabled=self._world.main) as bar:
             for first in range(self._world.rank * batch, count, stride):
                 rows = range(first, min(first + batch, count))
                 yield rows, self.features(images.read(rows))

@@ -254,11 +254,11 @@ class DiT(Network):
         return u.primal, u.tangent
 
     def _velocity(self, z: A, t: A, h: A, y: Tensor) -> A:
-        c = ops.add_constant(ops.add(self.t_embedder(t), self.h_embedder(h)), self.y_embedder(y))  # (B, D)
+        c = ops.add(ops.add(self.t_embedder(t), self.h_embedder(h)), self.y_embedder(y))  # (B, D)
         c = ops.linear_map(self._to_compute, c)
         x = self.x_embedder(ops.linear_map(self._to_compute, z))  # (B, N, D)
         # The positions are float32 and so the residual stream is.
-        x = ops.add_constant(ops.linear_map(lambda x: x.to(self.pos_embed.dtype), x), self.pos_embed)
+        x = ops.add(ops.linear_map(lambda x: x.to(self.pos_embed.dtype), x), self.pos_embed)
         branch = gate = None
         for block in self.blocks:
             x, branch, gate = block(x, branch, gate, c)

@@ -14,14 +14,16 @@ from mfengine.ops.adaln import adaln_modulate, gated_residual_adaln
 from mfengine.ops.attention import attention, attention_packed
 from mfengine.ops.backend import use_backend
 from mfengine.ops.choice import use_attention
-from mfengine.ops.dual import Dual, add, add_constant, chunk, linear_map
+from mfengine.ops.dual import Dual, add, chunk, linear_map
 from mfengine.ops.linear import linear, sinusoid
+from mfengine.ops.rmsnorm import rms_norm
+from mfengine.ops.table import OPS
 
 __all__ = [
+    "OPS",
     "Dual",
     "adaln_modulate",
     "add",
-    "add_constant",
     "attention",
     "attention_packed",
     "chunk",
@@ -29,6 +31,7 @@ __all__ = [
     "gelu",
     "linear",
     "linear_map",
+    "rms_norm",
     "silu",
     "sinusoid",
     "use_attention",

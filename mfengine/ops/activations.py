@@ -1,27 +1,27 @@
-"""Pointwise activations: GELU (tanh form) with a bias, and SiLU, computed in float32."""
+"""Pointwise activations: GELU (tanh form) with a bias, and SiLU, computed in float32.
+
+o = gelu(w) with w = x + b.  Tangent: do = gelu'(w) * (dx + db).
+"""
 
 from __future__ import annotations
-
-from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mfengine.ops.backend import fused
-from mfengine.ops.dual import A, accumulation_dtype, primal_of, push, push_fused
+from mfengine.ops.dual import A, Dual, accumulation_dtype, primal_of, push
+from mfengine.ops.op import Op
 
 
-def gelu(x: A, bias: Tensor | None = None) -> A:
+def gelu(x: A, bias: Tensor | Dual | None = None) -> A:
     """GELU of x + bias, in its tanh form.
 
     Args:
         x: (B, ..., F) float; or a dual, with a tangent (K, ..., F) of its last K rows.
-        bias: (F,) float, or None. It has no tangent.
+        bias: (F,) float, or None; or a dual, with a tangent (F,).
 
     Returns:
-        Shape and dtype of x; of a dual the same with a tangent (K, ..., F). Computed in float32, of float64 in float64.
+        Shape and dtype of x; of duals the same with a tangent (K, ..., F). Computed in float32, of float64 in float64.
 
     Raises:
         ValueError: on the fused path, whatever the kernels do not take: a dtype other than float16, bfloat16 and
@@ -37,12 +37,9 @@ def gelu(x: A, bias: Tensor | None = None) -> A:
         >>> do.shape
         torch.Size([1, 10, 32])
     """
-    primal = primal_of(x)
     if bias is None:
-        bias = primal.new_zeros(primal.shape[-1])
-    if fused(primal):
-        return push_fused(partial(_fused, bias=bias), partial(_fused_dual, bias=bias), x)[0]
-    return push(partial(_gelu, bias=bias), partial(_gelu_tangent, bias=bias), x)
+        bias = primal_of(x).new_zeros(primal_of(x).shape[-1])
+    return GELU(x, bias)[0]
 
 
 def silu(x: A) -> A:
@@ -51,7 +48,12 @@ def silu(x: A) -> A:
 
 
 # ----------------------------------------------------------------------------
-# Reference.
+# Plain. Pointwise functions multiply a tangent, like a gradient, by their derivative: PyTorch's backward serves for
+# both.
+
+
+def _plain(x: A, bias: A) -> tuple[A]:
+    return (push(_gelu, _gelu_tangent, x, bias, parameters=1),)
 
 
 def _gelu(x: Tensor, bias: Tensor) -> Tensor:
@@ -59,13 +61,11 @@ def _gelu(x: Tensor, bias: Tensor) -> Tensor:
     return F.gelu(x.to(wide) + bias.to(wide), approximate="tanh").to(x.dtype)
 
 
-# Pointwise functions multiply a tangent, like a gradient, by their derivative: PyTorch's backward serves for both.
-
-
-def _gelu_tangent(x: Tensor, dx: Tensor, bias: Tensor) -> Tensor:
+def _gelu_tangent(x: Tensor, bias: Tensor, dx: Tensor, dbias: Tensor | None) -> Tensor:
     wide = accumulation_dtype(x)
-    w = x.to(wide) + bias.to(wide)
-    return torch.ops.aten.gelu_backward(dx.to(wide), w, approximate="tanh").to(x.dtype)
+    w, dw = x.to(wide) + bias.to(wide), dx.to(wide)
+    dw = dw if dbias is None else dw + dbias.to(wide)
+    return torch.ops.aten.gelu_backward(dw, w, approximate="tanh").to(x.dtype)
 
 
 def _silu_tangent(x: Tensor, dx: Tensor) -> Tensor:
@@ -74,62 +74,37 @@ def _silu_tangent(x: Tensor, dx: Tensor) -> Tensor:
 
 
 # ----------------------------------------------------------------------------
-# Fused, as operators that PyTorch knows by name.
+# Fused.
 
 
-@torch.library.custom_op("mfengine::gelu", mutates_args=())
-def _gelu_op(x: Tensor, bias: Tensor) -> Tensor:
+def _forward(x: Tensor, bias: Tensor) -> tuple[Tensor]:
     from mfengine.kernels import gelu as kernel
 
-    return kernel.forward(x.contiguous(), bias.contiguous())
+    return (kernel.forward(x.contiguous(), bias.contiguous()),)
 
 
-@torch.library.custom_op("mfengine::gelu_dual", mutates_args=())
-def _gelu_dual_op(x: Tensor, bias: Tensor, dx: Tensor) -> tuple[Tensor, Tensor]:
+def _dual(x: Tensor, bias: Tensor, dx: Tensor, dbias: Tensor | None) -> tuple[Tensor, Tensor]:
     from mfengine.kernels import gelu as kernel
 
+    if dbias is not None:
+        dx = (dx + dbias).to(dx.dtype)
     return kernel.forward_dual(x.contiguous(), bias.contiguous(), dx.contiguous())
 
 
-@torch.library.custom_op("mfengine::gelu_backward", mutates_args=())
-def _gelu_backward_op(x: Tensor, bias: Tensor, go: Tensor) -> tuple[Tensor, Tensor]:
+def _backward(x: Tensor, bias: Tensor, go: Tensor) -> tuple[Tensor, Tensor]:
     from mfengine.kernels import gelu as kernel
 
     return kernel.backward(x.contiguous(), bias.contiguous(), go)
 
 
-@_gelu_op.register_fake
-def _(x: Tensor, bias: Tensor) -> Tensor:
-    return x.new_empty(x.shape)
-
-
-@_gelu_dual_op.register_fake
-def _(x: Tensor, bias: Tensor, dx: Tensor) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), dx.new_empty(dx.shape)
-
-
-@_gelu_backward_op.register_fake
-def _(x: Tensor, bias: Tensor, go: Tensor) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), bias.new_empty(bias.shape)
-
-
-def _save_gelu(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    ctx.set_materialize_grads(False)  # a tangent has no gradient, and none is made up for it
-    ctx.save_for_backward(*inputs[:2])
-    ctx.tangents = len(inputs) - 2
-
-
-def _gelu_backward(ctx: Any, go: Tensor, *_: Any) -> tuple[Any, ...]:
-    return (*_gelu_backward_op(*ctx.saved_tensors, go), *[None] * ctx.tangents)
-
-
-_gelu_op.register_autograd(_gelu_backward, setup_context=_save_gelu)
-_gelu_dual_op.register_autograd(_gelu_backward, setup_context=_save_gelu)
-
-
-def _fused(x: Tensor, bias: Tensor) -> tuple[Tensor]:
-    return (_gelu_op(x, bias),)
-
-
-def _fused_dual(x: Tensor, dx: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    return _gelu_dual_op(x, bias, dx)
+GELU = Op(
+    "gelu",
+    forward=_forward,
+    dual=_dual,
+    backward=_backward,
+    plain=_plain,
+    shapes=lambda x, bias: (x.new_empty(x.shape),),
+    outputs=("o",),
+    saved=("x", "bias"),
+    parameters=1,
+)

@@ -8,14 +8,13 @@ The modulation s, b, g is per sample: (B, D) against tokens (B, N, D).
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mfengine.ops.backend import fused
-from mfengine.ops.dual import A, accumulation_dtype, primal_of, push, push_fused
+from mfengine.ops.dual import A, accumulation_dtype, push
+from mfengine.ops.op import Op
 
 EPS = 1e-6  # of the reference code's LayerNorm
 
@@ -46,9 +45,7 @@ def adaln_modulate(x: A, shift: A, scale: A, eps: float = EPS) -> A:
         >>> do.shape
         torch.Size([2, 10, 32])
     """
-    if fused(primal_of(scale)):
-        return push_fused(partial(_fused_modulate, eps=eps), partial(_modulate_dual_op, eps=eps), x, shift, scale)[0]
-    return push(partial(_modulate, eps=eps), partial(_modulate_tangent, eps=eps), x, shift, scale)
+    return ADALN(x, shift, scale, options=(eps,))[0]
 
 
 def gated_residual_adaln(x: A, y: A, gate: A, shift: A, scale: A, eps: float = EPS) -> tuple[A, A]:
@@ -77,16 +74,21 @@ def gated_residual_adaln(x: A, y: A, gate: A, shift: A, scale: A, eps: float = E
         >>> x_out.primal.shape, o.tangent.shape
         (torch.Size([4, 10, 32]), torch.Size([1, 10, 32]))
     """
-    if fused(primal_of(scale)):
-        rules = partial(_residual_op, eps=eps), partial(_residual_dual_op, eps=eps)
-        x, o = push_fused(*rules, x, y, gate, shift, scale)
-        return x, o
-    x = push(_residual, _residual_tangent, x, y, gate)
-    return x, push(partial(_modulate, eps=eps), partial(_modulate_tangent, eps=eps), x, shift, scale)
+    x, o = RESIDUAL_ADALN(x, y, gate, shift, scale, options=(eps,))
+    return x, o
 
 
 # ----------------------------------------------------------------------------
-# Reference.
+# Plain.
+
+
+def _plain(x: A, shift: A, scale: A, eps: float) -> tuple[A]:
+    return (push(partial(_modulate, eps=eps), partial(_modulate_tangent, eps=eps), x, shift, scale),)
+
+
+def _plain_residual(x: A, y: A, gate: A, shift: A, scale: A, eps: float) -> tuple[A, A]:
+    x = push(_residual, _residual_tangent, x, y, gate)
+    return x, _plain(x, shift, scale, eps)[0]
 
 
 def _modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
@@ -117,149 +119,88 @@ def _residual_tangent(x: Tensor, y: Tensor, gate: Tensor, dx: Tensor, dy: Tensor
 
 
 # ----------------------------------------------------------------------------
-# Fused, as operators that PyTorch knows by name.
+# Fused. The kernels read rows in one piece.
 
 
-def _rows(*tensors: Tensor) -> list[Any]:
-    """As the kernels read them: each row in one piece."""
-    return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
+def _row(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
-@torch.library.custom_op("mfengine::adaln", mutates_args=())
-def _modulate_op(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+def _forward(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor]:
     from mfengine.kernels import adaln as kernel
 
-    x, shift, scale = _rows(x, shift, scale)
-    return kernel.forward(x, None, None, shift, scale, eps)[1]
+    return (kernel.forward(_row(x), None, None, _row(shift), _row(scale), eps)[1],)
 
 
-@torch.library.custom_op("mfengine::adaln_dual", mutates_args=())
-def _modulate_dual_op(
+def _dual(
     x: Tensor, shift: Tensor, scale: Tensor, dx: Tensor, dshift: Tensor, dscale: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     from mfengine.kernels import adaln as kernel
 
-    x, shift, scale, dx, dshift, dscale = _rows(x, shift, scale, dx, dshift, dscale)
+    x, shift, scale, dx, dshift, dscale = map(_row, (x, shift, scale, dx, dshift, dscale))
     _, o, _, do = kernel.forward_dual(x, None, None, shift, scale, dx, None, None, dshift, dscale, eps)
     return o, do
 
 
-@torch.library.custom_op("mfengine::adaln_backward", mutates_args=())
-def _modulate_backward_op(x: Tensor, scale: Tensor, go: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def _backward(x: Tensor, scale: Tensor, go: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     from mfengine.kernels import adaln as kernel
 
-    x, scale = _rows(x, scale)
-    gx, _, _, gshift, gscale = kernel.backward(x, None, None, scale, None, go, eps)
+    gx, _, _, gshift, gscale = kernel.backward(_row(x), None, None, _row(scale), None, go, eps)
     return gx, gshift, gscale
 
 
-@torch.library.custom_op("mfengine::residual_adaln", mutates_args=())
-def _residual_op(x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+ADALN = Op(
+    "adaln",
+    forward=_forward,
+    dual=_dual,
+    backward=_backward,
+    plain=_plain,
+    shapes=lambda x, shift, scale, eps: (scale.new_empty(x.shape),),
+    outputs=("o",),
+    saved=("x", "scale"),
+    like={"shift": "scale"},
+)
+
+
+def _residual_forward(
+    x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
     from mfengine.kernels import adaln as kernel
 
-    return kernel.forward(*_rows(x, y, gate, shift, scale), eps=eps)
+    return kernel.forward(_row(x), _row(y), _row(gate), _row(shift), _row(scale), eps)
 
 
-@torch.library.custom_op("mfengine::residual_adaln_dual", mutates_args=())
-def _residual_dual_op(
+def _residual_dual(
     x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor,
     dx: Tensor, dy: Tensor, dgate: Tensor, dshift: Tensor, dscale: Tensor, eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     from mfengine.kernels import adaln as kernel
 
-    return kernel.forward_dual(*_rows(x, y, gate, shift, scale, dx, dy, dgate, dshift, dscale), eps=eps)
+    x, y, gate, shift, scale = map(_row, (x, y, gate, shift, scale))
+    dx, dy, dgate, dshift, dscale = map(_row, (dx, dy, dgate, dshift, dscale))
+    return kernel.forward_dual(x, y, gate, shift, scale, dx, dy, dgate, dshift, dscale, eps)
 
 
-@torch.library.custom_op("mfengine::residual_adaln_backward", mutates_args=())
-def _residual_backward_op(
-    x_out: Tensor, y: Tensor, gate: Tensor, scale: Tensor, gx_out: Tensor, go: Tensor, eps: float
+def _residual_backward(
+    x_out: Tensor, y: Tensor, gate: Tensor, scale: Tensor, gx_out: Tensor | None, go: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     from mfengine.kernels import adaln as kernel
 
-    y, gate, scale = _rows(y, gate, scale)
-    gx, gy, ggate, gshift, gscale = kernel.backward(x_out, y, gate, scale, gx_out, go, eps)
+    go = torch.zeros_like(x_out, dtype=scale.dtype) if go is None else go  # of an output that nothing used
+    gx, gy, ggate, gshift, gscale = kernel.backward(_row(x_out), _row(y), _row(gate), _row(scale), gx_out, go, eps)
     assert gy is not None
     assert ggate is not None
     return gx, gy, ggate, gshift, gscale
 
 
-def _like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    return x.new_empty(x.shape, dtype=dtype)
-
-
-@_modulate_op.register_fake
-def _(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
-    return _like(x, scale.dtype)
-
-
-@_modulate_dual_op.register_fake
-def _(
-    x: Tensor, shift: Tensor, scale: Tensor, dx: Tensor, dshift: Tensor, dscale: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
-    return _like(x, scale.dtype), _like(dx, scale.dtype)
-
-
-@_modulate_backward_op.register_fake
-def _(x: Tensor, scale: Tensor, go: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    return _like(x), _like(scale), _like(scale)
-
-
-@_residual_op.register_fake
-def _(x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    return _like(x), _like(x, scale.dtype)
-
-
-@_residual_dual_op.register_fake
-def _(
-    x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor,
-    dx: Tensor, dy: Tensor, dgate: Tensor, dshift: Tensor, dscale: Tensor, eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    return _like(x), _like(x, scale.dtype), _like(dx, x.dtype), _like(dx, scale.dtype)
-
-
-@_residual_backward_op.register_fake
-def _(
-    x_out: Tensor, y: Tensor, gate: Tensor, scale: Tensor, gx_out: Tensor, go: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _like(x_out), _like(y), _like(gate), _like(scale), _like(scale)
-
-
-# The backward is that of the primal, with or without a tangent beside it. Tangents have no gradient, and none is made
-# up for them.
-
-
-def _save_modulate(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(inputs[0], inputs[2])
-    ctx.eps = inputs[-1]
-    ctx.tangents = len(inputs) - 4
-
-
-def _modulate_backward(ctx: Any, go: Tensor, *_: Any) -> tuple[Any, ...]:
-    return (*_modulate_backward_op(*ctx.saved_tensors, go, ctx.eps), *[None] * ctx.tangents, None)
-
-
-def _save_residual(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    _, y, gate, _, scale = inputs[:5]
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(output[0], y, gate, scale)
-    ctx.eps = inputs[-1]
-    ctx.tangents = len(inputs) - 6
-
-
-def _residual_backward(ctx: Any, gx_out: Tensor | None, go: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    x_out, y, gate, scale = ctx.saved_tensors
-    gx_out = torch.zeros_like(x_out) if gx_out is None else gx_out  # of one that nothing used
-    go = torch.zeros_like(x_out, dtype=scale.dtype) if go is None else go
-    gradients = _residual_backward_op(x_out, y, gate, scale, gx_out, go, ctx.eps)
-    return (*gradients, *[None] * ctx.tangents, None)
-
-
-_modulate_op.register_autograd(_modulate_backward, setup_context=_save_modulate)
-_modulate_dual_op.register_autograd(_modulate_backward, setup_context=_save_modulate)
-_residual_op.register_autograd(_residual_backward, setup_context=_save_residual)
-_residual_dual_op.register_autograd(_residual_backward, setup_context=_save_residual)
-
-
-def _fused_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor]:
-    return (_modulate_op(x, shift, scale, eps),)
+RESIDUAL_ADALN = Op(
+    "residual_adaln",
+    forward=_residual_forward,
+    dual=_residual_dual,
+    backward=_residual_backward,
+    plain=_plain_residual,
+    shapes=lambda x, y, gate, shift, scale, eps: (x.new_empty(x.shape), scale.new_empty(x.shape)),
+    outputs=("x_out", "o"),
+    saved=("x_out", "y", "gate", "scale"),
+    like={"x": "x_out", "shift": "scale"},
+)

@@ -6,17 +6,16 @@ Tangent: with S' = a (Q' K^T + Q K'^T), O' = (P * S') V + P V' - rowsum(P * S') 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
-import torch.autograd.forward_ad as fwad
 import torch.nn.functional as F
 from torch import Tensor
 
-from mfengine.ops.backend import fused, transformed
-from mfengine.ops.choice import Implementation, choose
-from mfengine.ops.dual import A, Dual, accumulation_dtype, linear_map, primal_of, push_fused
+from mfengine.ops.choice import choose
+from mfengine.ops.dual import A, Dual, accumulation_dtype, linear_map, primal_of
+from mfengine.ops.op import Op
+from mfengine.torch_private import softmax_backward
 
 
 def attention(q: A, k: A, v: A, scale: float | None = None) -> A:
@@ -53,16 +52,10 @@ def attention(q: A, k: A, v: A, scale: float | None = None) -> A:
         >>> do.shape
         torch.Size([4, 2, 10, 16])
     """
-    if not isinstance(q, Dual) and not _in_forward_mode():
-        backward_follows = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-        name = choose("training" if backward_follows else "forward", q.device, q.dtype, q.shape[-1], q.shape[-2])
-        return IMPLEMENTATIONS[name](q, k, v, scale)
-    x = primal_of(q)
-    if fused(x):
-        instant, backward = _beside_duals(x, x.shape[-1], x.shape[-2])
-        dual = partial(_fused_dual, scale=scale, instant=instant, backward=backward)
-        return push_fused(partial(_fused, scale=scale), dual, q, k, v)[0]
-    return _plain(q, k, v, scale)
+    name = choose(q, k, v, dim=primal_of(q).shape[-1])
+    if name in _LIBRARIES:
+        return _LIBRARIES[name](q, k, v, scale)
+    return _call(ATTENTION, name, (q, k, v), (scale,))
 
 
 def attention_packed(qkv: A, num_heads: int) -> A:
@@ -87,23 +80,17 @@ def attention_packed(qkv: A, num_heads: int) -> A:
         >>> o.shape, do.shape
         (torch.Size([4, 10, 32]), torch.Size([1, 10, 32]))
     """
-    x, heads = primal_of(qkv), num_heads
-    dim, tokens = x.shape[-1] // (3 * heads), x.shape[-2]
-    if not isinstance(qkv, Dual) and not _in_forward_mode():
-        backward_follows = torch.is_grad_enabled() and qkv.requires_grad
-        name = choose("training" if backward_follows else "forward", x.device, x.dtype, dim, tokens)
-        if name == "triton":
-            return _fused_packed(qkv, heads)[0]
-        return _merge_heads(IMPLEMENTATIONS[name](*_split_heads(qkv, heads), None))
-    if fused(x):
-        instant, backward = _beside_duals(x, dim, tokens)
-        dual = partial(_fused_packed_dual, heads=heads, instant=instant, backward=backward)
-        return push_fused(partial(_fused_packed, heads=heads), dual, qkv)[0]
-    if isinstance(qkv, Dual):
-        q, k, v = map(Dual, _split_heads(qkv.primal, num_heads), _split_heads(qkv.tangent, num_heads))
-    else:
-        q, k, v = _split_heads(qkv, num_heads)
-    return linear_map(_merge_heads, _plain(q, k, v))
+    x = primal_of(qkv)
+    name = choose(qkv, dim=x.shape[-1] // (3 * num_heads))
+    if name in _LIBRARIES:
+        return _merge_heads(_LIBRARIES[name](*_split_heads(x, num_heads), None))
+    return _call(ATTENTION_PACKED, name, (qkv,), (num_heads,))
+
+
+def _call(op: Op, name: str, args: tuple[Any, ...], options: tuple[Any, ...]) -> Any:
+    if name == "auto":
+        return op(*args, options=options)[0]
+    return op.by_kernels(*args, options=options)[0] if name == "triton" else op.plain(*args, *options)[0]
 
 
 def _split_heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -113,37 +100,31 @@ def _split_heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
     return q, k, v
 
 
-def _merge_heads(o: Tensor) -> Tensor:
+def _merge_heads(o: Any) -> Any:
     return o.transpose(1, 2).flatten(2)  # (B, H, N, d) -> (B, N, H * d)
 
 
-def _in_forward_mode() -> bool:
-    """Or under transforms of `torch.func`: not every implementation works there."""
-    return fwad._current_level >= 0 or transformed()
-
-
-def _beside_duals(x: Tensor, dim: int, tokens: int) -> tuple[Implementation, Implementation]:
-    """Who does what the dual kernel leaves to others: leading rows, and the backward of all."""
-    return (
-        choose("instant", x.device, x.dtype, dim, tokens),
-        choose("backward", x.device, x.dtype, dim, tokens),
-    )
-
-
 # ----------------------------------------------------------------------------
-# Reference.
+# Plain.
 
 
-def _plain(q: A, k: A, v: A, scale: float | None = None) -> A:
+def _plain(q: A, k: A, v: A, scale: float | None) -> tuple[A]:
     scale = primal_of(q).shape[-1] ** -0.5 if scale is None else scale
     if not isinstance(q, Dual):
-        return _probabilities(q, k, scale).to(v.dtype) @ v
+        return (_probabilities(q, k, scale).to(v.dtype) @ v,)
     p = _probabilities(q.primal, k.primal, scale)
     o = p.to(v.primal.dtype) @ v.primal
     with torch.no_grad():
         duals = slice(len(p) - len(q.tangent), None)
         q, k, v = (Dual(x.primal[duals], x.tangent) for x in (q, k, v))
-        return Dual(o, _tangent(q, k, v, p[duals], scale))
+        return (Dual(o, _tangent(q, k, v, p[duals], scale)),)
+
+
+def _plain_packed(qkv: Any, heads: int) -> tuple[Any]:
+    if isinstance(qkv, Dual):
+        q, k, v = map(Dual, _split_heads(qkv.primal, heads), _split_heads(qkv.tangent, heads))
+        return (linear_map(_merge_heads, _plain(q, k, v, None)[0]),)
+    return (_merge_heads(_plain(*_split_heads(qkv, heads), None)[0]),)
 
 
 def _probabilities(q: Tensor, k: Tensor, scale: float) -> Tensor:
@@ -153,245 +134,125 @@ def _probabilities(q: Tensor, k: Tensor, scale: float) -> Tensor:
 def _tangent(q: Dual, k: Dual, v: Dual, p: Tensor, scale: float) -> Tensor:
     ds = (q.tangent * scale) @ k.primal.mT + (q.primal * scale) @ k.tangent.mT
     # The softmax's Jacobian is symmetric: PyTorch's backward, P * S' - rowsum(P * S') P, serves for the tangent.
-    dp = torch.ops.aten._softmax_backward_data(ds.to(p.dtype), p, -1, p.dtype)
+    dp = softmax_backward(ds.to(p.dtype), p, -1, p.dtype)
     return dp.to(v.primal.dtype) @ v.primal + p.to(v.primal.dtype) @ v.tangent
 
 
 # ----------------------------------------------------------------------------
-# By others. Here too a log-sum-exp (B, H, N) is float32 and of natural logarithms, which is what ours is.
+# By libraries.
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, scale=scale)
 
 
-def _sdpa_with_lse(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
-    """By PyTorch's flash attention, whatever `scaled_dot_product_attention` would pick."""
-    q, k, v = map(_dense_heads, (q, k, v))
-    if q.is_cuda:
-        o, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, scale=scale)
-    else:
-        o, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, scale=scale)
-    return o, lse
-
-
-def _sdpa_backward(
-    q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, go: Tensor, scale: float | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v, o, go = map(_dense_heads, (q, k, v, o, go))
-    if not q.is_cuda:
-        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-        return flash(go, q, k, v, o, lse, 0.0, False, scale=scale)
-    no_dropout = torch.empty(2, dtype=torch.uint64, device=q.device)  # the random state, which nothing reads
-    return torch.ops.aten._scaled_dot_product_flash_attention_backward(
-        go, q, k, v, o, lse, None, None, q.shape[2], k.shape[2], 0.0, False, no_dropout, no_dropout, scale=scale
-    )
-
-
-def _flash_attn(q: Tensor, k: Tensor, v: Tensor, scale: float | None, **options: Any) -> Any:
+def _flash_attn(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
     from flash_attn import flash_attn_func
 
-    q, k, v = (_dense_heads(x.transpose(1, 2)) for x in (q, k, v))  # (B, N, H, d)
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (x.transpose(1, 2) for x in (q, k, v)))
     deterministic = torch.are_deterministic_algorithms_enabled()
-    return flash_attn_func(q, k, v, softmax_scale=scale, deterministic=deterministic, **options)
+    return flash_attn_func(q, k, v, softmax_scale=scale, deterministic=deterministic).transpose(1, 2)  # of (B, N, H, d)
 
 
-def _flash_attn_with_lse(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
-    o, lse, _ = _flash_attn(q, k, v, scale, return_attn_probs=True)
-    return o.transpose(1, 2), lse
-
-
-def _dense_heads(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-IMPLEMENTATIONS: dict[Implementation, Callable[[Tensor, Tensor, Tensor, float | None], Tensor]] = {
-    "torch": _plain,
-    "triton": lambda *arguments: _fused(*arguments)[0],
-    "sdpa": _sdpa,
-    "flash-attn": lambda *arguments: _flash_attn(*arguments).transpose(1, 2),
-}
-WITH_LSE: dict[str, Callable[[Tensor, Tensor, Tensor, float | None], tuple[Tensor, Tensor]]] = {
-    "sdpa": _sdpa_with_lse,
-    "flash-attn": _flash_attn_with_lse,
-}
+_LIBRARIES: dict[str, Callable[..., Any]] = {"sdpa": _sdpa, "flash-attn": _flash_attn}
 
 
 # ----------------------------------------------------------------------------
-# Fused. Each operator is known to PyTorch by name, so that torch.compile and meta tensors see shapes only.
+# Fused. The log-sum-exp (B, H, N), float32, is what the backward reads beside the output.
 
 
-@torch.library.custom_op("mfengine::attention", mutates_args=())
-def _attention_op(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
+def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
     from mfengine.kernels import attention as kernel
 
     return kernel.forward(q, k, v, scale)
 
 
-@torch.library.custom_op("mfengine::attention_dual", mutates_args=())
-def _attention_dual_op(
-    q: Tensor, k: Tensor, v: Tensor, dq: Tensor, dk: Tensor, dv: Tensor,
-    scale: float | None, instant: str, backward: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return _forward_dual(q, k, v, dq, dk, dv, scale, instant)
-
-
-@torch.library.custom_op("mfengine::attention_backward", mutates_args=())
-def _attention_backward_op(
-    q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, go: Tensor, scale: float | None, backward: str
+def _dual(
+    q: Tensor, k: Tensor, v: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, scale: float | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     from mfengine.kernels import attention as kernel
 
-    if backward == "sdpa":
-        gq, gk, gv = (g.contiguous() for g in _sdpa_backward(q, k, v, o, lse, go, scale))
-        return gq, gk, gv
+    return kernel.forward_dual(q, k, v, dq, dk, dv, scale)
+
+
+def _backward(
+    q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, go: Tensor, scale: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    from mfengine.kernels import attention as kernel
+
     gq, gk, gv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     kernel.backward(q, k, v, o, lse, go, gq, gk, gv, scale)
     return gq, gk, gv
 
 
-@torch.library.custom_op("mfengine::attention_packed", mutates_args=())
-def _packed_op(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+def _shapes(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
+    batch, heads, tokens, dim = q.shape
+    return q.new_empty(batch, tokens, heads, dim).transpose(1, 2), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+def _flops(q: Any, k: Any, v: Any, scale: float | None) -> tuple[int, int, int]:
+    batch, heads, queries, dim = q
+    product = 2 * batch * heads * queries * k[2] * dim
+    return 2 * product, 4 * product, 7 * product  # the backward makes the scores twice
+
+
+ATTENTION = Op(
+    "attention",
+    forward=_forward,
+    dual=_dual,
+    backward=_backward,
+    plain=_plain,
+    shapes=_shapes,
+    flops=_flops,
+    outputs=("o",),
+    auxiliary=("lse",),
+    saved=("q", "k", "v", "o", "lse"),
+)
+
+
+def _packed_forward(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor]:
     from mfengine.kernels import attention as kernel
 
     o, lse = kernel.forward(*_split_heads(qkv, heads))
     return _merge_heads(o), lse
 
 
-@torch.library.custom_op("mfengine::attention_packed_dual", mutates_args=())
-def _packed_dual_op(
-    qkv: Tensor, dqkv: Tensor, heads: int, instant: str, backward: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    o, lse, do = _forward_dual(*_split_heads(qkv, heads), *_split_heads(dqkv, heads), None, instant)
+def _packed_dual(qkv: Tensor, dqkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    from mfengine.kernels import attention as kernel
+
+    o, lse, do = kernel.forward_dual(*_split_heads(qkv, heads), *_split_heads(dqkv, heads))
     return _merge_heads(o), lse, _merge_heads(do)
 
 
-@torch.library.custom_op("mfengine::attention_packed_backward", mutates_args=())
-def _packed_backward_op(qkv: Tensor, o: Tensor, lse: Tensor, go: Tensor, heads: int, backward: str) -> Tensor:
+def _packed_backward(qkv: Tensor, o: Tensor, lse: Tensor, go: Tensor, heads: int) -> tuple[Tensor]:
     from mfengine.kernels import attention as kernel
 
     o, go = (x.unflatten(2, (heads, -1)).transpose(1, 2) for x in (o, go))  # (B, H, N, d)
-    if backward == "sdpa":
-        gradients = _sdpa_backward(*_split_heads(qkv, heads), o, lse, go, None)
-        return torch.stack([g.transpose(1, 2) for g in gradients], 2).flatten(2)  # (B, N, 3 * H * d)
     gqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
     kernel.backward(*_split_heads(qkv, heads), o, lse, go, *_split_heads(gqkv, heads))
-    return gqkv
+    return (gqkv,)
 
 
-def _forward_dual(
-    q: Tensor, k: Tensor, v: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, scale: float | None, instant: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Output and log-sum-exp, and the output's tangent of trailing rows; leading rows by `instant`.
-
-    It computes all rows, and the dual kernel writes over its own: a quarter more of its work, where two halves of one
-    output would have to be copied together.
-    """
-    from mfengine.kernels import attention as kernel
-
-    outputs = None
-    if instant != "triton" and len(dq) < len(q):
-        o, lse = WITH_LSE[instant](q, k, v, scale)
-        outputs = o.transpose(1, 2).contiguous().transpose(1, 2), lse.contiguous()
-    return kernel.forward_dual(q, k, v, dq, dk, dv, scale, outputs)
-
-
-def _lse_like(q: Tensor) -> Tensor:
-    return q.new_empty(q.shape[:-1], dtype=torch.float32)
-
-
-def _stored_by_token(q: Tensor) -> Tensor:
-    return torch.empty_like(q.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
-
-
-@_attention_op.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
-    return _stored_by_token(q), _lse_like(q)
-
-
-@_attention_dual_op.register_fake
-def _(
-    q: Tensor, k: Tensor, v: Tensor, dq: Tensor, dk: Tensor, dv: Tensor,
-    scale: float | None, instant: str, backward: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return _stored_by_token(q), _lse_like(q), _stored_by_token(dq)
-
-
-@_attention_backward_op.register_fake
-def _(
-    q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, go: Tensor, scale: float | None, backward: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-
-
-@_packed_op.register_fake
-def _(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+def _packed_shapes(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor]:
     batch, tokens, width = qkv.shape
     return qkv.new_empty(batch, tokens, width // 3), qkv.new_empty(batch, heads, tokens, dtype=torch.float32)
 
 
-@_packed_dual_op.register_fake
-def _(qkv: Tensor, dqkv: Tensor, heads: int, instant: str, backward: str) -> tuple[Tensor, Tensor, Tensor]:
-    batch, tokens, width = qkv.shape
-    o, lse = qkv.new_empty(batch, tokens, width // 3), qkv.new_empty(batch, heads, tokens, dtype=torch.float32)
-    return o, lse, dqkv.new_empty(dqkv.shape[0], tokens, width // 3)
+def _packed_flops(qkv: Any, heads: int) -> tuple[int, int, int]:
+    batch, tokens, width = qkv
+    head = (batch, heads, tokens, width // (3 * heads))
+    return _flops(head, head, head, None)
 
 
-@_packed_backward_op.register_fake
-def _(qkv: Tensor, o: Tensor, lse: Tensor, go: Tensor, heads: int, backward: str) -> Tensor:
-    return qkv.new_empty(qkv.shape)
-
-
-# The backward is that of the primal, with or without a tangent beside it: tangents are not differentiated, and no
-# gradient is made up for them.
-
-
-def _save_attention(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    (q, k, v), ctx.number = inputs[:3], len(inputs)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, v, output[0], output[1])
-    ctx.scale, ctx.backward = (inputs[3], "triton") if len(inputs) == 4 else (inputs[6], inputs[8])
-
-
-def _attention_backward(ctx: Any, go: Tensor, *_: Any) -> tuple[Any, ...]:
-    gradients = _attention_backward_op(*ctx.saved_tensors, go, ctx.scale, ctx.backward)
-    return (*gradients, *[None] * (ctx.number - 3))
-
-
-def _save_packed(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    ctx.number = len(inputs)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(inputs[0], output[0], output[1])
-    ctx.heads, ctx.backward = (inputs[1], "triton") if len(inputs) == 2 else (inputs[2], inputs[4])
-
-
-def _packed_backward(ctx: Any, go: Tensor, *_: Any) -> tuple[Any, ...]:
-    gradient = _packed_backward_op(*ctx.saved_tensors, go, ctx.heads, ctx.backward)
-    return (gradient, *[None] * (ctx.number - 1))
-
-
-_attention_op.register_autograd(_attention_backward, setup_context=_save_attention)
-_attention_dual_op.register_autograd(_attention_backward, setup_context=_save_attention)
-_packed_op.register_autograd(_packed_backward, setup_context=_save_packed)
-_packed_dual_op.register_autograd(_packed_backward, setup_context=_save_packed)
-
-
-def _fused(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> tuple[Tensor]:
-    return (_attention_op(q, k, v, scale)[0],)
-
-
-def _fused_dual(
-    q: Tensor, k: Tensor, v: Tensor, dq: Tensor, dk: Tensor, dv: Tensor,
-    scale: float | None, instant: str, backward: str,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    o, _, do = _attention_dual_op(q, k, v, dq, dk, dv, scale, instant, backward)
-    return o, do
-
-
-def _fused_packed(qkv: Tensor, heads: int) -> tuple[Tensor]:
-    return (_packed_op(qkv, heads)[0],)
-
-
-def _fused_packed_dual(qkv: Tensor, dqkv: Tensor, heads: int, instant: str, backward: str) -> tuple[Tensor, Tensor]:
-    o, _, do = _packed_dual_op(qkv, dqkv, heads, instant, backward)
-    return o, do
+ATTENTION_PACKED = Op(
+    "attention_packed",
+    forward=_packed_forward,
+    dual=_packed_dual,
+    backward=_packed_backward,
+    plain=_plain_packed,
+    shapes=_packed_shapes,
+    flops=_packed_flops,
+    outputs=("o",),
+    auxiliary=("lse",),
+    saved=("qkv", "o", "lse"),
+)

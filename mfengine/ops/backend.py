@@ -11,7 +11,10 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from mfengine.torch_private import transformed
+
 Backend = Literal["auto", "triton", "torch"]
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # of the kernels
 _backend: Backend = "auto"
 
 
@@ -37,8 +40,8 @@ def chosen() -> Backend:
     return _backend
 
 
-def fused(x: Tensor) -> bool:
-    """Whether an op on x runs fused kernels.
+def fused(*tensors: Tensor) -> bool:
+    """Whether an op on these arguments runs fused kernels.
 
     "auto" leaves to plain PyTorch what they do not take: float64, and transforms of `torch.func` other than one jvp.
 
@@ -46,7 +49,7 @@ def fused(x: Tensor) -> bool:
         ValueError: "triton" under such a transform.
     """
     if _backend == "auto":
-        kernels_take = x.is_cuda and x.dtype in (torch.float16, torch.bfloat16, torch.float32)
+        kernels_take = all(x.is_cuda and x.dtype in _DTYPES for x in tensors)
         return kernels_take and _has_triton() and not transformed()
     if _backend == "triton" and transformed():
         raise ValueError(
@@ -54,17 +57,6 @@ def fused(x: Tensor) -> bool:
             'use_backend("auto") takes plain PyTorch there'
         )
     return _backend == "triton"
-
-
-def transformed() -> bool:
-    """Whether transforms of `torch.func` other than a single jvp are active."""
-    stack = torch._C._functorch.get_interpreter_stack() or []
-    return len(stack) > 1 or any(level.key() != torch._C._functorch.TransformType.Jvp for level in stack)
-
-
-# What torch.compiler.assume_constant_result does, without its import of the compiler, which takes a second: the
-# compiler guards on the transforms that are active.
-transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @cache

@@ -7,19 +7,19 @@ tangent rule runs without a graph and saves nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-import torch.autograd.forward_ad as fwad
 from torch import Tensor
 
 
 class Dual(NamedTuple):
     """A primal of B rows with the tangent of its last K <= B rows.
 
-    Ops take duals where they take tensors, all arguments or none, with one K, and return duals: the output, with
-    autograd's graph, and its tangent, without.
+    Ops take duals where they take tensors, all with one K, and return a dual if any argument is one: the output, with
+    autograd's graph, and its tangent, a constant without. An argument that is a tensor has no tangent. Parameters, such
+    as a bias, have no rows: the tangent of theirs is whole.
 
     Example:
         >>> import torch
@@ -38,51 +38,43 @@ A = TypeVar("A", Tensor, Dual)
 """What an op takes and returns: tensors give a tensor, duals give a dual."""
 
 
-def push(primal_rule: Callable[..., Tensor], tangent_rule: Callable[..., Tensor], *args: Any) -> Any:
-    """Apply an op to tensors, or to duals, with plain PyTorch.
+def push(
+    primal_rule: Callable[..., Tensor], tangent_rule: Callable[..., Tensor], *args: Any, parameters: int = 0
+) -> Any:
+    """Apply an op to tensors, or to tensors and duals, with plain PyTorch.
 
     Args:
         primal_rule: (*primals) -> output.
-        tangent_rule: (*primals, *tangents) -> output tangent, called on the trailing rows alone.
-        *args: all `Tensor` or all `Dual`.
+        tangent_rule: (*primals, *tangents) -> output tangent, called on the trailing rows alone. Tangents are as
+            `complete` makes them.
+        *args: `Tensor` or `Dual`.
+        parameters: how many of the last arguments are parameters.
     """
-    if not isinstance(args[0], Dual):
+    if not any(isinstance(a, Dual) for a in args):
         return primal_rule(*args)
-    output = primal_rule(*(a.primal for a in args))
+    primals = [primal_of(a) for a in args]
+    output = primal_rule(*primals)
     with torch.no_grad():
-        rows = [a.primal.detach()[a.primal.shape[0] - a.tangent.shape[0] :] for a in args]
-        return Dual(output, tangent_rule(*rows, *(a.tangent for a in args)))
+        tangents = complete(primals, [a.tangent if isinstance(a, Dual) else None for a in args], parameters)
+        rows = len(primals) - parameters
+        duals = len(tangents[0])
+        last = [x if len(x) == duals else x[len(x) - duals :] for x in primals[:rows]]
+        return Dual(output, tangent_rule(*last, *primals[rows:], *tangents))
 
 
-def push_fused(
-    primal: Callable[..., tuple[Tensor, ...]], dual: Callable[..., tuple[Tensor, ...]], *args: Any
-) -> tuple[Any, ...]:
-    """Apply an op to tensors, or to duals, with kernels that compute output and tangent in one pass.
+def complete(primals: Sequence[Tensor], tangents: Sequence[Tensor | None], parameters: int = 0) -> list[Any]:
+    """Tangents of one number of rows, zero for arguments that had none; None stays for parameters, the last arguments.
 
-    Under `torch.func.jvp` and `torch.autograd.forward_ad` plain tensors may be duals of PyTorch's own: they are
-    taken apart, go through the dual kernel, and are put together again.
-
-    Args:
-        primal: (*primals) -> outputs.
-        dual: (*primals, *tangents) -> (*outputs, *output tangents).
-        *args: all `Tensor` or all `Dual`.
-
-    Returns:
-        The outputs, each a `Tensor` or a `Dual` as the arguments are.
+    Raises:
+        ValueError: tangents of different numbers of rows.
     """
-    if isinstance(args[0], Dual):
-        outputs = dual(*(a.primal for a in args), *(a.tangent.detach() for a in args))
-        half = len(outputs) // 2
-        return tuple(Dual(o, do.detach()) for o, do in zip(outputs[:half], outputs[half:], strict=True))
-    if fwad._current_level < 0:
-        return primal(*args)
-    pairs = [fwad.unpack_dual(a) for a in args]
-    if all(pair.tangent is None for pair in pairs):
-        return primal(*args)
-    tangents = [torch.zeros_like(p.primal) if p.tangent is None else p.tangent.contiguous() for p in pairs]
-    outputs = dual(*(p.primal for p in pairs), *tangents)
-    half = len(outputs) // 2
-    return tuple(fwad.make_dual(o, do.detach()) for o, do in zip(outputs[:half], outputs[half:], strict=True))
+    rows = len(primals) - parameters
+    counts = {t.shape[0] for t in tangents[:rows] if t is not None} or {primals[0].shape[0]}
+    if len(counts) > 1:
+        raise ValueError(f"tangents must be of one number of rows, not of {' and '.join(map(str, sorted(counts)))}")
+    (duals,) = counts
+    pairs = zip(primals[:rows], tangents[:rows], strict=True)
+    return [*(x.new_zeros(duals, *x.shape[1:]) if t is None else t for x, t in pairs), *tangents[rows:]]
 
 
 def linear_map(f: Callable[[Tensor], Tensor], x: A) -> A:
@@ -95,15 +87,10 @@ def linear_map(f: Callable[[Tensor], Tensor], x: A) -> A:
 
 
 def add(x: A, y: A) -> A:
-    """x + y."""
+    """x + y: y in the shape of x, or a tensor that broadcasts to it."""
+    if isinstance(x, Dual) and not isinstance(y, Dual):
+        return Dual(x.primal + y, x.tangent)
     return push(torch.add, lambda x, y, dx, dy: dx + dy, x, y)
-
-
-def add_constant(x: A, constant: Tensor) -> A:
-    """x + constant, whose tangent is that of x."""
-    if isinstance(x, Dual):
-        return Dual(x.primal + constant, x.tangent)
-    return x + constant
 
 
 def chunk(x: A, chunks: int) -> tuple[A, ...]:

@@ -3,28 +3,43 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mfengine.ops.dual import A, primal_of, push
+from mfengine.ops.dual import A, Dual, linear_map, primal_of, push
 
 
-def linear(x: A, weight: Tensor, bias: Tensor | None = None) -> A:
-    """x W^T + b, computed in the dtype of x; the tangent is the same product without the bias.
+def linear(x: A, weight: Any, bias: Any = None) -> A:
+    """x W^T + b, computed in the dtype of x; the tangent is dx W^T + x dW^T + db.
 
     Args:
-        x: (..., in) float.
-        weight: (out, in), bias: (out,) or None; cast to the dtype of x.
+        x: (B, ..., in) float; or a dual, with a tangent (K, ..., in) of its last K rows.
+        weight: (out, in), bias: (out,) or None; cast to the dtype of x. Or duals, with tangents of the same shapes.
 
     Returns:
-        (..., out) in the dtype of x.
+        (B, ..., out) in the dtype of x; of duals the same with a tangent (K, ..., out).
     """
     dtype = primal_of(x).dtype
-    weight = weight.to(dtype)
-    bias = None if bias is None else bias.to(dtype)
-    return push(lambda x: F.linear(x, weight, bias), lambda x, dx: F.linear(dx, weight), x)
+    weight, bias = (p if p is None else linear_map(lambda p: p.to(dtype), p) for p in (weight, bias))
+    if not isinstance(weight, Dual) and not isinstance(bias, Dual):  # the usual case, and the cheapest
+        output = F.linear(primal_of(x), weight, bias)
+        if not isinstance(x, Dual):
+            return output
+        with torch.no_grad():
+            return Dual(output, F.linear(x.tangent, weight))
+    product = push(F.linear, _product_tangent, x, weight, parameters=1)
+    return product if bias is None else push(torch.add, _sum_tangent, product, bias, parameters=1)
+
+
+def _product_tangent(x: Tensor, weight: Tensor, dx: Tensor, dweight: Tensor | None) -> Tensor:
+    return F.linear(dx, weight) if dweight is None else F.linear(dx, weight) + F.linear(x, dweight)
+
+
+def _sum_tangent(x: Tensor, bias: Tensor, dx: Tensor, dbias: Tensor | None) -> Tensor:
+    return dx if dbias is None else dx + dbias
 
 
 def sinusoid(t: A, dim: int, max_period: float = 10_000.0) -> A:

@@ -6,8 +6,9 @@
 #   sbatch --time=08:00:00 scripts/slurm/run.sh mfengine.prepare import /shared/latents /shared/imagenet256 --num-classes 1000
 #
 # Training and preparing are told to stop 5 minutes before the time limit, keep what they have, go back to the queue and
-# continue there. So does a job whose node fails. Training that crashes starts again from its newest checkpoint, three
-# times at most; wrong input is found by a dry run before. docs/cluster.md says why each line is as it is.
+# continue there. So do they when anybody else sends SIGTERM, and when a node fails. Training that crashes starts again
+# from its newest checkpoint, three times at most; wrong input is found by a dry run before. docs/cluster.md says why each
+# line is as it is.
 #
 #SBATCH --job-name=mfengine
 #SBATCH --nodes=1
@@ -39,18 +40,29 @@ mfengine.prepare)
     ;;
 esac
 
-stopped=
-# scancel reaches torchrun on every node, which hands the signal on; not this shell.
-trap 'stopped=yes; scancel --signal=TERM "$SLURM_JOB_ID"' USR1
+# It reaches torchrun on every node, which hands it on; not this shell.
+trap 'scancel --signal=TERM "$SLURM_JOB_ID"' USR1
 
 # Since Slurm 22.05 srun does not take this from sbatch.
 [ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"
+# torchrun kills its processes 30 seconds after SIGTERM otherwise.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=240
 
+# torchrun, but for its exit code after a signal, which would be 1.
+torchrun='
+import sys
+from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed.run import main
+try:
+    main()
+except SignalException as stopped:
+    sys.exit(128 + stopped.sigval)
+'
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-srun --kill-on-bad-exit=0 --wait=300 torchrun \
+srun --kill-on-bad-exit=0 --wait=300 python -c "$torchrun" \
     --nnodes="$SLURM_NNODES" --nproc-per-node="$SLURM_GPUS_ON_NODE" \
     --rdzv-backend=c10d --rdzv-endpoint="$head:$((20000 + SLURM_JOB_ID % 20000))" --rdzv-id="$SLURM_JOB_ID" \
-    --max-restarts="$restarts" --shutdown-timeout=240 -m "$@" &
+    --max-restarts="$restarts" -m "$@" &
 pid=$!
 
 # A signal ends `wait` early: wait again until the command itself has ended.
@@ -60,7 +72,7 @@ while true; do
     kill -0 "$pid" 2>/dev/null || break
 done
 
-if [ -n "$stopped" ] && [ -n "$resumable" ] && [ "$code" -ne 0 ]; then
+if [ -n "$resumable" ] && [ "$code" -eq $((128 + 15)) ]; then # SIGTERM
     scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$code"

@@ -1,9 +1,9 @@
-"""Data sets of precomputed latents: their description, and the DALI pipeline that feeds a rank.
+"""The format of data sets of precomputed latents.
 
 A data set is a folder of WebDataset tar shards, each with a DALI index (`.idx`), and `dataset.json`. A sample has
 two raw components: `moments`, float16 (flips, 2, C, H, W), the mean and the standard deviation of the VAE's
 posterior for the image and, where flips is 2, for its mirror image; and `label`, one int32. Samples are shuffled
-when they are written (`data/writer.py`), so a reader's shuffle buffer need not hold the whole set.
+when they are written (`writer.py`), so a reader's shuffle buffer need not hold the whole set.
 """
 
 from __future__ import annotations
@@ -11,25 +11,19 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from mfengine.configs import from_json
-from mfengine.device import device_generator
 from mfengine.errors import InputError, RankError
-from mfengine.networks import NetworkConfig
 
 DESCRIPTION = "dataset.json"
 BROKEN = "broken.jsonl"  # samples that could not be read: a name and a reason each
-SHUFFLE_BUFFER = 4096  # samples a reader holds to draw from: 134 MB of 4 x 32 x 32 latents with both flips
 INDEX_VERSION = "v1.2"  # of DALI's WebDataset index
 
 
@@ -136,134 +130,12 @@ class Dataset:
                 f"needs {self.sizes}"
             )
 
-    def check_model(self, model: NetworkConfig) -> None:
-        """InputError unless `model` fits these latents and labels."""
-        if model.latent_shape != self.space.shape:
-            raise InputError(f"{self.folder} holds latents of {self.space.shape}; the model takes {model.latent_shape}")
-        if self.space.num_classes != model.num_classes:
-            raise InputError(
-                f"{self.folder} has {self.space.num_classes} classes; model.num_classes is {model.num_classes}"
-            )
-
-
-# ----------------------------------------------------------------------------
-# Reading.
-
-
-class Loader:
-    """Endless batches of latents and labels from one part of the data.
-
-    The data is dealt in `num_parts` equal parts, one per rank and accumulation pass. Within an epoch each sample is
-    drawn once; parts change hands after each epoch, and batches run over its end. A flip is chosen anew each time.
-
-    Args:
-        dataset: where to read.
-        batch: rows per batch.
-        part, num_parts: which part of the data to read.
-        seed: of shuffling and flips.
-        device: where the latents are made.
-        position: what `position` returned, to continue from there.
-    """
-
-    def __init__(
-        self,
-        dataset: Dataset,
-        batch: int,
-        part: int,
-        num_parts: int,
-        seed: int,
-        device: torch.device,
-        position: bytes | None = None,
-    ) -> None:
-        if dataset.count < num_parts:
-            raise InputError(f"{dataset.folder} has {dataset.count} samples, too few for {num_parts} parts")
-        from nvidia.dali.plugin.pytorch import DALIGenericIterator  # importing mfengine does not need DALI
-
-        self._dataset = dataset
-        pipeline = _pipeline(dataset, batch, part, num_parts, seed, device, position)
-        with self._readable():
-            self._batches = DALIGenericIterator([pipeline], ["moments", "labels"])
-
-    def draw(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """The next batch, with latents drawn from their posteriors.
-
-        DALI hands over float16 moments and PyTorch draws: on two cores that is ten times as fast as DALI's own
-        random numbers, and nothing of it need be saved to repeat it.
-
-        Args:
-            generator: a host generator; the noise on the device is seeded from it.
-
-        Returns:
-            Latents (B, C, H, W) float32 on the device, labels (B,) int64 on the host.
-        """
-        moments, labels = next(self)
-        mean, std = moments.unbind(1)  # (B, C, H, W) float16 each
-        device, space = moments.device, self._dataset.space
-        latents = torch.randn(mean.shape, generator=device_generator(generator, device), device=device)
-        latents.mul_(std).add_(mean).sub_(space.bias).mul_(space.scale)
-        return latents, labels
-
-    def __next__(self) -> tuple[Tensor, Tensor]:
-        """The next batch: moments (B, 2, C, H, W) float16 on the device, labels (B,) int64 on the host."""
-        with self._readable():
-            batch = next(self._batches)[0]
-        y = batch["labels"].flatten().long()
-        classes = self._dataset.space.num_classes
-        if int(y.min()) < 0 or int(y.max()) >= classes:
-            raise RankError(
-                f"{self._dataset.folder} has a label outside of 0 to {classes - 1}, the classes of {DESCRIPTION}"
-            )
-        return batch["moments"], y
-
-    def position(self) -> bytes:
-        """The state of reader and random numbers after the last batch."""
-        return self._batches.checkpoints()[0]
-
-    @contextmanager
-    def _readable(self) -> Iterator[None]:
-        """Turn DALI's report of unreadable data into the one line of it that says why."""
-        try:
-            yield
-        except RuntimeError as error:
-            reason = str(error).rpartition("encountered:")[2].strip().splitlines()[0]
-            reason = re.sub("^Assert on .* failed: ", "", reason)
-            raise RankError(f"cannot read {self._dataset.folder}: {reason}") from None
-
-
-def _pipeline(
-    dataset: Dataset, batch: int, part: int, num_parts: int, seed: int, device: torch.device, position: bytes | None
-) -> Any:
-    from nvidia.dali import fn, pipeline_def, types
-
-    gpu = device.type == "cuda"
-    paths = [dataset.folder / shard.file for shard in dataset.shards]
-
-    @pipeline_def(
-        batch_size=batch,
-        num_threads=2,
-        device_id=device.index if gpu else None,  # type: ignore[arg-type]
-        seed=seed,
-        enable_checkpointing=True,
-        checkpoint=position,
-    )
-    def pipeline() -> tuple[Any, Any]:
-        moments, label = fn.readers.webdataset(  # type: ignore[misc]
-            paths=[str(path) for path in paths],
-            index_paths=[str(path.with_suffix(".idx")) for path in paths],
-            ext=["moments", "label"],
-            dtypes=[types.DALIDataType.FLOAT16, types.DALIDataType.INT32],
-            missing_component_behavior="error",
-            shard_id=part,
-            num_shards=num_parts,
-            random_shuffle=True,
-            initial_fill=min(SHUFFLE_BUFFER, dataset.count),
-        )
-        moments = fn.reshape(moments, shape=[dataset.flips, 2, *dataset.space.shape])
-        flip = fn.random.coin_flip() if dataset.flips > 1 else 0
-        moments = moments[flip]  # (2, C, H, W)
-        return moments.gpu() if gpu else moments, label
-
-    return pipeline()
+    def check_model(self, latent_shape: tuple[int, int, int], num_classes: int) -> None:
+        """InputError unless a model of latents (C, H, W) and so many classes fits."""
+        if latent_shape != self.space.shape:
+            raise InputError(f"{self.folder} holds latents of {self.space.shape}; the model takes {latent_shape}")
+        if num_classes != self.space.num_classes:
+            raise InputError(f"{self.folder} has {self.space.num_classes} classes; model.num_classes is {num_classes}")
 
 
 def read_means(dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:

@@ -1,0 +1,54 @@
+"""Folders of `.pt` files, as the paper's JAX code writes them."""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mfengine.data.importers.base import Importer, SampleError, first_line, float_array
+from mfengine.errors import InputError
+
+
+class PTImporter(Importer):
+    """One file per sample, without mirror images: a dict with a tensor `image` and `label`."""
+
+    format = "pt"
+
+    def __init__(self, path: Path) -> None:
+        self._files = sorted(path.glob("*.pt"))
+        if not self._files:
+            inner = min(path.glob("*/*.pt")).parent
+            raise InputError(f"{path} has no .pt files but in folders: give {inner}")
+        self.count = len(self._files)
+        sizes = "\n".join(f"{file.name} {file.stat().st_size}" for file in self._files)
+        self.fingerprint = hashlib.sha256(sizes.encode()).hexdigest()
+
+    @staticmethod
+    def recognises(path: Path) -> bool:
+        return any(path.glob("*.pt")) or any(path.glob("*/*.pt"))
+
+    def name_of(self, index: int) -> str:
+        return str(self._files[index])
+
+    def load(self, index: int) -> tuple[list[np.ndarray], Any]:
+        try:
+            record = torch.load(self._files[index], map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            refused = re.search(r"GLOBAL (\S+)", str(error))
+            if refused:
+                raise InputError(
+                    f"{self._files[index]} would run {refused[1]}, if it were unpickled: refused. Only tensors, "
+                    "numbers and text are read; do not open this file with torch.load(weights_only=False)"
+                ) from None
+            raise SampleError(first_line(error)) from None
+        except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
+            raise SampleError(first_line(error)) from None
+        if not isinstance(record, dict) or not isinstance(record.get("image"), torch.Tensor):
+            raise SampleError("it is not a dict with a tensor image")
+        return [float_array(record["image"].detach().float().numpy(), "image")], record.get("label")

@@ -1,0 +1,115 @@
+"""When and how checkpoints are written; `test_resume.py` says what is read from them."""
+
+import threading
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from conftest import SMALL, checkpoint_contents, run_in_process
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+
+from mfengine.engine import checkpoint, trainer
+from mfengine.engine.checkpoint import Checkpointer
+from mfengine.errors import TrainingError
+from mfengine.ranks import World
+
+
+def run(name, *args, digits, cwd, monkeypatch, capsys):
+    command = ("mfengine.train", *SMALL, f"--data={digits}", f"--name={name}", "--keep=9", *args)
+    code, _, err = run_in_process(*command, cwd=cwd, monkeypatch=monkeypatch, capsys=capsys)
+    assert code == 0, err
+    return cwd / "runs" / name / "checkpoints"
+
+
+def assert_same(actual, expected):
+    actual, expected = checkpoint_contents(actual), checkpoint_contents(expected)
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(actual[name], value) if isinstance(value, torch.Tensor) else actual[name] == value, name
+
+
+def test_checkpoints_in_the_background_equal_those_that_training_waits_for(digits, tmp_path, monkeypatch, capsys):
+    where = {"digits": digits, "cwd": tmp_path, "monkeypatch": monkeypatch, "capsys": capsys}
+    args = ("--steps=6", "--checkpoint-every=1")
+    waiting = run("waiting", *args, **where)
+    trained = threading.Event()
+    step, save = trainer.Trainer._train_step, dcp.save
+
+    def step_and_tell(self, caught):
+        result = step(self, caught)
+        trained.set()
+        return result
+
+    def save_after_a_step(*args, **kwargs):
+        trained.clear()
+        trained.wait(timeout=5)  # the weights change before they are written; not after the last step
+        return save(*args, **kwargs)
+
+    monkeypatch.setattr(trainer.Trainer, "_train_step", step_and_tell)
+    monkeypatch.setattr(dcp, "save", save_after_a_step)
+    monkeypatch.setattr(trainer, "Checkpointer", lambda *args, asynchronous: Checkpointer(*args, asynchronous=True))
+    background = run("background", *args, **where)
+    names = [path.name for path in sorted(waiting.iterdir())]
+    assert names == [path.name for path in sorted(background.iterdir())] == [f"step-{i:08d}" for i in range(1, 7)]
+    for name in (names[0], names[3], names[5]):
+        assert_same(background / name, waiting / name)
+
+
+def test_the_writer_works_on_its_ranks_gpu_from_pinned_memory_that_is_allocated_once(tmp_path, monkeypatch):
+    devices, options, written = [], [], []
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: devices.append((device, threading.get_ident())))
+    monkeypatch.setattr(dcp, "save", lambda state, **_: written.append((state["x"].data_ptr(), threading.get_ident())))
+
+    def stager(config):
+        options.append(config)
+        return DefaultStager(StagingOptions(False, False, False, False))
+
+    monkeypatch.setattr(checkpoint, "DefaultStager", stager)
+    device, x = torch.device("cuda", 3), torch.ones(5)
+    checkpointer = Checkpointer(tmp_path, World(0, 1, device), keep=2, asynchronous=True)
+    for step in (1, 2):
+        checkpointer.save(step, {"x": x}, {})
+        checkpointer.wait()
+    assert (options[0].use_pinned_memory, options[0].use_non_blocking_copy) == (True, True)
+    ((where, thread),) = devices
+    assert where == device
+    assert {writer for _, writer in written} == {thread}
+    assert thread != threading.get_ident()
+    assert len({address for address, _ in written} - {x.data_ptr()}) == 1
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_checkpoint_that_cannot_be_written_is_one_line(asynchronous, tmp_path):
+    checkpointer = Checkpointer(tmp_path, World(0, 1, torch.device("cpu")), keep=2, asynchronous=asynchronous)
+    state = {"x": torch.ones(5)}
+    checkpointer.save(1, state, {})
+    checkpointer.wait()
+    (tmp_path / "checkpoints/.partial-step-00000002").mkdir()
+    (tmp_path / "checkpoints/.partial-step-00000002/__0_0.distcp").mkdir()  # where DCP writes a file
+
+    def save_and_wait():
+        checkpointer.save(2, state, {})
+        checkpointer.wait()
+
+    with pytest.raises(TrainingError, match=r"cannot write .*step-00000002: .*; last whole .*step-00000001$") as error:
+        save_and_wait()
+    assert "\n" not in str(error.value)
+
+
+def test_checkpoint_minutes(digits, tmp_path, monkeypatch, capsys):
+    """After so many minutes by rank 0's clock, counted from the last checkpoint; the weights stay what they are."""
+    where = {"digits": digits, "cwd": tmp_path, "monkeypatch": monkeypatch, "capsys": capsys}
+    expected = run("steps", "--steps=10", "--checkpoint-every=4", **where)
+    now = 0
+
+    class Clock:
+        @staticmethod
+        def monotonic():  # read once in each step, and once in each checkpoint
+            nonlocal now
+            now += 20
+            return now
+
+    monkeypatch.setattr(trainer, "time", Clock)
+    timed = run("timed", "--steps=10", "--checkpoint-every=4", "--checkpoint-minutes=1", **where)
+    assert [path.name[-2:] for path in sorted(timed.iterdir())] == ["03", "04", "07", "08", "10"]
+    assert_same(timed.parent, expected.parent)
