@@ -26,7 +26,7 @@ from mfengine.engine.flops import META, meta_network, step_flops
 from mfengine.engine.optim import adamw_ema
 from mfengine.methods import OBJECTIVES, ObjectiveConfig
 from mfengine.networks import Network, NetworkConfig, ShardUnit
-from mfengine.ops import use_backend
+from mfengine.ops import use_attention, use_backend
 from mfengine.ranks import World
 
 NORM = 8  # bytes of the gradients' squared norm, as the optimizer sums it over shards
@@ -272,7 +272,7 @@ def meta_pass(
     draws = objective.draw(shape, torch.Generator().manual_seed(0), META)
     latents, labels = torch.empty(shape, device=META), torch.empty(batch, dtype=torch.int64, device=META)
     apart = [x for p in network.parameters() for x in (p, p.grad) if x is not None]
-    with use_backend("triton" if fused else "torch"), LiveBytes(apart) as live:
+    with use_backend("triton" if fused else "torch"), use_attention("auto"), LiveBytes(apart) as live:
         loss, metrics = objective.loss(network, latents, labels, draws)
         loss.backward()
         del loss, metrics

@@ -51,7 +51,7 @@ class Objective:
         Args:
             shape: (B, C, H, W).
             generator: a host generator.
-            device: of the latents.
+            device: of the latents; of the meta device where the engine counts.
         """
         raise NotImplementedError
 
