@@ -41,7 +41,7 @@ class Labelled:
 
     def __init__(self, model: Any) -> None:
         self._model = model
-        self.num_classes = model.num_classes
+        self.num_classes, self.takes_tangents = model.num_classes, model.takes_tangents
 
     def __call__(self, z: Tensor, t: Tensor, h: Tensor, y: Tensor, tangents: Any = None) -> Any:
         with record_function("forward" if torch.is_grad_enabled() else "guidance"):
