@@ -174,16 +174,6 @@ def test_adaln(batch, tokens, width, rows, dtype):
     check(ops.adaln_modulate, [primals[i] for i in first], [tangents[i] for i in first], weights[1:])
 
 
-def test_adaln_of_columns():
-    """A residual stream of (B, D, N) in memory, as a convolution that embeds patches leaves it."""
-    primals, tangents = ([randn(j, 2, 24, 9).mT, *(randn(j + i, 24, 2).mT for i in (1, 2, 3))] for j in (0, 50))
-    stream, *rows = primals
-    dstream, *drows = tangents
-    weights = [randn(i, 2, 9, 24) for i in (30, 31)]
-    check(ops.gated_residual_adaln, [stream, stream, *rows], [dstream, dstream, *drows], weights)
-    check(ops.adaln_modulate, [stream, *rows[:2]], [dstream, *drows[:2]], weights[1:])
-
-
 def test_sums_over_tokens_do_not_vary():
     x, go = randn(0, 2, 100, 64), randn(1, 2, 100, 64)
     scale = randn(2, 2, 64)
@@ -209,94 +199,6 @@ def test_gelu_gradient_of_the_bias():
     out = torch.nn.functional.gelu(leaves[0] + leaves[1], approximate="tanh")
     for actual, expected in zip((gx, gbias), torch.autograd.grad(out, leaves, go.double()), strict=True):
         assert relative_error(actual.cpu(), expected.cpu()) < 1e-5
-
-
-# ----------------------------------------------------------------------------
-# PyTorch's own forward mode, and torch.compile.
-
-CASES = {
-    "attention": (ops.attention, [(2, 2, 9, 24)] * 3),
-    "attention_packed": (lambda x: ops.attention_packed(x, 2), [(2, 9, 3 * 48)]),
-    "adaln_modulate": (ops.adaln_modulate, [(2, 9, 40), (2, 40), (2, 40)]),
-    "gated_residual_adaln": (ops.gated_residual_adaln, [(2, 9, 40), (2, 9, 40), (2, 40), (2, 40), (2, 40)]),
-    "gelu": (lambda x: ops.gelu(x, torch.linspace(-1, 1, 40, device=DEVICE)), [(2, 9, 40)]),
-}
-
-
-def assert_all_close(actual, expected):
-    actual, expected = (torch.utils._pytree.tree_leaves(x) for x in (actual, expected))
-    for a, e in zip(actual, expected, strict=True):
-        torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-5)
-
-
-@pytest.fixture(params=CASES)
-def case(request):
-    op, shapes = CASES[request.param]
-    return op, *([randn(i + shift, *s) for i, s in enumerate(shapes)] for shift in (0, 50))
-
-
-def test_func_jvp(case):
-    op, primals, tangents = case
-    expected = torch.func.jvp(op, tuple(primals), tuple(tangents))
-    with ops.use_backend("triton"):
-        assert_all_close(torch.func.jvp(op, tuple(primals), tuple(tangents)), expected)
-
-
-def test_backward_after_jvp(case):
-    op, primals, tangents = case
-
-    def gradients():
-        leaves = [p.detach().requires_grad_() for p in primals]
-        outputs, _ = torch.func.jvp(op, tuple(leaves), tuple(tangents))
-        total = sum(o.square().sum() for o in torch.utils._pytree.tree_leaves(outputs))
-        return torch.autograd.grad(total, leaves)
-
-    expected = gradients()
-    with ops.use_backend("triton"):
-        assert_all_close(gradients(), expected)
-
-
-def test_forward_ad_with_a_tangent_for_one_argument(case):
-    op, primals, tangents = case
-    zeros = [torch.zeros_like(t) for t in tangents[1:]]
-    _, expected = torch.func.jvp(op, tuple(primals), (tangents[0], *zeros))
-    fwad = torch.autograd.forward_ad
-    with ops.use_backend("triton"), fwad.dual_level():
-        outputs = op(fwad.make_dual(primals[0], tangents[0]), *primals[1:])
-        actual = [fwad.unpack_dual(o).tangent for o in torch.utils._pytree.tree_leaves(outputs)]
-    assert_all_close(actual, torch.utils._pytree.tree_leaves(expected))
-
-
-@pytest.mark.parametrize("transform", ["dual", "func.jvp"])
-def test_compiled(case, transform):
-    """The whole graph, tangent included; and the gradient through it."""
-    op, primals, tangents = case
-
-    def f(primals, tangents):
-        if transform == "dual":
-            return op(*(Dual(p, t) for p, t in zip(primals, tangents, strict=True)))
-        output, tangent = torch.func.jvp(op, tuple(primals), tuple(tangents))
-        return output, torch.utils._pytree.tree_map(torch.Tensor.detach, tangent)
-
-    torch._dynamo.reset()
-    with ops.use_backend("triton"):
-        expected = f(primals, tangents)
-        leaves = [p.detach().requires_grad_() for p in primals]
-        actual = torch.compile(f, fullgraph=True, backend="aot_eager")(leaves, tangents)
-        assert_all_close([x.detach() for x in torch.utils._pytree.tree_leaves(actual)], expected)
-        if transform == "dual":
-            outputs = (actual,) if isinstance(actual, Dual) else actual
-            gradients = torch.autograd.grad(sum(o.primal.square().sum() for o in outputs), leaves)
-            plain = f(leaves, tangents)
-            plain = (plain,) if isinstance(plain, Dual) else plain
-            assert_all_close(gradients, torch.autograd.grad(sum(o.primal.square().sum() for o in plain), leaves))
-
-
-def test_meta_tensors(case):
-    op, primals, _ = case
-    with ops.use_backend("triton"):
-        shapes = [o.shape for o in torch.utils._pytree.tree_leaves(op(*(p.to("meta") for p in primals)))]
-    assert shapes == [o.shape for o in torch.utils._pytree.tree_leaves(op(*primals))]
 
 
 # ----------------------------------------------------------------------------
