@@ -90,9 +90,7 @@ def images(args: ImagesArgs) -> None:
         source = here.on_main(lambda: open_source(args.src, args.one_class))
         torch.backends.cudnn.allow_tf32 = False  # PyTorch lets convolutions round float32 to 10 bits of mantissa
         vae = VAE(args.vae, here.device, args.precision)
-        samples = EncodedImages(
-            args.out.absolute().name, source, vae, args.size, args.batch_size, here.device, args.num_classes
-        )
+        samples = EncodedImages(args.out.absolute().name, source, vae, args.size, args.batch_size, args.num_classes)
         if here.main:
             classes = samples.space.num_classes
             print(f"{args.src}, {source.kind}: {len(samples)} images in {classes} class(es)", file=sys.stderr)

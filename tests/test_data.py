@@ -97,6 +97,25 @@ def test_flips_and_posterior(tmp_path):
     assert torch.cat(residuals).std() == pytest.approx(2, rel=0.05)
 
 
+IMPORTS_WITHOUT = """
+import sys
+
+class Missing:
+    def find_spec(self, name, *_):
+        if name.split(".")[0] in ("PIL", "nvidia", "safetensors", "tensorboard", "tqdm", "tyro"):
+            raise ModuleNotFoundError(f"No module named '{name}'", name=name)
+
+sys.meta_path.insert(0, Missing())
+import mfengine.data.format, mfengine.data.loader, mfengine.data.writer
+"""
+
+
+def test_format_loader_and_writer_import_with_torch_and_numpy_alone():
+    """As benchmarks do on a machine where nothing is installed."""
+    done = subprocess.run([sys.executable, "-c", IMPORTS_WITHOUT], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 # ----------------------------------------------------------------------------
 # Wrong data.
 

@@ -418,7 +418,7 @@ def references(folder):
         (["--reference=few.npz"], "few.npz has 3 image(s); a reference has more than 3"),
         (["--reference=object.npz"], "arr_0 is object"),
         (["--reference=broken.npz"], "broken.npz is not an .npz file"),
-        (["--reference=empty"], "empty has no images (.png"),
+        (["--reference=empty"], "empty has no images (.jpg"),
         (["--reference=text"], "cannot read text/a.png: cannot identify image file"),
     ],
 )

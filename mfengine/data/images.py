@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -20,6 +22,7 @@ from mfengine.errors import InputError
 THREADS = 16  # that read, decode and crop: PIL runs outside of Python's lock, and network disks serve many at once
 
 
+@dataclass
 class EncodedImages:
     """The images of a source as samples for `write_dataset`: moments of each image and of its mirror image.
 
@@ -32,46 +35,42 @@ class EncodedImages:
         vae: encodes them.
         size: side of the square that is cut from each image, in pixels.
         batch: images encoded at a time.
-        device: the VAE's.
         num_classes: labels are 0 to this less 1; None takes the highest label that occurs.
 
     Raises:
         InputError: the VAE takes no images of this size, or a label is beyond the classes.
     """
 
-    flips = 2
+    name: str
+    source: Source
+    vae: VAE
+    size: int
+    batch: int
+    num_classes: int | None = None
+    flips: ClassVar[int] = 2
 
-    def __init__(
-        self,
-        name: str,
-        source: Source,
-        vae: VAE,
-        size: int,
-        batch: int,
-        device: torch.device,
-        num_classes: int | None = None,
-    ) -> None:
-        self.name, self.class_names = name, source.class_names
+    def __post_init__(self) -> None:
+        source, vae = self.source, self.vae
         highest = int(source.labels.max())
-        if num_classes is not None and highest >= num_classes:
+        if self.num_classes is not None and highest >= self.num_classes:
             raise InputError(f"the highest label is {highest}: --num-classes must be at least {highest + 1}")
-        self.space = vae.space(size, num_classes or highest + 1)
+        self.class_names = source.class_names
+        self.space = vae.space(self.size, self.num_classes or highest + 1)
         self.provenance = {
             "source": source.kind,
             "images": len(source.names),
             "fingerprint": source.fingerprint,
             "crop": "ADM",
-            "size": size,
+            "size": self.size,
             "precision": vae.precision,
             "vae": {"name": vae.name, "sha256": vae.sha256()},
         }
-        self._source, self._vae, self._size, self._batch, self._device = source, vae, size, batch, device
 
     def __len__(self) -> int:
-        return len(self._source.names)
+        return len(self.source.names)
 
     def read(self, indices: np.ndarray) -> Iterator[tuple[np.ndarray, int] | Broken]:
-        batches = [indices[i : i + self._batch].tolist() for i in range(0, len(indices), self._batch)]
+        batches = [indices[i : i + self.batch].tolist() for i in range(0, len(indices), self.batch)]
         with ThreadPoolExecutor(THREADS) as pool:
             ahead = pool.map(self._load, batches[0])
             for batch, following in zip(batches, [*batches[1:], []], strict=True):
@@ -80,22 +79,22 @@ class EncodedImages:
                 moments = iter(self._encode([image for image in images if isinstance(image, np.ndarray)]))
                 for index, image in zip(batch, images, strict=True):
                     if isinstance(image, str):
-                        yield Broken(self._source.names[index], image)
+                        yield Broken(self.source.names[index], image)
                         continue
                     sample = next(moments)
                     if np.isfinite(sample).all():
-                        yield sample, int(self._source.labels[index])
+                        yield sample, int(self.source.labels[index])
                     else:
-                        yield Broken(self._source.names[index], "its latents are not finite in float16")
+                        yield Broken(self.source.names[index], "its latents are not finite in float16")
 
     def _load(self, index: int) -> np.ndarray | str:
         """An image, cropped, (size, size, 3) uint8; or why it cannot be read."""
         try:
-            encoded = self._source.read(index)
+            encoded = self.source.read(index)
         except OSError as error:
             return error.strerror or str(error)
         try:
-            return adm_crop(open_rgb(io.BytesIO(encoded)), self._size)
+            return adm_crop(open_rgb(io.BytesIO(encoded)), self.size)
         except Image.UnidentifiedImageError:
             return f"not an image of a known format: its {len(encoded)} bytes begin with {encoded[:8]!r}"
         except Exception as error:  # Pillow raises many kinds for broken files
@@ -105,9 +104,9 @@ class EncodedImages:
         """Moments (n, 2, 2, C, H, W) float16: for image and mirror image, mean and standard deviation."""
         if not images:
             return np.empty(0)
-        pixels = to_device(torch.from_numpy(np.stack(images)), self._device)
+        pixels = to_device(torch.from_numpy(np.stack(images)), self.vae.device)
         x = pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
-        moments = [torch.stack(self._vae.encode(flipped), 1) for flipped in (x, x.flip(-1))]
+        moments = [torch.stack(self.vae.encode(flipped), 1) for flipped in (x, x.flip(-1))]
         return torch.stack(moments, 1).half().cpu().numpy()
 
 

@@ -44,7 +44,7 @@ class VAE:
             where = "" if folder.is_dir() else ", which is no folder, from the hub"
             reason = " ".join(str(error).split())  # of one line or many
             raise InputError(f"cannot load the VAE {name}{where}: {reason:.300}") from None
-        self.name, self.precision, self._device = str(name), precision, device
+        self.name, self.precision, self.device = str(name), precision, device
         config = self._vae.config
         self.channels: int = config.latent_channels
         self.factor: int = 2 ** (len(config.block_out_channels) - 1)
@@ -91,7 +91,7 @@ class VAE:
             RankError: the device has too little memory for the batch.
         """
         with self._computing(f"encode {len(images)} images"):
-            posterior = self._vae.encode(images.to(self._device)).latent_dist
+            posterior = self._vae.encode(images.to(self.device)).latent_dist
             return posterior.mean.float(), torch.exp(0.5 * posterior.logvar.float())
 
     def decode(self, latents: Tensor, space: LatentSpace) -> Tensor:
@@ -110,7 +110,7 @@ class VAE:
     @contextmanager
     def _computing(self, task: str) -> Iterator[None]:
         try:
-            with torch.no_grad(), torch.autocast(self._device.type, torch.bfloat16, self.precision == "bfloat16"):
+            with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, self.precision == "bfloat16"):
                 yield
         except torch.OutOfMemoryError:
             raise RankError(

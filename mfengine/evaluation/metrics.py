@@ -126,7 +126,7 @@ def evaluate(
                 if reader is not None:
                     hits += reader.hits(vectors, labels)
                 if decode is not None:
-                    pixels = quantise(decode(latents, space))
+                    pixels = (decode(latents, space) * 255).to(torch.uint8)  # rounded down, as ADM does
                     if fidelity is not None:
                         features.append((rows, fidelity.features(pixels)))
                     if writer is not None:
@@ -150,11 +150,6 @@ def evaluate(
 def _tell(note: str, world: World) -> None:
     if world.main:
         print(f"note: {note}", file=sys.stderr)
-
-
-def quantise(images: Tensor) -> Tensor:
-    """Images in [0, 1] as uint8, rounded down as ADM's samples are (arXiv 2105.05233)."""
-    return (images * 255).to(torch.uint8)
 
 
 def write_metrics(metrics: dict[str, float], origin: dict[str, Any], path: Path) -> None:
