@@ -9,7 +9,7 @@ import itertools
 import math
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks.baselines.port import Port, PortDiT, jvp_flash_attention, modulate, plain_attention, sdpa
 from benchmarks.measure import Row, summarise
-from benchmarks.workload import IMPLEMENTATIONS, OBJECTIVES, Call, make_model, small, torch_pair, training_step
+from benchmarks.workload import IMPLEMENTATIONS, OBJECTIVES, Call, make_model, small, tiny, torch_pair, training_step
 from mfengine import ModelConfig, ops, sample
 from mfengine.data.format import Dataset, LatentSpace
 from mfengine.data.loader import Loader
@@ -31,12 +31,13 @@ from mfengine.data.writer import ArraySamples, write_dataset
 from mfengine.engine.flops import forward_flops, step_flops
 from mfengine.engine.presets import PRESETS
 from mfengine.kernels import multi_tensor
-from mfengine.ops import Dual
+from mfengine.ops import OPS, Dual
+from mfengine.ops.backend import Backend
+from mfengine.ops.table import SHAPES, New, Shape
 from mfengine.optim import AdamWEMA
 from mfengine.ranks import World
 
 OURS = "mfengine"
-Array = tuple[tuple[int, ...], torch.dtype]
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Case:
     name: str
     implementations: dict[str, Callable[[], Call]]  # by name: makes the inputs, and returns what is timed
     samples: int  # of one call
-    flops: float = 0.0  # of one call: the least that it needs
+    flops: Callable[[], float] = float  # of one call: the least that it needs; counting takes a second
     bytes: float = 0.0  # of one call, moved to and from memory: the least that it needs
     hide_host: bool = False  # time the device alone, as `make_clock` does
 
@@ -55,7 +56,7 @@ class Case:
         """What the seconds of some rounds say."""
         timed = summarise(rounds)
         return Row(
-            self.suite, self.name, implementation, samples=self.samples, flops=self.flops, bytes=self.bytes, **timed
+            self.suite, self.name, implementation, samples=self.samples, flops=self.flops(), bytes=self.bytes, **timed
         )
 
 
@@ -65,6 +66,7 @@ class Machine:
 
     device: torch.device
     folder: Path  # an empty one, for data and checkpoints
+    rehearse: bool = False  # everything in miniature, without a GPU
 
     @property
     def gpu(self) -> bool:
@@ -75,18 +77,36 @@ class Machine:
         """Of matrix products."""
         return torch.bfloat16 if self.gpu else torch.float32
 
+    @property
+    def backend(self) -> Backend:
+        """What computes the ops: our kernels run on a GPU."""
+        return "triton" if self.gpu else "torch"
+
     def model(self, preset: str) -> ModelConfig:
         config = PRESETS[preset][1].model
-        return config if self.gpu else small(config)
+        return config if self.gpu else tiny(config) if self.rehearse else small(config)
 
     def name(self, preset: str) -> str:
         """What `model(preset)` is called in the tables."""
-        return preset if self.gpu else "small"
+        return preset if self.gpu else "tiny" if self.rehearse else "small"
 
     def state(self) -> ModelConfig:
         """A network whose weights no cache holds."""
         config = PRESETS["xl2" if self.gpu else "b2"][1].model
-        return config if self.gpu else replace(config, depth=2)
+        return config if self.gpu else tiny(config) if self.rehearse else replace(config, depth=2)
+
+
+def fitting_batch(machine: Machine, preset: str) -> int:
+    """The largest batch whose guided step fits into the memory that is free now, at most 256.
+
+    Counted: 22 bytes per parameter (weight, gradient, two moments, average, bfloat16 copy), and 41 that each layer
+    keeps of a token's channel (`benchmarks.counts`); a tenth is left for the rest.
+    """
+    config = machine.model(preset)
+    count = sum(p.numel() for p in make_model(config, torch.device("meta")).parameters())
+    row = 41 * config.depth * config.num_tokens * config.hidden_size
+    free, _ = torch.cuda.mem_get_info(machine.device)
+    return next((b for b in (256, 224, 192, 160, 128, 96, 64) if 22 * count + b * row < 0.9 * free), 32)
 
 
 def cases(machine: Machine, peer: Callable[..., Call] | None = None) -> Iterator[Case]:
@@ -126,130 +146,145 @@ def rotating(make: Callable[[], Any], device: torch.device) -> Callable[[], Any]
 # Kernels: output; output and tangent of every row; output and gradients.
 
 
-@dataclass(frozen=True)
-class FusedOp:
-    """One of ours, the same written with PyTorch's own operators, and what goes in and out."""
-
-    name: str
-    ours: Callable[..., tuple[Any, ...]]
-    plain: Callable[..., tuple[Tensor, ...]]
-    arguments: list[Array]
-    outputs: list[Array]
-    constants: int = 0  # trailing arguments that have no tangent
-    product: int = 0  # FLOPs of one product of the scores' size; an attention's forward takes two
-    other_primal: dict[str, Callable[..., Any]] = field(default_factory=dict)  # further baselines
-    other_dual: dict[str, Callable[..., Any]] = field(default_factory=dict)
-
-    @property
-    def bytes(self) -> int:
-        """What a forward reads and writes."""
-        return sum(math.prod(shape) * dtype.itemsize for shape, dtype in self.arguments + self.outputs)
+def adaln(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return modulate(F.layer_norm(x, x.shape[-1:], eps=1e-6), shift, scale).to(scale.dtype)
 
 
-def fused_ops(config: ModelConfig, batch: int, dtype: torch.dtype) -> list[FusedOp]:
-    """The ops as the network uses them: a float32 residual stream, everything else in `dtype`."""
-    tokens, width, heads = config.num_tokens, config.hidden_size, config.num_heads
-    stream: Array = ((batch, tokens, width), torch.float32)
-    branch: Array = ((batch, tokens, width), dtype)
-    row: Array = ((batch, width), dtype)
-    head: Array = ((batch, heads, tokens, width // heads), dtype)
-    hidden: Array = ((batch, tokens, 4 * width), dtype)
+def residual_adaln(x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    x = x + gate[:, None] * y
+    return x, adaln(x, shift, scale)
 
-    def adaln(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-        return modulate(F.layer_norm(x, x.shape[-1:], eps=1e-6), shift, scale).to(scale.dtype)
 
-    def residual_adaln(x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-        x = x + gate[:, None] * y
-        return x, adaln(x, shift, scale)
+def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
+    return F.gelu(x + bias.to(x.dtype), approximate="tanh")
 
-    return [
-        FusedOp(
-            "attention", lambda *qkv: (ops.attention(*qkv),), lambda *qkv: (plain_attention(*qkv),), [head] * 3, [head],
-            product=2 * batch * tokens**2 * width,
-            other_primal={"SDPA": lambda *qkv: (sdpa(*qkv),)},
-            other_dual={"jvp_flash_attention": lambda *qkv: (jvp_flash_attention(*qkv),)}
-            if find_spec("jvp_flash_attention")
-            else {},
-        ),
-        FusedOp(
-            "adaln", lambda *x: (ops.adaln_modulate(*x),), lambda *x: (adaln(*x),),
-            [stream, row, row], [branch],
-        ),
-        FusedOp(
-            "residual adaln", ops.gated_residual_adaln, residual_adaln,
-            [stream, branch, row, row, row], [stream, branch],
-        ),
-        FusedOp(
-            "bias gelu", lambda x, bias: (ops.gelu(x, bias),),
-            lambda x, bias: (F.gelu(x + bias, approximate="tanh"),), [hidden, ((4 * width,), dtype)], [hidden],
-            constants=1,
-        ),
-    ]  # fmt: skip
+
+def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
+    return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps=1e-6)
+
+
+# As one writes them with PyTorch's own operators. An op that is not here is timed beside its plain reference.
+PLAIN: dict[str, Callable[..., Any]] = {
+    "attention": plain_attention,
+    "adaln_modulate": adaln,
+    "gated_residual_adaln": residual_adaln,
+    "gelu": bias_gelu,
+    "rms_norm": rms_norm,
+}
+OTHERS: dict[str, dict[str, Callable[..., Any]]] = {"attention": {"SDPA": sdpa}}
+OTHERS_WITH_JVP: dict[str, dict[str, Callable[..., Any]]] = {}
+if find_spec("jvp_flash_attention"):
+    OTHERS_WITH_JVP["attention"] = {"jvp_flash_attention": jvp_flash_attention}
+
+
+def op_shape(config: ModelConfig, batch: int) -> Shape:
+    return Shape(batch, config.num_tokens, config.num_heads, config.hidden_size // config.num_heads)
+
+
+def fused_ops() -> list[str]:
+    """Names of the ops that have kernels."""
+    meta = random_on(torch.device("meta"), torch.float32)
+    return [name for name, make in OPS.items() if make(SHAPES["odd"], meta).op]
+
+
+def random_on(device: torch.device, dtype: torch.dtype) -> New:
+    """Standard normal tensors, drawn on the device."""
+
+    def new(*size: int, wide: bool = False) -> Tensor:
+        return torch.randn(size, device=device).to(torch.float32 if wide else dtype)
+
+    return new
 
 
 def kernels(machine: Machine, preset: str, batch: int) -> Iterator[Case]:
-    for op in fused_ops(machine.model(preset), batch, machine.dtype):
-        for mode, products, passes, make in (
-            ("dual", 6, 2, dual_call),
-            ("primal", 2, 1, primal_call),
-            ("forward + backward", 7, 3, backward_call),
+    """Every op with kernels; those of packed attention are those of attention."""
+    shape = op_shape(machine.model(preset), batch)
+    for name in fused_ops():
+        if name == "attention_packed":
+            continue
+        example = OPS[name](shape, random_on(torch.device("meta"), machine.dtype))
+        (forward, tangent, backward), (read, read_dual, read_backward) = example.flops, example.bytes
+        for mode, flops, size, make in (
+            ("dual", forward + tangent, read_dual, dual_call),
+            ("primal", forward, read, primal_call),
+            ("forward + backward", forward + backward, read + read_backward, backward_call),
         ):
-            other = op.other_dual if mode == "dual" else op.other_primal
-            plain = "torch.func.jvp" if mode == "dual" else "plain"
+            plain, others = ("torch.func.jvp", OTHERS_WITH_JVP) if mode == "dual" else ("plain", OTHERS)
+            peers = {plain: PLAIN.get(name)} | others.get(name, {})
             yield Case(
                 "kernels",
-                f"{op.name}, {mode}, {machine.name(preset)} of {batch}",
-                {OURS: partial(make, machine, op, op.ours, explicit=True)}
-                | {name: partial(make, machine, op, f) for name, f in ({plain: op.plain} | other).items()},
+                f"{name}, {mode}, {machine.name(preset)} of {batch}",
+                {OURS: partial(make, machine, name, shape, example.function, explicit=True)}
+                | {
+                    peer: partial(make, machine, name, shape, f or reference(example.function))
+                    for peer, f in peers.items()
+                },
                 samples=batch,
-                flops=products * op.product,
-                bytes=passes * op.bytes,
+                flops=partial(float, flops),
+                bytes=size,
                 hide_host=True,
             )
 
 
-def primal_call(machine: Machine, op: FusedOp, f: Callable[..., Any], explicit: bool = False) -> Call:
-    following = rotating(lambda: arrays(machine, op.arguments), machine.device)
+def reference(function: Callable[..., Any]) -> Callable[..., Any]:
+    """An op in plain PyTorch."""
 
-    def call() -> None:
-        with torch.no_grad():
-            f(*following())
+    def call(*arguments: Tensor) -> Any:
+        with ops.use_backend("torch"):
+            return function(*arguments)
 
     return call
 
 
-def dual_call(machine: Machine, op: FusedOp, f: Callable[..., Any], explicit: bool = False) -> Call:
-    """Output and tangent: from our explicit duals, or by `torch.func.jvp`."""
-    active = len(op.arguments) - op.constants
-    following = rotating(
-        lambda: (arrays(machine, op.arguments), arrays(machine, op.arguments[:active])), machine.device
-    )
+def rotating_arguments(machine: Machine, name: str, shape: Shape) -> Callable[[], tuple[tuple[Tensor, ...], ...]]:
+    """Arguments of an op, and tensors like them, in turn."""
+    make = partial(OPS[name], shape, random_on(machine.device, machine.dtype))
+    return rotating(lambda: (make().arguments, make().arguments), machine.device)
+
+
+def primal_call(machine: Machine, name: str, shape: Shape, f: Callable[..., Any], explicit: bool = False) -> Call:
+    following = rotating_arguments(machine, name, shape)
 
     def call() -> None:
-        primals, tangents = following()
-        constants = primals[active:]
+        arguments, _ = following()
+        with torch.no_grad():
+            f(*arguments)
+
+    return call
+
+
+def dual_call(machine: Machine, name: str, shape: Shape, f: Callable[..., Any], explicit: bool = False) -> Call:
+    """Output and tangent, of all arguments but parameters: from our explicit duals, or by `torch.func.jvp`."""
+    following = rotating_arguments(machine, name, shape)
+    example = OPS[name](shape, random_on(torch.device("meta"), machine.dtype))
+    active = len(example.arguments) - example.parameters
+
+    def call() -> None:
+        arguments, tangents = following()
+        primals, parameters = arguments[:active], arguments[active:]
         with torch.no_grad():
             if explicit:
-                f(*map(Dual, primals[:active], tangents), *constants)
+                f(*map(Dual, primals, tangents[:active]), *parameters)
             else:
-                torch.func.jvp(lambda *x: f(*x, *constants), tuple(primals[:active]), tuple(tangents))
+                torch.func.jvp(lambda *x: f(*x, *parameters), primals, tangents[:active])
 
     return call
 
 
-def backward_call(machine: Machine, op: FusedOp, f: Callable[..., Any], explicit: bool = False) -> Call:
-    following = rotating(lambda: (arrays(machine, op.arguments), arrays(machine, op.outputs)), machine.device)
+def backward_call(machine: Machine, name: str, shape: Shape, f: Callable[..., Any], explicit: bool = False) -> Call:
+    following = rotating_arguments(machine, name, shape)
+    gradients = [torch.randn_like(o) for o in outputs_of(f(*following()[0]))]
 
     def call() -> None:
-        primals, gradients = following()
-        leaves = [x.detach().requires_grad_() for x in primals]
-        torch.autograd.grad(f(*leaves), leaves, gradients)
+        leaves = [x.detach().requires_grad_() for x in following()[0]]
+        torch.autograd.grad(outputs_of(f(*leaves)), leaves, gradients)
 
     return call
 
 
-def arrays(machine: Machine, kinds: list[Array]) -> list[Tensor]:
-    return [torch.randn(shape, device=machine.device).to(dtype) for shape, dtype in kinds]
+def outputs_of(result: Any) -> tuple[Any, ...]:
+    """An op returns one output, or a tuple of them."""
+    return result if isinstance(result, tuple) and not isinstance(result, Dual) else (result,)
 
 
 # ----------------------------------------------------------------------------
@@ -272,7 +307,7 @@ def step(machine: Machine, preset: str, batch: int, objective: str, peer: Callab
         f"{objective}, {machine.name(preset)} of {batch}",
         implementations,
         batch,
-        batch * step_flops(config, method),
+        lambda: batch * step_flops(config, method),
     )
 
 
@@ -420,8 +455,8 @@ def sampler(machine: Machine) -> Iterator[Case]:
 
         return call
 
-    flops = batch * forward_flops(config)
-    yield Case("sampler", f"one step, {machine.name('xl2')} of {batch}", {OURS: ours, "port SDPA": port}, batch, flops)
+    name = f"one step, {machine.name('xl2')} of {batch}"
+    yield Case("sampler", name, {OURS: ours, "port SDPA": port}, batch, lambda: batch * forward_flops(config))
 
 
 def checkpoint(machine: Machine) -> Iterator[Case]:

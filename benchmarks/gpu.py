@@ -1,314 +1,416 @@
 """`python -m benchmarks.gpu`: is everything right on this GPU, and how fast is it?
 
-One script for ten minutes with a GPU: golden cases, ops against float64 (poisoned memory, fresh inputs, repeated), host
-synchronisations, ceilings of the machine, where a step's time goes, implementations of attention, kernels and training
-steps beside their baselines. Tables come last; with OUT set, everything goes to $OUT/gpu.json, and the times by which
-mfengine chooses an attention to $OUT/attention_times.json, to be put into mfengine/ops. Needs torch, triton and numpy
-only.
-`--rehearse` runs all of it in miniature on a CPU, so that no time with a GPU is spent on debugging the script.
+One command for ten minutes with a GPU, most valuable first: checks of what XL/2 uses, its step at 32 rows, the kernels
+beside their peers, its step at as many rows as fit, B/2, the remaining checks, compiled peers. Every line of the report
+is a task of its own, in another process: one that raises, runs out of memory, hangs or ends the process costs nothing
+but itself. Checks run in parallel on all cores, because compiling their kernels takes the time, and they compile what
+the timings after them use. With OUT set, $OUT/gpu.json is written anew after each task;
+`python -m benchmarks.report` makes full tables of it.
+
+Needs torch, triton and numpy only. `--rehearse` runs all of it in miniature on a CPU, so that no time with a GPU is
+spent on debugging the script.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
+import multiprocessing
 import os
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
 from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks import attention, cases
-from benchmarks.cases import Case, Machine
-from benchmarks.measure import ROOT, Row, ceilings, environment, make_clock, measure
-from benchmarks.report import render
-from benchmarks.split import guided_split
-from benchmarks.workload import OBJECTIVES, small, training_step
-from mfengine import ops
-from mfengine.engine.presets import PRESETS
-from mfengine.ops import Dual
-from mfengine.ops.choice import WORK, why_not
-from mfengine.optim import AdamWEMA
+from benchmarks import cases, checks
+from benchmarks.cases import Case, Machine, fitting_batch, fused_ops, op_shape
+from benchmarks.measure import ceilings, environment, make_clock, measure
+from benchmarks.one_rank import check_one_rank
+from benchmarks.report import compact
+from benchmarks.split import guided_split, synchronise
+from mfengine.files import write_atomic
+from mfengine.ops.table import Shape
 from mfengine.ranks import World
 
-MINUTES = 8  # for all of it: no timing begins later
-COMPILE_SECONDS = 120  # of a peer's step of XL/2, at a guess
+START_S = 20  # in which a worker imports PyTorch and finds its device, at a guess
+PATIENCE, PATIENCE_S = 8, 60.0  # a task may run so many times as long as was expected, and so many seconds more
 
+Part = dict[str, Any]  # of the report: lists are appended to what it has under the same name, dictionaries merged
 
 # ----------------------------------------------------------------------------
-# Correctness.
+# What there is to do.
 
 
-def check_golden(device: torch.device) -> list[dict[str, Any]]:
-    """Loss and gradients of the paper's own code, in float32."""
-    sys.path.insert(0, str(ROOT / "tests"))
-    from golden_cases import NAMES, GoldenCase, relative_error
+@dataclass(frozen=True)
+class Task:
+    """What one line of the report takes."""
 
-    rows = []
-    for name in NAMES:
-        case = GoldenCase(name)
-        case.model.to(device)
-        latents, labels, draws = case.batch("in")
-        draws = draws._replace(noise=draws.noise.to(device))
-        loss, _ = case.method.loss(case.model, latents.to(device), labels.to(device), draws)
-        loss.backward()
-        gradients = case.parameters("grads")
-        worst = max(relative_error(p.grad.cpu(), gradients[n]) for n, p in case.model.named_parameters())
-        error = max(worst, relative_error(loss.detach().cpu(), case.arrays["out/loss"]))
-        rows.append({"check": f"golden {name}", "error": error, "bound": 1e-5})
-    return rows
+    stage: str
+    name: str
+    seconds: float  # that it takes, at a guess
+    alone: bool  # nothing runs beside it: it is timed
+    run: Callable[[], Part] | None = None  # in a worker
 
 
-def checked_ops(
-    batch: int, tokens: int, width: int, heads: int
-) -> dict[str, tuple[Callable[..., Any], list[tuple[int, ...]]]]:
-    """Ops, and the shapes of their arguments."""
-    stream, rows = (batch, tokens, width), (batch, width)
-    return {
-        "attention": (lambda qkv: (ops.attention_packed(qkv, heads),), [(batch, tokens, 3 * width)]),
-        "adaln": (lambda *args: (ops.adaln_modulate(*args),), [stream, rows, rows]),
-        "residual adaln": (ops.gated_residual_adaln, [stream, stream, rows, rows, rows]),
-        "gelu": (lambda x: (ops.gelu(x),), [(batch, tokens, 4 * width)]),
-    }
+def plan(machine: Machine, many: int) -> dict[str, Task]:
+    """All tasks by name, the most valuable first; `many` is the batch of XL/2 that fills the device."""
+    tasks: dict[str, Task] = {}
+    for task in _tasks(machine, many):
+        tasks.setdefault(task.name, task)
+    return tasks
 
 
-def run_op(op: Callable[..., Any], primals: list[torch.Tensor], tangents: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Outputs, tangents and gradients."""
-    leaves = [x.detach().requires_grad_() for x in primals]
-    outputs = op(*(Dual(x, dx) for x, dx in zip(leaves, tangents, strict=True)))
-    total = sum((o.primal * torch.linspace(-1, 1, o.primal.shape[-1]).to(o.primal)).sum() for o in outputs)
-    return [x.detach() for o in outputs for x in o] + list(torch.autograd.grad(total, leaves))
+def _tasks(machine: Machine, many: int) -> Iterator[Task]:
+    gpu, device, dtype = machine.gpu, machine.device, machine.dtype
+    few = 32 if gpu else 4
+
+    yield from _checks_of_a_preset(machine, "xl2")
+    for backend in ("cuda", "torch") if gpu else ("torch",):
+        steps = 200 if gpu else 10
+        yield _check("xl2", f"AdamWEMA {backend}", 10, partial(checks.check_optimizer, backend, device, steps))
+    waits = partial(checks.check_waits, replace(machine.model("b2"), depth=2), dtype, device)
+    yield _check("xl2", "the host does not wait in a step", 20, waits)
+    yield Task("xl2", "FSDP2 on one rank", 20, False, lambda: {"checks": check_one_rank(device)})
+
+    stage = f"xl2 of {few}"
+    yield Task(stage, "ceilings", 5, True, lambda: {"ceilings": ceilings(device, dtype, 0.5 if gpu else 0.0)})
+    yield from _timed(stage, machine, cases.step(machine, "xl2", few, "guided"))
+    yield _split(stage, machine, "xl2", few)
+    for objective in ("unguided", "flow matching"):
+        yield from _timed(stage, machine, cases.step(machine, "xl2", few, objective))
+
+    for batch in (few, 256) if gpu else (2,):
+        for case in cases.kernels(machine, "xl2", batch):
+            yield from _timed("kernels of xl2", machine, case)
+
+    stage = f"xl2 of {many}"
+    yield from _timed(stage, machine, cases.step(machine, "xl2", many, "guided"))
+    yield _split(stage, machine, "xl2", many)
+    for case in (*cases.optimizer(machine), *cases.sampler(machine)):
+        yield from _timed(stage, machine, case)
+
+    if gpu:
+        yield from _checks_of_a_preset(machine, "b2")
+        for batch in (few, 256):
+            yield from _timed("b2", machine, cases.step(machine, "b2", batch, "guided"))
+        yield _split("b2", machine, "b2", few)
+        for case in cases.kernels(machine, "b2", few):
+            yield from _timed("b2", machine, case)
+
+    yield from _remaining_checks(machine)
+    yield from _timed("compiled peers", machine, cases.step(machine, "xl2", few, "guided"), compiled=True)
 
 
-def check_ops(device: torch.device, rehearse: bool) -> list[dict[str, Any]]:
-    """Output, tangent and gradients of each op against float64, over head dims and odd lengths.
+def _checks_of_a_preset(machine: Machine, preset: str) -> Iterator[Task]:
+    """Its step at two blocks, and each op at its shapes: they compile all kernels of its timings."""
+    config = replace(machine.model(preset), depth=2)
+    shape = op_shape(config, 4)
+    dtype = machine.dtype
+    name = f"guided step, {machine.name(preset)} of {config.depth} blocks"
+    yield _check(preset, name, 60, partial(checks.check_step, config, 8, dtype, name, machine.device, machine.backend))
+    yield from _op_checks(preset, machine, shape, dtype)
 
-    Memory is filled with nan before each run, so that what a kernel does not write shows; three runs must agree bit
-    for bit, so that a race shows. Attention is ours alone: others add gradients up in any order.
-    """
-    bounds = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 8e-3}
-    grid = (
-        [(3, 17, 24, 1)]
-        if rehearse
-        else [
-            (3, tokens, heads * dim, heads)
-            for dim, heads in ((64, 16), (72, 16), (96, 8), (128, 4))
-            for tokens in (1, 100, 257)
-        ]
+
+def _remaining_checks(machine: Machine) -> Iterator[Task]:
+    """Golden cases; ops over dtypes, head dims and odd lengths; every implementation of attention."""
+    gpu, device = machine.gpu, machine.device
+    for name in ("guided_kappa", "guided_omega_train", "unguided"):
+        yield _check("remaining", f"golden {name}", 60, partial(checks.check_golden, name, device))
+    examples = [(Shape(2, 7, 1, 24), torch.float16)]
+    if gpu:
+        heads = ((16, 64), (16, 72), (8, 80), (8, 96), (4, 128))
+        examples = [(Shape(3, tokens, *head), torch.bfloat16) for head in heads for tokens in (1, 257)]
+        examples += [(Shape(3, 257, 16, 72), torch.float32), (Shape(3, 257, 16, 72), torch.float16)]
+        examples += [(Shape(3, 100, 4, 128), torch.float16)]
+    for shape, dtype in examples:
+        yield from _op_checks("remaining", machine, shape, dtype)
+        for by in checks.attentions(shape, dtype, device):
+            name = f"attention by {by}, {_describe(shape, dtype)}"
+            yield _check("remaining", name, 10, partial(checks.check_attention, by, shape, dtype, name, device))
+
+
+def _op_checks(stage: str, machine: Machine, shape: Shape, dtype: torch.dtype) -> Iterator[Task]:
+    for op in fused_ops():
+        name = f"{op}, {_describe(shape, dtype)}"
+        run = partial(checks.check_op, op, shape, dtype, name, machine.device, machine.backend)
+        yield _check(stage, name, 20, run)
+
+
+def _describe(shape: Shape, dtype: torch.dtype) -> str:
+    return f"{' x '.join(map(str, shape))} {str(dtype).removeprefix('torch.')}"
+
+
+def _check(stage: str, name: str, seconds: float, check: Callable[[], checks.Check]) -> Task:
+    return Task(stage, name, seconds, False, lambda: {"checks": [check()]})
+
+
+def _timed(stage: str, machine: Machine, case: Case, compiled: bool = False) -> Iterator[Task]:
+    """A row for each implementation of a case: those that PyTorch compiles, which takes minutes, or the others."""
+    for name, make in case.implementations.items():
+        if ("compiled" in name) == compiled:
+            budget = (0.3 if case.hide_host else 2.0) if machine.gpu else 0.0
+            expected = budget + (90 if compiled else {"kernels": 1, "step": 6}.get(case.suite, 2))
+            run = partial(_time, machine, case, name, make, budget)
+            yield Task(stage, f"{case.suite}: {case.name}: {name}", expected, True, run)
+
+
+def _time(machine: Machine, case: Case, name: str, make: Callable[[], cases.Call], seconds: float) -> Part:
+    call, clock = make(), make_clock(machine.device, case.hide_host)
+    return {"rows": [asdict(case.row(name, measure(call, clock, seconds, warmup=2 if machine.gpu else 0)))]}
+
+
+def _split(stage: str, machine: Machine, preset: str, batch: int) -> Task:
+    name = f"{machine.name(preset)} of {batch}"
+    ranks = World(0, 1, machine.device)
+    return Task(
+        stage, f"split: {name}", 20, True, lambda: {"splits": {name: guided_split(machine.model(preset), batch, ranks)}}
     )
-    results = []
-    for shape in grid:
-        for name, (op, shapes) in checked_ops(*shape).items():
-            for dtype, bound in bounds.items():
-                primals = [torch.randn(s, device=device).to(dtype) for s in shapes]
-                tangents = [torch.randn(s, device=device).to(dtype)[1:] for s in shapes]
-                with ops.use_backend("torch"):
-                    exact = run_op(op, [x.double() for x in primals], [x.double() for x in tangents])
-                runs = []
-                for _ in range(3):
-                    poison = torch.full((2**20 if rehearse else 2**26,), float("nan"), device=device)
-                    del poison
-                    with ops.use_attention("triton"):
-                        runs.append(run_op(op, primals, tangents))
-                errors = [float((a.double() - e).norm() / e.norm()) for a, e in zip(runs[0], exact, strict=True)]
-                same = all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run, strict=True))
-                label = f"{name} {shape} {str(dtype).removeprefix('torch.')}"
-                error = max(errors) if same else float("nan")
-                results.append({"check": label, "error": error, "bound": bound, "repeats": same})
-    return results
-
-
-def check_optimizer(device: torch.device) -> list[dict[str, Any]]:
-    """Each backend of AdamWEMA against torch.optim.AdamW on the host and averages in float64, over 200 steps.
-
-    On any alignment, and again from the same start, which must give the same bits; then a gradient that is not finite
-    must change none.
-    """
-    rows = []
-    sizes, decays = (1, 3, 16383, 16385, 1_000_003), (0.9, 0.9999)
-    for backend in ("auto", "torch"):
-        runs = []
-        for _ in range(2):
-            generator = torch.Generator().manual_seed(0)
-            # Views into one buffer: all but the first begin where 16 bytes do not.
-            flat = torch.randn(sum(sizes), generator=generator).to(device)
-            parameters: list[torch.Tensor] = [torch.nn.Parameter(part) for part in flat.split(sizes)]
-            host = [torch.nn.Parameter(p.detach().cpu().clone()) for p in parameters]
-            exact = {d: [p.detach().double() for p in host] for d in decays}
-            settings: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.95), "weight_decay": 0.1}
-            ours = AdamWEMA(parameters, ema_decays=decays, clip_norm=1.0, backend=backend, **settings)
-            theirs = torch.optim.AdamW(host, **settings)
-            for _ in range(200):
-                for p, q in zip(parameters, host, strict=True):
-                    q.grad = torch.randn(q.shape, generator=generator)
-                    p.grad = q.grad.to(device)
-                torch.nn.utils.clip_grad_norm_(host, 1.0)
-                ours.step()
-                theirs.step()
-                for d in decays:
-                    for average, q in zip(exact[d], host, strict=True):
-                        average.lerp_(q.detach().double(), 1 - d)
-            runs.append([*parameters, *(ours.average(p, d) for d in decays for p in parameters)])
-        expected = [q.detach().double() for q in host] + [average for d in decays for average in exact[d]]
-        error = max(float((x.detach().cpu() - e).norm() / e.norm()) for x, e in zip(runs[0], expected, strict=True))
-        same = all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
-        before = [x.detach().clone() for x in runs[1]]
-        parameters[-1].grad[-1] = torch.nan
-        ours.step()
-        kept = all(torch.equal(x, b) for x, b in zip(runs[1], before, strict=True)) and bool(ours.skipped)
-        error = error if same and kept else float("nan")
-        rows.append({"check": f"AdamWEMA {ours.backend}", "error": error, "bound": 1e-6, "repeats": same})
-    return rows
-
-
-def check_attention(device: torch.device, rehearse: bool) -> list[dict[str, Any]]:
-    """Each implementation of attention against float64: beside duals output, tangent and gradient, and without."""
-    bounds = {torch.float32: 1e-5, torch.float16: 2e-3}
-    shapes = [(3, 17, 24, 1)]
-    if not rehearse:
-        bounds[torch.bfloat16] = 8e-3
-        shapes = [(4, tokens, 16 * dim, 16) for dim in (64, 72) for tokens in (64, 257)]
-    results = []
-    for batch, tokens, width, heads in shapes:
-        for dtype, bound in bounds.items():
-            primal = torch.randn(batch, tokens, 3 * width, device=device).to(dtype)
-            tangent = torch.randn(1, tokens, 3 * width, device=device).to(dtype)
-            op = partial(ops.attention_packed, num_heads=heads)
-            with ops.use_backend("torch"):
-                exact = run_op(lambda x: (op(x),), [primal.double()], [tangent.double()])  # noqa: B023
-            for name in WORK["training"]:
-                if why_not(name, "training", device, dtype, width // heads):
-                    continue
-                leaf = primal.detach().requires_grad_()
-                with ops.use_attention(name), torch.no_grad():
-                    alone = [op(leaf)]
-                with ops.use_attention(name):
-                    beside = run_op(lambda x: (op(x),), [primal], [tangent])  # noqa: B023
-                    o = op(leaf)
-                weights = torch.linspace(-1, 1, width).to(o)
-                alone += [o.detach(), *torch.autograd.grad((o * weights).sum(), leaf)]
-                pairs = zip(beside + alone, [*exact, exact[0], exact[0], exact[2]], strict=True)
-                error = max(float((a.double() - e).norm() / e.norm()) for a, e in pairs)
-                label = f"attention by {name} {(batch, tokens, width, heads)} {str(dtype).removeprefix('torch.')}"
-                results.append({"check": label, "error": error, "bound": bound})
-    return results
-
-
-def check_synchronisation(device: torch.device) -> list[dict[str, Any]]:
-    """A step must not make the host wait for the device."""
-    step = training_step(small(PRESETS["b2"][1].model), OBJECTIVES["guided"], 16, device, torch.bfloat16)
-    step()
-    if device.type == "cuda":
-        torch.cuda.set_sync_debug_mode("error")
-    try:
-        step()
-        waits = 0
-    except RuntimeError as error:
-        print(error)
-        waits = 1
-    finally:
-        if device.type == "cuda":
-            torch.cuda.set_sync_debug_mode("default")
-    return [{"check": "host waits in a step", "error": float(waits), "bound": 0.0}]
 
 
 # ----------------------------------------------------------------------------
-# Speed.
+# Workers.
 
 
-def time_cases(machine: Machine, deadline: float, rehearse: bool) -> tuple[list[Row], dict[str, str]]:
-    """Rows of the cases that a step's speed depends on, and why others are missing.
+Plan = Callable[[Machine, int], dict[str, Task]]
 
-    Kernels and steps of XL/2 come first, and what is left when the time is up is left out. Compiling takes minutes, so
-    compiled peers are timed on guided steps of 32 alone; `pytest benchmarks/` times all.
+
+def work(connection: Connection, make_plan: Plan, rehearse: bool, folder: str, many: int | None) -> None:
+    """A worker: sends its device and its tasks, then runs those that it is told to, one at a time.
+
+    Args:
+        connection: to the parent.
+        make_plan: `plan`.
+        rehearse: on a CPU.
+        folder: for data.
+        many: the batch of XL/2 that fills the device; found out here if None.
     """
-    rows: list[Row] = []
-    missing: dict[str, str] = {}
-    clock = make_clock(machine.device)
-    for case in sorted(chosen(machine), key=lambda case: "xl2" not in case.name):
-        for name, make in case.implementations.items():
-            label = f"{case.suite}: {case.name}: {name}"
-            if "compiled" in name and not (case.name.startswith("guided, ") and case.name.endswith(" of 32")):
-                continue
-            if time.monotonic() > deadline - COMPILE_SECONDS * ("compiled" in name):
-                missing[label] = "no time left"
-                continue
-            try:
-                seconds = 0.01 if rehearse else 0.3 if case.suite == "kernels" else 2.0
-                rows.append(case.row(name, measure(make(), clock, seconds, warmup=1 if rehearse else 3)))
-            except Exception as error:  # one that does not run here must not end the report of the others
-                missing[label] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
-            finally:
-                if machine.gpu:
-                    torch.cuda.empty_cache()
-    return rows, missing
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    device = torch.device("cpu" if rehearse else "cuda:0")
+    machine = Machine(device, Path(folder), rehearse)
+    if rehearse:
+        torch.set_num_threads(1)
+    else:
+        torch.cuda.set_device(device)
+    many = many or (4 if rehearse else fitting_batch(machine, "xl2"))
+    tasks = make_plan(machine, many)
+    connection.send((environment(device), many, [(t.stage, t.name, t.seconds, t.alone) for t in tasks.values()]))
+    well = True
+    while well:
+        try:
+            task = tasks[connection.recv()]
+        except EOFError:
+            return
+        part, well = attempt(task, device)
+        connection.send((part, well))
 
 
-def chosen(machine: Machine) -> Iterator[Case]:
-    """What can be timed without packages beside torch, triton and numpy."""
-    yield from cases.kernels(machine)
-    yield from cases.steps(machine)
-    yield from cases.optimizer(machine)
-    yield from cases.sampler(machine)
+def attempt(task: Task, device: torch.device) -> tuple[Part, bool]:
+    """What a task gives, or why it gives nothing, and whether others can run after it in this process."""
+    assert task.run is not None
+    try:
+        part = task.run()
+        synchronise(device)
+    except torch.OutOfMemoryError as error:
+        part = {"missing": {task.name: describe(error)}}
+    except Exception as error:
+        part = {"errors": {task.name: describe(error)}}
+    gc.collect()
+    try:
+        synchronise(device)
+        torch.cuda.empty_cache()  # does nothing without a GPU
+    except RuntimeError:  # CUDA does not recover from some errors, a bad address among them
+        return part, False
+    return part, True
+
+
+def describe(error: Exception) -> str:
+    """One line."""
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0][:300]}" if text else type(error).__name__
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+class Worker:
+    """A process that runs tasks."""
+
+    def __init__(self, timeout: float, *args: Any) -> None:
+        """With the arguments of `work` after the connection; RuntimeError if it does not start in time."""
+        context = multiprocessing.get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(target=work, args=(theirs, *args), daemon=True)
+        self._process.start()
+        theirs.close()
+        self.environment, self.many, tasks = self._answer(timeout)
+        self.tasks = [Task(*values) for values in tasks]
+
+    def run(self, name: str, timeout: float) -> tuple[Part, bool]:
+        """What a task gives, or why it gives nothing, and whether the worker can run another."""
+        self._connection.send(name)
+        try:
+            return self._answer(timeout)
+        except RuntimeError as error:
+            return {"errors": {name: str(error)}}, False
+
+    def stop(self, patience: float = 5.0) -> int | None:
+        """End the process: it ends by itself when nobody is there to tell it what to run; its exit code."""
+        self._connection.close()
+        self._process.join(patience)
+        self._process.kill()
+        self._process.join()
+        return self._process.exitcode
+
+    def _answer(self, timeout: float) -> Any:
+        if not self._connection.poll(timeout):
+            self.stop(0.0)
+            raise RuntimeError(f"stopped after {timeout:.0f} s")
+        try:
+            return self._connection.recv()
+        except (EOFError, OSError):
+            raise RuntimeError(f"the process ended, exit code {self.stop()}") from None
+
+
+class Run:
+    """The report, and the workers that fill it."""
+
+    def __init__(self, rehearse: bool, minutes: float, folder: str, make_plan: Plan = plan) -> None:
+        self.report: dict[str, Any] = {}
+        self._rehearse, self._folder, self._plan = rehearse, folder, make_plan
+        self._begin = time.monotonic()
+        self._deadline = self._begin + 60 * minutes
+        self._lock = threading.Lock()
+        self._out = None
+        if out := os.environ.get("OUT"):
+            Path(out).mkdir(parents=True, exist_ok=True)
+            self._out = Path(out, "gpu.json")
+        self._workers: list[Worker | None] = []
+        self._many: int | None = None
+        self._cores = min(2 if rehearse else 16, os.cpu_count() or 1)
+
+    def run(self) -> None:
+        first = self._start()
+        self._many, self._workers = first.many, [first] + [None] * (self._cores - 1)
+        self._keep({"environment": first.environment})
+        print(self._estimate(first.tasks), flush=True)
+        for stage in dict.fromkeys(task.stage for task in first.tasks):
+            tasks = [task for task in first.tasks if task.stage == stage]
+            self._serve([task for task in tasks if not task.alone], self._cores)
+            self._stop(1)  # the others would hold memory
+            self._serve([task for task in tasks if task.alone], 1)
+            print(f"\n--- after {stage}\n{compact(self.report)}\n", flush=True)
+        self._stop(0)
+
+    def _stop(self, first: int) -> None:
+        """End the workers from `first` on, all at once."""
+        ending = [worker for worker in self._workers[first:] if worker]
+        self._workers[first:] = [None] * (self._cores - first)
+        with ThreadPoolExecutor(self._cores) as pool:
+            list(pool.map(Worker.stop, ending))
+
+    def _estimate(self, tasks: list[Task]) -> str:
+        lines, total = [], float(START_S)
+        for stage in dict.fromkeys(task.stage for task in tasks):
+            found = [task for task in tasks if task.stage == stage]
+            seconds = sum(t.seconds / (1 if t.alone else self._cores) for t in found)
+            total += seconds
+            lines.append(f"{stage}: {len(found)} tasks, {seconds / 60:.1f} min")
+        left = (self._deadline - time.monotonic()) / 60
+        return f"at a guess {total / 60:.1f} min, of which {left:.1f} are left: {'; '.join(lines)}"
+
+    def _serve(self, tasks: list[Task], workers: int) -> None:
+        """Run tasks in order, by so many workers; each thread has its own."""
+        queue, lock = iter(tasks), threading.Lock()
+
+        def following() -> Task | None:
+            with lock:
+                return next(queue, None)
+
+        def serve(i: int) -> None:
+            while task := following():
+                self._keep(self._result(i, task))
+
+        workers = min(workers, len(tasks))
+        with ThreadPoolExecutor(max(1, workers)) as pool:
+            list(pool.map(serve, range(workers)))
+
+    def _result(self, i: int, task: Task) -> Part:
+        """Of a task, run by worker i, which is started if it is not there."""
+        left = self._deadline - time.monotonic()
+        if left < task.seconds:
+            return {"missing": {task.name: "no time left"}}
+        try:
+            worker = self._workers[i] or self._start()
+        except RuntimeError as error:
+            return {"errors": {task.name: f"no worker: {error}"}}
+        part, well = worker.run(task.name, min(left, PATIENCE * task.seconds + PATIENCE_S))
+        if not well:
+            worker.stop()
+        self._workers[i] = worker if well else None
+        return part
+
+    def _start(self) -> Worker:
+        left = max(1.0, self._deadline - time.monotonic())
+        return Worker(left, self._plan, self._rehearse, self._folder, self._many)
+
+    def _keep(self, part: Part) -> None:
+        """Into the report, to the disk, then to the terminal."""
+        with self._lock:
+            for key, value in part.items():
+                if isinstance(value, list):
+                    self.report.setdefault(key, []).extend(value)
+                else:
+                    self.report.setdefault(key, {}).update(value)
+            if self._out:
+                write_atomic(self._out, json.dumps(self.report, indent=1) + "\n")
+            for line in _lines(part):
+                print(f"{time.monotonic() - self._begin:4.0f} s {line}", flush=True)
+
+
+def _lines(part: Part) -> Iterator[str]:
+    for check in part.get("checks", []):
+        verdict = "ok    " if checks.passed(check) else "FAILED"
+        yield f"{verdict} {check['check']}: {check['error']:.2e} of {check['bound']:.1e} {check.get('note', '')}"
+    for row in part.get("rows", []):
+        yield f"timed  {row['suite']}: {row['case']}: {row['implementation']}: {1e3 * row['seconds']:.3f} ms"
+    for name in part.get("splits", {}):
+        yield f"timed  split: {name}"
+    for kind in ("missing", "errors"):
+        for name, why in part.get(kind, {}).items():
+            yield f"{kind}: {name}: {why}"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rehearse", action="store_true", help="everything in miniature, on a CPU")
+    parser.add_argument("--minutes", type=float, default=9, help="when these are over, everything has ended")
     args = parser.parse_args()
     if not args.rehearse and not torch.cuda.is_available():
         print("error: torch finds no GPU; `python -m benchmarks.gpu --rehearse` runs on a CPU", file=sys.stderr)
         return 2
-    device = torch.device("cpu" if args.rehearse else "cuda")
-    deadline = time.monotonic() + MINUTES * 60
     with tempfile.TemporaryDirectory() as folder:
-        machine = Machine(device, Path(folder))
-        report: dict[str, Any] = {"environment": environment(device)}
-        print(report["environment"], flush=True)
-
-        def keep() -> None:
-            if out := os.environ.get("OUT"):
-                Path(out, "gpu.json").write_text(json.dumps(report, indent=1) + "\n")
-
-        report["checks"] = [
-            *check_golden(device),
-            *check_ops(device, args.rehearse),
-            *check_optimizer(device),
-            *check_attention(device, args.rehearse),
-            *check_synchronisation(device),
-        ]
-        failed = [row for row in report["checks"] if not row["error"] <= row["bound"]]
-        for row in report["checks"]:
-            verdict = "FAILED" if row in failed else "ok"
-            print(f"{row['check']:44} {row['error']:9.2e} of {row['bound']:7.1e}  {verdict}", flush=True)
-        keep()
-        report["ceilings"] = ceilings(device, machine.dtype)
-        ranks = World(0, 1, device if args.rehearse else torch.device("cuda", 0))
-        report["splits"] = {
-            f"{machine.name(preset)} of {batch}": guided_split(preset, batch, ranks)
-            for preset, batch in ((("b2", 16),) if args.rehearse else (("xl2", 32), ("xl2", 256), ("b2", 32)))
-        }
-        keep()
-        small_shape = {"shapes": [(16, 5, 1)], "batches": (2,), "seconds": 0.01}
-        report["attention"] = list(attention.time_attention(device, **(small_shape if args.rehearse else {})))
-        if out := os.environ.get("OUT"):
-            attention.write(report["attention"], device, Path(out, attention.TIMES.name))
-        keep()
-        rows, report["missing"] = time_cases(machine, deadline, args.rehearse)
-        report["rows"] = [asdict(row) for row in rows]
-        keep()
-
-    print(render(report))
-    for label, why in report["missing"].items():
-        print(f"missing: {label}: {why}")
-    print(f"{len(report['checks'])} checks, {len(failed)} failed")
-    return 1 if failed else 0
+        run = Run(args.rehearse, args.minutes, folder)
+        try:
+            run.run()
+        except RuntimeError as error:
+            print(f"error: no worker: {error}", file=sys.stderr)
+            return 1
+    failed = [check for check in run.report["checks"] if not checks.passed(check)]
+    return 1 if failed or run.report.get("errors") else 0
 
 
 if __name__ == "__main__":

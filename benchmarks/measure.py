@@ -88,22 +88,21 @@ def other_work(device: torch.device) -> Callable[[], Any]:
 
 def measure(f: Callable[[], Any], clock: Callable[[], float], seconds: float, warmup: int = 3) -> list[float]:
     """Seconds of one call of f, for each of several rounds that take about so long in all."""
-    for _ in range(warmup):
-        f()
+    f()
     start = clock()
     f()
     now = clock()
     # Short calls are queued one behind the other, so that the device does not wait for the host.
     calls = max(1, min(50, int(2e-3 / max(now - start, 1e-7))))
-    rounds = []
+    rounds: list[float] = []
     until = time.monotonic() + seconds
-    while len(rounds) < 3 or time.monotonic() < until:
+    while len(rounds) < warmup + 3 or time.monotonic() < until:
         start = now
         for _ in range(calls):
             f()
         now = clock()
         rounds.append((now - start) / calls)
-    return rounds
+    return rounds[warmup:]
 
 
 def summarise(rounds: list[float]) -> dict[str, Any]:
@@ -116,7 +115,7 @@ def summarise(rounds: list[float]) -> dict[str, Any]:
     }
 
 
-def ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+def ceilings(device: torch.device, dtype: torch.dtype, seconds: float = 0.5) -> dict[str, float]:
     """What this machine reaches: moving large arrays, and a large matrix product in `dtype`; its data sheet's peak.
 
     Arrays are copied, and added in place: a CPU reads what a copy overwrites, which copying does not show.
@@ -124,8 +123,8 @@ def ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     size = 2**30 if device.type == "cuda" else 2**27
     a, b = (torch.ones(size // 4, device=device) for _ in range(2))
     clock = make_clock(device)
-    copying = 2 * size / min(measure(lambda: b.copy_(a), clock, 0.5))
-    adding = 3 * size / min(measure(lambda: b.add_(a), clock, 0.5))
+    copying = 2 * size / min(measure(lambda: b.copy_(a), clock, seconds))
+    adding = 3 * size / min(measure(lambda: b.add_(a), clock, seconds))
     found = {"memory_bytes_per_s": max(copying, adding), "matrix_flops_per_s": matrix_rate(device, dtype)}
     peak = data_sheet_rate(device, dtype)
     return found if peak is None else found | {"peak_flops_per_s": peak}

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.cases import OURS
+from benchmarks.checks import passed
 from benchmarks.measure import Row
 
 
@@ -22,10 +23,8 @@ def render(report: dict[str, Any]) -> str:
     rows = [Row(**row) for row in report.get("rows", [])]
     for suite in dict.fromkeys(row.suite for row in rows):
         parts.append(
-            f"## {suite.capitalize()}\n\n" + _timings([r for r in rows if r.suite == suite], report["ceilings"])
+            f"## {suite.capitalize()}\n\n" + _timings([r for r in rows if r.suite == suite], report.get("ceilings", {}))
         )
-    if report.get("attention"):
-        parts.append("## Implementations of attention\n\n" + attention_table(report["attention"]))
     if report.get("splits"):
         parts.append("## Where a guided step's time goes\n\n" + _splits(report["splits"]))
     if report.get("counts"):
@@ -54,8 +53,11 @@ def _machine(report: dict[str, Any]) -> str:
     if ceilings:
         text += (
             f"\n\nCeilings, of the same run: {ceilings['memory_bytes_per_s'] / 1e9:,.1f} GB/s to and from memory, "
-            f"{ceilings['matrix_flops_per_s'] / 1e12:,.3f} TFLOP/s in a large matrix product."
+            f"{ceilings['matrix_flops_per_s'] / 1e12:,.3f} TFLOP/s in a large matrix product"
         )
+        if peak := ceilings.get("peak_flops_per_s"):
+            text += f", of {peak / 1e12:,.1f} TFLOP/s by the data sheet"
+        text += "."
     return text
 
 
@@ -63,7 +65,6 @@ def _timings(rows: list[Row], ceilings: dict[str, float]) -> str:
     lines = []
     ours = {row.case: row for row in rows if row.implementation == OURS}
     for row in rows:
-        floor = row.floor(ceilings)
         own = ours.get(row.case)
         lines.append(
             [
@@ -74,13 +75,61 @@ def _timings(rows: list[Row], ceilings: dict[str, float]) -> str:
                 f"{row.samples / row.seconds:,.0f}" if row.samples else "",
                 f"{row.flops / row.seconds / 1e12:.3f}" if row.flops else "",
                 f"{row.bytes / row.seconds / 1e9:.1f}" if row.bytes else "",
-                f"{floor / row.seconds:.0%}" if floor else "",
+                _mfu(row, ceilings),
+                _share(row, ceilings),
                 f"{row.seconds / own.seconds:.2f} x" if own and row is not own else "",
             ]
         )
-    header = ["case", "implementation", "ms", "range", "samples/s", "TFLOP/s", "GB/s", "of ceiling", "ours is faster"]
+    header = [
+        "case", "implementation", "ms", "range", "samples/s", "TFLOP/s", "GB/s", "MFU", "of ceiling", "ours is faster",
+    ]  # fmt: skip
     used = [i for i in range(len(header)) if any(line[i] for line in lines)]
     return table([header[i] for i in used], [[line[i] for i in used] for line in lines])
+
+
+def _mfu(row: Row, ceilings: dict[str, float]) -> str:
+    """Needed FLOPs over the data sheet's peak, where it is known."""
+    peak = ceilings.get("peak_flops_per_s")
+    return f"{row.flops / row.seconds / peak:.1%}" if peak and row.flops else ""
+
+
+def _share(row: Row, ceilings: dict[str, float]) -> str:
+    """The least time that the needed work takes at the measured ceilings, over the time that it took."""
+    floor = row.floor(ceilings) if ceilings else 0.0
+    return f"{floor / row.seconds:.0%}" if floor else ""
+
+
+def compact(report: dict[str, Any]) -> str:
+    """A line for each case, of ours and how many times as long its peers take; and what failed or is missing."""
+    ceilings = report.get("ceilings", {})
+    cases: dict[str, list[Row]] = {}
+    for values in report.get("rows", []):
+        row = Row(**values)
+        cases.setdefault(row.label, []).append(row)
+    lines = []
+    for label, rows in cases.items():
+        ours = next((row for row in rows if row.implementation == OURS), None)
+        peers = [row for row in rows if row is not ours]
+        cells = [label, "", "", "", "", ", ".join(f"{r.implementation} {r.seconds * 1e3:.3f} ms" for r in peers)]
+        if ours:
+            speed = f"{ours.samples / ours.seconds:,.0f}" if ours.samples else ""
+            ratios = ", ".join(f"{r.implementation} {r.seconds / ours.seconds:.2f} x" for r in peers)
+            cells[1:] = [f"{ours.seconds * 1e3:.3f}", speed, _mfu(ours, ceilings), _share(ours, ceilings), ratios]
+        lines.append(cells)
+    parts = [_machine(report)]
+    if lines:
+        parts.append(table(["case", "ms", "samples/s", "MFU", "of ceiling", "peers"], lines))
+    if report.get("splits"):
+        parts.append(_splits(report["splits"]))
+    checks = report.get("checks", [])
+    failed = [check for check in checks if not passed(check)]
+    parts.append(f"{len(checks)} checks, {len(failed)} failed")
+    parts += [
+        f"FAILED {c['check']}: {c['error']:.2e} of {c['bound']:.1e} {c.get('note', '')[:100]}" for c in failed[:20]
+    ]
+    for kind in ("errors", "missing"):
+        parts += [f"{kind}: {name}: {why[:100]}" for name, why in list(report.get(kind, {}).items())[:20]]
+    return "\n".join(parts)
 
 
 def _splits(splits: dict[str, dict[str, float]]) -> str:
@@ -89,18 +138,6 @@ def _splits(splits: dict[str, dict[str, float]]) -> str:
         ["ms", *names],
         [[case, *(f"{split[name] * 1e3:.2f}" for name in names)] for case, split in splits.items()],
     )
-
-
-def attention_table(rows: list[dict[str, Any]]) -> str:
-    """Rows of `benchmarks.attention`: milliseconds of each implementation, and which is the fastest."""
-    names = list(dict.fromkeys(name for row in rows for name in row["times"]))
-    lines = []
-    for row in rows:
-        times = {name: found["seconds"] for name, found in row["times"].items()}
-        shape = f"{row['batch']} x {row['heads']} x {row['tokens']} x {row['dim']}"
-        cells = [f"{times[name] * 1e3:.3f}" if name in times else "" for name in names]
-        lines.append([row["work"], row["dtype"], shape, *cells, min(times, key=times.__getitem__)])
-    return table(["ms", "dtype", "B x H x N x d", *names, "fastest"], lines)
 
 
 def _counts(counts: dict[str, dict[str, Any]]) -> str:

@@ -106,14 +106,14 @@ def split(
         trace.export_chrome_trace(str(path))
         events = json.loads(path.read_text())["traceEvents"]
 
-    spent = _seconds(events, device.type == "cuda")
+    spent = seconds_of_passes(events, device.type == "cuda")
     found = {name: spent.get(name, 0.0) / STEPS for name in ("step", *PASSES)}
     found["tangent"] = max(0.0, spent["forward"] / STEPS - found["primal"])
     found["rest"] = max(0.0, found["step"] - sum(found[name] for name in PASSES[:-2]))
     return found
 
 
-def _seconds(events: list[dict[str, Any]], gpu: bool) -> dict[str, float]:
+def seconds_of_passes(events: list[dict[str, Any]], gpu: bool) -> dict[str, float]:
     """Seconds by the name of a labelled range; `communication` is that of collectives within steps."""
     ranges = [e for e in events if e.get("cat") == "user_annotation" and e.get("ph") == "X"]
     steps = [e for e in ranges if e["name"] == "step"]
@@ -129,7 +129,9 @@ def _seconds(events: list[dict[str, Any]], gpu: bool) -> dict[str, float]:
             spent[event["name"]] = spent.get(event["name"], 0.0) + event["dur"] / 1e6
     if not gpu:
         return spent
-    launched = {e["args"]["correlation"]: e["ts"] for e in events if e.get("cat") == "cuda_runtime"}
+    # PyTorch launches through CUDA's runtime, Triton through its driver.
+    calls = [e for e in events if e.get("cat") in ("cuda_runtime", "cuda_driver")]
+    launched = {e["args"]["correlation"]: e["ts"] for e in calls if "correlation" in e["args"]}
     passes = [e for e in ranges if e["name"] not in ("step", "alone") and ":" not in e["name"]]
     for kernel in events:
         if kernel.get("cat") not in ("kernel", "gpu_memcpy", "gpu_memset"):
@@ -170,10 +172,9 @@ def batches(config: ModelConfig, world: World, batch: int, folder: Path) -> Iter
         yield latents, to_device(labels, world.device)
 
 
-def guided_split(preset: str, batch: int, ranks: World) -> dict[str, float]:
-    """`split` of a preset's guided step; of a small network like it where there is no GPU."""
+def guided_split(config: ModelConfig, batch: int, ranks: World) -> dict[str, float]:
+    """`split` of a guided step, in bfloat16 on a GPU."""
     gpu = ranks.device.type == "cuda"
-    config = PRESETS[preset][1].model if gpu else small(PRESETS[preset][1].model)
     with tempfile.TemporaryDirectory() as folder:
         inputs = batches(config, ranks, batch, Path(folder))
         return split(config, OBJECTIVES["guided"], ranks, torch.bfloat16 if gpu else torch.float32, inputs)
@@ -185,7 +186,8 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=16, help="samples per rank")
     args = parser.parse_args()
     with world("auto") as ranks:
-        found = guided_split(args.preset, args.batch, ranks)
+        config = PRESETS[args.preset][1].model
+        found = guided_split(config if ranks.device.type == "cuda" else small(config), args.batch, ranks)
     if ranks.main:
         for name, seconds in found.items():
             print(f"{name:14} {seconds * 1e3:9.3f} ms {seconds / found['step']:7.1%}")

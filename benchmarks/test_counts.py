@@ -35,6 +35,6 @@ def test_split(preset, session):
         pytest.skip("small networks are all alike")
     for batch in (32, 256) if gpu else (16,):
         world = World(0, 1, torch.device("cuda", 0) if gpu else torch.device("cpu"))
-        found = guided_split(preset, batch, world)
+        found = guided_split(session.machine.model(preset), batch, world)
         session.splits[f"{session.machine.name(preset)} of {batch}"] = found
         assert 0 < found["primal"] < found["step"]

@@ -137,3 +137,8 @@ def make_model(config: ModelConfig, device: torch.device, compute_dtype: torch.d
 def small(config: ModelConfig) -> ModelConfig:
     """The same network, narrow and shallow, for a machine without a GPU."""
     return dataclasses.replace(config, hidden_size=128, depth=2, num_heads=4, input_size=16)
+
+
+def tiny(config: ModelConfig) -> ModelConfig:
+    """The same network, as small as it can be."""
+    return dataclasses.replace(config, hidden_size=32, depth=2, num_heads=2, input_size=4)

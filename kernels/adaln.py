@@ -82,7 +82,7 @@ def backward_kernel(
     Without a gx_out, x' has no gradient but that through o.
     """
     parts = tl.cdiv(tokens, TOKENS)
-    b, part = (tl.program_id(0) // parts).to(tl.int64), (tl.program_id(0) % parts).to(tl.int64)
+    b, part = (tl.program_id(0) // parts).to(tl.int64), tl.program_id(0) % parts
     cols = tl.arange(0, BLOCK)
     mask = cols < width
     slope = 1.0 + tl.load(scale + b * scale_b + cols, mask=mask, other=0.0).to(tl.float32)
@@ -91,7 +91,8 @@ def backward_kernel(
     if y is not None:
         g = tl.load(gate + b * gate_b + cols, mask=mask, other=0.0).to(tl.float32)
         ggate = tl.zeros((BLOCK,), tl.float32)
-    for n in range(part * TOKENS, tl.minimum(part * TOKENS + TOKENS, tokens)):
+    for token in range(part * TOKENS, tl.minimum(part * TOKENS + TOKENS, tokens)):
+        n = tl.cast(token, tl.int64)
         row = b * tokens + n
         stream = tl.load(x + b * x_b + n * x_n + cols, mask=mask, other=0.0).to(tl.float32)
         normal, rstd = _moments(stream, mask, width, eps)
@@ -266,5 +267,5 @@ def block(width: int) -> int:
 CONFIGS = {
     "forward": Config(num_warps=4, num_stages=1),
     "dual": Config(num_warps=8, num_stages=1),
-    "backward": Config(num_warps=16, num_stages=1),
+    "backward": Config(num_warps=8, num_stages=1),
 }

@@ -4,7 +4,8 @@ O = P V with P = softmax(a Q K^T). With S' = a (Q' K^T + Q K'^T) the tangent is
 O' = (P * S') V + P V' - rowsum(P * S') * O, and one accumulator holds (P * S') V + P V'.
 
 A head dim that is no power of two is split into a power of two and a tail padded to one (72 = 64 + 8 padded to 16),
-so that 72 costs 80 columns and not 128. Softmax runs in base 2 and float32. All strides are free.
+so that 72 costs 80 columns and not 128. Softmax runs in base 2 and float32. Strides are
+free; a layout that cannot be read 16 bytes at a time is copied first.
 
 float32 products are three TF32 products on the tensor cores, which keep float32's precision. Their operands, split in
 two, do not fit into the registers for long: scores are summed over 32 columns at a time, read anew for every tile, and
@@ -18,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mfengine.kernels.launch import Config, addressing, check_dtype, check_like, launch, widths
+from mfengine.kernels.launch import Config, aligned, check_dtype, check_like, launch, widths
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 COLUMNS = tl.constexpr(32)  # of float32 operands at a time
@@ -28,7 +29,7 @@ COLUMNS = tl.constexpr(32)  # of float32 operands at a time
 
 
 @triton.jit
-def _program(rows, BLOCK: tl.constexpr, INDEX: tl.constexpr):
+def _program(rows, BLOCK: tl.constexpr):
     """Number of the head among all samples' heads, and the rows of this block.
 
     One axis counts blocks and heads, since the others end at 65,535. Blocks of one head follow each other: they share
@@ -36,31 +37,35 @@ def _program(rows, BLOCK: tl.constexpr, INDEX: tl.constexpr):
     """
     blocks = tl.cdiv(rows, BLOCK)
     block = tl.program_id(0) % blocks
-    return (tl.program_id(0) // blocks).to(tl.int64), (block * BLOCK + tl.arange(0, BLOCK)).to(INDEX)
+    return (tl.program_id(0) // blocks).to(tl.int64), block * BLOCK + tl.arange(0, BLOCK)
 
 
 @triton.jit
-def _head(x, head, heads, stride_b, stride_h, stride_row, UNIT: tl.constexpr):
-    """Where a head begins, and the stride of its rows in elements; strides come in units of UNIT elements."""
-    return x + (head // heads * stride_b + head % heads * stride_h) * UNIT, stride_row * UNIT
+def _head(x, head, heads, stride_b, stride_h, stride_row):
+    """Where a head begins, and the stride of its rows.
+
+    Launchers see to it that rows begin at multiples of 16 bytes, but the compiler knows of an argument only whether it
+    is a multiple of 16. To divide and multiply shows it that strides are multiples of the elements in 16 bytes.
+    """
+    UNIT: tl.constexpr = 128 // x.dtype.element_ty.primitive_bitwidth
+    offset = head // heads * (stride_b // UNIT) + head % heads * (stride_h // UNIT)
+    return x + offset * UNIT, stride_row // UNIT * UNIT
 
 
 @triton.jit
-def _tile(base, rows, num_rows, stride_row, stride_col, first, WIDTH: tl.constexpr, DIM: tl.constexpr):
+def _tile(base, rows, num_rows, stride_row, first, WIDTH: tl.constexpr, DIM: tl.constexpr):
     """Columns first to first + WIDTH of some rows, zero outside of the matrix (num_rows, DIM)."""
-    cols = (first + tl.arange(0, WIDTH)).to(rows.dtype)
+    cols = first + tl.arange(0, WIDTH)
     mask = (rows < num_rows)[:, None] & (cols < DIM)[None, :]
-    return tl.load(base + rows[:, None] * stride_row + cols[None, :] * stride_col, mask=mask, other=0.0)
+    return tl.load(base + rows[:, None] * stride_row + cols[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
-def _store(
-    base, rows, num_rows, stride_row, stride_col, value, FIRST: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr
-):
-    cols = (FIRST + tl.arange(0, WIDTH)).to(rows.dtype)
+def _store(base, rows, num_rows, stride_row, value, FIRST: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr):
+    cols = FIRST + tl.arange(0, WIDTH)
     mask = (rows < num_rows)[:, None] & (cols < DIM)[None, :]
     value = value.to(base.dtype.element_ty)
-    tl.store(base + rows[:, None] * stride_row + cols[None, :] * stride_col, value, mask=mask)
+    tl.store(base + rows[:, None] * stride_row + cols[None, :], value, mask=mask)
 
 
 @triton.jit
@@ -69,11 +74,11 @@ def _dot(a, b, acc):
 
 
 @triton.jit
-def _dot_by_columns(a, a_rows, a_num, a_n, a_d, b, b_rows, b_num, b_n, b_d, acc, dim, DIM: tl.constexpr):
+def _dot_by_columns(a, a_rows, a_num, a_n, b, b_rows, b_num, b_n, acc, dim, DIM: tl.constexpr):
     """acc + A B^T over some rows of each. `dim` is DIM, but no constant, or the loop would be unrolled and spill."""
     for first in range(0, dim, COLUMNS):
-        a_tile = _tile(a, a_rows, a_num, a_n, a_d, first, COLUMNS, DIM)
-        b_tile = _tile(b, b_rows, b_num, b_n, b_d, first, COLUMNS, DIM)
+        a_tile = _tile(a, a_rows, a_num, a_n, first, COLUMNS, DIM)
+        b_tile = _tile(b, b_rows, b_num, b_n, first, COLUMNS, DIM)
         acc = _dot(a_tile, b_tile.T, acc)
     return acc
 
@@ -81,64 +86,69 @@ def _dot_by_columns(a, a_rows, a_num, a_n, a_d, b, b_rows, b_num, b_n, b_d, acc,
 @triton.jit
 def forward_kernel(
     q, k, v, dq, dk, dv, o, do, lse,
-    q_b, q_h, q_n, q_d, k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d,
-    dq_b, dq_h, dq_n, dq_d, dk_b, dk_h, dk_n, dk_d, dv_b, dv_h, dv_n, dv_d,
-    o_b, o_h, o_n, o_d, do_b, do_h, do_n, do_d,
+    q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n,
+    dq_b, dq_h, dq_n, dk_b, dk_h, dk_n, dv_b, dv_h, dv_n,
+    o_b, o_h, o_n, do_b, do_h, do_n,
     heads, queries, keys, dim, scale,
-    DIM: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, UNIT: tl.constexpr, INDEX: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    DIM: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    EVEN: tl.constexpr,
 ):  # fmt: skip
-    """Output and log-sum-exp; the output's tangent too where tangents are given, which are None otherwise."""
-    head, rows = _program(queries, BLOCK_M, INDEX)
-    q, q_n = _head(q, head, heads, q_b, q_h, q_n, UNIT)
-    k, k_n = _head(k, head, heads, k_b, k_h, k_n, UNIT)
-    v, v_n = _head(v, head, heads, v_b, v_h, v_n, UNIT)
-    o, o_n = _head(o, head, heads, o_b, o_h, o_n, UNIT)
-    if dq is not None:
-        dq, dq_n = _head(dq, head, heads, dq_b, dq_h, dq_n, UNIT)
-        dk, dk_n = _head(dk, head, heads, dk_b, dk_h, dk_n, UNIT)
-        dv, dv_n = _head(dv, head, heads, dv_b, dv_h, dv_n, UNIT)
-        do, do_n = _head(do, head, heads, do_b, do_h, do_n, UNIT)
+    """Output and log-sum-exp; the output's tangent too where tangents are given, which are None otherwise.
 
-    q1 = _tile(q, rows, queries, q_n, q_d, 0, HEAD, DIM)
+    EVEN: keys are a multiple of BLOCK_N, so that none need be masked.
+    """
+    head, rows = _program(queries, BLOCK_M)
+    q, q_n = _head(q, head, heads, q_b, q_h, q_n)
+    k, k_n = _head(k, head, heads, k_b, k_h, k_n)
+    v, v_n = _head(v, head, heads, v_b, v_h, v_n)
+    o, o_n = _head(o, head, heads, o_b, o_h, o_n)
+    if dq is not None:
+        dq, dq_n = _head(dq, head, heads, dq_b, dq_h, dq_n)
+        dk, dk_n = _head(dk, head, heads, dk_b, dk_h, dk_n)
+        dv, dv_n = _head(dv, head, heads, dv_b, dv_h, dv_n)
+        do, do_n = _head(do, head, heads, do_b, do_h, do_n)
+
+    q1 = _tile(q, rows, queries, q_n, 0, HEAD, DIM)
     acc1 = tl.zeros((BLOCK_M, HEAD), tl.float32)
     if TAIL:
-        q2 = _tile(q, rows, queries, q_n, q_d, HEAD, TAIL, DIM)
+        q2 = _tile(q, rows, queries, q_n, HEAD, TAIL, DIM)
         acc2 = tl.zeros((BLOCK_M, TAIL), tl.float32)
     peak = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     if dq is not None:
-        dq1 = _tile(dq, rows, queries, dq_n, dq_d, 0, HEAD, DIM)
+        dq1 = _tile(dq, rows, queries, dq_n, 0, HEAD, DIM)
         dacc1 = tl.zeros((BLOCK_M, HEAD), tl.float32)
         if TAIL:
-            dq2 = _tile(dq, rows, queries, dq_n, dq_d, HEAD, TAIL, DIM)
+            dq2 = _tile(dq, rows, queries, dq_n, HEAD, TAIL, DIM)
             dacc2 = tl.zeros((BLOCK_M, TAIL), tl.float32)
         dtotal = tl.zeros((BLOCK_M,), tl.float32)  # rowsum(P * S')
 
     for start in range(0, keys, BLOCK_N):
-        cols = (start + tl.arange(0, BLOCK_N)).to(INDEX)
+        cols = start + tl.arange(0, BLOCK_N)
         s = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         ds = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         if q.dtype.element_ty == tl.float32:
-            s = _dot_by_columns(q, rows, queries, q_n, q_d, k, cols, keys, k_n, k_d, s, dim, DIM)
+            s = _dot_by_columns(q, rows, queries, q_n, k, cols, keys, k_n, s, dim, DIM)
             if dq is not None:
-                ds = _dot_by_columns(dq, rows, queries, dq_n, dq_d, k, cols, keys, k_n, k_d, ds, dim, DIM)
-                ds = _dot_by_columns(q, rows, queries, q_n, q_d, dk, cols, keys, dk_n, dk_d, ds, dim, DIM)
+                ds = _dot_by_columns(dq, rows, queries, dq_n, k, cols, keys, k_n, ds, dim, DIM)
+                ds = _dot_by_columns(q, rows, queries, q_n, dk, cols, keys, dk_n, ds, dim, DIM)
         else:
-            k1 = _tile(k, cols, keys, k_n, k_d, 0, HEAD, DIM)
+            k1 = _tile(k, cols, keys, k_n, 0, HEAD, DIM)
             s = _dot(q1, k1.T, s)
             if dq is not None:
-                dk1 = _tile(dk, cols, keys, dk_n, dk_d, 0, HEAD, DIM)
+                dk1 = _tile(dk, cols, keys, dk_n, 0, HEAD, DIM)
                 ds = _dot(dq1, k1.T, ds)
                 ds = _dot(q1, dk1.T, ds)
             if TAIL:
-                k2 = _tile(k, cols, keys, k_n, k_d, HEAD, TAIL, DIM)
+                k2 = _tile(k, cols, keys, k_n, HEAD, TAIL, DIM)
                 s = _dot(q2, k2.T, s)
                 if dq is not None:
-                    dk2 = _tile(dk, cols, keys, dk_n, dk_d, HEAD, TAIL, DIM)
+                    dk2 = _tile(dk, cols, keys, dk_n, HEAD, TAIL, DIM)
                     ds = _dot(dq2, k2.T, ds)
                     ds = _dot(q2, dk2.T, ds)
-        s = tl.where((cols < keys)[None, :], s * (scale * LOG2_E), float("-inf"))
+        s *= scale * LOG2_E
+        if not EVEN:
+            s = tl.where((cols < keys)[None, :], s, float("-inf"))
         higher = tl.maximum(peak, tl.max(s, 1))
         shrink = tl.exp2(peak - higher)
         peak = higher
@@ -150,93 +160,91 @@ def forward_kernel(
             pds = pds.to(v.dtype.element_ty)
         p = p.to(v.dtype.element_ty)
 
-        v1 = _tile(v, cols, keys, v_n, v_d, 0, HEAD, DIM)
+        v1 = _tile(v, cols, keys, v_n, 0, HEAD, DIM)
         acc1 = _dot(p, v1, acc1 * shrink[:, None])
         if dq is not None:
-            dv1 = _tile(dv, cols, keys, dv_n, dv_d, 0, HEAD, DIM)
+            dv1 = _tile(dv, cols, keys, dv_n, 0, HEAD, DIM)
             dacc1 = _dot(pds, v1, dacc1 * shrink[:, None])
             dacc1 = _dot(p, dv1, dacc1)
         if TAIL:
-            v2 = _tile(v, cols, keys, v_n, v_d, HEAD, TAIL, DIM)
+            v2 = _tile(v, cols, keys, v_n, HEAD, TAIL, DIM)
             acc2 = _dot(p, v2, acc2 * shrink[:, None])
             if dq is not None:
-                dv2 = _tile(dv, cols, keys, dv_n, dv_d, HEAD, TAIL, DIM)
+                dv2 = _tile(dv, cols, keys, dv_n, HEAD, TAIL, DIM)
                 dacc2 = _dot(pds, v2, dacc2 * shrink[:, None])
                 dacc2 = _dot(p, dv2, dacc2)
 
     o1 = acc1 / total[:, None]
-    _store(o, rows, queries, o_n, o_d, o1, 0, HEAD, DIM)
+    _store(o, rows, queries, o_n, o1, 0, HEAD, DIM)
     if TAIL:
         o2 = acc2 / total[:, None]
-        _store(o, rows, queries, o_n, o_d, o2, HEAD, TAIL, DIM)
+        _store(o, rows, queries, o_n, o2, HEAD, TAIL, DIM)
     if dq is not None:
         mean = (dtotal / total)[:, None]
-        _store(do, rows, queries, do_n, do_d, dacc1 / total[:, None] - mean * o1, 0, HEAD, DIM)
+        _store(do, rows, queries, do_n, dacc1 / total[:, None] - mean * o1, 0, HEAD, DIM)
         if TAIL:
-            _store(do, rows, queries, do_n, do_d, dacc2 / total[:, None] - mean * o2, HEAD, TAIL, DIM)
+            _store(do, rows, queries, do_n, dacc2 / total[:, None] - mean * o2, HEAD, TAIL, DIM)
     tl.store(lse + head * queries + rows, (peak + tl.log2(total)) / LOG2_E, mask=rows < queries)
 
 
 @triton.jit
 def delta_kernel(
     o, go, delta,
-    o_b, o_h, o_n, o_d, go_b, go_h, go_n, go_d,
+    o_b, o_h, o_n, go_b, go_h, go_n,
     heads, queries,
-    DIM: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, UNIT: tl.constexpr, INDEX: tl.constexpr,
-    BLOCK_M: tl.constexpr,
+    DIM: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """rowsum(O * gradient of O), which the softmax's backward subtracts."""
-    head, rows = _program(queries, BLOCK_M, INDEX)
-    o, o_n = _head(o, head, heads, o_b, o_h, o_n, UNIT)
-    go, go_n = _head(go, head, heads, go_b, go_h, go_n, UNIT)
-    o1 = _tile(o, rows, queries, o_n, o_d, 0, HEAD, DIM).to(tl.float32)
-    sum = tl.sum(o1 * _tile(go, rows, queries, go_n, go_d, 0, HEAD, DIM).to(tl.float32), 1)
+    head, rows = _program(queries, BLOCK_M)
+    o, o_n = _head(o, head, heads, o_b, o_h, o_n)
+    go, go_n = _head(go, head, heads, go_b, go_h, go_n)
+    o1 = _tile(o, rows, queries, o_n, 0, HEAD, DIM).to(tl.float32)
+    sum = tl.sum(o1 * _tile(go, rows, queries, go_n, 0, HEAD, DIM).to(tl.float32), 1)
     if TAIL:
-        o2 = _tile(o, rows, queries, o_n, o_d, HEAD, TAIL, DIM).to(tl.float32)
-        sum += tl.sum(o2 * _tile(go, rows, queries, go_n, go_d, HEAD, TAIL, DIM).to(tl.float32), 1)
+        o2 = _tile(o, rows, queries, o_n, HEAD, TAIL, DIM).to(tl.float32)
+        sum += tl.sum(o2 * _tile(go, rows, queries, go_n, HEAD, TAIL, DIM).to(tl.float32), 1)
     tl.store(delta + head * queries + rows, sum, mask=rows < queries)
 
 
 @triton.jit
 def backward_kv_kernel(
     q, k, v, go, lse, delta, gk, gv,
-    q_b, q_h, q_n, q_d, k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d, go_b, go_h, go_n, go_d,
-    gk_b, gk_h, gk_n, gk_d, gv_b, gv_h, gv_n, gv_d,
+    q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, go_b, go_h, go_n,
+    gk_b, gk_h, gk_n, gv_b, gv_h, gv_n,
     heads, queries, keys, dim, scale,
-    DIM: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, UNIT: tl.constexpr, INDEX: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    DIM: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a block of keys and values, over all queries."""
-    head, cols = _program(keys, BLOCK_N, INDEX)
-    q, q_n = _head(q, head, heads, q_b, q_h, q_n, UNIT)
-    k, k_n = _head(k, head, heads, k_b, k_h, k_n, UNIT)
-    v, v_n = _head(v, head, heads, v_b, v_h, v_n, UNIT)
-    go, go_n = _head(go, head, heads, go_b, go_h, go_n, UNIT)
+    head, cols = _program(keys, BLOCK_N)
+    q, q_n = _head(q, head, heads, q_b, q_h, q_n)
+    k, k_n = _head(k, head, heads, k_b, k_h, k_n)
+    v, v_n = _head(v, head, heads, v_b, v_h, v_n)
+    go, go_n = _head(go, head, heads, go_b, go_h, go_n)
     lse += head * queries
     delta += head * queries
 
-    k1 = _tile(k, cols, keys, k_n, k_d, 0, HEAD, DIM)
-    v1 = _tile(v, cols, keys, v_n, v_d, 0, HEAD, DIM)
+    k1 = _tile(k, cols, keys, k_n, 0, HEAD, DIM)
+    v1 = _tile(v, cols, keys, v_n, 0, HEAD, DIM)
     gk1 = tl.zeros((BLOCK_N, HEAD), tl.float32)
     gv1 = tl.zeros((BLOCK_N, HEAD), tl.float32)
     if TAIL:
-        k2 = _tile(k, cols, keys, k_n, k_d, HEAD, TAIL, DIM)
-        v2 = _tile(v, cols, keys, v_n, v_d, HEAD, TAIL, DIM)
+        k2 = _tile(k, cols, keys, k_n, HEAD, TAIL, DIM)
+        v2 = _tile(v, cols, keys, v_n, HEAD, TAIL, DIM)
         gk2 = tl.zeros((BLOCK_N, TAIL), tl.float32)
         gv2 = tl.zeros((BLOCK_N, TAIL), tl.float32)
 
     for start in range(0, queries, BLOCK_M):
-        rows = (start + tl.arange(0, BLOCK_M)).to(INDEX)
-        q1 = _tile(q, rows, queries, q_n, q_d, 0, HEAD, DIM)
-        go1 = _tile(go, rows, queries, go_n, go_d, 0, HEAD, DIM)
+        rows = start + tl.arange(0, BLOCK_M)
+        q1 = _tile(q, rows, queries, q_n, 0, HEAD, DIM)
+        go1 = _tile(go, rows, queries, go_n, 0, HEAD, DIM)
         if TAIL:
-            q2 = _tile(q, rows, queries, q_n, q_d, HEAD, TAIL, DIM)
-            go2 = _tile(go, rows, queries, go_n, go_d, HEAD, TAIL, DIM)
+            q2 = _tile(q, rows, queries, q_n, HEAD, TAIL, DIM)
+            go2 = _tile(go, rows, queries, go_n, HEAD, TAIL, DIM)
         s = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)  # transposed: keys by queries
         gp = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
         if q.dtype.element_ty == tl.float32:
-            s = _dot_by_columns(k, cols, keys, k_n, k_d, q, rows, queries, q_n, q_d, s, dim, DIM)
-            gp = _dot_by_columns(v, cols, keys, v_n, v_d, go, rows, queries, go_n, go_d, gp, dim, DIM)
+            s = _dot_by_columns(k, cols, keys, k_n, q, rows, queries, q_n, s, dim, DIM)
+            gp = _dot_by_columns(v, cols, keys, v_n, go, rows, queries, go_n, gp, dim, DIM)
         else:
             s = _dot(k1, q1.T, s)
             gp = _dot(v1, go1.T, gp)
@@ -255,71 +263,73 @@ def backward_kv_kernel(
             gv2 = _dot(p, go2, gv2)
             gk2 = _dot(gs, q2, gk2)
 
-    gk, gk_n = _head(gk, head, heads, gk_b, gk_h, gk_n, UNIT)
-    gv, gv_n = _head(gv, head, heads, gv_b, gv_h, gv_n, UNIT)
-    _store(gk, cols, keys, gk_n, gk_d, gk1 * scale, 0, HEAD, DIM)
-    _store(gv, cols, keys, gv_n, gv_d, gv1, 0, HEAD, DIM)
+    gk, gk_n = _head(gk, head, heads, gk_b, gk_h, gk_n)
+    gv, gv_n = _head(gv, head, heads, gv_b, gv_h, gv_n)
+    _store(gk, cols, keys, gk_n, gk1 * scale, 0, HEAD, DIM)
+    _store(gv, cols, keys, gv_n, gv1, 0, HEAD, DIM)
     if TAIL:
-        _store(gk, cols, keys, gk_n, gk_d, gk2 * scale, HEAD, TAIL, DIM)
-        _store(gv, cols, keys, gv_n, gv_d, gv2, HEAD, TAIL, DIM)
+        _store(gk, cols, keys, gk_n, gk2 * scale, HEAD, TAIL, DIM)
+        _store(gv, cols, keys, gv_n, gv2, HEAD, TAIL, DIM)
 
 
 @triton.jit
 def backward_q_kernel(
     q, k, v, go, lse, delta, gq,
-    q_b, q_h, q_n, q_d, k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d, go_b, go_h, go_n, go_d, gq_b, gq_h, gq_n, gq_d,
+    q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, go_b, go_h, go_n, gq_b, gq_h, gq_n,
     heads, queries, keys, dim, scale,
-    DIM: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, UNIT: tl.constexpr, INDEX: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    DIM: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    EVEN: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a block of queries, over all keys."""
-    head, rows = _program(queries, BLOCK_M, INDEX)
-    q, q_n = _head(q, head, heads, q_b, q_h, q_n, UNIT)
-    k, k_n = _head(k, head, heads, k_b, k_h, k_n, UNIT)
-    v, v_n = _head(v, head, heads, v_b, v_h, v_n, UNIT)
-    go, go_n = _head(go, head, heads, go_b, go_h, go_n, UNIT)
+    head, rows = _program(queries, BLOCK_M)
+    q, q_n = _head(q, head, heads, q_b, q_h, q_n)
+    k, k_n = _head(k, head, heads, k_b, k_h, k_n)
+    v, v_n = _head(v, head, heads, v_b, v_h, v_n)
+    go, go_n = _head(go, head, heads, go_b, go_h, go_n)
     at = head * queries + rows
     row_lse = tl.load(lse + at, mask=rows < queries, other=float("inf"))
     row_delta = tl.load(delta + at, mask=rows < queries, other=0.0)
 
-    q1 = _tile(q, rows, queries, q_n, q_d, 0, HEAD, DIM)
-    go1 = _tile(go, rows, queries, go_n, go_d, 0, HEAD, DIM)
+    q1 = _tile(q, rows, queries, q_n, 0, HEAD, DIM)
+    go1 = _tile(go, rows, queries, go_n, 0, HEAD, DIM)
     gq1 = tl.zeros((BLOCK_M, HEAD), tl.float32)
     if TAIL:
-        q2 = _tile(q, rows, queries, q_n, q_d, HEAD, TAIL, DIM)
-        go2 = _tile(go, rows, queries, go_n, go_d, HEAD, TAIL, DIM)
+        q2 = _tile(q, rows, queries, q_n, HEAD, TAIL, DIM)
+        go2 = _tile(go, rows, queries, go_n, HEAD, TAIL, DIM)
         gq2 = tl.zeros((BLOCK_M, TAIL), tl.float32)
 
     for start in range(0, keys, BLOCK_N):
-        cols = (start + tl.arange(0, BLOCK_N)).to(INDEX)
-        k1 = _tile(k, cols, keys, k_n, k_d, 0, HEAD, DIM)
-        v1 = _tile(v, cols, keys, v_n, v_d, 0, HEAD, DIM)
+        cols = start + tl.arange(0, BLOCK_N)
+        k1 = _tile(k, cols, keys, k_n, 0, HEAD, DIM)
+        v1 = _tile(v, cols, keys, v_n, 0, HEAD, DIM)
         if TAIL:
-            k2 = _tile(k, cols, keys, k_n, k_d, HEAD, TAIL, DIM)
-            v2 = _tile(v, cols, keys, v_n, v_d, HEAD, TAIL, DIM)
+            k2 = _tile(k, cols, keys, k_n, HEAD, TAIL, DIM)
+            v2 = _tile(v, cols, keys, v_n, HEAD, TAIL, DIM)
         s = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         gp = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         if q.dtype.element_ty == tl.float32:
-            s = _dot_by_columns(q, rows, queries, q_n, q_d, k, cols, keys, k_n, k_d, s, dim, DIM)
-            gp = _dot_by_columns(go, rows, queries, go_n, go_d, v, cols, keys, v_n, v_d, gp, dim, DIM)
+            s = _dot_by_columns(q, rows, queries, q_n, k, cols, keys, k_n, s, dim, DIM)
+            gp = _dot_by_columns(go, rows, queries, go_n, v, cols, keys, v_n, gp, dim, DIM)
         else:
             s = _dot(q1, k1.T, s)
             gp = _dot(go1, v1.T, gp)
             if TAIL:
                 s = _dot(q2, k2.T, s)
                 gp = _dot(go2, v2.T, gp)
-        # Keys beyond the last have score 0, whose probability would overflow where the log-sum-exp is very negative.
-        s = tl.where((cols < keys)[None, :], s * (scale * LOG2_E), float("-inf"))
+        s *= scale * LOG2_E
+        if not EVEN:
+            # Keys beyond the last have score 0, whose probability overflows where the log-sum-exp is very negative.
+            s = tl.where((cols < keys)[None, :], s, float("-inf"))
         p = tl.exp2(s - (row_lse * LOG2_E)[:, None])
         gs = (p * (gp - row_delta[:, None])).to(k1.dtype)
         gq1 = _dot(gs, k1, gq1)
         if TAIL:
             gq2 = _dot(gs, k2, gq2)
 
-    gq, gq_n = _head(gq, head, heads, gq_b, gq_h, gq_n, UNIT)
-    _store(gq, rows, queries, gq_n, gq_d, gq1 * scale, 0, HEAD, DIM)
+    gq, gq_n = _head(gq, head, heads, gq_b, gq_h, gq_n)
+    _store(gq, rows, queries, gq_n, gq1 * scale, 0, HEAD, DIM)
     if TAIL:
-        _store(gq, rows, queries, gq_n, gq_d, gq2 * scale, HEAD, TAIL, DIM)
+        _store(gq, rows, queries, gq_n, gq2 * scale, HEAD, TAIL, DIM)
 
 
 # ----------------------------------------------------------------------------
@@ -398,26 +408,30 @@ def backward(
         for g in (gq, gk, gv):
             g.zero_()
         return
-    rest = (heads, queries, keys, dim, _scale(scale, dim), *shape_constants(dim, q.dtype))
+    q, k, v, o, go = map(aligned, (q, k, v, o, go))
+    outputs = gq, gk, gv
+    gq, gk, gv = written = [aligned(x) for x in outputs]
+    constants = shape_constants(dim, q.dtype)
+    rest = (heads, queries, keys, dim, _scale(scale, dim), *constants)
     delta = torch.empty_like(lse)
-    strides, constants = addressing(o, go)
     config = CONFIGS["delta"][tile_class(dim, q.dtype)]
     launch(
         delta_kernel, config.grid(queries, batch * heads), q,
-        o, go, delta, *strides, heads, queries, *shape_constants(dim, q.dtype), **constants, **config.kwargs,
+        o, go, delta, *_strides(o, go), heads, queries, *constants, **config.kwargs,
     )  # fmt: skip
-    strides, constants = addressing(q, k, v, go, gk, gv)
     config = CONFIGS["backward_kv"][tile_class(dim, q.dtype)]
     launch(
         backward_kv_kernel, config.grid(keys, batch * heads, "BLOCK_N"), q,
-        q, k, v, go, lse, delta, gk, gv, *strides, *rest, **constants, **config.kwargs,
+        q, k, v, go, lse, delta, gk, gv, *_strides(q, k, v, go, gk, gv), *rest, **config.kwargs,
     )  # fmt: skip
-    strides, constants = addressing(q, k, v, go, gq)
     config = CONFIGS["backward_q"][tile_class(dim, q.dtype)]
     launch(
         backward_q_kernel, config.grid(queries, batch * heads), q,
-        q, k, v, go, lse, delta, gq, *strides, *rest, **constants, **config.kwargs,
+        q, k, v, go, lse, delta, gq, *_strides(q, k, v, go, gq), *rest, EVEN=config.even(keys), **config.kwargs,
     )  # fmt: skip
+    for x, other in zip(outputs, written, strict=True):
+        if other is not x:
+            x.copy_(other)
 
 
 def _launch_forward(
@@ -434,14 +448,18 @@ def _launch_forward(
             tangents[-1].zero_()
         return
     config = CONFIGS["dual" if tangents else "forward"][tile_class(dim, q.dtype)]
-    dq, dk, dv, do = tangents or (None,) * 4
+    q, k, v = map(aligned, (q, k, v))
+    dq, dk, dv, do = (*map(aligned, tangents[:3]), tangents[3]) if tangents else (None,) * 4
+    written = aligned(o)
     # Strides of what is not there are never read.
-    strides, constants = addressing(q, k, v, *(tangents or (q, k, v))[:3], o, (tangents or (o,))[-1])
+    strides = _strides(q, k, v, *((dq, dk, dv) if tangents else (q, k, v)), written, written if do is None else do)
     launch(
         forward_kernel, config.grid(queries, batch * heads), q,
-        q, k, v, dq, dk, dv, o, do, lse, *strides, heads, queries, k.shape[2], dim, _scale(scale, dim),
-        *shape_constants(dim, q.dtype), **constants, **config.kwargs,
+        q, k, v, dq, dk, dv, written, do, lse, *strides, heads, queries, k.shape[2], dim, _scale(scale, dim),
+        *shape_constants(dim, q.dtype), EVEN=config.even(k.shape[2]), **config.kwargs,
     )  # fmt: skip
+    if written is not o:
+        o.copy_(written)
 
 
 def check_arguments(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -463,6 +481,11 @@ def _outputs(q: Tensor) -> tuple[Tensor, Tensor]:
     return o, torch.empty(batch, heads, queries, dtype=torch.float32, device=q.device)
 
 
+def _strides(*tensors: Tensor) -> list[int]:
+    """Strides of samples, heads and rows."""
+    return [step for x in tensors for step in x.stride()[:3]]
+
+
 def _scale(scale: float | None, dim: int) -> float:
     return dim**-0.5 if scale is None else scale
 
@@ -479,27 +502,29 @@ def tile_class(dim: int, dtype: torch.dtype) -> str:
     return "narrow" if sum(widths(dim)) <= 80 else "wide"
 
 
-# Chosen by `python -m benchmarks.static`: no stack on sm_80, sm_90 and sm_100. Times: not measured yet.
+# No stack on sm_80, sm_90 and sm_100 by `python -m benchmarks.static`, several programs per multiprocessor. For sm_90
+# tiles were searched that keep the tensor cores at 80 % or more of the cycles of a modelled main loop. Times: not
+# measured yet.
 CONFIGS: dict[str, dict[str, Config]] = {
     "forward": {
-        "narrow": Config(BLOCK_M=128, BLOCK_N=64, num_warps=8, num_stages=2),
-        "wide": Config(BLOCK_M=128, BLOCK_N=32, num_warps=8, num_stages=2),
+        "narrow": Config(BLOCK_M=64, BLOCK_N=128, num_warps=4, num_stages=2),
+        "wide": Config(BLOCK_M=64, BLOCK_N=64, num_warps=4, num_stages=2),
         "float32": Config(BLOCK_M=16, BLOCK_N=16, num_warps=4, num_stages=1),
     },
     "dual": {
         "narrow": Config(BLOCK_M=64, BLOCK_N=32, num_warps=4, num_stages=2),
-        "wide": Config(BLOCK_M=64, BLOCK_N=16, num_warps=8, num_stages=2),
+        "wide": Config(BLOCK_M=64, BLOCK_N=16, num_warps=4, num_stages=2),
         "float32": Config(BLOCK_M=16, BLOCK_N=16, num_warps=4, num_stages=1),
     },
-    "delta": dict.fromkeys(("narrow", "wide", "float32"), Config(BLOCK_M=16, num_warps=4, num_stages=1)),
+    "delta": dict.fromkeys(("narrow", "wide", "float32"), Config(BLOCK_M=32, num_warps=4, num_stages=1)),
     "backward_kv": {
         "narrow": Config(BLOCK_M=32, BLOCK_N=64, num_warps=4, num_stages=2),
-        "wide": Config(BLOCK_M=32, BLOCK_N=64, num_warps=8, num_stages=2),
+        "wide": Config(BLOCK_M=32, BLOCK_N=64, num_warps=4, num_stages=2),
         "float32": Config(BLOCK_M=16, BLOCK_N=16, num_warps=4, num_stages=1),
     },
     "backward_q": {
         "narrow": Config(BLOCK_M=64, BLOCK_N=32, num_warps=4, num_stages=2),
-        "wide": Config(BLOCK_M=64, BLOCK_N=32, num_warps=8, num_stages=2),
+        "wide": Config(BLOCK_M=64, BLOCK_N=32, num_warps=4, num_stages=2),
         "float32": Config(BLOCK_M=16, BLOCK_N=16, num_warps=4, num_stages=1),
     },
 }

@@ -7,7 +7,6 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-import triton.language as tl
 from torch import Tensor
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -27,9 +26,12 @@ class Config:
     def grid(self, rows: int, heads: int, block: str = "BLOCK_M") -> tuple[int]:
         return (-(-rows // self.blocks[block]) * heads,)
 
+    def even(self, keys: int) -> bool:
+        return keys % self.blocks["BLOCK_N"] == 0
+
 
 def launch(kernel: Any, grid: tuple[int, ...], like: Tensor, *args: Any, **options: Any) -> None:
-    """Launch on the device of `like`; Triton takes the current one. Axis 0 of a grid takes 2^31 - 1, the others 65,535."""
+    """Launch on the device of `like`, where Triton takes the current one. Axes 1 and 2 of a grid end at 65,535."""
     if like.is_cuda and like.device.index != torch.cuda.current_device():
         with torch.cuda.device(like.device):
             kernel[grid](*args, **options)
@@ -37,29 +39,19 @@ def launch(kernel: Any, grid: tuple[int, ...], like: Tensor, *args: Any, **optio
         kernel[grid](*args, **options)
 
 
-def addressing(*tensors: Tensor) -> tuple[tuple[int, ...], dict[str, Any]]:
-    """Strides of tensors (B, H, N, d) of one dtype as kernels take them, and the constants UNIT and INDEX.
+def aligned(x: Tensor) -> Tensor:
+    """x (B, H, N, d) as kernels take it, or a copy.
 
-    Triton knows of an integer argument only whether it is a multiple of 16, which the strides of heads of 72 columns
-    are not. UNIT is the number of elements in 16 bytes where all addresses of rows are multiples of 16 bytes: all
-    strides but the last, which is 1, then count units. Elsewhere it is 1. INDEX is the type of offsets within a head.
+    Rows begin at multiples of 16 bytes and are contiguous; offsets within a head are below 2^31.
     """
-    unit = 1 if any(x.data_ptr() % 16 for x in tensors) else 16 // tensors[0].element_size()
-    return _addressing(unit, tuple(x.stride() for x in tensors), tuple(x.shape[2:] for x in tensors))
+    if x.data_ptr() % 16 == 0 and _layout_is_aligned(x.shape[2:], x.stride(), 16 // x.element_size()):
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
 
 
-@lru_cache(maxsize=4096)
-def _addressing(
-    unit: int, strides: tuple[tuple[int, ...], ...], shapes: tuple[torch.Size, ...]
-) -> tuple[tuple[int, ...], dict[str, Any]]:
-    spans = (
-        sum((n - 1) * step for n, step in zip(s, x[2:], strict=True)) for s, x in zip(shapes, strides, strict=True)
-    )
-    wide = max(spans) >= 2**31
-    if wide or any(x[3] != 1 or x[0] % unit or x[1] % unit or x[2] % unit for x in strides):
-        unit = 1
-    counted = tuple(step if i == 3 else step // unit for x in strides for i, step in enumerate(x))
-    return counted, {"UNIT": unit, "INDEX": tl.int64 if wide else tl.int32}
+@lru_cache(maxsize=1024)
+def _layout_is_aligned(shape: torch.Size, strides: tuple[int, ...], unit: int) -> bool:
+    return strides[3] == 1 and not any(step % unit for step in strides[:3]) and shape[0] * strides[2] < 2**31
 
 
 def widths(dim: int, least: int = 16) -> tuple[int, int]:

@@ -1,15 +1,14 @@
-"""Every implementation of attention by the same tests: alone, beside fused duals, compiled; and which one is chosen."""
+"""Every implementation of attention by the same tests: alone, compiled; and which one is chosen."""
 
 import json
 import sys
-from contextlib import contextmanager
 from types import ModuleType
+from typing import get_args
 
 import pytest
 import torch
 from conftest import SMALL, run_in_process
 from golden_cases import relative_error
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mfengine import ops
@@ -17,22 +16,20 @@ from mfengine.ops import Dual, choice
 
 pytest.importorskip("triton", reason="the fused kernels need triton")
 
-from benchmarks import attention as benchmark
 from mfengine.kernels import attention as kernel
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-NAMES = choice.WORK["training"]
+NAMES = [name for name in get_args(choice.Attention) if name != "auto"]
 BOUNDS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 8e-3, torch.float64: 1e-12}
 
 
-def flash_attn_func(q, k, v, dropout_p=0.0, softmax_scale=None, deterministic=False, return_attn_probs=False):
-    """As flash-attn documents it: (B, N, H, d), half precision; with probabilities also the log-sum-exp (B, H, N)."""
+def flash_attn_func(q, k, v, dropout_p=0.0, softmax_scale=None, deterministic=False):
+    """As flash-attn documents it: (B, N, H, d), half precision."""
     assert q.dtype in (torch.float16, torch.bfloat16)
     assert q.stride(-1) == k.stride(-1) == v.stride(-1) == 1
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     scores = torch.einsum("bnhd,bmhd->bhnm", q.float(), k.float()) * scale
-    o = torch.einsum("bhnm,bmhd->bnhd", scores.softmax(-1), v.float()).to(q.dtype)
-    return (o, scores.logsumexp(-1), None) if return_attn_probs else o
+    return torch.einsum("bhnm,bmhd->bnhd", scores.softmax(-1), v.float()).to(q.dtype)
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +39,6 @@ def _with_flash_attn(monkeypatch):
     if choice._does_not_import("flash_attn"):
         module = ModuleType("flash_attn")
         module.__spec__ = sys.__spec__
-        module.__version__ = "as documented"
         module.flash_attn_func = flash_attn_func
         monkeypatch.setitem(sys.modules, "flash_attn", module)
         monkeypatch.setattr(choice, "FLASH_ATTN_DEVICES", (DEVICE,))
@@ -52,24 +48,18 @@ def _with_flash_attn(monkeypatch):
 
 
 def forget():
-    for function in (choice._cached_steps, choice._times, choice._does_not_import):
+    for function in (choice._why_not, choice._does_not_import):
         function.cache_clear()
 
 
 def takes(name, dtype, dim):
     if name == "triton" and DEVICE == "cpu" and dtype == torch.bfloat16:
         return False  # Triton's interpreter multiplies it wrongly
-    return choice.why_not(name, "training", torch.device(DEVICE), dtype, dim) is None
+    return choice.why_not(name, torch.device(DEVICE), dtype, dim) is None
 
 
 def randn(seed, *shape, dtype=torch.float32):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype).to(DEVICE)
-
-
-@contextmanager
-def using(backend, name):
-    with ops.use_backend(backend), ops.use_attention(name):
-        yield
 
 
 def packed(x):
@@ -166,7 +156,7 @@ def test_compiled(name, dynamic):
     """One graph, for any number of rows and tokens, and another when another attention is asked for."""
     torch._dynamo.reset()
     compiled = torch.compile(packed, fullgraph=True, backend="aot_eager", dynamic=dynamic)
-    with using("torch", "auto"):
+    with ops.use_backend("torch"):
         compiled(randn(0, 2, 5, 96))
     for batch, tokens in ((2, 5), (3, 5), (3, 9)):
         x = randn(0, batch, tokens, 96)
@@ -196,187 +186,48 @@ def test_transforms_and_forward_mode_take_no_notice(name):
 
 
 # ----------------------------------------------------------------------------
-# Beside fused duals: rows without a tangent, and the backward of all rows.
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("rows", [0, 1, 2])
-@pytest.mark.parametrize("case", ["packed", "strided"])
-@pytest.mark.parametrize("name", ["triton", "sdpa", "flash-attn"])
-def test_beside_duals(name, case, rows, dtype):
-    """What an implementation does not do there, float32 with flash-attn, is ours."""
-    _, shapes = CASES[case]
-    primals = [randn(i, 2, *shape[1:], dtype=dtype) for i, shape in enumerate(shapes)]
-    tangents = [randn(20 + i, rows, *shape[1:], dtype=dtype) for i, shape in enumerate(shapes)]
-    with ops.use_backend("torch"):
-        exact = dual_results(case, [x.double() for x in primals], [x.double() for x in tangents])
-    with using("triton", name):
-        actual = dual_results(case, primals, tangents)
-    for a, e in zip(actual, exact, strict=True):
-        assert (a.dtype, a.shape) == (dtype, e.shape)
-        assert not e.numel() or relative_error(a.cpu(), e.cpu()) <= BOUNDS[dtype]
-
-
-def dual_results(case, primals, tangents):
-    """Output, tangent, gradients."""
-    leaves = [x.detach().requires_grad_() for x in primals]
-    duals = [Dual(x, dx) for x, dx in zip(leaves, tangents, strict=True)]
-    if case == "strided":
-        o, do = ops.attention(*(ops.linear_map(lambda x: x[..., ::2], x) for x in duals), scale=0.3)
-    else:
-        o, do = packed(*duals)
-    weights = randn(50, *o.shape).to(o.dtype)
-    return [o.detach(), do, *torch.autograd.grad((o * weights).sum(), leaves)]
-
-
-@pytest.mark.parametrize(
-    ("name", "launched", "by_sdpa"),
-    [
-        ("triton", ["forward of 2", "dual of 1", "backward"], []),
-        ("sdpa", ["dual of 1"], ["forward of 3", "backward"]),
-        ("flash-attn", ["dual of 1", "backward"], []),
-    ],
-)
-def test_who_computes_which_rows(name, launched, by_sdpa, monkeypatch):
-    calls, others = [], []
-    module = sys.modules["mfengine.ops.attention"]
-
-    def recorded(f, calls, what):
-        def call(*args):
-            calls.append(what(*args))
-            return f(*args)
-
-        return call
-
-    def launch(q, k, v, o, lse, scale, tangents=None):
-        return f"{'dual' if tangents else 'forward'} of {len(q)}"
-
-    monkeypatch.setattr(kernel, "_launch_forward", recorded(kernel._launch_forward, calls, launch))
-    monkeypatch.setattr(kernel, "backward", recorded(kernel.backward, calls, lambda *_: "backward"))
-    lse = recorded(module.WITH_LSE["sdpa"], others, lambda q, *_: f"forward of {len(q)}")
-    monkeypatch.setitem(module.WITH_LSE, "sdpa", lse)
-    monkeypatch.setattr(module, "_sdpa_backward", recorded(module._sdpa_backward, others, lambda *_: "backward"))
-    x = randn(0, 3, 5, 96, dtype=torch.float16).requires_grad_()
-    with using("triton", name):
-        o, _ = packed(Dual(x, randn(1, 1, 5, 96, dtype=torch.float16)))
-    o.sum().backward()
-    assert (calls, others) == (launched, by_sdpa)
-
-
-def test_calls_of_flash_attention_on_a_gpu():
-    """PyTorch's operators there, on tensors without values: layouts and dtypes are those of ours."""
-    module = sys.modules["mfengine.ops.attention"]
-    with FakeTensorMode():
-        qkv = torch.empty(3, 5, 3 * 2 * 72, device="cuda", dtype=torch.bfloat16)
-        q, k, v = module._split_heads(qkv, 2)
-        o, lse = module._sdpa_with_lse(q, k, v, None)
-        assert (o.shape, o.transpose(1, 2).is_contiguous()) == (q.shape, True)
-        assert (lse.shape, lse.dtype, lse.is_contiguous()) == (q.shape[:3], torch.float32, True)
-        gradients = module._sdpa_backward(q, k, v, o, lse, o, None)
-        assert [(g.shape, g.dtype) for g in gradients] == [(q.shape, q.dtype)] * 3
-
-
-def test_compiled_beside_duals():
-    x, dx = randn(0, 3, 5, 96), randn(1, 1, 5, 96)
-    torch._dynamo.reset()
-    f = torch.compile(lambda x, dx: tuple(packed(Dual(x, dx))), fullgraph=True, backend="aot_eager")
-    with using("triton", "sdpa"):
-        for a, e in zip(f(x, dx), packed(Dual(x, dx)), strict=True):
-            torch.testing.assert_close(a, e)
-
-
-# ----------------------------------------------------------------------------
 # Which one is chosen.
 
 
-@pytest.fixture
-def times(monkeypatch, tmp_path):
-    """A function that replaces the measured times: {work: {(dim, tokens): {implementation: seconds, ...}}}."""
-
-    def replace(work, found):
-        rows = [
-            {"work": work, "dtype": "float32", "dim": dim, "tokens": tokens, "heads": 1, "batch": 1,
-             "times": {name: {"seconds": value} for name, value in seconds.items()}}
-            for (dim, tokens), seconds in found.items()
-        ]  # fmt: skip
-        file = tmp_path / "times.json"
-        file.write_text(json.dumps({"Some GPU": {"environment": {}, "rows": rows}}))
-        monkeypatch.setattr(choice, "TIMES", file)
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
-        forget()
-
-    return replace
-
-
-GPU = torch.device("cuda", 0)
-
-
-def chosen(work, dim, tokens, device=GPU, dtype=torch.float32):
-    return choice.choose(work, device, dtype, dim, tokens)
-
-
-def test_fastest_at_the_nearest_measured_shape(times):
-    ours, theirs = {"triton": 1.0, "sdpa": 2.0}, {"triton": 2.0, "sdpa": 1.0}
-    times("forward", {(64, 16): ours, (64, 256): theirs, (128, 16): theirs})
-    assert [chosen("forward", 64, n) for n in (1, 16, 64, 65, 9999)] == ["triton"] * 3 + ["sdpa"] * 2
-    assert [chosen("forward", d, 16) for d in (8, 72, 96, 128)] == ["triton", "triton", "sdpa", "sdpa"]
-    assert chosen("forward", 60, 16) == "sdpa"  # which our kernels do not take
-    assert chosen("training", 64, 256) == "triton"  # not measured
-    with ops.use_backend("torch"):
-        assert chosen("forward", 64, 16) == "torch"
-        with ops.use_attention("sdpa"):
-            assert chosen("forward", 64, 16) == "sdpa"
-
-
-def test_all_batches_count_together(times, tmp_path):
-    times("forward", {(64, 16): {"triton": 3.0, "sdpa": 1.0}})
-    measured = json.loads(choice.TIMES.read_text())
-    larger = {**measured["Some GPU"]["rows"][0], "times": {"triton": {"seconds": 4.0}, "sdpa": {"seconds": 7.0}}}
-    measured["Some GPU"]["rows"].append(larger)
-    choice.TIMES.write_text(json.dumps(measured))
-    forget()
-    assert chosen("forward", 64, 16) == "triton"
-
-
-def test_only_what_runs_here(times, monkeypatch):
-    times("forward", {(64, 16): {"flash-attn": 1.0, "sdpa": 2.0, "triton": 3.0}})
-    assert chosen("forward", 64, 16) == "sdpa"  # flash-attn takes no float32
-    times("instant", {(64, 16): {"flash-attn": 1.0, "sdpa": 2.0, "triton": 3.0}})
-    assert chosen("instant", 64, 16) == "triton"  # and neither does PyTorch's
-
-
 @pytest.mark.parametrize(
-    ("device", "dtype", "dim", "expected"),
+    ("backend", "asked", "expected"),
     [
-        ("cuda", torch.float32, 64, "triton"),
-        ("cuda", torch.float32, 12, "torch"),
-        ("cuda", torch.float64, 64, "torch"),
-        ("cpu", torch.float32, 64, "torch"),
-        ("meta", torch.float32, 64, "torch"),
+        ("auto", "auto", "sdpa"),
+        ("torch", "auto", "torch"),
+        ("triton", "auto", "triton"),
+        ("torch", "sdpa", "sdpa"),
+        ("triton", "torch", "torch"),
     ],
 )
-def test_device_without_times(device, dtype, dim, expected, times):
-    times("backward", {})
-    assert chosen("forward", dim, 256, torch.device(device), dtype) == expected
-    assert chosen("backward", dim, 256, torch.device(device), dtype) == "triton"
+@pytest.mark.parametrize("dim", [16, 12, 136])  # kernels take the first
+def test_choice_without_a_tangent(backend, asked, expected, dim):
+    q = torch.zeros(1, 1, 2, dim, device=DEVICE)
+    with ops.use_backend(backend), ops.use_attention(asked):
+        assert choice.choose(q, q, q, dim=dim) == expected
 
 
-def test_times_that_are_shipped():
-    """Every row is of known work by known implementations, and a CPU's choice follows from them."""
-    devices = json.loads(choice.TIMES.read_text())
-    assert "CPU" in devices
-    for entry in devices.values():
-        assert entry["environment"]["torch"]
-        for row in entry["rows"]:
-            assert set(row["times"]) <= set(choice.WORK[row["work"]])
-            assert all(0 < t["fastest"] <= t["seconds"] <= t["slowest"] for t in row["times"].values())
-    rows = choice.measured("forward", torch.device("cpu"), torch.float32)
-    assert {(row["dim"], row["tokens"]) for row in rows} == {shape[:2] for shape in benchmark.preset_shapes()}
-    fastest = {
-        name: sum(row["times"][name]["seconds"] for row in rows if row["dim"] == 72) for name in ("torch", "sdpa")
-    }
-    assert chosen("forward", 72, 256, torch.device("cpu")) == min(fastest, key=fastest.get)
+@pytest.mark.parametrize("asked", NAMES)
+def test_backend_decides_where_there_is_a_tangent(asked, monkeypatch):
+    """Rows without a tangent beside those with one, and the backward of all, are by the kernels then."""
+    calls = []
+
+    def recorded(name):
+        f = getattr(kernel, name)
+        monkeypatch.setattr(kernel, name, lambda *args: (calls.append(name), f(*args))[1])
+
+    recorded("forward_dual")
+    recorded("backward")
+    x = randn(0, 3, 5, 96, dtype=torch.float16).requires_grad_()
+    dx = randn(1, 3, 5, 96, dtype=torch.float16)
+    with ops.use_backend("triton"), ops.use_attention(asked):
+        packed(Dual(x, dx[2:])).primal.sum().backward()
+        assert calls == ["forward_dual", "backward"]
+        torch.func.jvp(packed, (x.detach(),), (dx,))
+        assert calls[2:] == ["forward_dual"]
+    with ops.use_backend("torch"), ops.use_attention(asked):
+        packed(Dual(x, dx[2:]))
+        torch.func.jvp(packed, (x.detach(),), (dx,))
+    assert len(calls) == 3
 
 
 @pytest.mark.parametrize(
@@ -408,12 +259,12 @@ def test_triton_without_a_gpu_or_its_interpreter(monkeypatch):
     import triton
 
     monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
-    why = choice.why_not("triton", "forward", torch.device("cpu"), torch.float32, 64)
+    why = choice.why_not("triton", torch.device("cpu"), torch.float32, 64)
     assert why == "its kernels run on a GPU alone"
 
 
 # ----------------------------------------------------------------------------
-# Training, and the command that measures.
+# Training.
 
 
 def test_training_with_another_attention(digits, tmp_path, monkeypatch, capsys):
@@ -433,26 +284,3 @@ def test_training_refuses_what_is_not_there(digits, tmp_path, monkeypatch, capsy
     assert code == 2
     assert err.startswith("error: --attention flash-attn cannot be had: ")
     assert not (tmp_path / "runs").exists()
-
-
-def test_measuring(tmp_path, monkeypatch, capsys):
-    """All kinds of work, and the times of other devices stay."""
-    file = tmp_path / "times.json"
-    file.write_text(json.dumps({"Some GPU": {"environment": {"torch": "2"}, "rows": []}}))
-    monkeypatch.setattr(choice, "TIMES", file)
-    monkeypatch.setattr(benchmark, "TIMES", file)
-    monkeypatch.setattr(benchmark, "TURNS", 1)
-    monkeypatch.setattr(sys, "argv", ["attention", "--out", str(file)])
-    usual = benchmark.time_attention
-    monkeypatch.setattr(benchmark, "time_attention", lambda device: usual(device, [(16, 3, 1)], (2,), 0.003))
-    benchmark.main()
-    devices = json.loads(file.read_text())
-    assert set(devices) == {"Some GPU", choice.device_name(torch.device(DEVICE))}
-    rows = devices[choice.device_name(torch.device(DEVICE))]["rows"]
-    assert {row["work"] for row in rows} == set(choice.WORK)
-    assert all({"triton", "sdpa"} <= set(row["times"]) for row in rows)
-    assert "| backward " in capsys.readouterr().out
-    assert list(tmp_path.iterdir()) == [file]
-    forget()
-    fastest = {name: t["seconds"] for name, t in rows[0]["times"].items()}
-    assert chosen("forward", 16, 3, torch.device(DEVICE)) == min(fastest, key=fastest.get)

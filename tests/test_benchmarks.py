@@ -1,21 +1,28 @@
-"""The guard of `pytest benchmarks/`: what trips it, what does not, and that a slower or costlier step does."""
+"""The benchmarks: what trips the guard, what a check notices, and what is timed."""
 
 import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import guard, report
+from benchmarks import checks, guard, measure, report
+from benchmarks.cases import fused_ops, rotating
 from benchmarks.measure import Row
-from benchmarks.split import Labelled
+from benchmarks.split import Labelled, seconds_of_passes
 from benchmarks.workload import OBJECTIVES
-from mfengine import DiT, MeanFlow, ModelConfig
+from mfengine import DiT, MeanFlow, ModelConfig, ops
+from mfengine.engine import rates
+from mfengine.kernels import multi_tensor
+from mfengine.ops.backend import chosen
+from mfengine.ops.table import Shape
 
 ROOT = Path(__file__).parent.parent
+SMALL = Shape(2, 5, 1, 24)
 CEILINGS = {"memory_bytes_per_s": 1e9, "matrix_flops_per_s": 1e12}
 
 
@@ -56,21 +63,27 @@ def test_counts_are_exact():
 
 
 PLANTED = """
-import mfengine.ops, mfengine.methods, torch
+import dataclasses, mfengine.methods, torch
+from mfengine.ops import OPS
 
-usual_gelu, usual_loss = mfengine.ops.gelu, mfengine.methods.MeanFlow.loss
+usual_gelu, usual_loss = OPS["gelu"], mfengine.methods.MeanFlow.loss
 
 def slow_gelu(*args):
-    for _ in range(7):
-        usual_gelu(*args)
-    return usual_gelu(*args)
+    example = usual_gelu(*args)
+
+    def function(*args):
+        for _ in range(7):
+            example.function(*args)
+        return example.function(*args)
+
+    return dataclasses.replace(example, function=function)
 
 def costly_loss(self, model, latents, labels, draws):
     with torch.no_grad():
         model(latents, latents[:, 0, 0, 0], latents[:, 0, 0, 0], labels)
     return usual_loss(self, model, latents, labels, draws)
 
-mfengine.ops.gelu, mfengine.methods.MeanFlow.loss = slow_gelu, costly_loss
+OPS["gelu"], mfengine.methods.MeanFlow.loss = slow_gelu, costly_loss
 """
 
 
@@ -118,7 +131,7 @@ def test_guard_trips_on_a_slow_op_and_on_an_extra_forward(tmp_path):
     (tmp_path / "planted.py").write_text(PLANTED)
     guarded = run_benchmarks("--guard", cwd=tmp_path, plugin="planted")
     assert guarded.returncode == 1, guarded.stdout + guarded.stderr
-    assert "REGRESSION kernels: bias gelu, dual" in guarded.stdout
+    assert "REGRESSION kernels: gelu, dual" in guarded.stdout
     assert "REGRESSION b2, guided, mfengine: flops" in guarded.stdout
 
     done = subprocess.run(
@@ -153,3 +166,179 @@ def test_report_of_something_else(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["report", str(tmp_path / "x.json")])
     assert report.main() == 2
     assert "is not the JSON of a benchmark run" in capsys.readouterr().err
+
+
+def test_split_counts_launches_through_the_runtime_and_through_the_driver():
+    def event(category, name, start, duration, **args):
+        return {"ph": "X", "cat": category, "name": name, "ts": start, "dur": duration, "args": args}
+
+    trace = [
+        {"ph": "M", "name": "process_name"},
+        event("user_annotation", "step", 0, 100),
+        event("user_annotation", "forward", 10, 20),
+        event("user_annotation", "backward", 40, 20),
+        event("cuda_runtime", "cudaLaunchKernel", 12, 1, correlation=1),
+        event("cuda_driver", "cuLaunchKernelEx", 15, 1, correlation=2),
+        event("cuda_driver", "cuLaunchKernelEx", 45, 1, correlation=3),
+        event("cuda_driver", "cuModuleLoad", 46, 1),
+        event("kernel", "gemm", 30, 5, correlation=1),
+        event("kernel", "forward_kernel", 50, 7, correlation=2),
+        event("kernel", "backward_kv_kernel", 70, 11, correlation=3),
+    ]
+    spent = seconds_of_passes(trace, gpu=True)
+    assert spent["forward"] == pytest.approx(12e-6)
+    assert spent["backward"] == pytest.approx(11e-6)
+
+
+# ----------------------------------------------------------------------------
+# What is timed.
+
+
+class SimulatedDevice:
+    """A GPU that works through a queue, beside a host that fills it; times in seconds."""
+
+    def __init__(self):
+        self.host = self.free = 0.0
+
+    def launch(self, host, device):
+        self.host += host
+        self.free = max(self.free, self.host) + device
+
+    def event(self, enable_timing):
+        return SimulatedEvent(self)
+
+
+class SimulatedEvent:
+    def __init__(self, device):
+        self.device, self.at = device, 0.0
+
+    def record(self):
+        self.at = max(self.device.free, self.device.host)
+
+    def query(self):
+        return self.at <= self.device.host
+
+    def synchronize(self):
+        self.device.host = max(self.device.host, self.at)
+
+    def elapsed_time(self, end):
+        return 1e3 * (end.at - self.at)
+
+
+@pytest.mark.parametrize("host", [5e-5, 1e-3])
+def test_kernel_timings_leave_the_host_out(host, monkeypatch):
+    device = SimulatedDevice()
+    monkeypatch.setattr(torch.cuda, "Event", device.event)
+    monkeypatch.setattr(measure, "other_work", lambda _: lambda: device.launch(1e-5, 7e-4))
+
+    def median(hide_host):
+        clock = measure.make_clock(torch.device("cuda"), hide_host)
+        return sorted(measure.measure(lambda: device.launch(host, 2.5e-5), clock, 0.0, warmup=2))[1]
+
+    assert median(hide_host=True) == pytest.approx(2.5e-5, rel=0.01)
+    assert median(hide_host=False) == pytest.approx(host, rel=0.1)  # what a step waits for counts
+
+
+def test_inputs_are_more_than_the_cache_holds(monkeypatch):
+    class Properties:
+        L2_cache_size = 60_000_000
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
+    made = []
+    following = rotating(lambda: made.append(torch.empty(250_000)) or made[-1], torch.device("cuda"))
+    assert sum(x.numel() * x.element_size() for x in made) > 2 * Properties.L2_cache_size
+    assert len({following().data_ptr() for _ in made}) == len(made)
+
+
+# ----------------------------------------------------------------------------
+# What a check notices.
+
+
+@pytest.mark.parametrize("op", fused_ops())
+def test_checks_pass_our_kernels(op):
+    check = checks.check_op(op, SMALL, torch.float16, op, torch.device("cpu"))
+    assert checks.passed(check), check
+
+
+def lost_tangent(o):
+    return ops.Dual(o.primal, torch.zeros_like(o.tangent))
+
+
+def unwritten(o):
+    hole = torch.empty_like(o.tangent)
+    hole[1:] = o.tangent[1:]
+    return ops.Dual(o.primal, hole)
+
+
+def inexact(o):
+    return ops.Dual(o.primal, o.tangent.half().float())
+
+
+def different_each_time(o):
+    return ops.Dual(o.primal, o.tangent * (1 + 1e-7 * torch.rand(())))
+
+
+@pytest.mark.parametrize("fault", [lost_tangent, unwritten, inexact, different_each_time])
+def test_checks_notice(fault, monkeypatch):
+    """What goes wrong only where our kernels run."""
+    usual = ops.OPS["gelu"]
+
+    def planted(*args):
+        example = usual(*args)
+
+        def function(*args):
+            o = example.function(*args)
+            return fault(o) if chosen() == "triton" else o
+
+        return replace(example, function=function)
+
+    monkeypatch.setitem(ops.OPS, "gelu", planted)
+    check = checks.check_op("gelu", SMALL, torch.float32, "gelu", torch.device("cpu"))
+    assert not checks.passed(check), check
+    assert bool(check["note"]) == (fault is different_each_time)
+
+
+def test_optimizer_without_its_library_fails(monkeypatch, tmp_path):
+    """Rather than to check PyTorch's instead."""
+    monkeypatch.setattr(multi_tensor, "LIBRARY", tmp_path / "libmfengine_cuda.so")
+    multi_tensor.library.cache_clear()
+    with pytest.raises(ValueError, match="not built"):
+        checks.check_optimizer("cuda", torch.device("cpu"), steps=1)
+    assert checks.passed(checks.check_optimizer("torch", torch.device("cpu"), steps=10))
+
+
+# ----------------------------------------------------------------------------
+# The MFU.
+
+
+@pytest.mark.parametrize(
+    ("name", "tflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989.4),
+        ("NVIDIA H100 PCIe", 756.5),
+        ("NVIDIA H200", 989.4),
+        ("NVIDIA A100-SXM4-80GB", 312.0),
+        ("NVIDIA B200", 2250.0),
+        ("NVIDIA GeForce GTX 1080", None),
+    ],
+)
+def test_data_sheets(name, tflops, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    monkeypatch.setattr(rates, "matrix_rate", lambda device, dtype: 1e12)
+    device = torch.device("cuda")
+    assert rates.data_sheet_rate(device, torch.bfloat16) == (tflops and pytest.approx(tflops * 1e12))
+    assert rates.peak_rate(device, torch.bfloat16) == pytest.approx(1e12 * (tflops or 1))
+    assert rates.peak_rate(device, torch.float32) == 1e12
+
+
+def test_tables_show_the_share_of_the_data_sheet_and_of_the_measured_rate():
+    step = Row("step", "guided, xl2 of 32", "mfengine", 0.1, 0.1, 0.1, 5, samples=32, flops=4e13, bytes=0)
+    peer = Row("step", "guided, xl2 of 32", "port", 0.3, 0.3, 0.3, 5, samples=32, flops=4e13, bytes=0)
+    limits = {"memory_bytes_per_s": 3e12, "matrix_flops_per_s": 8e14, "peak_flops_per_s": 1e15}
+    found = {"environment": dict.fromkeys(("device", "torch", "cuda", "triton", "python", "commit"), "x")}
+    found |= {"ceilings": limits, "rows": [vars(step), vars(peer)]}
+    for text in (report.render(found), report.compact(found)):
+        assert "MFU" in text
+        assert "40.0%" in text
+        assert "50%" in text
+        assert "3.00 x" in text

@@ -1,39 +1,225 @@
 """What needs a GPU, and the rehearsal of the GPU script, which does not."""
 
+import json
 import os
+import random
+import re
+import signal
 import subprocess
 import sys
+import time
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
+from shutil import which
 
+import gpu_tasks
 import pytest
 import torch
 from conftest import SMALL, run_command
 
 from benchmarks import gpu
+from benchmarks.cases import Machine
+from mfengine.kernels.multi_tensor import Library
+
+ROOT = Path(__file__).parent.parent
+GPU = Machine(torch.device("cuda", 0), Path("unused"))
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
-def test_rehearsal_of_the_gpu_script(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.gpu", "--rehearse"],
-        cwd=Path(__file__).parent.parent,
-        env={**os.environ, "OUT": str(tmp_path)},
-        capture_output=True,
+# ----------------------------------------------------------------------------
+# The script as a whole, in miniature.
+
+
+def needed(names):
+    """Distributions of these names and, without extras, of all that they need."""
+    found, todo = {}, list(names)
+    while todo:
+        requirement = todo.pop()
+        name = re.match(r"[\w.-]+", requirement)[0].lower().replace("_", "-")
+        if name in found or "extra ==" in requirement:
+            continue
+        try:
+            found[name] = distribution(name)
+        except PackageNotFoundError:  # not for this platform
+            continue
+        todo += found[name].requires or []
+    return found.values()
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory):
+    """(python, clone): an environment with torch, triton, numpy and what they need, and a clone of this repository."""
+    folder = tmp_path_factory.mktemp("bare")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder / "venv"], check=True)
+    python = folder / "venv/bin/python"
+    site = next((folder / "venv/lib").glob("python*/site-packages"))
+    for dist in needed(["torch", "triton", "numpy"]):
+        # Of nvidia, a folder of many distributions, those that are needed.
+        for parts in {file.parts[: 2 if file.parts[0] == "nvidia" else 1] for file in dist.files}:
+            if parts[0] != ".." and not parts[0].startswith("__"):
+                link = site.joinpath(*parts)
+                link.parent.mkdir(exist_ok=True)
+                link.symlink_to(dist.locate_file(Path(*parts)))
+    subprocess.run(["git", "clone", "--quiet", ROOT, folder / "clone"], check=True)
+    # What is not committed yet is tested too.
+    changed = subprocess.run(
+        ["git", "ls-files", "--modified", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.split()
+    for name in changed:
+        (folder / "clone" / name).unlink(missing_ok=True)
+        if (ROOT / name).exists():
+            (folder / "clone" / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / "clone" / name).write_bytes((ROOT / name).read_bytes())
+    return python, folder / "clone"
+
+
+def rehearsal(bare, out):
+    python, clone = bare
+    hidden = ("PYTHONPATH", "TRITON_INTERPRET")
+    environment = {name: value for name, value in os.environ.items() if name not in hidden}
+    return subprocess.Popen(
+        [python, "-m", "benchmarks.gpu", "--rehearse"],
+        cwd=clone,
+        env={**environment, "OUT": str(out), "OMP_NUM_THREADS": "1", "PYTHONNOUSERSITE": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
-        timeout=200,
-        check=False,
+        start_new_session=True,
     )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "guided, small of 16" in done.stdout
-    assert (tmp_path / "gpu.json").exists()
+
+
+def test_rehearsal_needs_only_torch_triton_and_numpy(bare, tmp_path):
+    python, clone = bare
+    others = "import importlib.util as u; print([n for n in ('tyro', 'tqdm', 'PIL', 'pytest') if u.find_spec(n)])"
+    absent = subprocess.run([python, "-c", others], cwd=clone, capture_output=True, text=True, check=True)
+    assert absent.stdout.strip() == "[]"
+    process = rehearsal(bare, tmp_path)
+    out, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, out
+    assert out.index("at a guess") < out.index("--- after xl2\n") < out.index("--- after remaining\n")
+    assert out.rindex("--- after remaining\n") < out.rindex("| step: guided, tiny of 4")
+    report = json.loads((tmp_path / "gpu.json").read_text())
+    assert {row["suite"] for row in report["rows"]} == {"step", "kernels", "optimizer", "sampler"}
+    assert {"environment", "ceilings", "checks", "splits"} <= report.keys()
+    assert not {"missing", "errors"} & report.keys()
+
+
+def test_a_killed_rehearsal_leaves_a_whole_report(bare, tmp_path):
+    """Killed three times at random: the report holds each line that was printed, and no process lives on."""
+    chance = random.Random()
+    for attempt in range(3):
+        out = tmp_path / str(attempt)
+        out.mkdir()
+        process = rehearsal(bare, out)
+        finished = []
+        for _ in range(chance.randint(1, 25)):
+            line = process.stdout.readline()
+            while line and not re.match(r" *\d+ s (ok|timed) ", line):
+                line = process.stdout.readline()
+            finished.append(re.sub(r"^ *\d+ s (ok|timed) +", "", line).rstrip())
+        time.sleep(chance.random() / 10)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+        report = json.loads((out / "gpu.json").read_text())
+        kept = [check["check"] for check in report["checks"]]
+        kept += [f"{row['suite']}: {row['case']}: {row['implementation']}" for row in report.get("rows", [])]
+        kept += [f"split: {name}" for name in report.get("splits", {})]
+        assert all(any(line.startswith(name) for name in kept) for line in finished), (finished, kept)
+        until = time.monotonic() + 30
+        while running(process.pid) and time.monotonic() < until:
+            time.sleep(0.1)
+        assert not running(process.pid)
+
+
+def running(group):
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_the_cuda_library_is_built_first_where_it_is_missing(bare, tmp_path):
+    """Where nvcc and cmake are; elsewhere a line says that it is not."""
+    _, clone = bare
+    plan = subprocess.run(["make", "--dry-run", "gpu"], cwd=clone, capture_output=True, text=True, check=True).stdout
+    assert plan.index("kernels/cuda/build.py") < plan.index("-m benchmarks.gpu")
+
+    def build(**environment):
+        command = [sys.executable, "kernels/cuda/build.py"]
+        environment = {**os.environ, "MFENGINE_CUDA_ARCHS": "90", **environment}
+        return subprocess.run(command, cwd=clone, env=environment, capture_output=True, text=True, check=True).stderr
+
+    assert "no nvcc" in build(PATH=str(tmp_path), CUDA_HOME="", CUDACXX="")
+    if which("nvcc") and which("cmake"):
+        assert "building libmfengine_cuda.so, which is not there" in build()
+        assert Library(clone / "kernels/libmfengine_cuda.so").device == "cuda"
+        assert build() == ""
+
+
+# ----------------------------------------------------------------------------
+# Tasks and their order.
+
+
+def test_a_task_that_goes_wrong_costs_only_itself(tmp_path, monkeypatch, capsys):
+    """It raises, runs out of memory, ends its process or hangs; beside others and alone."""
+    monkeypatch.setattr(gpu, "PATIENCE_S", 2.0)
+    monkeypatch.setenv("OUT", str(tmp_path))
+    gpu.Run(True, 5, str(tmp_path), gpu_tasks.broken_plan).run()
+    report = json.loads((tmp_path / "gpu.json").read_text())
+    assert len(report["checks"]) == 2 * len(gpu_tasks.GOES_WRONG)
+    for stage in ("parallel", "alone"):
+        assert report["missing"] == {
+            f"{s}: runs out of memory": "OutOfMemoryError: CUDA out of memory. Tried" for s in ("parallel", "alone")
+        }
+        assert report["errors"][f"{stage}: has no message"] == "ValueError"
+        assert report["errors"][f"{stage}: has two lines"] == "RuntimeError: first"
+        assert report["errors"][f"{stage}: ends its process"] == "the process ended, exit code 3"
+        assert report["errors"][f"{stage}: hangs"] == "stopped after 2 s"
+    assert len(report["errors"]) == 8
+
+
+def test_nothing_runs_after_the_deadline(tmp_path):
+    begin = time.monotonic()
+    run = gpu.Run(True, 15 / 60, str(tmp_path), gpu_tasks.endless_plan)
+    run.run()
+    assert 10 < time.monotonic() - begin < 25
+    assert run.report["errors"]["endless"].startswith("stopped after ")
+    assert run.report["missing"] == {"late": "no time left"}
+
+
+def test_order_of_a_gpu(monkeypatch):
+    """XL/2's step at 32 rows comes in the first two minutes, compiled peers last."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    tasks = list(gpu.plan(GPU, many=192).values())
+    stages = list(dict.fromkeys(task.stage for task in tasks))
+    assert stages == ["xl2", "xl2 of 32", "kernels of xl2", "xl2 of 192", "b2", "remaining", "compiled peers"]
+    assert all("compiled" in task.name for task in tasks if task.stage == "compiled peers")
+    before = next(i for i, task in enumerate(tasks) if task.name == "step: guided, xl2 of 32: mfengine")
+    assert gpu.START_S + sum(t.seconds / (1 if t.alone else 16) for t in tasks[:before]) < 120
+    assert next(t.name for t in tasks if t.stage == "kernels of xl2") == "kernels: attention, dual, xl2 of 32: mfengine"
+
+
+@pytest.mark.parametrize(("gigabytes", "rows"), [(142, 256), (85, 160), (24, 32)])
+def test_sizes_by_free_memory(gigabytes, rows, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (gigabytes * 10**9, 10**12))
+    assert gpu.fitting_batch(GPU, "xl2") == rows
+
+
+# ----------------------------------------------------------------------------
+# On a GPU.
 
 
 @needs_gpu
-@pytest.mark.parametrize("check", [gpu.check_golden, lambda d: gpu.check_ops(d, False), gpu.check_synchronisation])
-def test_on_the_gpu(check):
-    for row in check(torch.device("cuda")):
-        assert row["error"] <= row["bound"], row
+@pytest.mark.parametrize("stage", ["xl2", "remaining"])
+def test_checks_on_the_gpu(stage, tmp_path):
+    machine = Machine(torch.device("cuda", 0), tmp_path)
+    for task in gpu.plan(machine, many=32).values():
+        if task.stage == stage:
+            for check in task.run()["checks"]:
+                assert gpu.checks.passed(check), check
 
 
 @needs_gpu

@@ -29,8 +29,8 @@ class Telemetry:
         enabled: whether this rank reports.
         step, total_steps: where the run starts and ends.
         batch_size: samples per step.
-        peak: samples per second if all of the step's arithmetic ran at the devices' peak rate (`rates.peak_rate`); speed is
-            told as a share of it, the MFU.
+        peak: samples per second if all of the step's arithmetic ran at the devices' `peak_rate`; speed is told as a
+            share of it, the MFU.
     """
 
     def __init__(self, folder: Path, enabled: bool, step: int, total_steps: int, batch_size: int, peak: float) -> None:

@@ -19,6 +19,7 @@ from mfengine.torch_private import constant_for_compiler, transformed
 
 Attention = Literal["auto", "torch", "triton", "sdpa", "flash-attn"]
 
+FLASH_ATTN_DEVICES = ("cuda",)
 _asked: Attention = "auto"
 
 
@@ -77,7 +78,7 @@ def _why_not(name: Attention, device: torch.device, dtype: torch.dtype, dim: int
     if name == "flash-attn":
         if missing := _does_not_import("flash_attn"):
             return missing
-        if device.type != "cuda":
+        if device.type not in FLASH_ATTN_DEVICES:
             return "it runs on a GPU alone"
         if dtype not in (torch.float16, torch.bfloat16) or dim > 256:
             return f"it takes float16 and bfloat16 and head dims up to 256, not {dtype} of {dim}"

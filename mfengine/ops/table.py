@@ -124,7 +124,7 @@ OPS: dict[str, Callable[[Shape, New], Example]] = {
 }
 """By name, what makes an example of an op for a shape."""
 
-SHAPES = {"xl2": Shape(32, 256, 16, 72), "b2": Shape(32, 256, 12, 64), "odd": Shape(3, 17, 2, 24)}
+SHAPES = {"xl2": Shape(32, 256, 16, 72), "b2": Shape(32, 256, 12, 64), "odd": Shape(2, 17, 2, 24)}
 
 
 def random_tensors(dtype: torch.dtype, device: torch.device | str, generator: torch.Generator | None = None) -> New:
