@@ -78,8 +78,9 @@ def check_op(
         leaves = [x.detach().requires_grad_() for x in case.arguments]
         duals = [Dual(x, dx[1:]) for x, dx in zip(leaves[:rows], along.arguments, strict=False)]
         outputs = outputs_of(case.function(*duals, *leaves[rows:]))
-        total = sum((o.primal * torch.linspace(-1, 1, o.primal.shape[-1]).to(o.primal)).sum() for o in outputs)
-        return [x.detach() for o in outputs for x in o] + list(torch.autograd.grad(total, leaves))
+        primals = [o.primal for o in outputs]
+        gradients = [torch.empty_like(o).copy_(torch.linspace(-1, 1, o.shape[-1])) for o in primals]
+        return [x.detach() for o in outputs for x in o] + list(torch.autograd.grad(primals, leaves, gradients))
 
     with use_backend("torch"):
         exact, plain = run(case.double(), along.double()), run(case, along)

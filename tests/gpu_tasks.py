@@ -13,7 +13,7 @@ def raises(error):
 
 
 def fine():
-    return {"splits": {"fine": {"step": 1.0}}}
+    return {"checks": [{"check": "fine", "error": 0.0, "bound": 0.0}]}
 
 
 GOES_WRONG = {
@@ -26,16 +26,12 @@ GOES_WRONG = {
 
 
 def broken_plan(machine, many):
-    """Each of them in a parallel stage, then alone; each followed by one that is fine."""
-    tasks = {}
-    for stage in ("parallel", "alone"):
-        for name, run in GOES_WRONG.items():
-            for label, act in (
-                (name, run),
-                (f"after {name}", lambda: {"checks": [{"check": "x", "error": 0, "bound": 0}]}),
-            ):
-                tasks[f"{stage}: {label}"] = Task(stage, f"{stage}: {label}", 0.0, stage == "alone", act)
-    return tasks
+    """Each of them alone, followed by one that is fine; the worst also beside one that is fine."""
+    runs = {}
+    for name, run in GOES_WRONG.items():
+        runs |= {name: (run, True), f"after {name}": (fine, True)}
+    runs |= {"ends its process, beside": (GOES_WRONG["ends its process"], False), "beside": (fine, False)}
+    return {name: Task(name.partition(",")[0], name, 0.0, alone, run) for name, (run, alone) in runs.items()}
 
 
 def endless_plan(machine, many):
