@@ -505,8 +505,8 @@ def tile_class(dim: int, dtype: torch.dtype) -> str:
 
 
 # No stack on sm_80, sm_90 and sm_100 by `python -m benchmarks.static`. For sm_90 tiles were searched that leave room for
-# several programs per multiprocessor and keep the tensor cores at 80 % or more of the cycles of a modelled main loop;
-# "medium", 88 and 96 columns, was not. Times: not measured yet.
+# several programs per multiprocessor and keep the tensor cores busy for 80 % or more of a main loop's modelled cycles,
+# but for "medium", 88 and 96 columns. Times: not measured yet.
 CONFIGS: dict[str, dict[str, Config]] = {
     "forward": {
         "narrow": Config(BLOCK_M=64, BLOCK_N=128, num_warps=4, num_stages=2),
@@ -516,7 +516,7 @@ CONFIGS: dict[str, dict[str, Config]] = {
     },
     "dual": {
         "narrow": Config(BLOCK_M=64, BLOCK_N=32, num_warps=4, num_stages=2),
-        "medium": Config(BLOCK_M=64, BLOCK_N=16, num_warps=8, num_stages=2),
+        "medium": Config(BLOCK_M=64, BLOCK_N=32, num_warps=8, num_stages=2),
         "wide": Config(BLOCK_M=64, BLOCK_N=16, num_warps=4, num_stages=2),
         "float32": Config(BLOCK_M=16, BLOCK_N=16, num_warps=4, num_stages=1),
     },
