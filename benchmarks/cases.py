@@ -28,7 +28,7 @@ from mfengine import ModelConfig, ops, sample
 from mfengine.data.format import Dataset, LatentSpace
 from mfengine.data.loader import Loader
 from mfengine.data.writer import ArraySamples, write_dataset
-from mfengine.engine.flops import forward_flops, step_flops
+from mfengine.engine.flops import sample_flops, step_flops
 from mfengine.engine.presets import PRESETS
 from mfengine.kernels import multi_tensor
 from mfengine.ops import OPS, Dual
@@ -307,7 +307,7 @@ def step(machine: Machine, preset: str, batch: int, objective: str, peer: Callab
         f"{objective}, {machine.name(preset)} of {batch}",
         implementations,
         batch,
-        lambda: batch * step_flops(config, method),
+        lambda: batch * step_flops(config, method, batch),
     )
 
 
@@ -456,7 +456,8 @@ def sampler(machine: Machine) -> Iterator[Case]:
         return call
 
     name = f"one step, {machine.name('xl2')} of {batch}"
-    yield Case("sampler", name, {OURS: ours, "port SDPA": port}, batch, lambda: batch * forward_flops(config))
+    flops = lambda: batch * sample_flops(config, OBJECTIVES["unguided"])  # noqa: E731
+    yield Case("sampler", name, {OURS: ours, "port SDPA": port}, batch, flops)
 
 
 def checkpoint(machine: Machine) -> Iterator[Case]:

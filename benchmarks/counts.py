@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.cases import OURS, Update
 from benchmarks.workload import torch_pair, training_step
-from mfengine.engine.flops import forward_flops
+from mfengine.engine.flops import sample_flops
 from mfengine.methods import MeanFlowConfig
 from mfengine.networks import ModelConfig
 from mfengine.ops import use_backend
@@ -131,7 +131,7 @@ def count(model: ModelConfig, objective: MeanFlowConfig, implementation: str, ba
         with FlopCounterMode(display=False) as flops, Recorder() as recorder:
             step()
         per_sample = flops.get_total_flops() / batch
-        found = {"flops": per_sample, "forwards": per_sample / forward_flops(model)}
+        found = {"flops": per_sample, "forwards": per_sample / sample_flops(model, objective)}
         if not ours:
             return found
         kept = []

@@ -1,8 +1,7 @@
 """`python -m benchmarks.scaling`: modelled step time of XL/2, or another preset, on 1 to 1,024 GPUs.
 
-The work is counted: this process takes the place of rank 0 in a fake process group of N ranks, and runs the real
-layout, loss, backward, reduction and optimizer on tensors that have shapes and no values. Every collective is recorded
-as it reaches PyTorch's dispatcher. The time is modelled, from the counts and from `Hardware`, whose rates are
+The work is counted: memory and collectives are those of `mfengine.engine.plan`, FLOPs and launches those of a real step
+on tensors that have shapes and no values. The time is modelled, from the counts and from `Hardware`, whose rates are
 assumptions. `docs/scaling.md` says what is in the model, and what is not.
 """
 
@@ -12,19 +11,13 @@ import dataclasses
 import json
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
-from unittest.mock import patch
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
-from torch.distributed.tensor import DTensor
-from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -33,21 +26,23 @@ from benchmarks.cases import OURS
 from benchmarks.counts import launches
 from benchmarks.measure import Row
 from benchmarks.workload import small
-from mfengine import DiT, MeanFlow
 from mfengine.cli import parse, run
 from mfengine.configs import to_json
 from mfengine.engine.config import TrainConfig
-from mfengine.engine.distributed import prepare_model, reduce_gradients
+from mfengine.engine.flops import COUNTED_ROWS, META, meta_network
 from mfengine.engine.optim import adamw_ema
+from mfengine.engine.plan import Collective, Phase, Plan, make_plan, parameter_groups
 from mfengine.engine.presets import PRESETS
 from mfengine.errors import InputError
-from mfengine.ops import use_backend
+from mfengine.methods import OBJECTIVES
+from mfengine.ops import use_attention, use_backend
 from mfengine.ranks import World
 
 IMAGES = 1_281_167  # ImageNet's training set
 WEAK_BATCH = 32  # rows per GPU where the global batch grows with the GPUs
 STRONG, WEAK = "global batch 256", "local batch 32"
-COUNTED_BATCH = 2048  # rows over which FLOPs are averaged: how many are guided varies with the draws
+PHASES: tuple[Phase, ...] = get_args(Phase)
+KINDS = ("all-gather", "reduce-scatter", "all-reduce")
 
 Strategy = Literal["full", "gathered once", "hybrid"]
 STRATEGIES: dict[Strategy, str] = {
@@ -83,6 +78,8 @@ class Hardware:
     """us per hop of a ring in a node (the same)"""
     network_hop_us: float = 4.0
     """us per hop of a ring between nodes (the same)"""
+    collective_launches: float = 3.0
+    """operations that a collective launches beside itself: copies into and out of its buffer"""
     launch_us: float = 10.0
     """us of the host per operation that it launches, views and module hooks included, without --compile"""
     host_hop_us: float = 50.0
@@ -98,173 +95,88 @@ class Hardware:
 # Counting.
 
 
-class Collective(NamedTuple):
-    kind: Literal["all-gather", "reduce-scatter", "all-reduce"]
-    ranks: int  # of its group
-    nodes: int  # that they lie on
-    bytes: int  # of the whole tensor: gathered, to be reduced and scattered, or to be reduced
-
-    @property
-    def sent(self) -> float:
-        """Bytes that each rank sends round a ring."""
-        return self.bytes * (self.ranks - 1) / self.ranks * (2 if self.kind == "all-reduce" else 1)
-
-    @property
-    def sent_between_nodes(self) -> float:
-        """Of those, through its network port: a ring leaves each node once, and the ranks of a node share that."""
-        return self.sent * self.nodes / self.ranks if self.nodes > 1 else 0.0
-
-
-@dataclass
-class Phase:
-    flops: int = 0
-    launches: int = 0
-    collectives: Counter[Collective] = field(default_factory=Counter)
-
-    @property
-    def each(self) -> list[Collective]:
-        return list(self.collectives.elements())
-
-
-@dataclass
-class Step:
-    """What one rank does in one step. Phases: guidance, forward, backward, optimizer; host, between the hosts."""
-
-    ranks: int
-    strategy: Strategy
-    shards: int  # into which each parameter is divided
-    parameters: int
-    phases: dict[str, Phase]
-
-    def of_kind(self, kind: str) -> list[Collective]:
-        """The collectives of one kind between devices."""
-        return [c for name, phase in self.phases.items() if name != "host" for c in phase.each if c.kind == kind]
-
-
-KINDS = ("all-gather", "reduce-scatter", "all-reduce")
-OPERATORS: dict[str, Any] = {
-    "c10d::_allgather_base_": "all-gather",
-    "c10d::allgather_": "all-gather",
-    "c10d::_reduce_scatter_base_": "reduce-scatter",
-    "c10d::allreduce_": "all-reduce",
-}
-
-
 class Recorder(TorchDispatchMode):
-    """Counts FLOPs, launches and collectives by phase, as they pass PyTorch's dispatcher."""
+    """Counts FLOPs and launches by phase, as they pass PyTorch's dispatcher."""
 
-    def __init__(self, gpus_per_node: int) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.gpus_per_node = gpus_per_node
-        self.phases: defaultdict[str, Phase] = defaultdict(Phase)
-        self.phase = "guidance"
+        self.flops: Counter[Phase] = Counter()
+        self.launches: Counter[Phase] = Counter()
+        self.phase: Phase = "guidance"
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if DTensor in types:
-            return NotImplemented  # it comes back as operations on this rank's part
         kwargs = kwargs or {}
-        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        # Times and row numbers live on the host and have values: which rows are guided depends on them.
-        real = bool(tensors) and not any(isinstance(x, FakeTensor) for x in tensors)
-        with unset_fake_temporarily() if real else nullcontext():
-            out = func(*args, **kwargs)
-        phase, name = self.phases[self.phase], func._schema.name
-        if func.namespace == "c10d":
-            phase.collectives[self._collective(name, args)] += 1
+        out = func(*args, **kwargs)
         if func._overloadpacket in flop_registry:
-            phase.flops += flop_registry[func._overloadpacket](*args, **kwargs, out_val=out)
-        phase.launches += not real and launches(func)
+            self.flops[self.phase] += flop_registry[func._overloadpacket](*args, **kwargs, out_val=out)
+        # Times and row numbers live on the host and have values: which rows are guided depends on them.
+        on_device = any(isinstance(x, Tensor) and x.is_meta for x in tree_leaves((args, kwargs, out)))
+        self.launches[self.phase] += on_device and launches(func)
         return out
 
-    def _collective(self, name: str, args: Any) -> Collective:
-        group = next(dist.ProcessGroup.unbox(a) for a in args if isinstance(a, torch.ScriptObject))
-        ranks = dist.get_process_group_ranks(group)
-        sizes = [sum(x.nbytes for x in tree_leaves(a) if isinstance(x, Tensor)) for a in args]
-        return Collective(OPERATORS[name], len(ranks), len({r // self.gpus_per_node for r in ranks}), max(sizes))
 
-
-def layout(strategy: Strategy, ranks: int, gpus_per_node: int) -> dict[str, Any]:
-    """The arguments of `prepare_model`."""
-    replicas = max(1, ranks // gpus_per_node) if strategy == "hybrid" else 1
-    return {"replicas": replicas, "reshard": strategy == "full"}
-
-
-def count_step(
-    config: TrainConfig,
-    here: World,
-    strategy: Strategy,
-    batch: int,
-    gpus_per_node: int,
-    tensors: AbstractContextManager[Any],
-) -> Step:
-    """Run one real step of rank `here.rank` and count what it does.
-
-    Args:
-        config: the run: model, method and optimizer.
-        here: the ranks, whose process group is running if they are several.
-        strategy: how the model is laid out over them.
-        batch: rows of this rank.
-        gpus_per_node: ranks of one node, numbered consecutively.
-        tensors: entered where tensors are made; a FakeTensorMode makes them without values.
-    """
-    arrangement = layout(strategy, here.size, gpus_per_node)
-    method = MeanFlow(config.method)
-    shape = (batch, config.model.in_channels, config.model.input_size, config.model.input_size)
-    draws = method.draw(shape, torch.Generator().manual_seed(0))
-    labels = torch.zeros(batch, dtype=torch.int64)
-    with tensors:
-        model = DiT(config.model, torch.bfloat16)
-    if here.size > 1:  # one rank would only be moved to its device, which tensors without values cannot be
-        prepare_model(model, here, **arrangement)
-    recorder = Recorder(gpus_per_node)
+def record(config: TrainConfig, batch: int, gathered: bool) -> Recorder:
+    """Run a real step on tensors without values; `gathered` as `meta_pass`."""
+    network, objective = meta_network(config.model, torch.bfloat16), OBJECTIVES.build(config.method)
+    optimizer = adamw_ema(network, config.optim)
+    shape = (batch, *config.model.latent_shape)
+    draws = objective.draw(shape, torch.Generator().manual_seed(0), META)
+    latents, labels = torch.empty(shape, device=META), torch.empty(batch, dtype=torch.int64, device=META)
+    recorder = Recorder()
 
     def enter_pass(*_: Any) -> None:
         recorder.phase = "forward" if torch.is_grad_enabled() else "guidance"
 
-    # Before FSDP's own hook, which gathers.
-    model.register_forward_pre_hook(enter_pass, prepend=True)
-    with tensors:
-        optimizer = adamw_ema(model, config.optim)
-        latents, noise = torch.zeros(shape), torch.zeros(shape)
-        with recorder:
-            loss, _ = method.loss(model, latents, labels, draws._replace(noise=noise))
-            recorder.phase = "backward"
-            reduce_gradients(model, True, arrangement["reshard"])
-            loss.backward()
-            recorder.phase = "optimizer"
-            with patch("mfengine.optim._makes_wait", lambda device: True):  # as a GPU does
-                optimizer.step()
-            optimizer.zero_grad()
+    network.register_forward_pre_hook(enter_pass)
+    single = {p: p.data for p in network.parameters()}
+    for unit, parameters in parameter_groups(network):
+        for p in parameters:
+            p.data = p.data.to(unit.dtype) if gathered else p.data
     with recorder:
-        recorder.phase = "host"
-        here.gather([0.0] * 5)  # as the trainer does: loss, v_loss, skipped, signal, time to save
-    shards = here.size // arrangement["replicas"]
-    return Step(here.size, strategy, shards, sum(p.numel() for p in model.parameters()), dict(recorder.phases))
+        loss, _ = objective.loss(network, latents, labels, draws)
+        recorder.phase = "backward"
+        loss.backward()
+        for p, data in single.items():
+            p.data, p.grad = data, torch.empty_like(data)
+        recorder.phase = "optimizer"
+        optimizer.step()
+    return recorder
 
 
-@contextmanager
-def fake_world(ranks: int) -> Iterator[World]:
-    """Rank 0 among so many, in a process group that communicates nothing."""
-    if ranks > 1:
-        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
-    try:
-        yield World(0, ranks, torch.device("cpu"))
-    finally:
-        if ranks > 1:
-            dist.destroy_process_group()
+@dataclass(frozen=True)
+class Work:
+    """What a rank computes in a step, by phase."""
+
+    flops: dict[Phase, float]  # of one sample
+    launches: dict[Phase, int]  # of operations on the device, whatever the batch and without collectives
 
 
-def count_fake(config: TrainConfig, ranks: int, strategy: Strategy, gpus_per_node: int) -> Step:
-    """Collectives and launches of one step on rank 0 of `ranks`: neither depends on the batch."""
-    with fake_world(ranks) as here, use_backend("triton"):
-        return count_step(config, here, strategy, 4, gpus_per_node, FakeTensorMode(allow_non_fake_inputs=True))
+def count_work(config: TrainConfig, ranks: int) -> Work:
+    """Count a step: FLOPs in plain PyTorch, where nothing is computed twice, launches with the fused kernels."""
+    with use_backend("torch"), use_attention("torch"):
+        flops = record(config, COUNTED_ROWS, False).flops
+    with use_backend("triton"):
+        launches = record(config, 4, gathered=ranks > 1).launches
+    return Work({name: n / COUNTED_ROWS for name, n in flops.items()}, dict(launches))
 
 
-def count_flops(config: TrainConfig) -> dict[str, float]:
-    """FLOPs of one sample's step, by phase. In plain PyTorch: the counter does not look into fused kernels."""
-    with fake_world(1) as here, use_backend("torch"):
-        step = count_step(config, here, "full", COUNTED_BATCH, 1, FakeTensorMode(allow_non_fake_inputs=True))
-    return {name: phase.flops / COUNTED_BATCH for name, phase in step.phases.items()}
+def nodes(c: Collective, hw: Hardware) -> int:
+    """How many nodes a collective's ranks lie on: copies of a shard, which reduce their gradients, are one per node."""
+    if c.kind == "all-reduce" and c.phase == "backward":
+        return c.ranks
+    return -(-c.ranks // hw.gpus_per_node)
+
+
+def sent_between_nodes(c: Collective, hw: Hardware) -> float:
+    """Bytes that each rank sends through its network port: a ring leaves each node once, and its ranks share that."""
+    return c.sent * nodes(c, hw) / c.ranks if nodes(c, hw) > 1 else 0.0
+
+
+def plan(config: TrainConfig, ranks: int, strategy: Strategy, batch: int, hw: Hardware) -> Plan:
+    """The plan of a run with so many rows per GPU."""
+    replicas = max(1, ranks // hw.gpus_per_node) if strategy == "hybrid" else 1
+    layout = {"replicas": replicas, "reshard": strategy == "full", "batch_size": ranks * batch}
+    return make_plan(dataclasses.replace(config, **layout), World(0, ranks, torch.device("cuda")))
 
 
 # ----------------------------------------------------------------------------
@@ -279,13 +191,14 @@ def collective_seconds(c: Collective, hw: Hardware) -> float:
     """
     if c.ranks == 1:
         return 0.0
+    n = nodes(c, hw)
     if c.kind == "all-reduce":
-        inside, between = 2 * (c.ranks / c.nodes - 1), 2 * math.log2(c.nodes)
+        inside, between = 2 * (c.ranks / n - 1), 2 * math.log2(n)
     else:
-        inside, between = c.ranks - c.nodes, c.nodes - 1
+        inside, between = c.ranks - n, n - 1
     latency = (hw.collective_us + inside * hw.nvlink_hop_us + between * hw.network_hop_us) / 1e6
-    network = hw.network_gb_per_s * c.ranks / c.nodes
-    rate = hw.nvlink_gb_per_s if c.nodes == 1 else min(hw.nvlink_gb_per_s, network)
+    network = hw.network_gb_per_s * c.ranks / n
+    rate = hw.nvlink_gb_per_s if n == 1 else min(hw.nvlink_gb_per_s, network)
     return latency + c.sent / (rate * 1e9 * hw.bandwidth_share)
 
 
@@ -299,7 +212,7 @@ def phase_seconds(busy: float, collectives: list[Collective], hw: Hardware) -> f
     ends: defaultdict[str, float] = defaultdict(float)
     for c in collectives:
         seconds = collective_seconds(c, hw)
-        links[c.nodes > 1] += seconds
+        links[nodes(c, hw) > 1] += seconds
         ends[c.kind] = max(ends[c.kind], seconds)
     end = sum(ends.values())
     return end + max(busy, max(links.values(), default=0.0) - end)
@@ -328,47 +241,36 @@ class Point(NamedTuple):
         return self.days(epochs) * 24 * self.ranks
 
 
-def model_point(config: TrainConfig, flops: dict[str, float], step: Step, batch: int, hw: Hardware) -> Point:
-    """One step of `batch` rows per GPU; `flops` are those of a sample, by phase."""
-    launch = {name: phase.launches * hw.launch_us / 1e6 for name, phase in step.phases.items()}
-    compute = {name: n * batch / (hw.matrix_tflops * 1e12 * hw.matrix_share) for name, n in flops.items()}
+def model_point(plan: Plan, strategy: Strategy, work: Work, hw: Hardware) -> Point:
+    """One step as planned."""
+    config, ranks = plan.config, plan.world.size
+    batch = config.batch_size // ranks
+    of_phase = {name: [c for c in plan.communication if c.phase == name] for name in PHASES}
+    launch = {
+        name: (work.launches.get(name, 0) + hw.collective_launches * len(of_phase[name])) * hw.launch_us / 1e6
+        for name in PHASES
+    }
+    compute = {name: n * batch / (hw.matrix_tflops * 1e12 * hw.matrix_share) for name, n in work.flops.items()}
     # AdamW reads parameter, gradient and two moments and writes three of them; an average is read with the
     # parameter and written: 28 and 12 bytes in float32.
-    traffic = (32 + 8 * len(config.optim.ema_decays)) * step.parameters / step.shards
+    traffic = (32 + 8 * len(config.optim.ema_decays)) * plan.parameters * config.replicas / ranks
     seconds = busy = max(traffic / (hw.memory_gb_per_s * 1e9 * hw.bandwidth_share), launch["optimizer"])
-    for name in ("guidance", "forward", "backward"):
-        alone = max(compute[name], launch[name])
-        together = phase_seconds(alone, step.phases[name].each, hw)
-        if name == "backward":
-            together = max(together, host_exchange_seconds(step, hw))
+    for name in PHASES[:3]:
+        alone = max(compute.get(name, 0.0), launch[name])
+        together = phase_seconds(alone, of_phase[name], hw)
+        if name == "backward":  # beside it runs the hosts' all-gather, for which the optimizer waits
+            together = max(together, (ranks - 1) * hw.host_hop_us / 1e6)
         busy, seconds = busy + alone, seconds + together
     return Point(
-        ranks=step.ranks,
-        strategy=step.strategy,
+        ranks=ranks,
+        strategy=strategy,
         batch=batch,
         compute=sum(compute.values()),
         launch=sum(launch.values()),
         exposed=seconds - busy,
         step=seconds,
-        memory=memory_bytes(config, step, batch),
+        memory=sum(plan.memory.values()),
     )
-
-
-def host_exchange_seconds(step: Step, hw: Hardware) -> float:
-    """The hosts' all-gather, a ring in gloo. It starts after the forward, and the optimizer waits for it."""
-    return sum((c.ranks - 1) * hw.host_hop_us / 1e6 for c in step.phases["host"].each)
-
-
-def memory_bytes(config: TrainConfig, step: Step, batch: int) -> float:
-    """State, gathered parameters, gradients in reduction, activations; without the allocator's and NCCL's own."""
-    # Parameter, gradient, two moments and the averages, in float32.
-    state = 4 * (4 + len(config.optim.ema_decays)) * step.parameters / step.shards
-    gathers = [c.bytes for c in step.phases["guidance"].each]
-    gathered = 2 * max(gathers, default=0) if step.strategy == "full" else sum(gathers)  # full: the next one too
-    reducing = 2 * max((c.bytes for c in step.of_kind("reduce-scatter")), default=0)
-    model = config.model
-    activations = 40 * batch * model.num_tokens * model.hidden_size * model.depth  # docs/kernels.md
-    return state + gathered + reducing + activations
 
 
 # ----------------------------------------------------------------------------
@@ -431,7 +333,8 @@ def scaling(args: Arguments) -> dict[str, Any]:
     config = PRESETS[args.preset][1]
     if args.rehearse:
         config = dataclasses.replace(config, model=small(config.model))
-    flops = count_flops(config)
+    work = {several: count_work(config, 1 + several) for several in (False, True)}
+    flops = work[True].flops
     hw = args.hardware
     if args.measured:
         hw = dataclasses.replace(hw, matrix_share=measured_share(args.measured, args.preset, sum(flops.values()), hw))
@@ -444,10 +347,9 @@ def scaling(args: Arguments) -> dict[str, Any]:
         except InputError as error:
             infeasible[ranks] = str(error)
         for strategy in strategies(ranks, hw):
-            step = count_fake(config, ranks, strategy, hw.gpus_per_node)
-            counts.append(counted(step))
             for regime, batch in batches.items():
-                point = model_point(config, flops, step, batch, hw)
+                planned = plan(config, ranks, strategy, batch, hw)
+                point = model_point(planned, strategy, work[ranks > 1], hw)
                 rates = {
                     "samples_per_s": point.samples_per_s,
                     "days": point.days(config.epochs),
@@ -455,10 +357,12 @@ def scaling(args: Arguments) -> dict[str, Any]:
                     "fits": point.memory <= hw.memory_gb * 1e9,
                 }
                 points.append({"regime": regime, **point._asdict(), **rates})
+            counts.append(counted(planned, strategy, hw))
     return {
         "note": "collectives, launches and FLOPs are counted; every time is modelled",
         "hardware": to_json(hw),
         "flops_per_sample": flops,
+        "launches": work[True].launches,
         "epochs": config.epochs,
         "counts": counts,
         "points": points,
@@ -466,21 +370,15 @@ def scaling(args: Arguments) -> dict[str, Any]:
     }
 
 
-def counted(step: Step) -> dict[str, Any]:
+def counted(plan: Plan, strategy: Strategy, hw: Hardware) -> dict[str, Any]:
     """One row of counts: collectives between devices, and the bytes that they make each rank send."""
-    every = [c for kind in KINDS for c in step.of_kind(kind)]
-    row: dict[str, Any] = {"ranks": step.ranks, "strategy": step.strategy, "parameters": step.parameters}
+    row: dict[str, Any] = {"ranks": plan.world.size, "strategy": strategy, "parameters": plan.parameters}
     for kind in KINDS:
-        row[kind] = {"count": len(step.of_kind(kind)), "bytes": sum(c.bytes for c in step.of_kind(kind))}
-    between = sum(c.sent_between_nodes for c in every)
-    row["sent_in_node"] = sum(c.sent for c in every) - between
-    row["sent_between_nodes"] = between
-    row["launches"] = {name: phase.launches for name, phase in step.phases.items()}
-    row["collectives"] = [
-        {"phase": name, "count": count, **c._asdict()}
-        for name, phase in step.phases.items()
-        for c, count in phase.collectives.items()
-    ]
+        sizes = [c.bytes for c in plan.communication if c.kind == kind]
+        row[kind] = {"count": len(sizes), "bytes": sum(sizes)}
+    row["sent_between_nodes"] = sum(sent_between_nodes(c, hw) for c in plan.communication)
+    row["sent_in_node"] = sum(c.sent for c in plan.communication) - row["sent_between_nodes"]
+    row["collectives"] = [{"count": n, **c._asdict()} for c, n in Counter(plan.communication).items()]
     return row
 
 

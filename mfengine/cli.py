@@ -10,9 +10,9 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
-from typing import Any, TypeVar, get_type_hints
+from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
 
@@ -42,21 +42,17 @@ def parse(arguments: type[T], args: Sequence[str], prog: str, default: T | None 
     except SystemExit as stop:
         if not stop.code:
             raise  # --help
-    message = _message(report.getvalue())
+        message = re.sub(r"^Error parsing (?!--)[\w.]+: ", "", _message(report.getvalue()))
+    except ValueError as error:  # tyro lets that of a nested dataclass without a name pass
+        message = str(error)
     unknown = re.match(r"Unrecognized options: ([^\s=,]+)", message)
     if unknown and unknown[1].startswith("--"):
-        message = f"there is no option {unknown[1]}; the nearest is {_nearest(unknown[1], _options(arguments))}"
+        message = (
+            f"there is no option {unknown[1]}; the nearest is {_nearest(unknown[1], _options(default or arguments))}"
+        )
     elif unknown:
         message = f"unexpected argument {unknown[1]}"
     raise InputError(f"{message} (`{prog} --help` lists the options)")
-
-
-def choose(what: str, name: str, names: Collection[str]) -> str:
-    """`name` if it is among `names`; otherwise InputError that names the nearest `what`."""
-    if name not in names:
-        near = difflib.get_close_matches(name, names, n=1, cutoff=0)
-        raise InputError(f"there is no {what} {name}; the nearest is {near[0]}, all are {', '.join(names)}")
-    return name
 
 
 def _message(report: str) -> str:
@@ -68,12 +64,16 @@ def _message(report: str) -> str:
 
 
 def _options(arguments: Any, prefix: str = "--") -> list[str]:
-    """The options of a dataclass, those of nested ones as --outer.inner."""
+    """The options of a dataclass or an instance; nested ones are --outer.inner, unless the outer one is named ""."""
     options = []
-    hints = get_type_hints(arguments)
+    hints = get_type_hints(arguments if isinstance(arguments, type) else type(arguments), include_extras=True)
     for field in dataclasses.fields(arguments):
-        name, kind = prefix + field.name.replace("_", "-"), hints[field.name]
-        options += _options(kind, f"{name}.") if dataclasses.is_dataclass(kind) else [name]
+        kind, *marks = get_args(hint) if get_origin(hint := hints[field.name]) is Annotated else (hint,)
+        kind = kind if isinstance(arguments, type) else getattr(arguments, field.name)  # which may be of a subclass
+        name = prefix + field.name.replace("_", "-")
+        unnamed = any(getattr(mark, "name", None) == "" for mark in marks)
+        nested = dataclasses.is_dataclass(kind)
+        options += _options(kind, prefix if unnamed else f"{name}.") if nested else [name]
     return options
 
 

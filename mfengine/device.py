@@ -14,7 +14,9 @@ def step_generator(seed: int, step: int, part: int) -> torch.Generator:
 
 
 def device_generator(generator: torch.Generator, device: torch.device | str) -> torch.Generator:
-    """A generator on the device, seeded from one on the host."""
+    """A generator on the device, seeded from one on the host, or that one where tensors have no values."""
+    if torch.device(device).type == "meta":
+        return generator
     return torch.Generator(device).manual_seed(int(torch.randint(2**62, (), generator=generator)))
 
 

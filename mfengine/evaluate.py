@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -42,6 +42,8 @@ class EvaluateArgs:
     """samples to draw; 50000 is usual for FID. Under torchrun write --num-samples"""
     labels: Literal["balanced", "random"] = "balanced"
     """of the samples: in turn, so that classes are equally many, or drawn at random"""
+    conditions: dict[str, float] = field(default_factory=dict)
+    """what the model's objective takes beside labels, as pairs NAME VALUE; its own values if not given"""
     seed: int = 0
     """noise and label of a sample derive from it and the sample's number"""
     ema_decay: float | None = None
@@ -93,15 +95,15 @@ def main(args: Sequence[str]) -> None:
     dataset = Dataset.open(config.data) if config.data is not None else None
     reference = Reference(config.reference) if config.reference is not None else None
     with world(config.device) as here:
-        model, space, path = load_model(config.checkpoint, config.ema_decay)
+        model, space, path, objective = load_model(config.checkpoint, config.ema_decay)
+        sampler = objective.sampler(config.conditions)
         out = config.out
         if out is None and (dataset is not None or reference is not None) and path.parent.name == "checkpoints":
             out = path.parent.parent / "metrics.json"
         if out is not None:
             check_writable(out)
         if dataset is not None:
-            network = model.config
-            dataset.check_model((network.in_channels, network.input_size, network.input_size), network.num_classes)
+            dataset.check_model(model.config.latent_shape, model.num_classes)
         decode: Decode | None = None
         if config.reference is not None or config.save is not None:
             if config.vae is not None:
@@ -112,7 +114,7 @@ def main(args: Sequence[str]) -> None:
                 raise InputError(f"latents of {space.shape} become images by a VAE: give it with --vae")
         metrics = evaluate(
             model.to(here.device),
-            SampleSet(space, config.num, config.batch_size, config.seed, config.labels),
+            SampleSet(space, config.num, config.batch_size, config.seed, config.labels, sampler),
             config.steps,
             here,
             dataset=dataset,
@@ -125,6 +127,7 @@ def main(args: Sequence[str]) -> None:
         return
     origin = {
         **{name: getattr(config, name) for name in ("seed", "labels", "batch_size", "ema_decay")},
+        "conditions": config.conditions or None,
         "samples": config.num,
         "checkpoint": str(path.resolve()),
         **{name: str(part.resolve()) for name in ("data", "reference") if (part := getattr(config, name)) is not None},

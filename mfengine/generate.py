@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -16,7 +16,6 @@ from mfengine.data.pictures import draw_latents, image_grid, save_picture
 from mfengine.data.vae import VAE
 from mfengine.engine.checkpoint import load_model
 from mfengine.errors import InputError
-from mfengine.methods import sample
 from mfengine.ranks import world
 
 
@@ -34,6 +33,8 @@ class SampleArgs:
     """classes to draw, one row each; the first ten if not given"""
     per_label: int = 10
     """samples of each class"""
+    conditions: dict[str, float] = field(default_factory=dict)
+    """what the model's objective takes beside labels, as pairs NAME VALUE; its own values if not given"""
     seed: int = 0
     """of the noise"""
     ema_decay: float | None = None
@@ -52,7 +53,8 @@ def main(args: Sequence[str]) -> None:
     if config.out.suffix != ".png":
         raise InputError(f"--out {config.out} must end in .png")
     with world(config.device) as here:
-        model, space, path = load_model(config.checkpoint, config.ema_decay)
+        model, space, path, objective = load_model(config.checkpoint, config.ema_decay)
+        sampler = objective.sampler(config.conditions)
         classes = config.labels or tuple(range(min(10, space.num_classes)))
         for label in classes:
             if not 0 <= label < space.num_classes:
@@ -60,7 +62,7 @@ def main(args: Sequence[str]) -> None:
         decode = VAE(config.vae, here.device).decode if config.vae else draw_latents
         labels = torch.tensor(classes).repeat_interleave(config.per_label)
         noise = torch.randn(len(labels), *space.shape, generator=torch.Generator().manual_seed(config.seed))
-        latents = sample(model.to(here.device), noise.to(here.device), labels.to(here.device), config.steps)
+        latents = sampler(model.to(here.device), noise.to(here.device), labels.to(here.device), config.steps)
         save_picture(image_grid(decode(latents, space), columns=config.per_label), config.out)
     print(f"{config.out}: {len(labels)} samples of {path} in {config.steps} step(s)")
 

@@ -73,9 +73,8 @@ def _library() -> str:
 
 def _attention(device: torch.device) -> str:
     """Which implementation computes the attention of XL/2 where no tangent is needed."""
-    model = PRESETS["xl2"][1].model
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    why = choice.why_not("flash-attn", device, dtype, model.hidden_size // model.num_heads)
+    why = choice.why_not("flash-attn", device, dtype, PRESETS["xl2"][1].model.head_dim or 0)
     return f"sdpa where no tangent is needed; flash-attn {f'is unavailable: {why}' if why else 'can be asked for'}"
 
 

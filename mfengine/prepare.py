@@ -14,6 +14,7 @@ import torch
 import tyro
 
 from mfengine import cli
+from mfengine.configs import choose
 from mfengine.data.check import verify
 from mfengine.data.format import Dataset, LatentSpace
 from mfengine.data.images import EncodedImages
@@ -195,7 +196,7 @@ def main(args: Sequence[str]) -> None:
         if args:
             raise SystemExit(0)
         raise InputError(f"say what to prepare: {', '.join(COMMANDS)}")
-    name = cli.choose("command", args[0], COMMANDS)
+    name = choose("command", args[0], COMMANDS)
     _, arguments, action = COMMANDS[name]
     action(cli.parse(arguments, args[1:], f"{PROG} {name}"))
 

@@ -1,28 +1,119 @@
-"""The case of `test_scaling.py`; under torchrun, its collectives counted where ranks and tensors are real."""
+"""Records the collectives of one real step, on fake or real ranks; under torchrun, writes those of the real ones."""
 
+import dataclasses
 import json
-from contextlib import nullcontext
+from collections import Counter
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from unittest.mock import patch
 
-from benchmarks.scaling import STRATEGIES, Step, count_step
-from mfengine import MeanFlowConfig, ModelConfig
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.distributed.tensor import DTensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from mfengine import DiT, MeanFlow, MeanFlowConfig, ModelConfig
 from mfengine.engine.config import TrainConfig
-from mfengine.ranks import world
+from mfengine.engine.distributed import prepare_model, reduce_gradients
+from mfengine.engine.optim import adamw_ema
+from mfengine.engine.plan import Collective
+from mfengine.ops import use_backend
+from mfengine.ranks import World, world
 
 CONFIG = TrainConfig(
     model=ModelConfig(8, 2, 4, hidden_size=32, depth=2, num_heads=2, num_classes=17),
     method=MeanFlowConfig(omega=0.2, kappa=0.92, t_end=0.75),
 )
+LAYOUTS = {"full": {"reshard": True}, "gathered once": {}, "hybrid": {"replicas": 2}}
+KINDS = {
+    "c10d::_allgather_base_": "all-gather",
+    "c10d::allgather_": "all-gather",
+    "c10d::_reduce_scatter_base_": "reduce-scatter",
+    "c10d::allreduce_": "all-reduce",
+}
 
 
-def collectives(step: Step) -> dict[str, list[list[object]]]:
-    """All collectives by phase, in an order of their own, as JSON gives them back."""
-    return {name: sorted([*c, count] for c, count in phase.collectives.items()) for name, phase in step.phases.items()}
+class Recorder(TorchDispatchMode):
+    """The collectives that pass PyTorch's dispatcher."""
+
+    def __init__(self):
+        super().__init__()
+        self.collectives = Counter()
+        self.phase = "guidance"
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if DTensor in types:
+            return NotImplemented  # it comes back as operations on this rank's part
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        # Times and row numbers live on the host and have values: which rows are guided depends on them.
+        real = bool(tensors) and not any(isinstance(x, FakeTensor) for x in tensors)
+        with unset_fake_temporarily() if real else nullcontext():
+            out = func(*args, **(kwargs or {}))
+        if func.namespace == "c10d":
+            group = next(dist.ProcessGroup.unbox(a) for a in args if isinstance(a, torch.ScriptObject))
+            ranks = len(dist.get_process_group_ranks(group))
+            whole = max(sum(x.nbytes for x in tree_leaves(a) if isinstance(x, Tensor)) for a in args)
+            self.collectives[Collective(self.phase, KINDS[func._schema.name], ranks, whole)] += 1
+        return out
+
+
+def record_step(config, here, tensors):
+    """The collectives of one real step of rank `here.rank`; tensors are made inside of `tensors`."""
+    method, shape = MeanFlow(config.method), (4, *config.model.latent_shape)
+    draws = method.draw(shape, torch.Generator().manual_seed(0))
+    labels = torch.zeros(4, dtype=torch.int64)
+    with tensors:
+        model = DiT(config.model, torch.bfloat16)
+    prepare_model(model, here, replicas=config.replicas, reshard=config.reshard)
+    recorder = Recorder()
+
+    def enter_pass(*_):
+        recorder.phase = "forward" if torch.is_grad_enabled() else "guidance"
+
+    model.register_forward_pre_hook(enter_pass, prepend=True)  # before FSDP's own, which gathers
+    with tensors:
+        optimizer = adamw_ema(model, config.optim)
+        latents, noise = torch.zeros(shape), torch.zeros(shape)
+        with recorder:
+            loss, _ = method.loss(model, latents, labels, draws._replace(noise=noise))
+            recorder.phase = "backward"
+            reduce_gradients(model, True, config.reshard)
+            loss.backward()
+            recorder.phase = "optimizer"
+            with patch("mfengine.optim._makes_wait", lambda device: True):  # as a GPU does
+                optimizer.step()
+    return recorder.collectives
+
+
+@contextmanager
+def fake_world(ranks):
+    """Rank 0 among so many, in a process group that communicates nothing."""
+    if ranks > 1:
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
+    try:
+        yield World(0, ranks, torch.device("cpu"))
+    finally:
+        if ranks > 1:
+            dist.destroy_process_group()
+
+
+def record_fake(config, ranks):
+    with fake_world(ranks) as here, use_backend("triton"):
+        return record_step(config, here, FakeTensorMode(allow_non_fake_inputs=True))
+
+
+def as_json(collectives):
+    return sorted([*c, count] for c, count in collectives.items())
 
 
 if __name__ == "__main__":
     with world("cpu") as here:
-        # Nodes of one rank: hybrid then is two replicas.
-        steps = {strategy: count_step(CONFIG, here, strategy, 4, 1, nullcontext()) for strategy in STRATEGIES}
+        found = {}
+        for name, layout in LAYOUTS.items():
+            found[name] = as_json(record_step(dataclasses.replace(CONFIG, **layout), here, nullcontext()))
         if here.main:
-            Path("collectives.json").write_text(json.dumps({s: collectives(step) for s, step in steps.items()}))
+            Path("collectives.json").write_text(json.dumps(found))

@@ -282,5 +282,5 @@ def test_training_refuses_what_is_not_there(digits, tmp_path, monkeypatch, capsy
     args = (*SMALL, f"--data={digits}", "--attention=flash-attn", "--device=cpu", "--precision=float32")
     code, _, err = run_in_process("mfengine.train", *args, cwd=tmp_path, monkeypatch=monkeypatch, capsys=capsys)
     assert code == 2
-    assert err.startswith("error: --attention flash-attn cannot be had: ")
+    assert err.startswith("error: --attention flash-attn is unavailable: ")
     assert not (tmp_path / "runs").exists()

@@ -17,10 +17,10 @@ from PIL import Image
 from mfengine import MeanFlow, cli
 from mfengine.data.format import LatentSpace
 from mfengine.data.writer import ArraySamples, order, write_dataset
-from mfengine.engine import trainer
 from mfengine.engine.checkpoint import load_model, newest_checkpoint
 from mfengine.engine.telemetry import METRICS, Telemetry
 from mfengine.errors import RankTrainingError
+from mfengine.methods import OBJECTIVES
 
 
 @pytest.fixture(scope="module")
@@ -66,8 +66,8 @@ def test_export_holds_the_average_and_its_configuration(trained, tmp_path):
     out = tmp_path / "model.safetensors"
     done = run_command("mfengine.export", run, out, "--ema-decay=0.5", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    exported, space, _ = load_model(out)
-    averaged, same_space, _ = load_model(run, ema_decay=0.5)
+    exported, space, *_ = load_model(out)
+    averaged, same_space, *_ = load_model(run, ema_decay=0.5)
     assert space == same_space
     assert all(torch.equal(a, b) for a, b in zip(exported.parameters(), averaged.parameters(), strict=True))
     first = load_model(run)[0]
@@ -155,7 +155,7 @@ def test_metrics_hold_the_peak_of_the_gpus_memory(initialized, expected, tmp_pat
 
 def test_training_starts_from_other_weights(trained, digits, tmp_path):
     run, _ = trained
-    model, _, _ = load_model(run)
+    model, *_ = load_model(run)
     sit = {k: v for k, v in model.state_dict().items() if not k.startswith("h_embedder")}
     torch.save({"ema": sit}, tmp_path / "sit.pt")
     done = run_command(
@@ -163,7 +163,7 @@ def test_training_starts_from_other_weights(trained, digits, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "sit.pt leaves h_embedder.mlp.0.weight" in done.stderr
-    started, _, _ = load_model(tmp_path / "runs/digits")
+    started, *_ = load_model(tmp_path / "runs/digits")
     torch.testing.assert_close(started.blocks[0].mlp.fc1.weight, model.blocks[0].mlp.fc1.weight)
     assert started.h_embedder.mlp[2].weight.abs().max() < 1e-6
     other = run_command(
@@ -242,7 +242,7 @@ def test_loss_that_is_not_finite_stops_the_run(tmp_path):
 
     done = run_command(*args, "--name=lenient", "--max-skipped-steps=3", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    model, _, _ = load_model(tmp_path / "runs/lenient")
+    model, *_ = load_model(tmp_path / "runs/lenient")
     assert all(p.isfinite().all() for p in model.parameters())
     last_line = json.loads((tmp_path / "runs/lenient/metrics.jsonl").read_text().splitlines()[-1])
     assert last_line["skipped_steps"] in (1, 2, 3)
@@ -252,7 +252,7 @@ def test_loss_that_is_not_finite_stops_the_run(tmp_path):
 def test_gradient_that_is_not_finite_skips_the_step(digits, tmp_path, monkeypatch, capsys):
     """The loss of the third and of the last step is finite, its gradient is not."""
 
-    class Bad(trainer.MeanFlow):
+    class Bad(MeanFlow):
         calls = 0
 
         def loss(self, model, *args):
@@ -263,7 +263,7 @@ def test_gradient_that_is_not_finite_skips_the_step(digits, tmp_path, monkeypatc
                 loss = loss + 0 * (weight - weight.detach()).sqrt()
             return loss, metrics
 
-    monkeypatch.setattr(trainer, "MeanFlow", Bad)
+    monkeypatch.setitem(OBJECTIVES, "meanflow", Bad)
     args = ("mfengine.train", *SMALL, f"--data={digits}", "--steps=6")
     code, _, err = run_in_process(*args, "--max-skipped-steps=2", cwd=tmp_path, monkeypatch=monkeypatch, capsys=capsys)
     assert code == 0, err

@@ -17,15 +17,17 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from mfengine import DiT, ModelConfig
+from mfengine.configs import to_json
 from mfengine.data.format import Dataset, LatentSpace, iterate_means, read_means
 from mfengine.data.image_files import ImageArchive, ImageFolder
 from mfengine.data.vae import VAE
 from mfengine.data.writer import ArraySamples, order, write_dataset
-from mfengine.engine.checkpoint import describe_model, load_model, newest_checkpoint
+from mfengine.engine.checkpoint import load_model, newest_checkpoint
 from mfengine.errors import RankError
 from mfengine.evaluation.frechet import Moments, data_moments, fit_data, frechet_distance, latent_distance
 from mfengine.evaluation.metrics import SAMPLES, LabelReader, write_metrics
 from mfengine.evaluation.samples import SampleSet
+from mfengine.networks import NETWORKS
 from mfengine.ranks import World
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -53,7 +55,7 @@ def export(tmp_path_factory):
     for p in model.final_layer.parameters():
         torch.nn.init.normal_(p, std=0.1)
     path = tmp_path_factory.mktemp("export") / "model.safetensors"
-    description = {"step": 0, **describe_model(model.config, LATENTS)}
+    description = {"step": 0, **NETWORKS.describe(model.config, "model"), "space": to_json(LATENTS)}
     save_file(model.state_dict(), path, metadata={"mfengine": json.dumps(description)})
     return path
 
@@ -225,7 +227,7 @@ def test_training_measures_its_samples(trained, digits):
     figures = measured(run)
     assert list(figures) == [10, 20]
     assert f"step 20: frechet_1nfe {figures[20]:.4g}" in done.stderr
-    model, space, _ = load_model(run)
+    model, space, *_ = load_model(run)
     samples = SampleSet(space, 10_000, 32)
     distance = latent_distance(model, samples, 1, fit_data(Dataset.open(digits), ALONE), ALONE)
     assert figures[20] == pytest.approx(distance, rel=1e-6)
@@ -281,7 +283,7 @@ def test_two_processes_give_the_figures_and_images_of_one(trained, digits, tmp_p
     assert np.array_equal(images_of(tmp_path / "folder"), images)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["folder", "one.json", "one.npz", "two.json"]
 
-    model, space, _ = load_model(trained[0])
+    model, space, *_ = load_model(trained[0])
     pixels = torch.cat([latents for _, latents, _ in SampleSet(space, 71, 16).draw(model, 1, ALONE)])
     expected = (space.unscale(pixels) / 16 * 255).clamp(0, 255).to(torch.uint8)  # rounded down
     assert np.array_equal(images[..., 0], expected[:, 0])
@@ -291,7 +293,7 @@ def test_images_of_latents_are_decoded(export, vae, tmp_path, monkeypatch, capsy
     args = ("mfengine.evaluate", export, "--num=5", "--batch-size=3", f"--vae={vae[0]}", "--steps", "2")
     code, _, errors = run_in_process(*args, "--save=x.npz", cwd=tmp_path, monkeypatch=monkeypatch, capsys=capsys)
     assert code == 0, errors
-    model, space, _ = load_model(export)
+    model, space, *_ = load_model(export)
     latents = torch.cat([latents for _, latents, _ in SampleSet(space, 5, 3).draw(model, 2, ALONE)])
     with torch.no_grad():
         images = vae[1].decode(latents / 0.2 + 0.5).sample

@@ -119,8 +119,8 @@ def test_times_are_modelled_as_said():
     """One row of them: they are all made alike."""
     row = next(row for row in ROWS if row[1] == "`mfengine.train b2`")
     config = PRESETS["b2"][1]
-    step = scaling.count_fake(config, 8, "gathered once", 8)
-    flops = scaling.count_flops(config)
+    work = scaling.count_work(config, 8)
     for cell, hardware in ((row[4], scaling.Hardware()), (row[5], scaling.Hardware(matrix_share=0.3))):
-        point = scaling.model_point(config, flops, step, config.local_batch(8), hardware)
+        planned = scaling.plan(config, 8, "gathered once", config.local_batch(8), hardware)
+        point = scaling.model_point(planned, "gathered once", work, hardware)
         assert float(cell) == pytest.approx(point.gpu_hours(config.epochs), rel=0.02)

@@ -1,100 +1,56 @@
-"""Counted collectives against what each layout must move, against real processes, and the model of step time."""
+"""Planned collectives against real processes, and the model of step time."""
 
 import dataclasses
 import json
 import os
 import subprocess
 import sys
-from collections import Counter
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 from conftest import run_in_process
-from scaling_worker import CONFIG, collectives
+from scaling_worker import CONFIG, LAYOUTS, as_json, record_fake
 
 from benchmarks.measure import Row
 from benchmarks.scaling import (
+    PHASES,
     STRATEGIES,
-    Collective,
     Hardware,
+    Work,
     collective_seconds,
-    count_fake,
-    count_flops,
+    count_work,
     model_point,
+    nodes,
     phase_seconds,
+    plan,
+    sent_between_nodes,
 )
-from mfengine import DiT
-from mfengine.engine.flops import forward_flops
+from mfengine.engine.flops import sample_flops, step_flops
 
 WORKER = Path(__file__).parent / "scaling_worker.py"
-NODE = 8
-GROUPS = 6  # two blocks, three embedders, and the rest
+HARDWARE = Hardware()
 
 
 @pytest.fixture(scope="module")
-def steps():
-    return {(n, s): count_fake(CONFIG, n, s, NODE) for n in (2, 16) for s in STRATEGIES}
+def plans():
+    return {(n, s): plan(CONFIG, n, s, 32, HARDWARE) for n in (8, 16) for s in STRATEGIES}
 
 
-@pytest.fixture(scope="module")
-def sizes():
-    """Elements of all parameters, and of those gathered in float32: the embedders'."""
-    parameters = dict(DiT(CONFIG.model).named_parameters())
-    single = sum(p.numel() for n, p in parameters.items() if n.startswith(("t_embedder", "h_embedder", "y_embedder")))
-    return sum(p.numel() for p in parameters.values()), single
+def test_hybrid_reduces_shards_between_nodes(plans):
+    hybrid, once = plans[16, "hybrid"].communication, plans[16, "gathered once"].communication
+    lies = {(c.phase, c.kind): (c.ranks, nodes(c, HARDWARE)) for c in hybrid}
+    assert lies == {
+        ("guidance", "all-gather"): (8, 1), ("backward", "reduce-scatter"): (8, 1),
+        ("backward", "all-reduce"): (2, 2), ("optimizer", "all-reduce"): (8, 1),
+    }  # fmt: skip
+    assert {(c.ranks, nodes(c, HARDWARE)) for c in once} == {(16, 2)}
+    sent = [sum(sent_between_nodes(c, HARDWARE) for c in these) for these in (hybrid, once)]
+    assert sent[0] < sent[1]
 
 
-def total(these):
-    return sum(c.bytes for c in these)
-
-
-def test_gathered_once_gathers_each_parameter_once(steps, sizes):
-    every, single = sizes
-    step = steps[2, "gathered once"]
-    gathers = step.of_kind("all-gather")
-    # 17 classes and the null class are 18 rows, and all else is even too: nothing is padded for two ranks.
-    assert total(gathers) == 2 * (every - single) + 4 * single
-    assert len(gathers) == GROUPS
-    assert step.phases["guidance"].each == gathers
-
-
-def test_full_gathers_for_guidance_forward_and_backward(steps):
-    once, full = steps[2, "gathered once"], steps[2, "full"]
-    for name in ("guidance", "forward", "backward"):
-        gathers = [c for c in full.phases[name].each if c.kind == "all-gather"]
-        assert Counter(gathers) == Counter(once.of_kind("all-gather"))
-
-
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_gradients_are_reduced_once_in_float32(strategy, steps, sizes):
-    step = steps[2, strategy]
-    reductions = step.of_kind("reduce-scatter")
-    assert total(reductions) == 4 * sizes[0]
-    assert len(reductions) == GROUPS
-    assert step.of_kind("all-reduce") == [Collective("all-reduce", 2, 1, bytes=8)]  # the gradients' norm
-    assert {c.kind for c in step.phases["backward"].each} <= {"reduce-scatter", "all-gather"}
-
-
-def test_padding_is_counted(steps, sizes):
-    assert total(steps[16, "gathered once"].of_kind("reduce-scatter")) > 4 * sizes[0]  # 18 labels to 32 rows
-
-
-def test_hybrid_reduces_shards_between_nodes(steps):
-    hybrid, once = steps[16, "hybrid"], steps[16, "gathered once"]
-    assert {(c.ranks, c.nodes) for c in hybrid.of_kind("all-gather") + hybrid.of_kind("reduce-scatter")} == {(8, 1)}
-    reduced = [c for c in hybrid.phases["backward"].each if c.kind == "all-reduce"]
-    assert {(c.ranks, c.nodes) for c in reduced} == {(2, 2)}
-    assert total(reduced) == total(hybrid.of_kind("reduce-scatter")) / 8
-    assert hybrid.phases["optimizer"].each == [Collective("all-reduce", 8, 1, bytes=8)]  # the gradients' norm
-    assert {(c.ranks, c.nodes) for c in once.of_kind("all-gather")} == {(16, 2)}
-    sent = {name: sum(c.sent_between_nodes for p in step.phases.values() for c in p.each)
-            for name, step in (("hybrid", hybrid), ("once", once))}  # fmt: skip
-    assert sent["hybrid"] < sent["once"]
-
-
-def test_two_processes_do_what_is_counted(tmp_path):
+def test_two_processes_do_what_fake_ones_do(tmp_path):
     """gloo between two real processes, with real tensors: the same collectives, byte for byte."""
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", str(WORKER)],
@@ -107,9 +63,8 @@ def test_two_processes_do_what_is_counted(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     real = json.loads((tmp_path / "collectives.json").read_text())
-    assert real["full"]["forward"]
-    for strategy in STRATEGIES:
-        assert real[strategy] == collectives(count_fake(CONFIG, 2, strategy, 1)), strategy
+    for name, layout in LAYOUTS.items():
+        assert real[name] == as_json(record_fake(dataclasses.replace(CONFIG, **layout), 2)), name
 
 
 def test_counts_without_the_interpreter(tmp_path):
@@ -123,44 +78,46 @@ def test_counts_without_the_interpreter(tmp_path):
     assert "| 2 | gathered once |" in done.stdout
 
 
-def test_flops_are_those_of_the_method_page():
-    flops = count_flops(CONFIG)
-    assert flops["guidance"] > 0
-    assert 3.9 < sum(flops.values()) / forward_flops(CONFIG.model) < 4.5
+def test_work_is_that_of_a_step():
+    work = count_work(CONFIG, 2)
+    assert work.flops["guidance"] > 0
+    assert sum(work.flops.values()) == pytest.approx(step_flops(CONFIG.model, CONFIG.method, 32))
+    assert 3.9 < sum(work.flops.values()) / sample_flops(CONFIG.model, CONFIG.method) < 4.5
+    alone = count_work(CONFIG, 1).launches
+    assert {name: n < alone[name] for name, n in work.launches.items()} == {
+        "guidance": True, "forward": True, "backward": True, "optimizer": False,
+    }  # fmt: skip
 
 
-def test_model_of_time(steps):
-    hw = Hardware(launch_us=1e-3)
-    flops = {"guidance": 1e11, "forward": 1e11, "backward": 2e11}
+def test_model_of_time(plans):
+    work = Work({"guidance": 1e11, "forward": 1e11, "backward": 2e11}, dict.fromkeys(PHASES, 100))
 
     def seconds(ranks, strategy, batch=32, **changes):
-        step = steps[ranks, strategy]
-        hardware = dataclasses.replace(hw, **changes)
-        return model_point(CONFIG, flops, step, batch, hardware).step
+        hw = dataclasses.replace(HARDWARE, launch_us=1e-3, **changes)
+        return model_point(plan(CONFIG, ranks, strategy, batch, hw), strategy, work, hw).step
 
     compute = 4e11 * 32 / (989e12 * 0.5)
-    for ranks, strategy in steps:
+    for ranks, strategy in plans:
         assert seconds(ranks, strategy) > compute
         assert seconds(ranks, strategy, 64) > seconds(ranks, strategy, 32)
         assert seconds(ranks, strategy, matrix_share=0.25) > seconds(ranks, strategy)
         assert seconds(ranks, strategy, bandwidth_share=0.1) > seconds(ranks, strategy)
-    for ranks in (2, 16):  # where communication is all that counts
-        assert seconds(ranks, "full", 4, bandwidth_share=0.01) > seconds(
-            ranks, "gathered once", 4, bandwidth_share=0.01
-        )
+    for ranks in (8, 16):  # where communication is all that counts
+        full, once = (seconds(ranks, strategy, 4, bandwidth_share=0.01) for strategy in ("full", "gathered once"))
+        assert full > once
     assert seconds(16, "hybrid", 4, network_gb_per_s=0.1) < seconds(16, "gathered once", 4, network_gb_per_s=0.1)
 
 
-def test_rings_and_overlap(steps):
-    hw = Hardware()
-    gather = max(steps[16, "gathered once"].of_kind("all-gather"), key=lambda c: c.bytes)
+def test_rings_and_overlap(plans):
+    gathers = [c for c in plans[16, "gathered once"].communication if c.kind == "all-gather"]
+    gather = max(gathers, key=lambda c: c.bytes)
     assert gather.sent == gather.bytes * 15 / 16
-    assert gather.sent_between_nodes == gather.sent / 8
+    assert sent_between_nodes(gather, HARDWARE) == gather.sent / 8
     expected = (14 + 14 * 1.9 + 1 * 4.0) / 1e6 + gather.sent / (400e9 * 0.8)
-    assert collective_seconds(gather, hw) == pytest.approx(expected)
-    assert phase_seconds(1.0, [gather] * 3, hw) == pytest.approx(1 + expected)
-    assert phase_seconds(0.0, [gather] * 3, hw) == pytest.approx(3 * expected)
-    assert phase_seconds(1.0, [], hw) == 1
+    assert collective_seconds(gather, HARDWARE) == pytest.approx(expected)
+    assert phase_seconds(1.0, [gather] * 3, HARDWARE) == pytest.approx(1 + expected)
+    assert phase_seconds(0.0, [gather] * 3, HARDWARE) == pytest.approx(3 * expected)
+    assert phase_seconds(1.0, [], HARDWARE) == 1
 
 
 def command(*args, tmp_path, monkeypatch, capsys):

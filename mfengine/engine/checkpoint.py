@@ -14,7 +14,7 @@ import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -22,12 +22,13 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
-from mfengine.configs import from_json, to_json
+from mfengine.configs import from_json
 from mfengine.data.format import LatentSpace
+from mfengine.engine.flops import meta_network
 from mfengine.errors import InputError, TrainingError
 from mfengine.files import sync, write_atomic
-from mfengine.networks import DiT, ModelConfig
-from mfengine.networks.convert import from_sit
+from mfengine.methods import OBJECTIVES, Objective
+from mfengine.networks import NETWORKS, Network
 from mfengine.ranks import World
 
 # A single process has no process group, which is as it should be.
@@ -167,77 +168,84 @@ def _reason(error: BaseException) -> str:
 # Models to sample from.
 
 
-def load_model(
-    path: Path, ema_decay: float | None = None, compute_dtype: torch.dtype = torch.float32
-) -> tuple[DiT, LatentSpace, Path]:
-    """A model with averaged weights, on the host.
+class Trained(NamedTuple):
+    """A model with averaged weights, for sampling, on the host."""
+
+    model: Network
+    space: LatentSpace  # what its latents mean
+    path: Path  # the checkpoint or export that was read
+    objective: Objective  # how to sample from it
+
+
+def load_model(path: Path, ema_decay: float | None = None, compute_dtype: torch.dtype = torch.float32) -> Trained:
+    """A model to sample from.
 
     Args:
         path: a run folder (its newest checkpoint is taken), a checkpoint folder, or an export (.safetensors).
         ema_decay: which moving average; the first if None. An export holds one.
         compute_dtype: of the model.
 
-    Returns:
-        The model, what its latents mean, and the checkpoint or export that was read.
-
     Raises:
-        InputError: there is no such thing, or it is of another architecture.
+        InputError: there is no such thing, or it is of another architecture, or its network or objective is unknown.
     """
     if path.suffix == ".safetensors":
         weights, description = _read_export(path)
     else:
         path = _find_checkpoint(path)
         description = read_description(path)
-        weights = _read_average(path, description, ema_decay)
-    model = DiT(from_json(ModelConfig, description["model"]), compute_dtype)
+        weights = _read_average(path, description, ema_decay, sampling=True)
+    model = NETWORKS.build(NETWORKS.read(description, "model"), compute_dtype).for_sampling()
     model.load_state_dict(weights)
-    return model.eval(), from_json(LatentSpace, description["space"]), path
+    objective = OBJECTIVES.build(OBJECTIVES.read(description, "method"))
+    return Trained(model.eval(), from_json(LatentSpace, description["space"]), path, objective)
 
 
 def export_model(checkpoint: Path, out: Path, ema_decay: float | None = None) -> Path:
-    """Write a moving average of the weights and its configuration as safetensors; returns the checkpoint read."""
+    """Write a moving average of what sampling needs, with its description, as safetensors; the checkpoint read."""
     from safetensors.torch import save_file  # here, since `make gpu` runs without it
 
     checkpoint = _find_checkpoint(checkpoint)
     description = read_description(checkpoint)
-    weights = _read_average(checkpoint, description, ema_decay)
-    kept = {key: description[key] for key in ("step", "model", "space")}
+    weights = _read_average(checkpoint, description, ema_decay, sampling=True)
+    kept = {key: value for key, value in description.items() if key not in ("parts", "skipped_steps", "ema_decays")}
     write_atomic(out, lambda partial: save_file(weights, partial, metadata={"mfengine": json.dumps(kept)}))
     return checkpoint
 
 
-def load_initial_weights(model: DiT, path: Path, reverse_time: bool) -> list[str]:
+def load_initial_weights(model: Network, path: Path, reverse_time: bool) -> list[str]:
     """Start `model` from other weights.
 
     Args:
         model: on the host.
-        path: what `load_model` takes, or a DiT, SiT or MeanFlow checkpoint (.pt, .pth) as `convert.from_sit` takes.
-        reverse_time: of `convert.from_sit`.
+        path: what `load_model` takes, or another project's checkpoint (.pt, .pth) as `Network.convert` takes it.
+        reverse_time: of `Network.convert`.
 
     Returns:
-        The parameters that it left fresh.
+        The parameters that it left fresh: an export has none that only training uses.
 
     Raises:
         InputError: there is no such thing, or it is of another architecture.
     """
     fresh: list[str] = []
-    if path.suffix not in (".pt", ".pth"):
-        weights = load_model(path)[0].state_dict()
-    else:
+    if path.suffix in (".pt", ".pth"):
         try:
-            weights, fresh, _ = from_sit(torch.load(path, map_location="cpu", weights_only=True), reverse_time)
+            weights, fresh, _ = model.convert(torch.load(path, map_location="cpu", weights_only=True), reverse_time)
         except (OSError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
             raise InputError(f"cannot read {path}: {str(error).splitlines()[0]}") from None
+    elif path.suffix == ".safetensors":
+        weights, _ = _read_export(path)
+        sampled = meta_network(model.config).for_sampling().state_dict()
+        own = {name: value for name, value in model.state_dict().items() if name not in sampled}
+        fresh = [name for name in own if name not in weights]
+        weights = own | weights
+    else:
+        checkpoint = _find_checkpoint(path)
+        weights = _read_average(checkpoint, read_description(checkpoint), None, sampling=False)
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
         raise InputError(f"{path} is of another architecture: {str(error).splitlines()[1].strip()}") from None
     return fresh
-
-
-def describe_model(model: ModelConfig, space: LatentSpace) -> dict[str, Any]:
-    """What checkpoint.json says of the network and its latents."""
-    return {"model": to_json(model), "space": to_json(space)}
 
 
 def _find_checkpoint(path: Path) -> Path:
@@ -249,13 +257,16 @@ def _find_checkpoint(path: Path) -> Path:
     return newest
 
 
-def _read_average(checkpoint: Path, description: dict[str, Any], decay: float | None) -> dict[str, Tensor]:
+def _read_average(
+    checkpoint: Path, description: dict[str, Any], decay: float | None, sampling: bool
+) -> dict[str, Tensor]:
+    """A moving average of all weights, or of those that sampling needs."""
     decays = description["ema_decays"]
     decay = decays[0] if decay is None else decay
     if decay not in decays:
         raise InputError(f"{checkpoint} has no moving average of decay {decay}; it has {decays}")
-    with torch.device("meta"):
-        shapes = DiT(from_json(ModelConfig, description["model"])).state_dict()
+    model = meta_network(NETWORKS.read(description, "model"))
+    shapes = (model.for_sampling() if sampling else model).state_dict()
     state = {"ema": {str(decay): {name: torch.empty(value.shape) for name, value in shapes.items()}}}
     load_state(checkpoint, state, World(0, 1, torch.device("cpu")))
     return state["ema"][str(decay)]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+
+import torch
 
 from mfengine.configs import check_seed
 from mfengine.errors import InputError
-from mfengine.methods import MeanFlowConfig
-from mfengine.networks import ModelConfig
+from mfengine.methods import OBJECTIVES, ObjectiveConfig
+from mfengine.networks import NETWORKS, NetworkConfig
 from mfengine.ops.backend import Backend
 from mfengine.ops.choice import Attention
 from mfengine.optim import Backend as OptimBackend
@@ -49,7 +51,11 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Everything that defines a training run."""
+    """Everything that defines a training run. The types of `model` and `method` say which network and objective."""
+
+    model: NetworkConfig
+    method: ObjectiveConfig
+    optim: OptimConfig = field(default_factory=OptimConfig)
 
     data: Path = Path("data/latents")
     """folder with dataset.json, as written by mfengine.prepare"""
@@ -57,9 +63,6 @@ class TrainConfig:
     """the run's folder is RUNS/NAME"""
     runs: Path = Path("runs")
     """where run folders are kept"""
-    model: ModelConfig = field(default_factory=ModelConfig)
-    method: MeanFlowConfig = field(default_factory=MeanFlowConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
 
     batch_size: int = 256
     """samples per optimizer step, over all ranks"""
@@ -72,7 +75,7 @@ class TrainConfig:
     seed: int = 0
     """weights, order of the data, times, noise and dropped labels derive from it"""
     init: Path | None = None
-    """start from these weights: a run, a checkpoint, an export, or a DiT/SiT checkpoint (.pt)"""
+    """start from these weights: a run, a checkpoint, an export, or another project's (.pt)"""
     init_reverse_time: bool = False
     """the .pt has data at t = 1 and predicts data minus noise, as the original SiT does"""
 
@@ -133,6 +136,15 @@ class TrainConfig:
         """Optimizer steps of the run, over a data set of `count` samples."""
         return self.steps or max(1, round(self.epochs * count / self.batch_size))
 
+    def compute_dtype(self, device: torch.device) -> torch.dtype:
+        if self.precision == "auto":
+            return torch.bfloat16 if device.type == "cuda" else torch.float32
+        return getattr(torch, self.precision)
+
+    def description(self) -> dict[str, Any]:
+        """What every checkpoint says of it: network and objective, by name and with their settings."""
+        return {**NETWORKS.describe(self.model, "model"), **OBJECTIVES.describe(self.method, "method")}
+
     def local_batch(self, world_size: int) -> int:
         """Rows of one forward pass on one rank; InputError if the batch cannot be divided so."""
         parts = world_size * self.accumulation
@@ -143,7 +155,7 @@ class TrainConfig:
             )
         local = self.batch_size // parts
         try:
-            self.method.num_interval(local)
+            self.method.check_batch(local)
         except ValueError as error:
-            raise InputError(f"{error}; change batch_size, accumulation or method.interval_share") from None
+            raise InputError(f"{error}; change batch_size, accumulation or the method's options") from None
         return local

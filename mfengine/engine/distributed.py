@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 
 from mfengine.errors import InputError
-from mfengine.networks import DiT
+from mfengine.networks import Network, ShardUnit
 from mfengine.ops import Dual, use_attention
 from mfengine.ops.backend import fused
 from mfengine.ranks import World
@@ -31,15 +31,15 @@ def num_shards(ranks: int, replicas: int) -> int:
 
 
 def prepare_model(
-    model: DiT,
+    model: Network,
     world: World,
     *,
     replicas: int = 1,
     reshard: bool = False,
     compile: bool = False,
     recompute: bool = False,
-) -> DiT:
-    """Compile, recompute and shard the blocks of `model`, in place.
+) -> Network:
+    """Compile, recompute and shard the units of `model`, in place.
 
     Args:
         model: on the host, the same on every rank.
@@ -54,7 +54,8 @@ def prepare_model(
         InputError: replicas does not divide the ranks.
     """
     shards = num_shards(world.size, replicas)
-    for block in model.blocks:
+    units = model.shard_units()
+    for block in (unit.module for unit in units if unit.block):
         if compile:
             block.forward = torch.compile(block.forward)
         if recompute:
@@ -69,14 +70,10 @@ def prepare_model(
         shape, names = (replicas, shards), ("replicate", "shard")
     mesh = init_device_mesh(world.device.type, shape, mesh_dim_names=names)
     # Inputs are not cast: the model itself keeps times, norms and the residual stream in float32.
-    half = None if model.compute_dtype == torch.float32 else model.compute_dtype
-    full_policy = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
-    policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for embedder in (model.t_embedder, model.h_embedder, model.y_embedder):
-        fully_shard(embedder, mesh=mesh, mp_policy=full_policy, reshard_after_forward=reshard)
-    for block in model.blocks:
-        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
-    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
+    for unit in (*units, ShardUnit(model, model.compute_dtype)):
+        dtype = None if unit.dtype == torch.float32 else unit.dtype
+        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        fully_shard(unit.module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
     return model.to(world.device)  # buffers; the parameters are there already
 
 

@@ -1,4 +1,4 @@
-"""Presets: configurations by name."""
+"""Presets: configurations by name. Another one is put in from outside: `PRESETS["mine"] = ("what it is", config)`."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ PRESETS: dict[str, tuple[str, TrainConfig]] = {
             data=Path("data/digits"),
             name="digits",
             model=ModelConfig(8, 4, 1, hidden_size=128, depth=4, num_heads=4, num_classes=10),
+            method=MeanFlowConfig(),
             optim=OptimConfig(lr=2e-3, ema_decays=(0.995,)),
             batch_size=256,
             epochs=214,

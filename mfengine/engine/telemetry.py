@@ -36,7 +36,7 @@ class Telemetry:
     def __init__(self, folder: Path, enabled: bool, step: int, total_steps: int, batch_size: int, peak: float) -> None:
         self._enabled, self._batch_size, self._peak = enabled, batch_size, peak
         self._last = (step, time.monotonic())
-        self._figures: list[tuple[float, float]] = []
+        self._scalars: dict[str, list[float]] = {}  # of the steps since the last line
         if not enabled:
             return
         self._folder = folder
@@ -53,15 +53,17 @@ class Telemetry:
             self._metrics.close()
             self._tensorboard.close()
 
-    def step(self, loss: float, v_loss: float) -> None:
-        """One more step, with its figures, the means over all ranks that have finite ones; nan if none has."""
+    def step(self, scalars: dict[str, float]) -> None:
+        """One more step, with its metrics, the means over all ranks whose loss is finite; nan if none has one."""
         if self._enabled:
-            if np.isfinite(loss):
-                self._figures.append((loss, v_loss))
-            figures = {"loss": f"{loss:.4f}", "v_loss": f"{v_loss:.4g}"}
+            for name, value in scalars.items():
+                values = self._scalars.setdefault(name, [])
+                if np.isfinite(value):
+                    values.append(value)
+            shown = {name: f"{value:.4g}" for name, value in scalars.items()}
             if rate := self._bar.format_dict["rate"]:
-                figures["mfu"] = f"{rate / self._peak:.0%}"
-            self._bar.set_postfix(figures, refresh=False)
+                shown["mfu"] = f"{rate / self._peak:.0%}"
+            self._bar.set_postfix(shown, refresh=False)
             self._bar.update(self._batch_size)
 
     def log(self, step: int, epoch: float, skipped_steps: int) -> None:
@@ -70,19 +72,17 @@ class Telemetry:
             return
         now = time.monotonic()
         since, started = self._last
-        loss, v_loss = np.mean(self._figures, axis=0).tolist() if self._figures else (None, None)
         speed = (step - since) * self._batch_size / (now - started)
         line = {
             "step": step,
             "epoch": round(epoch, 4),
-            "loss": loss,
-            "v_loss": v_loss,
+            **{name: float(np.mean(values)) if values else None for name, values in self._scalars.items()},
             "samples_per_second": round(speed, 1),
             "mfu": round(speed / self._peak, 4),
             "memory_gb": round(torch.cuda.max_memory_allocated() / 1e9, 3) if torch.cuda.is_initialized() else None,
             "skipped_steps": skipped_steps,
         }
-        self._figures.clear()
+        self._scalars.clear()
         self._last = (step, now)
         self._metrics.write(json.dumps(line) + "\n")
         self._metrics.flush()

@@ -2,62 +2,45 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
 import numpy as np
 import torch
-from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     get_optimizer_state_dict,
     set_model_state_dict,
 )
 
-from mfengine.configs import flatten, to_json
+from mfengine.configs import to_json
 from mfengine.data.format import Dataset
 from mfengine.data.loader import Loader
 from mfengine.data.pictures import draw_latents
 from mfengine.device import HostCopy, step_generator, to_device
-from mfengine.engine.checkpoint import (
-    Checkpointer,
-    describe_model,
-    load_initial_weights,
-    load_state,
-    newest_checkpoint,
-    read_description,
-)
+from mfengine.engine.checkpoint import Checkpointer, load_initial_weights, load_state, read_description
 from mfengine.engine.config import TrainConfig
 from mfengine.engine.distributed import prepare_model, reduce_gradients
 from mfengine.engine.flops import step_flops
 from mfengine.engine.optim import adamw_ema, averaged, averages
+from mfengine.engine.plan import device_memory, make_plan
+from mfengine.engine.preflight import check_run, check_run_folder, write_config
 from mfengine.engine.rates import peak_rate
 from mfengine.engine.telemetry import Telemetry
-from mfengine.errors import InputError, RankTrainingError, TrainingError
-from mfengine.evaluation.frechet import Gaussian, check_dimensions, fit_data, latent_distance
+from mfengine.errors import RankTrainingError, TrainingError
+from mfengine.evaluation.frechet import Gaussian, fit_data, latent_distance
 from mfengine.evaluation.samples import SampleSet
-from mfengine.files import write_atomic
-from mfengine.kernels.multi_tensor import LIBRARY
-from mfengine.methods import MeanFlow, sample
-from mfengine.networks import DiT
+from mfengine.methods import OBJECTIVES
+from mfengine.networks import NETWORKS
 from mfengine.ops import use_attention, use_backend
-from mfengine.ops.choice import why_not
 from mfengine.optim import local
 from mfengine.ranks import World
 
-CONFIG = "config.json"
-FIXED = (  # what a run learns and from what; how it is computed, watched and kept may change when it is continued
-    *("model.", "method.", "optim.ema_decays", "batch_size", "seed"),
-    *("space.shape", "space.num_classes", "space.scale", "space.bias", "dataset."),
-)
 PICTURE_SAMPLES = 64
 MEASURED_SAMPLES = 10_000  # for --evaluate-every: the covariance of 4 x 32 x 32 latents needs more than 4,096
 
@@ -100,16 +83,17 @@ class Trainer:
     def __init__(self, config: TrainConfig, world: World, dataset: Dataset) -> None:
         self.config, self.world, self.dataset = config, world, dataset
         self.total_steps = config.total_steps(dataset.count)
-        self.method = MeanFlow(config.method)
+        self.objective = OBJECTIVES.build(config.method)
         self.step = 0
         self.skipped = 0
         self.saved_at = time.monotonic()
 
         newest = world.on_main(lambda: check_run_folder(config, dataset))
         torch.manual_seed(config.seed)
-        model = DiT(config.model, compute_dtype(config, world))
+        model = NETWORKS.build(config.model, config.compute_dtype(world.device))
         notes = [
-            f"{config.folder}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, "
+            f"{config.folder}: {NETWORKS.name_of(config.model)} by {OBJECTIVES.name_of(config.method)}, "
+            f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, "
             f"{self.total_steps} steps of {config.batch_size} samples, "
             f"{world.size} x {world.device.type} in {str(model.compute_dtype).removeprefix('torch.')}"
         ]
@@ -136,7 +120,12 @@ class Trainer:
         # Nothing is written before here, so that wrong input leaves nothing behind.
         world.on_main(lambda: write_config(config, dataset))
         self.checkpointer = Checkpointer(config.folder, world, config.keep, asynchronous=world.device.type == "cuda")
-        peak = world.size * peak_rate(world.device, model.compute_dtype) / step_flops(config.model, config.method)
+        peak = 0.0
+        if world.main:
+            if device_memory(world.device) is not None:
+                notes += make_plan(config, world).warnings(world.device)
+            flops = step_flops(config.model, config.method, config.local_batch(world.size))
+            peak = world.size * peak_rate(world.device, model.compute_dtype) / flops
         self.telemetry = Telemetry(config.folder, world.main, self.step, self.total_steps, config.batch_size, peak)
         for note in notes:
             self.telemetry.say(note)
@@ -165,26 +154,31 @@ class Trainer:
     def _train_step(self, caught: list[int]) -> tuple[int, bool]:
         """One optimizer step; returns a signal that any rank has caught, or 0, and whether it is time to save."""
         config, world = self.config, self.world
-        figures = []
+        scalars = ("loss", *self.objective.scalars)
+        passes = []
         for i, loader in enumerate(self.loaders):
             last = i == config.accumulation - 1
             generator = step_generator(config.seed, self.step, self._part(i))
             latents, labels = loader.draw(generator)
-            draws = self.method.draw(latents.shape, generator, world.device)
-            loss, metrics = self.method.loss(self.model, latents, to_device(labels, world.device), draws)
-            figures.append(torch.stack([metrics["loss"], metrics["v_loss"].mean()]))
+            draws = self.objective.draw(latents.shape, generator, world.device)
+            loss, metrics = self.objective.loss(self.model, latents, to_device(labels, world.device), draws)
+            passes.append(torch.stack([loss.detach(), *(metrics[name].mean() for name in scalars[1:])]))
             if last:
                 # Copied before the backward is queued: reading it later waits for the forward only.
-                means = HostCopy(torch.cat([torch.stack(figures).mean(0), self.optimizer.skipped[None]]))
+                means = HostCopy(torch.cat([torch.stack(passes).mean(0), self.optimizer.skipped[None]]))
             reduce_gradients(self.model, last, config.reshard)
             (loss / config.accumulation).backward()
 
         # Every rank decides the same: by what all of them have seen.
-        overdue = 0 < config.checkpoint_minutes * 60 <= time.monotonic() - self.saved_at
-        ranks = world.gather([*means.values(), caught[0] if caught else 0, overdue])  # (ranks, 5)
-        if ranks[0, 2]:
+        row = {
+            **dict(zip((*scalars, "skipped"), means.values(), strict=True)),
+            "signal": caught[0] if caught else 0,
+            "overdue": 0 < config.checkpoint_minutes * 60 <= time.monotonic() - self.saved_at,
+        }
+        ranks = dict(zip(row, world.gather([*row.values()]).T, strict=True))  # of each name, (ranks,)
+        if ranks["skipped"][0]:
             self._skipped_gradient()  # a step ago: no host has waited for it
-        finite = ranks[:, 0].isfinite()
+        finite = ranks["loss"].isfinite()
         if finite.all():
             self.optimizer.step()
         else:
@@ -193,10 +187,10 @@ class Trainer:
         self.optimizer.zero_grad()
         self.step += 1
 
-        self.telemetry.step(*ranks[finite, :2].mean(0).tolist())
+        self.telemetry.step({name: float(ranks[name][finite].mean()) for name in scalars})
         if self.step % config.log_every == 0 or self.step == self.total_steps:
             self.telemetry.log(self.step, self.step * config.batch_size / self.dataset.count, self.skipped)
-        return int(ranks[:, 3].max()), bool(ranks[0, 4])
+        return int(ranks["signal"].max()), bool(ranks["overdue"][0])
 
     def _skipped_gradient(self) -> None:
         """The last step of the optimizer changed nothing."""
@@ -221,13 +215,14 @@ class Trainer:
         noise = torch.randn(PICTURE_SAMPLES, *space.shape, generator=generator).to(device)
         labels = (torch.arange(PICTURE_SAMPLES, device=device) * space.num_classes) // PICTURE_SAMPLES
         with averaged(self.model, self.optimizer, self.config.optim.ema_decays[0]):
-            latents = sample(self.model, noise, labels)
+            latents = self.objective.sampler({})(self.model, noise, labels, 1)
         self.telemetry.picture(self.step, draw_latents(latents.cpu(), space))
 
     def _measure_samples(self, data: Gaussian) -> None:
         """Log how far one-step samples with averaged weights, the same each time, are from the data."""
         config = self.config
-        samples = SampleSet(self.dataset.space, MEASURED_SAMPLES, config.local_batch(self.world.size), config.seed)
+        batch, sampler = config.local_batch(self.world.size), self.objective.sampler({})
+        samples = SampleSet(self.dataset.space, MEASURED_SAMPLES, batch, config.seed, sampler=sampler)
         with averaged(self.model, self.optimizer, config.optim.ema_decays[0]):
             distance = latent_distance(self.model, samples, 1, data, self.world)
         self.telemetry.figure(self.step, "frechet_1nfe", distance)
@@ -293,7 +288,8 @@ class Trainer:
             "parts": self._num_parts,
             "skipped_steps": self.skipped,
             "ema_decays": self.config.optim.ema_decays,
-            **describe_model(self.config.model, self.dataset.space),
+            **self.config.description(),
+            "space": to_json(self.dataset.space),
         }
         self.checkpointer.save(self.step, state, description)
         self.saved_at = time.monotonic()
@@ -317,46 +313,6 @@ class Trainer:
         return {int(part): position for part, position in state.get("data", {}).items()}, notes
 
 
-def compute_dtype(config: TrainConfig, world: World) -> torch.dtype:
-    if config.precision == "auto":
-        return torch.bfloat16 if world.device.type == "cuda" else torch.float32
-    return getattr(torch, config.precision)
-
-
-def check_run(config: TrainConfig, dataset: Dataset, world: World) -> None:
-    """Refuse, before anything is made, what does not fit the data or does not run on such devices.
-
-    Args:
-        config: the run.
-        dataset: what it is to learn from.
-        world: the ranks that are to train. A GPU need not be there: then packages and libraries are tried alone.
-
-    Raises:
-        InputError: model and data do not fit; kernels, attention or optimizer cannot be had; samples are to be
-            measured in too many dimensions.
-    """
-    model = config.model
-    dataset.check_model((model.in_channels, model.input_size, model.input_size), model.num_classes)
-    head = config.model.hidden_size // config.model.num_heads
-    for option, name in (("ops", config.ops), ("attention", config.attention)):
-        if name == "auto":
-            continue
-        if why := why_not(name, world.device, compute_dtype(config, world), head):
-            raise InputError(f"--{option} {name} cannot be had: {why}")
-    optim = config.optim
-    if optim.backend == "cuda" and absent(world.device) and LIBRARY.is_file():
-        optim = replace(optim, backend="auto")  # the library says nothing without a GPU but that there is none
-    with FakeTensorMode():
-        adamw_ema(nn.ParameterList([torch.empty(1, device=world.device.type)]), optim)
-    if config.evaluate_every:
-        check_dimensions(dataset.space)
-
-
-def absent(device: torch.device) -> bool:
-    """Whether it is a GPU that is not there: for a plan of another machine."""
-    return device.type == "cuda" and not torch.cuda.is_available()
-
-
 @contextmanager
 def caught_signals() -> Iterator[list[int]]:
     """A list that SIGTERM or SIGINT is put on.
@@ -378,48 +334,3 @@ def caught_signals() -> Iterator[list[int]]:
     finally:
         for signum, handler in usual.items():
             signal.signal(signum, handler)
-
-
-# ----------------------------------------------------------------------------
-# The run folder.
-
-
-def check_run_folder(config: TrainConfig, dataset: Dataset) -> Path | None:
-    """The checkpoint that a run in this folder continues from, if any.
-
-    Raises:
-        InputError: the folder holds something else, a run that is not to be continued, or one of another
-            architecture.
-    """
-    folder, path = config.folder, config.folder / CONFIG
-    # A run that was killed as it began has left a half-written configuration at most.
-    if not folder.exists() or (folder.is_dir() and all(p.name.startswith(".partial-") for p in folder.iterdir())):
-        return None
-    if not path.is_file():
-        raise InputError(f"{folder} is not a run folder: choose another --name")
-    if config.resume == "never":
-        raise InputError(f"{folder} holds a run: continue it with --resume auto, or choose another --name")
-    try:
-        before = flatten(json.loads(path.read_text()))
-    except ValueError as error:
-        raise InputError(f"{path} cannot be read: {error}") from None
-    newest = newest_checkpoint(folder)
-    for name, value in flatten(_config_values(config, dataset)).items():
-        if before.get(name) != value and name.startswith(FIXED):
-            raise InputError(
-                f"{folder} has a run with {name} {before.get(name)}, not {value}: "
-                "it cannot be continued so; start another run from its weights with --init"
-            )
-    return newest
-
-
-def write_config(config: TrainConfig, dataset: Dataset) -> None:
-    """Write the resolved configuration into the run's folder."""
-    config.folder.mkdir(parents=True, exist_ok=True)
-    write_atomic(config.folder / CONFIG, json.dumps(_config_values(config, dataset), indent=1) + "\n")
-
-
-def _config_values(config: TrainConfig, dataset: Dataset) -> dict[str, Any]:
-    """The configuration, and what it was trained on."""
-    description = {"name": dataset.name, "count": dataset.count, "flips": dataset.flips}
-    return {**to_json(config), "space": to_json(dataset.space), "dataset": description}

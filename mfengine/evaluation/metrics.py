@@ -23,7 +23,8 @@ from mfengine.files import write_atomic, writing
 from mfengine.progress import progress
 from mfengine.ranks import World
 
-SAMPLES = ("checkpoint", "ema_decay", "samples", "seed", "labels", "batch_size")  # these decide the samples
+# What samples follow from.
+SAMPLES = ("checkpoint", "ema_decay", "conditions", "samples", "seed", "labels", "batch_size")
 
 Decode = Callable[[Tensor, LatentSpace], Tensor]  # latents (B, C, H, W) to images (B, 3, H', W') in [0, 1]
 
@@ -157,7 +158,7 @@ def write_metrics(metrics: dict[str, float], origin: dict[str, Any], path: Path)
 
     Args:
         metrics: by name.
-        origin: the samples that were measured, with all keys of `SAMPLES`, and the data they were compared with.
+        origin: the samples that were measured, by the keys of `SAMPLES`, and the data they were compared with.
         path: where.
 
     Raises:
@@ -165,7 +166,7 @@ def write_metrics(metrics: dict[str, float], origin: dict[str, Any], path: Path)
     """
     try:
         before = json.loads(path.read_text())
-        same = all(before.get(name) == origin[name] for name in SAMPLES)
+        same = all(before.get(name) == origin.get(name) for name in SAMPLES)
         same = same and all(before.get(name, value) == value for name, value in origin.items())
     except (OSError, ValueError, AttributeError):
         same = False

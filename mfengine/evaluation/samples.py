@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mfengine.data.format import LatentSpace
-from mfengine.methods import sample
+from mfengine.methods import Sampler, sample
 from mfengine.ranks import World
 
 
@@ -31,6 +31,8 @@ class SampleSet:
     seed: int = 0
     labels: Literal["balanced", "random"] = "balanced"
     """balanced: sample i has label i modulo the number of classes"""
+    sampler: Sampler = sample
+    """of the model's objective"""
 
     def draw(self, model: nn.Module, steps: int, world: World) -> Iterator[tuple[range, Tensor, Tensor]]:
         """This rank's share of the samples.
@@ -39,7 +41,7 @@ class SampleSet:
         last one again, for nothing.
 
         Args:
-            model: u(z, t, h, y), on the ranks' devices.
+            model: on the ranks' devices.
             steps: network evaluations per sample.
             world: the ranks that share the work.
 
@@ -52,7 +54,7 @@ class SampleSet:
             rows = slices[min(mine, len(slices) - 1)]
             inputs = [self._inputs(i) for i in rows]
             noise, labels = (torch.stack(parts).to(world.device) for parts in zip(*inputs, strict=True))
-            latents = sample(model, noise, labels, steps)
+            latents = self.sampler(model, noise, labels, steps)
             if mine < len(slices):
                 yield rows, latents, labels
 

@@ -21,11 +21,13 @@ import torch
 from torch import Tensor
 
 from mfengine.device import device_generator, to_device
-from mfengine.networks.base import Network, null_class, velocity, velocity_and_jvp
+from mfengine.methods.base import Objective, ObjectiveConfig
+from mfengine.methods.sampling import sample
+from mfengine.networks.velocity import AnyNetwork, null_class, velocity, velocity_and_jvp
 
 
 @dataclass(frozen=True)
-class MeanFlowConfig:
+class MeanFlowConfig(ObjectiveConfig):
     """The objective's settings, in the paper's symbols."""
 
     omega: float = 1.0
@@ -62,6 +64,9 @@ class MeanFlowConfig:
     def guided(self) -> bool:
         return self.omega != 1 or self.kappa != 0
 
+    def check_batch(self, rows: int) -> None:
+        self.num_interval(rows)
+
     def num_interval(self, batch: int) -> int:
         """Interval rows of a local batch; ValueError if the share does not divide it."""
         rows = batch * self.interval_share
@@ -79,15 +84,16 @@ class Draws(NamedTuple):
     num_dropped: int  # leading rows whose label becomes the null class
 
 
-class MeanFlow:
+class MeanFlow(Objective):
     """Draws and loss of MeanFlow training.
 
     Args:
         config: the settings.
     """
 
-    def __init__(self, config: MeanFlowConfig) -> None:
-        self.config = config
+    Config = MeanFlowConfig
+    scalars = ("v_loss",)
+    config: MeanFlowConfig
 
     def draw(
         self, shape: tuple[int, ...] | torch.Size, generator: torch.Generator, device: torch.device | str = "cpu"
@@ -111,14 +117,16 @@ class MeanFlow:
         noise = torch.randn(shape, generator=device_generator(generator, device), device=device)
         return Draws(t, r, noise, num_dropped)
 
-    def loss(self, model: Network, latents: Tensor, labels: Tensor, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(
+        self, model: AnyNetwork, latents: Tensor, labels: Tensor, draws: Draws
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """The training loss of one local batch.
 
         Args:
             model: the network u(z, t, h, y), z (B, C, H, W), t and h (B,), y (B,) int64 -> (B, C, H, W); its attribute
-                `num_classes` is the null class. A forward with a parameter `tangents`, as `DiT`'s, gives du/dt itself;
-                any other is differentiated by `torch.func.jvp`. Calls come in the same sequence whatever the draws
-                are, with a row of zeros if need be, so that ranks that share its parameters stay together.
+                `num_classes` is the null class. One with `takes_tangents`, as `DiT`, gives du/dt itself; any other is
+                differentiated by `torch.func.jvp`. Calls come in the same sequence whatever the draws are, with a row
+                of zeros if need be, so that ranks that share its parameters stay together.
             latents: (B, C, H, W) float32, clean.
             labels: (B,) int64.
             draws: of `draw`.
@@ -188,6 +196,9 @@ class MeanFlow:
         with torch.no_grad():
             v_loss = (u - v).square().flatten(1).sum(1)
         return loss, {"loss": loss.detach(), "v_loss": v_loss, "v_g": v_g, "u": u.detach(), "du_dt": du_dt}
+
+    def sample(self, model: AnyNetwork, noise: Tensor, labels: Tensor, steps: int = 1) -> Tensor:
+        return sample(model, noise, labels, steps)
 
 
 def column(t: Tensor) -> Tensor:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from mfengine.networks.velocity import AnyNetwork
 
 
 @torch.no_grad()
-def sample(model: nn.Module, noise: Tensor, labels: Tensor, steps: int = 1) -> Tensor:
+def sample(model: AnyNetwork, noise: Tensor, labels: Tensor, steps: int = 1) -> Tensor:
     """z <- z - (t - r) u(z, t, t - r, y), from t = 1 to 0 in equal steps.
 
     Args:

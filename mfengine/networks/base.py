@@ -1,132 +1,88 @@
-"""A network u(z, t, h, y) as the objective calls it: with explicit tangents, or anybody's under `torch.func.jvp`."""
+"""What a network must offer, so that the engine can train, shard, sample and export it without knowing it by name."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
-
-Network = Callable[..., Any]
-"""u(z, t, h, y) with an attribute `num_classes`: a module, or a function."""
-
-Tangents = tuple[Tensor, Tensor, Tensor]
-"""(dz, dt, dh) of the last K <= B rows: (K, C, H, W), (K,), (K,)."""
 
 
-def null_class(network: Network) -> int:
-    """The label that stands for no label: `num_classes` of the network, or of what DDP or torch.compile wrapped.
+class NetworkConfig:
+    """Architecture of a `Network`, a frozen dataclass: options `--model.NAME`, written into every checkpoint."""
 
-    Raises:
-        ValueError: there is no such attribute.
+    num_classes: int  # the null class is index num_classes
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the latents that it takes."""
+        raise NotImplementedError
+
+    @property
+    def head_dim(self) -> int | None:
+        """Channels of an attention head, where `mfengine.ops` computes attention."""
+        return None
+
+
+class ShardUnit(NamedTuple):
+    """A module whose parameters are gathered and freed together."""
+
+    module: nn.Module
+    dtype: torch.dtype  # that its parameters are gathered in
+    block: bool = True  # compiled, and recomputed in the backward, if the run asks for it
+
+
+class Converted(NamedTuple):
+    """What became of another project's checkpoint."""
+
+    state_dict: dict[str, Tensor]  # complete, for load_state_dict
+    fresh: list[str]  # parameters the checkpoint did not have
+    unused: list[str]  # entries of the checkpoint that the network has no place for
+
+
+class Network(nn.Module):
+    """A network of latents z (B, C, H, W), labels y (B,) and whatever else its objective gives it.
+
+    Its state dict holds parameters alone, float32. It also runs on meta tensors, on which the engine counts what a run
+    takes. To be found by name, it is put into `mfengine.networks.NETWORKS`.
+
+    Args:
+        config: the architecture, a `Config`.
+        compute_dtype: dtype of most matrix products.
     """
-    for holder in (network, unwrapped(network)):
-        if isinstance(null := getattr(holder, "num_classes", None), int):
-            return null
-    raise ValueError(
-        f"{_name(network)} does not say which label is the null class; set it, as in `model.num_classes = 1000` for "
-        "labels 0 to 999 and an embedding of 1001"
-    )
 
+    Config: ClassVar[type[NetworkConfig]]
+    takes_tangents: ClassVar[bool] = False
+    """whether forward takes `tangents` and returns their JVP; any other network goes through `torch.func.jvp`"""
 
-def velocity(network: Network, z: Tensor, t: Tensor, h: Tensor, y: Tensor) -> Tensor:
-    """u(z, t, h, y) of B >= 0 rows, in the dtype of z.
+    def __init__(self, config: Any, compute_dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.config = config
+        self.compute_dtype = compute_dtype
 
-    Not every network takes zero rows: it is given one row of zeros instead, whose output is dropped.
+    @property
+    def num_classes(self) -> int:
+        """Number of labels, and the index of the null class."""
+        return self.config.num_classes
 
-    Raises:
-        TypeError: the network does not return a tensor.
-        ValueError: it returns another shape than that of z.
-    """
-    if not len(z):
-        return velocity(network, *(x.new_zeros(1, *x.shape[1:]) for x in (z, t, h, y)))[:0]
-    u = network(z, t, h, y)
-    if not isinstance(u, Tensor):
-        raise TypeError(
-            f"{_name(network)} returned {type(u).__name__}; u(z, t, h, y) must return one tensor in the shape of z "
-            "(of what a diffusers model returns, `.sample`)"
-        )
-    if u.shape != z.shape:
-        raise ValueError(f"{_name(network)} returned {tuple(u.shape)}; u must have the shape of z, {tuple(z.shape)}")
-    return u.to(z.dtype)
+    def shard_units(self) -> list[ShardUnit]:
+        """Units in the order of their use; parameters outside of all are one more, in the compute dtype."""
+        return []
 
+    def for_sampling(self) -> Self:
+        """The network without what only training uses, in place: an export holds what is left."""
+        return self
 
-def velocity_and_jvp(
-    network: Network, z: Tensor, t: Tensor, h: Tensor, y: Tensor, tangents: Tangents
-) -> tuple[Tensor, Tensor]:
-    """u (B, C, H, W) with its graph, and the JVP (K, C, H, W) of its last K rows without one.
+    @classmethod
+    def convert(cls, checkpoint: Mapping[str, Any], reverse_time: bool) -> Converted:
+        """Another project's checkpoint as a state dict, for `--init`.
 
-    A network whose forward has a parameter `tangents` takes all rows at once. Any other is called twice: for the rows
-    without a tangent, and under `torch.func.jvp` for those with one.
+        Args:
+            checkpoint: as `torch.load` gives it.
+            reverse_time: it has data at t = 1 and predicts data minus noise.
 
-    Raises:
-        TypeError, ValueError: as `velocity`.
-        NotImplementedError: something in the network cannot be differentiated forward.
-    """
-    inner = unwrapped(network)
-    forward = inner.forward if isinstance(inner, nn.Module) else inner
-    if "tangents" in inspect.signature(forward).parameters:
-        return network(z, t, h, y, tangents=tangents)
-    _check_sharding(inner)
-    plain = len(z) - len(tangents[0])
-    parts = []
-    # DDP's own forward and a compiled one cannot be differentiated forward, so the JVP is that of the network inside.
-    # DDP reduces the gradient of a parameter whoever used it, if one call of the step goes through it: this one.
-    if plain or inner is not network:
-        parts.append(velocity(network, z[:plain], t[:plain], h[:plain], y[:plain]))
-
-    def u_of(z: Tensor, t: Tensor, h: Tensor) -> Tensor:
-        return velocity(inner, z, t, h, y[plain:])
-
-    try:
-        with torch.autograd.graph.disable_saved_tensors_hooks(_HOOKS):  # their backward would fail, with no such words
-            u, du = torch.func.jvp(u_of, (z[plain:], t[plain:], h[plain:]), tangents)  # type: ignore[misc]
-    except RuntimeError as error:  # a NotImplementedError is one
-        reason = str(error).partition("\n")[0]
-        if reason != _HOOKS and not any(sign in reason for sign in _SIGNS):
-            raise
-        hint = "" if reason == _HOOKS else f" {_HINT}"
-        raise NotImplementedError(f"{_name(network)} cannot be differentiated forward: {reason}{hint}") from error
-    return torch.cat([*parts, u]), du.detach()
-
-
-def unwrapped(network: Network) -> Network:
-    """The network inside DDP and torch.compile. FSDP2 does not wrap: it changes the class of a module."""
-    if isinstance(network, DistributedDataParallel):
-        return unwrapped(network.module)
-    if isinstance(inner := getattr(network, "_orig_mod", None), nn.Module):
-        return unwrapped(inner)
-    return network
-
-
-# ----------------------------------------------------------------------------
-# What cannot be differentiated forward.
-
-_SIGNS = ("forward AD", "forward mode AD", "functorch transforms")  # in PyTorch's messages
-_HINT = (
-    "If it is attention, take the loss inside `with mfengine.jvp_attention():`, or swap attention and adaLN once by "
-    "`mfengine.accelerate(model)`. If it is activation checkpointing, turn it off. If it is "
-    "an autograd.Function of your own, give it setup_context and jvp."
-)
-_HOOKS = "activation checkpointing, or another hook on saved tensors, does not work under a JVP: turn it off"
-
-
-def _check_sharding(network: Network) -> None:
-    """NotImplementedError for FSDP2 before torch 2.13, on every rank alike."""
-    if torch.__version__ >= "2.13" or not isinstance(network, nn.Module):
-        return
-    from torch.distributed.fsdp import FSDPModule
-
-    if any(isinstance(module, FSDPModule) for module in network.modules()):
-        raise NotImplementedError(
-            f"torch {torch.__version__} cannot differentiate FSDP2 forward (pytorch #182641): use torch >= 2.13, "
-            "DistributedDataParallel, or a network whose forward takes `tangents`, as mfengine.DiT's"
-        )
-
-
-def _name(network: Network) -> str:
-    inner = unwrapped(network)
-    return getattr(inner, "__name__", type(inner).__name__)
+        Raises:
+            ValueError: the network has no place for such weights.
+        """
+        raise ValueError(f"{cls.__name__} takes no weights of other projects")

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mfengine.networks.dit import TIME_FEATURES
+from mfengine.networks.base import Converted
 from mfengine.ops import sinusoid
 
 
@@ -51,14 +51,6 @@ def _flatten(tree: Mapping[str, Any], prefix: tuple[str, ...] = ()) -> list[tupl
         path = (*prefix, *name.split("/"))
         leaves += _flatten(value, path) if isinstance(value, Mapping) else [(path, value)]
     return leaves
-
-
-class Converted(NamedTuple):
-    """What `from_sit` made of a checkpoint."""
-
-    state_dict: dict[str, Tensor]  # complete, for DiT.load_state_dict
-    fresh: list[str]  # parameters the checkpoint did not have
-    unused: list[str]  # entries of the checkpoint that DiT has no place for
 
 
 def from_sit(checkpoint: Mapping[str, Any], reverse_time: bool = False) -> Converted:
@@ -103,9 +95,10 @@ def from_sit(checkpoint: Mapping[str, Any], reverse_time: bool = False) -> Conve
             state[name] = per_pixel[:, 0].flatten(0, 1).clone()
 
     fresh = []
+    features = state["t_embedder.mlp.0.weight"].shape[1]
     if not any(name.startswith("h_embedder.") for name in state):
         embedder = {
-            "h_embedder.mlp.0.weight": 0.02 * torch.randn(hidden_size, TIME_FEATURES),
+            "h_embedder.mlp.0.weight": 0.02 * torch.randn(hidden_size, features),
             "h_embedder.mlp.0.bias": torch.zeros(hidden_size),
             "h_embedder.mlp.2.weight": torch.zeros(hidden_size, hidden_size),
             "h_embedder.mlp.2.bias": torch.zeros(hidden_size),
@@ -115,7 +108,7 @@ def from_sit(checkpoint: Mapping[str, Any], reverse_time: bool = False) -> Conve
 
     if reverse_time:
         # cos((1 - t) f) = cos f cos tf + sin f sin tf and sin((1 - t) f) = sin f cos tf - cos f sin tf.
-        cos_f, sin_f = sinusoid(torch.ones(1), TIME_FEATURES)[0].chunk(2)
+        cos_f, sin_f = sinusoid(torch.ones(1), features)[0].chunk(2)
         weight_cos, weight_sin = state["t_embedder.mlp.0.weight"].chunk(2, dim=1)
         state["t_embedder.mlp.0.weight"] = torch.cat(
             [weight_cos * cos_f + weight_sin * sin_f, weight_cos * sin_f - weight_sin * cos_f], dim=1

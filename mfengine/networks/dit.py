@@ -7,20 +7,24 @@ takes tensors, or duals that carry the tangents of the trailing rows (`mfengine.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from mfengine import ops
+from mfengine.networks.base import Converted, Network, NetworkConfig, ShardUnit
+from mfengine.networks.convert import from_sit
 from mfengine.ops.dual import A, Dual
 
 TIME_FEATURES = 256  # sinusoidal features of a time, before its MLP
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(NetworkConfig):
     """Architecture of a `DiT`."""
 
     input_size: int = 32
@@ -52,6 +56,14 @@ class ModelConfig:
             raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
         if self.hidden_size % 4:
             raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of 4, which positions need")
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        return (self.in_channels, self.input_size, self.input_size)
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
 
     @property
     def num_tokens(self) -> int:
@@ -184,7 +196,7 @@ def _add_and_modulate(x: A, branch: A | None, gate: A | None, shift: A, scale: A
 # The network.
 
 
-class DiT(nn.Module):
+class DiT(Network):
     """Average velocity u(z, t, h, y), h = t - r.
 
     Args:
@@ -193,12 +205,13 @@ class DiT(nn.Module):
             softmax and time embedding are float32 whatever it is.
     """
 
+    Config = ModelConfig
+    takes_tangents = True
+    config: ModelConfig
     pos_embed: Tensor
 
     def __init__(self, config: ModelConfig, compute_dtype: torch.dtype = torch.float32) -> None:
-        super().__init__()
-        self.config = config
-        self.compute_dtype = compute_dtype
+        super().__init__(config, compute_dtype)
         self.x_embedder = PatchEmbed(config)
         self.t_embedder = TimestepEmbedder(config.hidden_size)
         self.h_embedder = TimestepEmbedder(config.hidden_size)
@@ -209,10 +222,16 @@ class DiT(nn.Module):
         self.register_buffer("pos_embed", positions, persistent=False)  # (N, D)
         self.initialize_weights()
 
-    @property
-    def num_classes(self) -> int:
-        """Number of labels, and the index of the null class."""
-        return self.config.num_classes
+    def shard_units(self) -> list[ShardUnit]:
+        embedders = [self.t_embedder, self.h_embedder, self.y_embedder]
+        return [
+            *(ShardUnit(embedder, torch.float32, block=False) for embedder in embedders),
+            *(ShardUnit(block, self.compute_dtype) for block in self.blocks),
+        ]
+
+    @classmethod
+    def convert(cls, checkpoint: Mapping[str, Any], reverse_time: bool) -> Converted:
+        return from_sit(checkpoint, reverse_time)
 
     def forward(
         self, z: Tensor, t: Tensor, h: Tensor, y: Tensor, tangents: tuple[Tensor, Tensor, Tensor] | None = None

@@ -1,0 +1,90 @@
+"""What an objective must offer, so that the engine can train with it and sample without knowing it by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from mfengine.configs import choose
+
+Sampler = Callable[[Any, Tensor, Tensor, int], Tensor]
+"""(network, noise (B, C, H, W), labels (B,), steps) to latents (B, C, H, W)."""
+
+
+class ObjectiveConfig:
+    """Settings of an `Objective`, a frozen dataclass: options `--method.NAME`, written into every checkpoint."""
+
+    def check_batch(self, rows: int) -> None:
+        """ValueError unless a local batch may have so many rows; a multiple of such a number is one, too."""
+
+
+class Objective:
+    """Draws, loss and sampling. To be found by name, it is put into `mfengine.methods.OBJECTIVES`.
+
+    The engine counts FLOPs, memory and communication of a step by calling these on meta tensors.
+
+    Args:
+        config: the settings, a `Config`.
+    """
+
+    Config: ClassVar[type[ObjectiveConfig]]
+    scalars: ClassVar[tuple[str, ...]] = ()
+    """metrics whose means a run logs beside the loss"""
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+
+    @property
+    def conditions(self) -> dict[str, float]:
+        """What `sample` takes beside labels, by name, and the values that it takes when none are given."""
+        return {}
+
+    def draw(
+        self, shape: tuple[int, ...] | torch.Size, generator: torch.Generator, device: torch.device | str = "cpu"
+    ) -> Any:
+        """All that is random in one step on latents (B, C, H, W).
+
+        Args:
+            shape: (B, C, H, W).
+            generator: a host generator.
+            device: of the latents; of the meta device where the engine counts.
+        """
+        raise NotImplementedError
+
+    def loss(self, model: Any, latents: Tensor, labels: Tensor, draws: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of one local batch, a scalar with a graph, and detached metrics by name.
+
+        Calls of the network come in one sequence whatever was drawn, because ranks that share it gather together.
+
+        Args:
+            model: the network.
+            latents: (B, C, H, W) float32, clean.
+            labels: (B,) int64.
+            draws: of `draw`.
+        """
+        raise NotImplementedError
+
+    def sample(self, model: Any, noise: Tensor, labels: Tensor, steps: int = 1) -> Tensor:
+        """Latents (B, C, H, W) from noise of that shape and labels (B,), by so many calls of the network.
+
+        Conditions are further parameters, floats with a default.
+
+        Raises:
+            ValueError: steps is less than 1.
+        """
+        raise NotImplementedError
+
+    def sampler(self, conditions: Mapping[str, float]) -> Sampler:
+        """`sample` under these conditions, the others as in `self.conditions`.
+
+        Raises:
+            InputError: there is no condition of such a name.
+        """
+        for name in conditions:
+            choose("condition", name, self.conditions)
+        sample: Sampler = partial(self.sample, **{**self.conditions, **conditions})  # type: ignore[arg-type]
+        return sample
