@@ -504,7 +504,7 @@ def tile_class(dim: int, dtype: torch.dtype) -> str:
     return "narrow" if columns <= 80 else "medium" if columns <= 96 else "wide"
 
 
-# No stack on sm_80, sm_90 and sm_100 by `python -m benchmarks.static`. For sm_90 tiles were searched that leave room for
+# No stack on sm_80, sm_90, sm_100 by `python -m benchmarks.static`. For sm_90 tiles were searched that leave room for
 # several programs per multiprocessor and keep the tensor cores busy for 80 % or more of a main loop's modelled cycles,
 # but for "medium", 88 and 96 columns. Times: not measured yet.
 CONFIGS: dict[str, dict[str, Config]] = {
