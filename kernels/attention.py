@@ -4,8 +4,8 @@ O = P V with P = softmax(a Q K^T). With S' = a (Q' K^T + Q K'^T) the tangent is
 O' = (P * S') V + P V' - rowsum(P * S') * O, and one accumulator holds (P * S') V + P V'.
 
 A head dim that is no power of two is split into a power of two and a tail padded to one (72 = 64 + 8 padded to 16),
-so that 72 costs 80 columns and not 128. Softmax runs in base 2 and float32. Strides are
-free; a layout that cannot be read 16 bytes at a time is copied first.
+so that 72 costs 80 columns and not 128. Softmax runs in base 2 and float32. Strides are free; a layout that cannot be
+read 16 bytes at a time is copied first.
 
 float32 products are three TF32 products on the tensor cores, which keep float32's precision. Their operands, split in
 two, do not fit into the registers for long: scores are summed over 32 columns at a time, read anew for every tile, and
@@ -251,7 +251,8 @@ def backward_kv_kernel(
             if TAIL:
                 s = _dot(k2, q2.T, s)
                 gp = _dot(v2, go2.T, gp)
-        # Rows beyond the last query get probability 0.
+        # Rows beyond the last query get probability 0. Keys beyond the last may get any, also infinity: it stays in
+        # their rows, which are not stored.
         row_lse = tl.load(lse + rows, mask=rows < queries, other=float("inf"))
         row_delta = tl.load(delta + rows, mask=rows < queries, other=0.0)
         p = tl.exp2(s * (scale * LOG2_E) - (row_lse * LOG2_E)[None, :])
@@ -449,13 +450,15 @@ def _launch_forward(
         return
     config = CONFIGS["dual" if tangents else "forward"][tile_class(dim, q.dtype)]
     q, k, v = map(aligned, (q, k, v))
-    dq, dk, dv, do = (*map(aligned, tangents[:3]), tangents[3]) if tangents else (None,) * 4
-    written = aligned(o)
     # Strides of what is not there are never read.
-    strides = _strides(q, k, v, *((dq, dk, dv) if tangents else (q, k, v)), written, written if do is None else do)
+    along = tuple(map(aligned, tangents[:3])) if tangents else (q, k, v)
+    do = tangents[3] if tangents else None
+    written = aligned(o)
+    strides = _strides(q, k, v, *along, written, written if do is None else do)
     launch(
         forward_kernel, config.grid(queries, batch * heads), q,
-        q, k, v, dq, dk, dv, written, do, lse, *strides, heads, queries, k.shape[2], dim, _scale(scale, dim),
+        q, k, v, *(along if tangents else (None,) * 3), written, do, lse,
+        *strides, heads, queries, k.shape[2], dim, _scale(scale, dim),
         *shape_constants(dim, q.dtype), EVEN=config.even(k.shape[2]), **config.kwargs,
     )  # fmt: skip
     if written is not o:
@@ -499,31 +502,36 @@ def tile_class(dim: int, dtype: torch.dtype) -> str:
     """Which configuration fits: by the columns that a row occupies and the bytes of an element."""
     if dtype == torch.float32:
         return "float32"
-    return "narrow" if sum(widths(dim)) <= 80 else "wide"
+    columns = sum(widths(dim))
+    return "narrow" if columns <= 80 else "medium" if columns <= 96 else "wide"
 
 
-# No stack on sm_80, sm_90 and sm_100 by `python -m benchmarks.static`, several programs per multiprocessor. For sm_90
-# tiles were searched that keep the tensor cores at 80 % or more of the cycles of a modelled main loop. Times: not
-# measured yet.
+# No stack on sm_80, sm_90, sm_100 by `python -m benchmarks.static`. For sm_90 tiles were searched that leave room for
+# several programs per multiprocessor and keep the tensor cores busy for 80 % or more of a main loop's modelled cycles,
+# but for "medium", 88 and 96 columns. Times: not measured yet.
 CONFIGS: dict[str, dict[str, Config]] = {
     "forward": {
         "narrow": Config(BLOCK_M=64, BLOCK_N=128, num_warps=4, num_stages=2),
+        "medium": Config(BLOCK_M=128, BLOCK_N=32, num_warps=8, num_stages=2),
         "wide": Config(BLOCK_M=64, BLOCK_N=64, num_warps=4, num_stages=2),
         "float32": Config(BLOCK_M=16, BLOCK_N=16, num_warps=4, num_stages=1),
     },
     "dual": {
         "narrow": Config(BLOCK_M=64, BLOCK_N=32, num_warps=4, num_stages=2),
+        "medium": Config(BLOCK_M=64, BLOCK_N=32, num_warps=8, num_stages=2),
         "wide": Config(BLOCK_M=64, BLOCK_N=16, num_warps=4, num_stages=2),
         "float32": Config(BLOCK_M=16, BLOCK_N=16, num_warps=4, num_stages=1),
     },
-    "delta": dict.fromkeys(("narrow", "wide", "float32"), Config(BLOCK_M=32, num_warps=4, num_stages=1)),
+    "delta": dict.fromkeys(("narrow", "medium", "wide", "float32"), Config(BLOCK_M=32, num_warps=4, num_stages=1)),
     "backward_kv": {
         "narrow": Config(BLOCK_M=32, BLOCK_N=64, num_warps=4, num_stages=2),
+        "medium": Config(BLOCK_M=32, BLOCK_N=64, num_warps=8, num_stages=2),
         "wide": Config(BLOCK_M=32, BLOCK_N=64, num_warps=4, num_stages=2),
         "float32": Config(BLOCK_M=16, BLOCK_N=16, num_warps=4, num_stages=1),
     },
     "backward_q": {
         "narrow": Config(BLOCK_M=64, BLOCK_N=32, num_warps=4, num_stages=2),
+        "medium": Config(BLOCK_M=64, BLOCK_N=32, num_warps=4, num_stages=2),
         "wide": Config(BLOCK_M=64, BLOCK_N=32, num_warps=4, num_stages=2),
         "float32": Config(BLOCK_M=16, BLOCK_N=16, num_warps=4, num_stages=1),
     },

@@ -18,7 +18,7 @@ def write_atomic(path: Path, content: str | bytes | Callable[[Path], object]) ->
     """Write a file under another name in the same folder, sync it, and rename it to `path`.
 
     Args:
-        path: what is there already is replaced. The folder must exist.
+        path: an existing file is replaced. The folder must exist.
         content: text, bytes, or a function that writes a file of the name it is given; that name has the suffix of
             `path`.
 
@@ -40,7 +40,7 @@ def write_atomic(path: Path, content: str | bytes | Callable[[Path], object]) ->
 
 
 def sync(path: Path) -> None:
-    """Make what was written to a file, or renamed in a folder, survive a power cut, if the file system can.
+    """Make the content of a file, or renaming in a folder, survive a power cut, if the file system can.
 
     Raises:
         OSError: the disk failed or is full.

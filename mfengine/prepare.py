@@ -108,7 +108,7 @@ def images(args: ImagesArgs) -> None:
 
 
 def report(dataset: Dataset) -> None:
-    """Say what was written."""
+    """Print a line about a new data set."""
     left_out = f", {dataset.broken} broken ones left out" if dataset.broken else ""
     print(f"{dataset.folder}: {dataset.count} samples in {len(dataset.shards)} shard(s){left_out}")
 
@@ -144,7 +144,7 @@ class ImportArgs:
 
 
 def import_latents(args: ImportArgs) -> None:
-    """Write what a source of latents holds; under torchrun, all ranks share the work."""
+    """Import a source of latents; under torchrun, all ranks share the work."""
     with world("cpu", timeout=timedelta(hours=1)) as here:  # listing a source may take one rank longer than another
         here.on_main(lambda: check_vacant(args.out))
         samples = ImportedSamples(args.source, args.num_classes, args.scale, args.bias)
@@ -179,7 +179,7 @@ def check(args: CheckArgs) -> None:
 
 
 COMMANDS: dict[str, tuple[str, type[Any], Callable[[Any], None]]] = {
-    # name: (arguments as the list of commands shows them, arguments, what does it)
+    # name: (operands as the list of commands shows them, arguments, function)
     "digits": ("OUT", DigitsArgs, digits),
     "images": ("SRC OUT", ImagesArgs, images),
     "import": ("SRC OUT", ImportArgs, import_latents),

@@ -470,6 +470,7 @@ NAN, MINUS_ONE = np.array([np.nan, -1], "<f2")
         (lambda f: reindex(f, lambda s: s.replace(f" {place(f, 1, 4, 'label')} ", " 999999 ")), "not in the shard"),
         (lambda f: reindex(f, lambda s: s.replace(f" {place(f, 1, 4, 'label')} ", f" {place(f, 1, 5, 'label')} ")),
          "there is another file where"),
+        (lambda f: reindex(f, lambda s: s.replace("moments 512 ", "moments 5 ", 1)), "not in the shard"),
         (lambda f: reindex(f, lambda s: s[: s.rindex(" label ")]), "its line in the index is not one"),
         (lambda f: reindex(f, lambda s: "\n".join(s.splitlines()[:-1]) + "\n"), "has 9 samples, not 10"),
         (lambda f: describe(f, lambda d: d.update(class_counts=[23, 0, 0, 0, 0])), "other numbers of samples per"),
@@ -486,6 +487,20 @@ def test_check_finds_damage(damage, message, imported, tmp_path, where):
     assert len(problems) == 1, err
     assert message in problems[0]
     assert err.splitlines()[-1] == "error: data is damaged: 1 problem(s)"
+
+
+def test_shard_truncated_while_it_is_checked(imported, tmp_path, where, monkeypatch):
+    shutil.copytree(imported, tmp_path / "data")
+    check_shard = Dataset.check_shard
+
+    def check_and_truncate(dataset, shard):
+        check_shard(dataset, shard)
+        os.truncate(dataset.folder / shard.file, shard.bytes // 2)
+
+    monkeypatch.setattr(Dataset, "check_shard", check_and_truncate)
+    code, _, err = prepare("check", "data", **where)
+    assert code == 2
+    assert "000001.tar was cut off while it was read" in err
 
 
 def test_check_lists_all_damage(imported, tmp_path, where):

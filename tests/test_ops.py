@@ -100,10 +100,12 @@ def test_error_is_at_most_twice_that_of_plain_pytorch(name, dtype, shape, rows):
     for a, p, e in zip(fused, plain, exact, strict=True):
         assert (a.shape, a.dtype) == (e.shape, p.dtype)
         if e.numel():
-            # Where nothing depends on an argument, as on the scores of one token, all that is left is rounding.
-            size = max(e.norm(), 1)
-            bound = 2 * (p.double() - e).norm() / size + torch.finfo(dtype).eps
-            assert (a.double() - e).norm() / size <= bound
+            error, allowed = ((x.double() - e).norm() / max(e.norm(), 1) for x in (a, p))
+            error, allowed = ((x.double() - e).norm() / max(e.norm(), 1) for x in (a, p))
+            # Kernels compute in float32. Plain PyTorch may be exact where nothing depends on an argument, as on the
+            # scores of one token.
+            rounding = torch.finfo(torch.float32).eps if e.norm() > 1e-6 else 4 * torch.finfo(dtype).eps
+            assert error <= 2 * allowed + rounding
 
 
 @pytest.mark.parametrize("name", ["adaln_modulate", "gated_residual_adaln", "rms_norm"])

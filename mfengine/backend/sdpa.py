@@ -32,7 +32,7 @@ def jvp_attention() -> AbstractContextManager[Any]:
     N, d), k and v (B, H, M, d) of one dtype, float16, bfloat16 or float32, with d a multiple of 8 up to 128. All else
     is computed by plain PyTorch, correctly but with the scores in memory: attn_mask, is_causal and dropout_p, of which
     a warning tells once each; enable_gqa, other shapes and dtypes; `torch.func.vmap`, `grad` or a second jvp around the
-    jvp, so `jacfwd` too. The fused tangent is a constant for autograd: to differentiate it, `use_backend("torch")`.
+    jvp, so `jacfwd` too. A gradient that reaches a fused tangent raises: to differentiate it, `use_backend("torch")`.
     `torch.utils.checkpoint` recomputes without tangents, and raises an error of its own.
 
     Raises:

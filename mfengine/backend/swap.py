@@ -53,7 +53,7 @@ def accelerate(model: nn.Module) -> Swaps:
     Parameters, buffers, state-dict keys, names and hooks stay. A swapped module is of a subclass of its class, so
     isinstance, copy, pickle and torch.compile work as before; diffusers' attention gets a processor. A second call
     changes nothing. Attention becomes that of `jvp_attention`, adaLN `ops.adaln_modulate` and
-    `ops.gated_residual_adaln`: where fused, their tangents are constants for autograd.
+    `ops.gated_residual_adaln`: where fused, a gradient that reaches their tangents raises.
 
     Args:
         model: any module; its children are searched too.

@@ -1,1 +1,1 @@
-"""Data sets of latents: format, reading, writing, and what they are made from."""
+"""Data sets of latents: format, reading, writing, and their sources."""

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -24,7 +25,7 @@ class Report:
 
     dataset: Dataset
     problems: list[str] = field(default_factory=list)  # one line each
-    warnings: list[str] = field(default_factory=list)  # likewise: what is unusual, and may be meant so
+    warnings: list[str] = field(default_factory=list)  # one line each: unusual, but perhaps meant so
     class_counts: Counter[int] = field(default_factory=Counter)
     mean: np.ndarray = field(default_factory=lambda: np.zeros(0))
     """(C,) of the latents as the network sees them"""
@@ -94,47 +95,47 @@ def _shard_problems(dataset: Dataset, shard: Shard, classes: Counter[int], sums:
     """What is wrong in one shard, the first of each kind; adds its samples to `classes` and `sums`."""
     dataset.check_shard(shard)
     path = dataset.folder / shard.file
-    data = np.memmap(path, np.uint8, mode="r")
-    if shard.sha256:
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        if digest != shard.sha256:
-            yield f"shard {path} is not what was written: its checksum differs from that of {DESCRIPTION}"
     lines = path.with_suffix(".idx").read_text().splitlines()[1:]
     if len(lines) != shard.count:
         yield f"index of shard {path} has {len(lines)} samples, not {shard.count}"
-    found: dict[str, list[str]] = {}  # samples by what is wrong with them
-    for line in lines:
-        name, problem = _sample_problem(dataset, data, line, classes, sums)
-        if problem:
-            found.setdefault(problem, []).append(name)
+    found: dict[str, list[str]] = {}  # names of samples by their problem
+    with path.open("rb") as data:
+        if shard.sha256 and hashlib.file_digest(data, "sha256").hexdigest() != shard.sha256:
+            yield f"shard {path} is not what was written: its checksum differs from that of {DESCRIPTION}"
+        for line in lines:
+            name, problem = _sample_problem(dataset, shard, data, line, classes, sums)
+            if problem:
+                found.setdefault(problem, []).append(name)
     for problem, names in found.items():
         more = f", and so are {len(names) - 1} more" if len(names) > 1 else ""
         yield f"sample {names[0]} of shard {path} is wrong: {problem}{more}"
 
 
 def _sample_problem(
-    dataset: Dataset, data: np.ndarray, line: str, classes: Counter[int], sums: _Sums
+    dataset: Dataset, shard: Shard, data: BinaryIO, line: str, classes: Counter[int], sums: _Sums
 ) -> tuple[str, str]:
     """Name of the sample that a line of the index gives, and what is wrong with it, or ""."""
     fields = line.split()
     if len(fields) != 8 or fields[0] != "moments" or fields[4] != "label":
         return repr(line[:40]), "its line in the index is not one"
     name = fields[3].partition(".")[0]
-    parts: dict[str, np.ndarray] = {}
+    parts: dict[str, bytes] = {}
     for kind, offset, size, member in (fields[:4], fields[4:]):
-        if not (offset.isdigit() and size == str(dataset.sizes[kind]) and int(offset) + int(size) <= len(data)):
+        ends = tarfile.BLOCKSIZE, shard.bytes - dataset.sizes[kind]  # of the places that it can have, after its header
+        if not (offset.isdigit() and size == str(dataset.sizes[kind]) and ends[0] <= int(offset) <= ends[1]):
             return name, f"the index gives {kind} a place that is not in the shard"
-        start = int(offset)
+        data.seek(int(offset) - tarfile.BLOCKSIZE)
+        block, parts[kind] = data.read(tarfile.BLOCKSIZE), data.read(int(size))
+        if len(parts[kind]) < int(size):
+            raise OSError(f"shard {dataset.folder / shard.file} was cut off while it was read")
         try:
-            header = tarfile.TarInfo.frombuf(bytes(data[start - tarfile.BLOCKSIZE : start]), "utf-8", "strict")
+            header = tarfile.TarInfo.frombuf(block, "utf-8", "strict")
         except (tarfile.HeaderError, UnicodeDecodeError):
             return name, f"there is no file where the index says that {kind} are"
         if (header.name, header.size) != (member, int(size)):
             return name, f"there is another file where the index says that {kind} are"
-        parts[kind] = data[start : start + int(size)]
-    moments = parts["moments"].view("<f2").astype(np.float32).reshape(dataset.flips, 2, *dataset.space.shape)
-    label = int(parts["label"].view("<i4")[0])
+    moments = np.frombuffer(parts["moments"], "<f2").astype(np.float32).reshape(dataset.flips, 2, *dataset.space.shape)
+    (label,) = np.frombuffer(parts["label"], "<i4").tolist()
     if not 0 <= label < dataset.space.num_classes:
         return name, f"its label is {label}, not one of 0 to {dataset.space.num_classes - 1}"
     classes[label] += 1

@@ -29,7 +29,7 @@ INDEX_VERSION = "v1.2"  # of DALI's WebDataset index
 
 @dataclass(frozen=True)
 class LatentSpace:
-    """What latents mean: what a model needs to know of the data it was trained on."""
+    """The space of latents: all that a model needs to know of the data it was trained on."""
 
     shape: tuple[int, int, int]
     """(C, H, W)"""
@@ -41,7 +41,7 @@ class LatentSpace:
     """where the unscaled latents are pixels: the values of black and white"""
 
     def unscale(self, latents: Tensor) -> Tensor:
-        """Back from what the network sees to what the encoder gave."""
+        """Latents as the encoder gave them, from latents as the network sees them."""
         return latents / self.scale + self.bias
 
 
@@ -66,7 +66,7 @@ class Dataset:
     broken: int = 0  # samples that could not be read and are left out, listed in broken.jsonl
     class_counts: tuple[int, ...] = ()  # samples of each class
     class_names: tuple[str, ...] = ()  # in the order of the labels, where they are known
-    provenance: dict[str, Any] = field(default_factory=dict)  # what the samples were made of, and how
+    provenance: dict[str, Any] = field(default_factory=dict)  # the source of the samples, and how they were made
 
     @classmethod
     def open(cls, folder: Path) -> Dataset:

@@ -19,7 +19,7 @@ from mfengine.ranks import World
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP")  # as Pillow names them
-ARRAY = "arr_0"  # what NumPy calls the first array of an .npz, and ADM its images
+ARRAY = "arr_0"  # the name of the images in ADM's .npz files, and NumPy's default
 
 
 def open_rgb(file: Path | IO[bytes]) -> Image.Image:
@@ -109,7 +109,7 @@ def _read_image(path: Path, kind: Callable[[str], InputError]) -> np.ndarray:
 
 
 class ImageWriter:
-    """Writes images, shared over the ranks, that all see the same folder: aside, and renamed when they are whole.
+    """Writes images, shared over the ranks, that all see the same folder. They get their name when they are whole.
 
     Args:
         path: NAME.npz, for an array (N, H, W, 3) uint8 called arr_0 as ADM's evaluation takes; or a folder, for
@@ -148,7 +148,7 @@ class ImageWriter:
         pixels = images.permute(0, 2, 3, 1).cpu().numpy()
         with writing(self._path, RankError):
             if self._array is not None:
-                # Not through memory maps: those of several machines overwrite what they share of a page.
+                # Not through memory maps: those of several machines overwrite each other in the pages that they share.
                 with self._array.open("r+b") as file:
                     file.seek(self._begin + rows.start * self._size)
                     file.write(pixels.tobytes())

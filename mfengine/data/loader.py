@@ -29,7 +29,7 @@ class Loader:
         part, num_parts: which part of the data to read.
         seed: of shuffling and flips.
         device: where the latents are made.
-        position: what `position` returned, to continue from there.
+        position: to continue from, as `position` returned it.
 
     Raises:
         InputError: there are fewer samples than parts.

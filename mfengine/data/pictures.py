@@ -18,7 +18,7 @@ def draw_latents(latents: Tensor, space: LatentSpace) -> Tensor:
 
     Args:
         latents: (B, C, H, W) float32, as the network sees them.
-        space: what they mean. Where they are pixels they are shown as such; otherwise the first three channels are,
+        space: theirs. Where they are pixels they are shown as such; otherwise the first three channels are,
             from -3 to 3 standard deviations.
 
     Returns:

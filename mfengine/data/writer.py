@@ -54,7 +54,7 @@ class Broken:
     """A sample that cannot be read."""
 
     name: str
-    """what the user knows it by: a path, a key"""
+    """a path or key, by which the user finds it"""
     reason: str
     """one line"""
 
@@ -64,12 +64,12 @@ class Samples(Protocol):
 
     Attributes:
         name: of the data set.
-        space: what the latents mean.
+        space: of the latents.
         flips: 2 where mirror images are given too, else 1.
         class_names: of the labels in order; () where they are not known.
-        provenance: what else decides the samples' content, as JSON: a fingerprint of the source (names and sizes of
-            its files will do), and, where it is encoded, name and hash of the encoder, crop, size and precision. A
-            writer that was killed is continued only with the same. It goes into dataset.json.
+        provenance: all else that decides the content of the samples, as JSON: a fingerprint of the source (of the
+            names and sizes of its files, say), and name and hash of the encoder, crop, size and precision. A writer
+            that was killed continues only with the same. It goes into dataset.json.
     """
 
     @property
@@ -154,12 +154,12 @@ def write_dataset(
 ) -> Dataset:
     """Write a data set, whose folder gets its name when it is whole; continue one that was begun.
 
-    Every rank calls it with the same arguments, and gets what the shards hold, byte for byte what a single rank
-    writes without a break as long as `samples` gives the same. The first rank shows the progress of all.
+    Every rank calls it with the same arguments, and gets the same data set. Its shards are, byte for byte, those that a
+    single rank writes without a break, if `samples` gives the same. The first rank shows the progress of all.
 
     Args:
         folder: must not exist, or be empty.
-        samples: what to write.
+        samples: to write.
         world: the ranks that share the work.
         seed: of the order.
         shard_samples: samples per shard; as many as make about 1 GB if None.
@@ -167,8 +167,8 @@ def write_dataset(
 
     Raises:
         InputError: the folder is not empty; another data set was begun in its place; there are no samples, or one
-            contradicts what `samples` says; too many are broken; the disk is full. What is whole remains, and the
-            same call continues it.
+            contradicts what `samples` says; too many are broken; the disk is full. Whole shards remain, and the
+            same call continues after them.
     """
     if len(samples) == 0:
         raise InputError(f"{samples.name} has no samples")
@@ -361,7 +361,7 @@ class _Writer:
                     write_atomic(path.with_suffix(".idx"), "\n".join([f"{INDEX_VERSION} {len(entries)}", *entries, ""]))
                 _write_json(self.partial / f"{shard:06d}.json", record)
         finally:
-            with suppress(OSError):  # what is left to write may find no room
+            with suppress(OSError):  # the disk may be full
                 file.close()
             partial.unlink(missing_ok=True)
 
@@ -412,7 +412,7 @@ class _Writer:
 
     @contextmanager
     def _disk(self) -> Iterator[None]:
-        """Turn what the disk says into one line."""
+        """Turn an error of the disk into one line."""
         try:
             yield
         except OSError as error:

@@ -86,7 +86,7 @@ class TrainConfig:
     ops: Backend = "auto"
     """fused Triton kernels, or plain PyTorch; auto takes the kernels on GPUs in bfloat16"""
     attention: Attention = "auto"
-    """who computes attention that needs no tangent; auto takes the fastest that was measured on the device"""
+    """who computes attention that needs no tangent; auto is what --ops says and else PyTorch's SDPA"""
     compile: bool = False
     """compile the blocks with torch.compile"""
     recompute: bool = False

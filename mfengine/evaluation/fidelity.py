@@ -108,7 +108,7 @@ class Fidelity:
         return torch.cat(self._extractor(images.to(self._world.device)), dim=1).cpu()
 
     def metrics(self, shares: list[tuple[range, Tensor]]) -> dict[str, float]:
-        """All metrics, on rank 0; every rank calls it with what it took: numbers of images and their features.
+        """All metrics, on rank 0; every rank calls it with its share: numbers of images and their features.
 
         FID (arXiv 1706.08500), Inception Score (arXiv 1606.03498) and, where the reference has images, precision and
         recall (arXiv 1904.06991).
@@ -170,7 +170,7 @@ def _load_extractor(weights: Path | None) -> Any:
         if error.name == "torch_fidelity":
             raise InputError("--reference needs the torch-fidelity library: pip install 'mfengine[fid]'") from None
         raise _broken(error) from None
-    except Exception as error:  # what a torchvision that was built for another torch raises
+    except Exception as error:  # of any kind, from a torchvision that was built for another torch
         raise _broken(error) from None
     if weights is not None and not weights.is_file():
         raise InputError(f"Inception weights {weights} are not there")

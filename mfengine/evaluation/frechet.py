@@ -15,7 +15,7 @@ from mfengine.errors import InputError
 from mfengine.evaluation.samples import SampleSet
 from mfengine.ranks import World
 
-MAX_DIMENSIONS = 16_384  # of latents whose covariance is taken: 4 x 64 x 64, and a matrix of 2 GiB
+MAX_DIMENSIONS = 16_384  # 4 x 64 x 64: the covariance takes 2 GiB
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Moments:
         self._sum += other._sum
 
     def over_ranks(self, world: World) -> Moments:
-        """Take in what the other ranks have, each once; every rank calls it."""
+        """Take in the vectors of the other ranks; every rank calls it once."""
         world.add_up(self._sum)
         return self
 

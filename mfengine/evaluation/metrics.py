@@ -23,7 +23,8 @@ from mfengine.files import write_atomic, writing
 from mfengine.progress import progress
 from mfengine.ranks import World
 
-SAMPLES = ("checkpoint", "ema_decay", "conditions", "samples", "seed", "labels", "batch_size")  # they follow from
+# What samples follow from.
+SAMPLES = ("checkpoint", "ema_decay", "conditions", "samples", "seed", "labels", "batch_size")
 
 Decode = Callable[[Tensor, LatentSpace], Tensor]  # latents (B, C, H, W) to images (B, 3, H', W') in [0, 1]
 
@@ -67,7 +68,7 @@ def evaluate(
 
     Args:
         model: on the ranks' devices, whole.
-        samples: what to draw.
+        samples: to draw.
         steps: network evaluations per sample: all metrics are taken for each value.
         world: the ranks that share the work.
         dataset: gives the Frechet distance of latents and, where these are pixels, the share read as their label.
@@ -86,7 +87,7 @@ def evaluate(
     space, device = samples.space, world.device
     dimensions = math.prod(space.shape)
     data = reader = fidelity = writer = None
-    # What may be wrong comes first, then what takes long.
+    # Checks come first, then all that takes long.
     if decode is not None:
         height, width = decode(torch.zeros(1, *space.shape, device=device), space).shape[-2:]
         if reference is not None:

@@ -1,12 +1,11 @@
 """Differentiable ops: forward and backward by autograd, and an explicit tangent for `Dual` arguments.
 
 Given tensors, an op returns a tensor and works with autograd, `torch.func.jvp`, `torch.autograd.forward_ad` and
-`torch.compile`. Given duals (`Dual`), it returns a dual: the primal as before, and the tangent of the trailing rows
-outside autograd. On CUDA tensors, attention, adaLN and GELU run the fused Triton kernels of `mfengine.kernels`, output
-and tangent in one pass, and the tangent is a constant for autograd then under PyTorch's forward mode too. Each file has
-the plain PyTorch reference beside them, which is what runs elsewhere, in float64, and under `torch.func.vmap`, `grad`
-and nested transforms. `use_backend` overrides the choice. Attention without a tangent has more implementations, of
-which the fastest measured runs; `use_attention` overrides that.
+`torch.compile`. Given a dual (`Dual`), it returns a dual: the primal as before, and the tangent of the trailing rows
+outside autograd. On CUDA tensors, attention, adaLN, RMSNorm and GELU run fused Triton kernels (`mfengine.kernels`),
+output and tangent in one pass; a gradient that reaches a fused tangent raises. Plain PyTorch, the specification, runs
+elsewhere, in float64, and under `torch.func.vmap`, `grad` and nested transforms. `use_backend` overrides the choice.
+Attention without a tangent is PyTorch's, unless `use_attention` names another. `OPS` lists all ops.
 """
 
 from mfengine.ops.activations import gelu, silu

@@ -42,7 +42,7 @@ class New(Protocol):
 
 @dataclass(frozen=True)
 class Example:
-    """A call of an op, `function(*arguments)`, as a network makes it: the same strides, and dtypes beside each other."""
+    """A call of an op, `function(*arguments)`, with the strides and dtypes that a network has."""
 
     op: Op | None
     """its kernels, or None if it has none"""

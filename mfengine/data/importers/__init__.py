@@ -1,6 +1,6 @@
 """Latents that others have prepared, as samples of a data set: one file per format.
 
-All of them hold what the encoder gave, not scaled.
+All of them hold the output of the encoder, not scaled.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ PROBES = 8  # samples to try before a source is given up
 
 
 class ImportedSamples:
-    """The samples of a source, for `write_dataset`; the first that can be read says what shape all have.
+    """The samples of a source, for `write_dataset`; all have the shape of the first that can be read.
 
     Args:
         path: the source.
-        num_classes: None takes what the source says.
+        num_classes: None takes the number that the source gives.
         scale: of the latents, which are (mean + std normal - bias) scale; None takes that of Stable Diffusion's VAE.
         bias: of the latents.
 

@@ -19,7 +19,7 @@ def open_source(path: Path, one_class: bool = False) -> Source:
     """List the images of a source.
 
     Args:
-        path: what one of `SOURCES` recognises.
+        path: one that one of `SOURCES` recognises.
         one_class: all images are of one class, in whatever folders they lie, and labels are not looked for.
 
     Raises:

@@ -31,7 +31,7 @@ class Source(ABC):
     """
 
     kind: ClassVar[str]
-    """what it is, in words"""
+    """its name in messages"""
 
     def __init__(self, path: Path, one_class: bool) -> None:
         self.path = path
