@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.cases import OURS, Update
 from benchmarks.workload import torch_pair, training_step
@@ -22,6 +21,7 @@ from mfengine.engine.flops import sample_flops
 from mfengine.methods import MeanFlowConfig
 from mfengine.networks import ModelConfig
 from mfengine.ops import use_backend
+from mfengine.ops.flops import FlopCounterMode
 
 META = torch.device("meta")
 IDLE = {"detach", "lift_fresh", "empty", "empty_like", "empty_strided", "new_empty", "promote_types", "_unsafe_view"}

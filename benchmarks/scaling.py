@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
 
 from benchmarks.cases import OURS
 from benchmarks.counts import launches
@@ -36,6 +35,7 @@ from mfengine.engine.presets import PRESETS
 from mfengine.errors import InputError
 from mfengine.methods import OBJECTIVES
 from mfengine.ops import use_attention, use_backend
+from mfengine.ops.flops import flop_registry
 from mfengine.ranks import World
 
 IMAGES = 1_281_167  # ImageNet's training set

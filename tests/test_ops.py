@@ -11,10 +11,10 @@ import torch
 import torch.autograd.forward_ad as fwad
 from golden_cases import relative_error
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 
 from mfengine import jvp_attention, ops
 from mfengine.ops import OPS, Dual
+from mfengine.ops.flops import FlopCounterMode
 from mfengine.ops.table import SHAPES, Shape, random_tensors
 
 pytest.importorskip("triton", reason="the fused kernels need triton")

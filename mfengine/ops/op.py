@@ -18,13 +18,13 @@ import torch
 import torch.autograd.forward_ad as fwad
 from torch import Tensor
 from torch.nn import Parameter
-from torch.utils.flop_counter import register_flop_formula
 
 from mfengine.ops.backend import fused
 from mfengine.ops.dual import Dual, complete, primal_of
 from mfengine.torch_private import intercepted, uncompiled
 
 _SCHEMA_TYPES = {"int": "int", "float": "float", "float | None": "float?"}
+DECLARED: list[Op] = []
 
 
 class Op:
@@ -72,6 +72,7 @@ class Op:
         self._keep = tuple(known.index(name) for name in saved)
         self._like = tuple(self.saved.index((like or {}).get(name, name)) for name in self.arguments)
         self._operators = self._register({k: v for k, v in annotations.items() if v in _SCHEMA_TYPES})
+        DECLARED.append(self)
 
     def __call__(self, *args: Any, options: tuple[Any, ...] = ()) -> tuple[Any, ...]:
         if fused(*map(primal_of, args)):
@@ -171,8 +172,8 @@ class Op:
 
     def _register(self, options: dict[str, str]) -> tuple[Any, Any, Any]:
         """Operators for forward, dual and backward, with their fakes, autograd and FLOPs."""
-        count, kept, more = len(self.arguments), len(self.saved), len(options)
-        rows, number, flops = count - self.parameters, len(self.returned), self.flops
+        count, more = len(self.arguments), len(options)
+        rows, number = count - self.parameters, len(self.returned)
 
         def fake_dual(*inputs: Any) -> tuple[Tensor, ...]:
             primals, tangents, options = inputs[:count], inputs[count : 2 * count], inputs[2 * count :]
@@ -212,22 +213,27 @@ class Op:
         for operator in (forward, dual):
             torch.library.register_autograd(operator, differentiate, setup_context=save)
         torch.library.register_autograd(backward, self._refuse)
-        if flops is not None:
-
-            @register_flop_formula(forward.overloadpacket)
-            def _(*inputs: Any, **_: Any) -> int:
-                return flops(*inputs[: count + more])[0]
-
-            @register_flop_formula(dual.overloadpacket)
-            def _(*inputs: Any, **_: Any) -> int:
-                options = inputs[2 * count : 2 * count + more]
-                return flops(*inputs[:count], *options)[0] + flops(*inputs[count : 2 * count], *options)[1]
-
-            @register_flop_formula(backward.overloadpacket)
-            def _(*inputs: Any, **_: Any) -> int:
-                return flops(*inputs[:count], *inputs[kept + len(gradients) :])[2]  # arguments come first in `saved`
-
         return forward, dual, backward
+
+    def flop_formulas(self) -> dict[Any, Callable[..., int]]:
+        """For each operator, its FLOPs from what it is called with, shapes in place of tensors."""
+        count, kept = len(self.arguments), len(self.saved) + len(self.outputs)
+        formula = self.flops
+        if formula is None:
+            return {}
+
+        def forward(*inputs: Any, **_: Any) -> int:
+            return formula(*inputs)[0]
+
+        def dual(*inputs: Any, **_: Any) -> int:
+            primals, tangents, options = inputs[:count], inputs[count : 2 * count], inputs[2 * count : -1]
+            return formula(*primals, *options)[0] + formula(*tangents, *options)[1]
+
+        def backward(*inputs: Any, **_: Any) -> int:
+            return formula(*inputs[:count], *inputs[kept:])[2]  # the arguments come first in `saved`
+
+        names = (operator.overloadpacket for operator in self._operators)
+        return dict(zip(names, (forward, dual, backward), strict=True))
 
 
 class _Node(torch.autograd.Function):
