@@ -456,8 +456,8 @@ def sampler(machine: Machine) -> Iterator[Case]:
         return call
 
     name = f"one step, {machine.name('xl2')} of {batch}"
-    flops = lambda: batch * sample_flops(config, OBJECTIVES["unguided"])  # noqa: E731
-    yield Case("sampler", name, {OURS: ours, "port SDPA": port}, batch, flops)
+    implementations = {OURS: ours, "port SDPA": port}
+    yield Case("sampler", name, implementations, batch, lambda: batch * sample_flops(config, OBJECTIVES["unguided"]))
 
 
 def checkpoint(machine: Machine) -> Iterator[Case]:

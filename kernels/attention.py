@@ -450,13 +450,15 @@ def _launch_forward(
         return
     config = CONFIGS["dual" if tangents else "forward"][tile_class(dim, q.dtype)]
     q, k, v = map(aligned, (q, k, v))
-    dq, dk, dv, do = (*map(aligned, tangents[:3]), tangents[3]) if tangents else (None,) * 4
-    written = aligned(o)
     # Strides of what is not there are never read.
-    strides = _strides(q, k, v, *((dq, dk, dv) if tangents else (q, k, v)), written, written if do is None else do)
+    along = tuple(map(aligned, tangents[:3])) if tangents else (q, k, v)
+    do = tangents[3] if tangents else None
+    written = aligned(o)
+    strides = _strides(q, k, v, *along, written, written if do is None else do)
     launch(
         forward_kernel, config.grid(queries, batch * heads), q,
-        q, k, v, dq, dk, dv, written, do, lse, *strides, heads, queries, k.shape[2], dim, _scale(scale, dim),
+        q, k, v, *(along if tangents else (None,) * 3), written, do, lse,
+        *strides, heads, queries, k.shape[2], dim, _scale(scale, dim),
         *shape_constants(dim, q.dtype), EVEN=config.even(k.shape[2]), **config.kwargs,
     )  # fmt: skip
     if written is not o:
@@ -504,7 +506,7 @@ def tile_class(dim: int, dtype: torch.dtype) -> str:
     return "narrow" if columns <= 80 else "medium" if columns <= 96 else "wide"
 
 
-# No stack on sm_80, sm_90 and sm_100 by `python -m benchmarks.static`. For sm_90 tiles were searched that leave room for
+# No stack on sm_80, sm_90, sm_100 by `python -m benchmarks.static`. For sm_90 tiles were searched that leave room for
 # several programs per multiprocessor and keep the tensor cores busy for 80 % or more of a main loop's modelled cycles,
 # but for "medium", 88 and 96 columns. Times: not measured yet.
 CONFIGS: dict[str, dict[str, Config]] = {
