@@ -127,7 +127,7 @@ def main(args: Sequence[str]) -> None:
         return
     origin = {
         **{name: getattr(config, name) for name in ("seed", "labels", "batch_size", "ema_decay")},
-        "conditions": config.conditions or None,
+        **({"conditions": config.conditions} if config.conditions else {}),
         "samples": config.num,
         "checkpoint": str(path.resolve()),
         **{name: str(part.resolve()) for name in ("data", "reference") if (part := getattr(config, name)) is not None},
