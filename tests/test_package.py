@@ -40,9 +40,12 @@ def python(*args, cwd, **env):
 def source(tmp_path_factory):
     """A copy of what the repository holds, so that building leaves nothing in it."""
     copy = tmp_path_factory.mktemp("source") / "mfengine"
-    shutil.copytree(
-        ROOT, copy, symlinks=True, ignore=shutil.ignore_patterns(".*", "build", "*.so", "*.egg-info", "data", "runs")
-    )
+    leave_out = shutil.ignore_patterns(".*", "build", "*.so", "*.egg-info")
+
+    def ignore(folder, names):
+        return {*leave_out(folder, names), *({"data", "runs"} if Path(folder) == ROOT else ())}
+
+    shutil.copytree(ROOT, copy, symlinks=True, ignore=ignore)
     return copy
 
 
