@@ -1,9 +1,10 @@
 """`python -m benchmarks.static`: what the compiler makes of every launch, without a GPU.
 
-A stand-in for Triton's driver lets the launchers run on real tensors, strided and packed as in a step of B/2, L/2 and
-XL/2, dense, and odd. Triton specializes on these arguments and compiles as on a GPU, for sm_80, sm_90 and sm_100; only
-the launch does nothing. The CUDA library is looked at as it was built. The table shows registers, stack, shared memory,
-tensor-core instructions and the widths of global accesses in loops. A row fails on
+A stand-in for Triton's driver lets every op of `mfengine.ops.OPS` run on real tensors, strided and packed as in a step
+of B/2, L/2 and XL/2, and attention on dense and odd ones. Triton specializes on these arguments and compiles as on a
+GPU, for sm_80, sm_90 and sm_100; only the launch does nothing. The CUDA library is looked at as it was built. The table
+shows registers, stack, shared memory, tensor-core instructions and the widths of global accesses in loops. A row fails
+on
 
 - any stack, which is a spill or a local array;
 - a dot product without tensor-core instructions;
@@ -24,6 +25,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from itertools import chain, product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,8 +36,10 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from mfengine.kernels import adaln, attention, gelu
+from mfengine import ops
 from mfengine.kernels.multi_tensor import LIBRARY
+from mfengine.ops import OPS, Dual, use_backend
+from mfengine.ops.table import New, Shape
 
 SHARED_MEMORY = {80: 166912, 90: 232448, 100: 232448}  # bytes that a program may use, by architecture
 LOADS, STORES = re.compile(r"\bLDG\.[\w.]*128\b"), re.compile(r"\bSTG\.[\w.]*128\b")  # of 16 bytes
@@ -45,66 +49,59 @@ ROW_STATISTICS = {"delta_kernel": 1, "backward_kv_kernel": 4}
 """Accesses of 4 bytes per row and lane, of 128 bytes per warp: log-sum-exp and rowsum(O * gradient of O)."""
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-HEAD_DIMS = (64, 72, 80, 96, 128)  # B/2 and L/2; XL/2; the widest of each configuration, and one between
-WIDTHS = (768, 1024, 1152)  # of B/2, L/2 and XL/2
-BATCH, HEADS, TOKENS = 3, 16, 256
+SHAPES = {
+    "B/2": Shape(3, 256, 12, 64),
+    "L/2": Shape(3, 256, 16, 64),
+    "XL/2": Shape(3, 256, 16, 72),
+    **{f"d{dim}": Shape(3, 256, 16, dim) for dim in (80, 96, 128)},  # other tiles
+}
 
 # ----------------------------------------------------------------------------
 # What is launched.
 
 
 class Case(NamedTuple):
-    """A call that launches kernels on its tensors."""
+    """A call that launches kernels."""
 
     name: str
-    function: Callable[..., Any]
-    arguments: tuple[Any, ...]
+    run: Callable[[], Any]
 
 
-def heads(layout: str, dim: int, dtype: torch.dtype, count: int) -> Iterator[Tensor]:
-    """Tensors (B, H, N, d) of a layout."""
-    for _ in range(-(-count // 3)):
-        if layout == "packed":
-            yield from torch.empty(BATCH, TOKENS, 3, HEADS, dim, dtype=dtype).permute(2, 0, 3, 1, 4).unbind(0)
-        elif layout == "dense":
-            yield from torch.empty(3, BATCH, HEADS, TOKENS, dim, dtype=dtype).unbind(0)
-        else:  # nothing is a multiple of anything
-            yield from torch.empty(3, BATCH, HEADS, 77, dim + 1, dtype=dtype)[..., 1:].unbind(0)
+def new_tensors(dtype: torch.dtype) -> New:
+    return lambda *size, wide=False: torch.empty(size, dtype=torch.float32 if wide else dtype)
 
 
 def cases() -> Iterator[Case]:
-    for dim, (label, dtype) in product(HEAD_DIMS, DTYPES.items()):
-        for layout in ("packed", "dense", "odd") if dim == 72 and label != "fp16" else ("packed",):
-            name = f"attention d{dim} {label} {layout}"
-            q, k, v, dq, dk, dv, gq, gk, gv, o, go, _ = heads(layout, dim, dtype, 12)
-            if layout == "packed":
-                o, go = torch.empty(2, BATCH, TOKENS, HEADS, dim, dtype=dtype).transpose(2, 3).unbind(0)
-            lse = torch.empty(q.shape[:3])
-            yield Case(name, attention.forward, (q, k, v))
-            yield Case(f"{name} dual", attention.forward_dual, (q, k, v, dq, dk, dv))
-            yield Case(f"{name} backward", attention.backward, (q, k, v, o, lse, go, gq, gk, gv))
-    for width, (label, dtype) in product(WIDTHS, DTYPES.items()):
-        # The residual stream is float32 whatever the rest is; the modulation is a slice of a wider product.
-        x, dx, gx_out = torch.empty(3, BATCH, TOKENS, width).unbind(0)
-        y, dy, go = torch.empty(3, BATCH, TOKENS, width, dtype=dtype).unbind(0)
-        rows = (*torch.empty(BATCH, 6 * width, dtype=dtype).chunk(6, -1)[:3], 1e-6)
-        drows, none = rows[:3], (None, None)
-        name = f"adaln D{width} {label}"
-        yield Case(name, adaln.forward, (x, y, *rows))
-        yield Case(f"{name} dual", adaln.forward_dual, (x, y, *rows[:3], dx, dy, *drows, 1e-6))
-        yield Case(f"{name} backward", adaln.backward, (x, y, *rows[:2], gx_out, go, 1e-6))
-        if width != 1152:
+    """Forward, dual and backward of every op with kernels, in the layouts of a step, and attention in others too."""
+    for (name, make), (network, shape), (label, dtype) in product(OPS.items(), SHAPES.items(), DTYPES.items()):
+        example = make(shape, new_tensors(dtype))
+        # Without products an op sees the width alone, which no head dim but those of the networks gives.
+        if example.op is None or (not any(example.flops) and network.startswith("d")):
             continue
-        yield Case(f"{name} first", adaln.forward, (x, *none, *rows[1:]))
-        yield Case(f"{name} first dual", adaln.forward_dual, (x, *none, *rows[1:3], dx, *none, *drows[1:], 1e-6))
-        yield Case(f"{name} first backward", adaln.backward, (x, *none, rows[1], gx_out, go, 1e-6))
-        yield Case(f"{name} last backward", adaln.backward, (x, y, *rows[:2], None, go, 1e-6))
-    for width, (label, dtype) in product(WIDTHS[-1:], DTYPES.items()):
-        x, dx, go = torch.empty(3, BATCH, TOKENS, 4 * width, dtype=dtype).unbind(0)
-        bias, name = torch.empty(4 * width), f"gelu F{4 * width} {label}"
-        yield Case(name, gelu.forward, (x, bias))
-        yield Case(f"{name} dual", gelu.forward_dual, (x, bias, dx))
-        yield Case(f"{name} backward", gelu.backward, (x, bias, go))
+        yield from calls(f"{name} {network} {label}", example.function, example.arguments)
+    for layout, (label, dtype) in product(("dense", "odd"), DTYPES.items()):
+        batch, tokens, heads, dim = SHAPES["XL/2"]
+        q, k, v = torch.empty(3, batch, heads, tokens, dim, dtype=dtype).unbind(0)
+        if layout == "odd":  # nothing is a multiple of anything
+            q, k, v = torch.empty(3, batch, heads, 77, dim + 1, dtype=dtype)[..., 1:].unbind(0)
+        yield from calls(f"attention XL/2 {label} {layout}", ops.attention, (q, k, v))
+
+
+def calls(name: str, function: Callable[..., Any], arguments: tuple[Tensor, ...]) -> Iterator[Case]:
+    def outputs(*arguments: Tensor | Dual) -> tuple[Any, ...]:
+        with use_backend("triton"):
+            returned = function(*arguments)
+        return returned if isinstance(returned, tuple) and not isinstance(returned, Dual) else (returned,)
+
+    def backward(only_last: bool) -> None:
+        made = outputs(*(x.detach().requires_grad_() for x in arguments))[-1 if only_last else 0 :]
+        torch.autograd.backward(made, [torch.empty_like(o) for o in made])
+
+    yield Case(name, partial(outputs, *arguments))
+    yield Case(f"{name} dual", partial(outputs, *(Dual(x, x) for x in arguments)))
+    yield Case(f"{name} backward", partial(backward, False))
+    if name.startswith("gated_residual_adaln"):  # a residual stream that nothing else uses: the last one
+        yield Case(f"{name} last backward", partial(backward, True))
 
 
 # ----------------------------------------------------------------------------
@@ -151,7 +148,7 @@ def compiled(name: str, arch: int) -> list[dict[str, Any]]:
 
     driver.set_active(CompileOnly(name, arch))
     triton.knobs.compilation.listener = look
-    case.function(*case.arguments)
+    case.run()
     return found
 
 
@@ -243,7 +240,7 @@ def main() -> int:
     print(f"Triton {triton.__version__}")
     columns = ("registers", "stack", "shared", "tensor_core")
     heading = "".join(f"{column.replace('_', ' '):>12}" for column in columns)
-    print(f"{'kernel':52} {'arch':7}{heading}  accesses in loops x bytes")
+    print(f"{'kernel':56} {'arch':7}{heading}  accesses in loops x bytes")
     built = library_rows(LIBRARY, args.only) if LIBRARY.is_file() else iter(())
     found = []
     for row in chain(rows(args.only), built):
@@ -251,7 +248,7 @@ def main() -> int:
         figures = "".join(f"{row.get(column, ''):12}" for column in columns)
         widths = ", ".join(f"{count} x {width}" for width, count in row["accesses"].items())
         failed = f"  FAILED: {', '.join(row['faults'])}" if row["faults"] else ""
-        print(f"{row['kernel']:52} {row['arch']:7}{figures}  {widths}{failed}", flush=True)
+        print(f"{row['kernel']:56} {row['arch']:7}{figures}  {widths}{failed}", flush=True)
     if not LIBRARY.is_file():
         print("the CUDA library was not built, its kernels are not covered")
     if args.json:

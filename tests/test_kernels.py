@@ -456,7 +456,7 @@ def gate(only):
 
 def test_static_gate():
     """XL/2's dual attention: no stack, tensor cores, and accesses of 8 bytes and more, on all architectures."""
-    output = gate("attention d72 bf16 packed dual")
+    output = gate("attention_packed XL/2 bf16 dual")
     assert all(arch in output for arch in ("sm_80", "sm_90", "sm_100", "3 compiled"))
 
 
