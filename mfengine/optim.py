@@ -81,12 +81,7 @@ class AdamWEMA(torch.optim.Optimizer):
     ) -> None:
         if backend not in get_args(Backend):
             raise ValueError(f"there is no backend {backend}; accepted are {', '.join(get_args(Backend))}")
-        if len(set(ema_decays)) < len(ema_decays) or not all(0 <= decay < 1 for decay in ema_decays):
-            raise ValueError(f"ema_decays must be different numbers in [0, 1), not {ema_decays}")
-        if len(ema_decays) > multi_tensor.MAX_AVERAGES:
-            raise ValueError(f"there can be {multi_tensor.MAX_AVERAGES} ema_decays, not {len(ema_decays)}")
-        if clip_norm is not None and not clip_norm > 0:
-            raise ValueError(f"clip_norm must be positive, not {clip_norm}")
+        check_settings(lr, betas, eps, weight_decay, ema_decays, clip_norm)
         self.ema_decays, self.clip_norm, self.skip_nonfinite = tuple(ema_decays), clip_norm, skip_nonfinite
         self._copies: dict[Tensor, Tensor] = {}
         # "fused" is for load_state_dict: it keeps `step` on the device.
@@ -109,7 +104,7 @@ class AdamWEMA(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        _check_settings(group)
+        check_settings(*(group[name] for name in ("lr", "betas", "eps", "weight_decay")))
         for p in group["params"]:
             first = self._parameters()[0]
             if p.dtype != torch.float32:
@@ -357,11 +352,22 @@ def _key(decay: float) -> str:
     return f"average_{decay}"
 
 
-def _check_settings(group: dict[str, Any]) -> None:
-    if not group["lr"] >= 0 or not group["eps"] > 0 or not group["weight_decay"] >= 0:
-        raise ValueError(
-            "lr and weight_decay must not be negative and eps positive, not "
-            f"{group['lr']}, {group['weight_decay']}, {group['eps']}"
-        )
-    if not all(0 <= beta < 1 for beta in group["betas"]):
-        raise ValueError(f"betas must be in [0, 1), not {group['betas']}")
+def check_settings(
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    ema_decays: tuple[float, ...] = (),
+    clip_norm: float | None = None,
+) -> None:
+    """ValueError if a setting of `AdamWEMA` is out of range."""
+    if not lr >= 0 or not eps > 0 or not weight_decay >= 0:
+        raise ValueError(f"lr and weight_decay must not be negative and eps positive, not {lr}, {weight_decay}, {eps}")
+    if not all(0 <= beta < 1 for beta in betas):
+        raise ValueError(f"betas must be in [0, 1), not {betas}")
+    if len(set(ema_decays)) < len(ema_decays) or not all(0 <= decay < 1 for decay in ema_decays):
+        raise ValueError(f"ema_decays must be different numbers in [0, 1), not {ema_decays}")
+    if len(ema_decays) > multi_tensor.MAX_AVERAGES:
+        raise ValueError(f"there can be {multi_tensor.MAX_AVERAGES} ema_decays, not {len(ema_decays)}")
+    if clip_norm is not None and not clip_norm > 0:
+        raise ValueError(f"clip_norm must be positive, not {clip_norm}")
