@@ -149,12 +149,17 @@ def test_the_cuda_library_is_built_first_where_it_is_missing(bare, tmp_path):
 
     def build(**environment):
         command = [sys.executable, "kernels/cuda/build.py"]
-        environment = {**os.environ, "MFENGINE_CUDA_ARCHS": "90", **environment}
+        environment = {**os.environ, **environment}
         return subprocess.run(command, cwd=clone, env=environment, capture_output=True, text=True, check=True).stderr
 
     assert "no nvcc" in build(PATH=str(tmp_path), CUDA_HOME="", CUDACXX="")
     if which("nvcc") and which("cmake"):
-        assert "building libmfengine_cuda.so, which is not there" in build()
+        smi = tmp_path / "nvidia-smi"  # of a machine with two GPUs of one kind
+        smi.write_text("#!/bin/sh\nprintf '9.0\\n9.0\\n'\n")
+        smi.chmod(0o755)
+        said = build(PATH=os.pathsep.join((str(tmp_path), os.environ["PATH"])))
+        assert "building libmfengine_cuda.so, which is not there" in said
+        assert "built libmfengine_cuda.so for 90\n" in said
         assert Library(clone / "kernels/libmfengine_cuda.so").device == "cuda"
         assert build() == ""
 
