@@ -211,6 +211,8 @@ def kernels(machine: Machine, preset: str, batch: int) -> Iterator[Case]:
         ):
             plain, others = ("torch.func.jvp", OTHERS_WITH_JVP) if mode == "dual" else ("plain", OTHERS)
             peers = {plain: PLAIN.get(name)} | others.get(name, {})
+            if machine.gpu and name == "attention" and mode != "dual":  # which is SDPA's by default
+                peers["mfengine, Triton"] = by_triton(example.function)
             yield Case(
                 "kernels",
                 f"{name}, {mode}, {machine.name(preset)} of {batch}",
@@ -231,6 +233,16 @@ def reference(function: Callable[..., Any]) -> Callable[..., Any]:
 
     def call(*arguments: Tensor) -> Any:
         with ops.use_backend("torch"):
+            return function(*arguments)
+
+    return call
+
+
+def by_triton(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Attention by our kernels."""
+
+    def call(*arguments: Tensor) -> Any:
+        with ops.use_attention("triton"):
             return function(*arguments)
 
     return call

@@ -38,6 +38,7 @@ from benchmarks.measure import ceilings, environment, make_clock, measure
 from benchmarks.one_rank import check_one_rank
 from benchmarks.report import compact
 from benchmarks.split import guided_split, synchronise
+from mfengine.device import expandable_segments
 from mfengine.files import write_atomic
 from mfengine.ops.table import Shape
 from mfengine.ranks import World
@@ -200,6 +201,7 @@ def work(connection: Connection, make_plan: Plan, rehearse: bool, folder: str, m
     if rehearse:
         torch.set_num_threads(1)
     else:
+        expandable_segments()
         torch.cuda.set_device(device)
     many = many or (4 if rehearse else fitting_batch(machine, "xl2"))
     tasks = make_plan(machine, many)
@@ -365,7 +367,7 @@ class Run:
 
     def _start(self) -> Worker:
         left = max(1.0, self._deadline - time.monotonic())
-        return Worker(left, self._plan, self._rehearse, self._folder, self._many)
+        return Worker(min(left, PATIENCE * START_S + PATIENCE_S), self._plan, self._rehearse, self._folder, self._many)
 
     def _keep(self, part: Part) -> None:
         """Into the report, to the disk, then to the terminal."""
@@ -409,7 +411,7 @@ def main() -> int:
         except RuntimeError as error:
             print(f"error: no worker: {error}", file=sys.stderr)
             return 1
-    failed = [check for check in run.report["checks"] if not checks.passed(check)]
+    failed = [check for check in run.report.get("checks", []) if not checks.passed(check)]
     return 1 if failed or run.report.get("errors") else 0
 
 

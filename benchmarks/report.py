@@ -64,7 +64,8 @@ def _machine(report: dict[str, Any]) -> str:
 def _timings(rows: list[Row], ceilings: dict[str, float]) -> str:
     lines = []
     ours = {row.case: row for row in rows if row.implementation == OURS}
-    for row in rows:
+    order = list(dict.fromkeys(row.case for row in rows))  # some rows of a case are timed after other cases
+    for row in sorted(rows, key=lambda row: order.index(row.case)):
         own = ours.get(row.case)
         lines.append(
             [

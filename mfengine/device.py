@@ -1,10 +1,21 @@
-"""Between host and device: random numbers, and copies that make neither wait for the other."""
+"""Between host and device: memory, random numbers, and copies that make neither wait for the other."""
 
 from __future__ import annotations
+
+import os
 
 import numpy as np
 import torch
 from torch import Tensor
+
+
+def expandable_segments() -> None:
+    """Let PyTorch's allocator grow its segments, so that less memory is lost to gaps; before CUDA starts.
+
+    Whoever has set the allocator keeps those settings.
+    """
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
 def step_generator(seed: int, step: int, part: int) -> torch.Generator:

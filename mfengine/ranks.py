@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mfengine.device import expandable_segments
 from mfengine.errors import InputError, RankError, TrainingError
 
 T = TypeVar("T")
@@ -107,8 +108,7 @@ def world(device: str, timeout: timedelta = timedelta(minutes=10), one_rank_mesh
             raise InputError("device cuda was asked for, but torch finds no GPU; use --device cpu")
         if local_rank >= torch.cuda.device_count():
             raise RankError(f"local rank {local_rank} has no GPU: there are {torch.cuda.device_count()}")
-        if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():  # read when CUDA starts
-            os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+        expandable_segments()
         torch.cuda.set_device(local_rank)
         here = torch.device("cuda", local_rank)
     else:

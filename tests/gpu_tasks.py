@@ -38,3 +38,13 @@ def endless_plan(machine, many):
     """One that never ends, and one for which there is no time."""
     tasks = [Task("stage", "endless", 1.0, True, lambda: time.sleep(1000)), Task("stage", "late", 1.0, True, fine)]
     return {task.name: task for task in tasks}
+
+
+def hopeless_plan(machine, many):
+    """Nothing but a check that raises."""
+    return {"check": Task("stage", "check", 0.0, False, lambda: raises(ValueError()))}
+
+
+def planless(machine, many):
+    """A worker that never comes to its tasks."""
+    time.sleep(1000)

@@ -342,3 +342,12 @@ def test_tables_show_the_share_of_the_data_sheet_and_of_the_measured_rate():
         assert "40.0%" in text
         assert "50%" in text
         assert "3.00 x" in text
+
+
+def test_a_row_that_is_timed_late_stands_with_its_case():
+    rows = [("A", "mfengine"), ("B", "mfengine"), ("B", "port"), ("A", "port compiled")]
+    found = {"environment": dict.fromkeys(("device", "torch", "cuda", "triton", "python", "commit"), "x")}
+    found["rows"] = [vars(Row("step", *row, 0.1, 0.1, 0.1, 5, samples=32, flops=0, bytes=0)) for row in rows]
+    lines = report.render(found).partition("## Step")[2].splitlines()[4:]
+    cells = [tuple(cell.strip() for cell in line.split("|")[1:3]) for line in lines]
+    assert cells == [("A", "mfengine"), ("", "port compiled"), ("B", "mfengine"), ("", "port")]

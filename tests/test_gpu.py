@@ -1,5 +1,6 @@
 """What needs a GPU, and the rehearsal of the GPU script, which does not."""
 
+import functools
 import json
 import os
 import random
@@ -149,12 +150,17 @@ def test_the_cuda_library_is_built_first_where_it_is_missing(bare, tmp_path):
 
     def build(**environment):
         command = [sys.executable, "kernels/cuda/build.py"]
-        environment = {**os.environ, "MFENGINE_CUDA_ARCHS": "90", **environment}
+        environment = {**os.environ, **environment}
         return subprocess.run(command, cwd=clone, env=environment, capture_output=True, text=True, check=True).stderr
 
     assert "no nvcc" in build(PATH=str(tmp_path), CUDA_HOME="", CUDACXX="")
     if which("nvcc") and which("cmake"):
-        assert "building libmfengine_cuda.so, which is not there" in build()
+        smi = tmp_path / "nvidia-smi"  # of a machine with two GPUs of one kind
+        smi.write_text("#!/bin/sh\nprintf '9.0\\n9.0\\n'\n")
+        smi.chmod(0o755)
+        said = build(PATH=os.pathsep.join((str(tmp_path), os.environ["PATH"])))
+        assert "building libmfengine_cuda.so, which is not there" in said
+        assert "built libmfengine_cuda.so for 90\n" in said
         assert Library(clone / "kernels/libmfengine_cuda.so").device == "cuda"
         assert build() == ""
 
@@ -196,6 +202,20 @@ def test_nothing_runs_after_the_deadline(tmp_path, monkeypatch):
     assert run.report["missing"] == {"late": "no time left"}
 
 
+@pytest.mark.parametrize(
+    ("make_plan", "told"),
+    [(gpu_tasks.hopeless_plan, "errors: check: ValueError"), (gpu_tasks.planless, "no worker: stopped after 4 s")],
+)
+def test_a_run_in_which_nothing_succeeds_ends_with_a_line(make_plan, told, monkeypatch, capsys):
+    """No check has a result; or the first worker hangs before its first task, which must not take all of the time."""
+    monkeypatch.setattr(gpu, "START_S", 0 if make_plan is gpu_tasks.planless else gpu.START_S)
+    monkeypatch.setattr(gpu, "PATIENCE_S", 4.0 if make_plan is gpu_tasks.planless else gpu.PATIENCE_S)
+    monkeypatch.setattr(gpu, "Run", functools.partial(gpu.Run, make_plan=make_plan))
+    monkeypatch.setattr(sys, "argv", ["gpu", "--rehearse"])
+    assert gpu.main() == 1
+    assert told in "".join(capsys.readouterr())
+
+
 def test_order_of_a_gpu(monkeypatch):
     """XL/2's step at 32 rows comes in the first two minutes, compiled peers last."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -205,6 +225,8 @@ def test_order_of_a_gpu(monkeypatch):
     assert all("compiled" in task.name for task in tasks if task.stage == "compiled peers")
     before = next(i for i, task in enumerate(tasks) if task.name == "step: guided, xl2 of 32: mfengine")
     assert gpu.START_S + sum(t.seconds / (1 if t.alone else 16) for t in tasks[:before]) < 120
+    names = {task.name for task in tasks}  # our own attention is timed where SDPA is the default
+    assert {f"kernels: attention, {mode}, xl2 of 32: mfengine, Triton" for mode in ("primal", "forward + backward")} <= names
     assert next(t.name for t in tasks if t.stage == "kernels of xl2") == "kernels: attention, dual, xl2 of 32: mfengine"
 
 

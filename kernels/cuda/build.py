@@ -52,11 +52,21 @@ def architectures() -> str:
     return ";".join(str(arch) for arch in ARCHITECTURES if not known or f"compute_{arch}" in known)
 
 
+def architectures_here() -> str:
+    """$MFENGINE_CUDA_ARCHS, or those of this machine's GPUs; where nvidia-smi finds none, all of ours."""
+    smi = find_tool("nvidia-smi")
+    if smi is None or "MFENGINE_CUDA_ARCHS" in os.environ:
+        return architectures()
+    asked = [smi, "--query-gpu=compute_cap", "--format=csv,noheader"]  # a line for each: 9.0
+    found = subprocess.run(asked, capture_output=True, text=True).stdout.replace(".", "").split()
+    return ";".join(sorted({arch for arch in found if arch.isdigit()})) or architectures()
+
+
 def build(out: Path, folder: Path, targets: str) -> None:
     """Build the library into `out`, with CMake's files in `folder`.
 
     Args:
-        targets: compute capabilities as CMake takes them: "90", "80;90", or "native".
+        targets: compute capabilities as CMakeLists.txt takes them: "90", "80;90".
 
     Raises:
         BuildError: a command failed; what it printed is in the message.
@@ -81,7 +91,7 @@ def main() -> None:
     say(f"building {LIBRARY.name}, which is not there")
     with tempfile.TemporaryDirectory() as folder:
         try:
-            build(LIBRARY.parent, Path(folder), os.environ.get("MFENGINE_CUDA_ARCHS", "native"))
+            build(LIBRARY.parent, Path(folder), architectures_here())
         except BuildError as error:
             say(f"{error}\nthe CUDA optimizer kernels could not be built")
 
