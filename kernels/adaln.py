@@ -118,6 +118,7 @@ def backward_kernel(
 
 # ----------------------------------------------------------------------------
 # Launchers. `y` and `gate` are both given, or both None: then there is no residual, and x' is x.
+# They raise ValueError for arguments that the kernels cannot take, before anything is launched.
 
 
 def forward(
@@ -132,9 +133,6 @@ def forward(
 
     Returns:
         x' (B, N, D) in the dtype of x, which is x itself without a residual, and o in the dtype of scale.
-
-    Raises:
-        ValueError: an argument that the kernel cannot take; nothing is launched.
     """
     check_arguments(x, y, gate, shift, scale)
     x_out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if y is not None else x
@@ -151,9 +149,6 @@ def forward_dual(
 
     Returns:
         x', o, and their tangents dx' (K, N, D), which is dx itself without a residual, and do (K, N, D).
-
-    Raises:
-        ValueError: an argument that the kernel cannot take; nothing is launched.
     """
     check_arguments(x, y, gate, shift, scale)
     check_arguments(dx, dy, dgate, dshift, dscale, prefix="d")
@@ -186,9 +181,6 @@ def backward(
 
     Returns:
         Gradients of x, y, gate, shift and scale, in the dtypes of x', y, gate, scale and scale.
-
-    Raises:
-        ValueError: an argument that the kernel cannot take; nothing is launched.
     """
     check_arguments(x_out, y, gate, scale, scale)
     batch, tokens, width = x_out.shape

@@ -334,7 +334,7 @@ def backward_q_kernel(
 
 
 # ----------------------------------------------------------------------------
-# Launchers.
+# Launchers. They raise ValueError for arguments that the kernels cannot take, before anything is launched.
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> tuple[Tensor, Tensor]:
@@ -346,9 +346,6 @@ def forward(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> tupl
 
     Returns:
         o (B, H, N, d), stored as (B, N, H, d), and the log-sum-exp of the scores (B, H, N) float32.
-
-    Raises:
-        ValueError: an argument that the kernel cannot take; nothing is launched.
     """
     check_arguments(q, k, v)
     o, lse = _outputs(q)
@@ -369,9 +366,6 @@ def forward_dual(
 
     Returns:
         o, the log-sum-exp, and the tangent of o (K, H, N, d).
-
-    Raises:
-        ValueError: an argument that the kernel cannot take; nothing is launched.
     """
     check_arguments(q, k, v)
     duals = dq.shape[0]
@@ -391,11 +385,7 @@ def backward(
     q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, go: Tensor, gq: Tensor, gk: Tensor, gv: Tensor,
     scale: float | None = None,
 ) -> None:  # fmt: skip
-    """Gradients of the primal: fills gq, gk, gv from go, the gradient of o, and what `forward` returned.
-
-    Raises:
-        ValueError: an argument that the kernel cannot take; nothing is launched.
-    """
+    """Gradients of the primal: fills gq, gk, gv from go, the gradient of o, and what `forward` returned."""
     check_arguments(q, k, v)
     for name, x, like in (("o", o, q), ("go", go, q), ("gq", gq, q), ("gk", gk, k), ("gv", gv, v)):
         check_like(name, x, like.shape, like)

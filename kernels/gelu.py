@@ -60,15 +60,11 @@ def backward_kernel(
 
 
 # ----------------------------------------------------------------------------
-# Launchers.
+# Launchers. They raise ValueError for arguments that the kernels cannot take, before anything is launched.
 
 
 def forward(x: Tensor, bias: Tensor) -> Tensor:
-    """gelu(x + bias): x (..., F), bias (F,), float16, bfloat16 or float32, contiguous; returns x's shape and dtype.
-
-    Raises:
-        ValueError: an argument that the kernel cannot take; nothing is launched.
-    """
+    """gelu(x + bias): x (..., F), bias (F,), float16, bfloat16 or float32, contiguous; returns x's shape and dtype."""
     check_arguments(x, bias)
     o = torch.empty_like(x)
     _launch_forward(x, bias, None, o, None)
@@ -76,11 +72,7 @@ def forward(x: Tensor, bias: Tensor) -> Tensor:
 
 
 def forward_dual(x: Tensor, bias: Tensor, dx: Tensor) -> tuple[Tensor, Tensor]:
-    """`forward`, with the tangent of the last K rows of x's first dimension, from theirs, dx (K, ..., F).
-
-    Raises:
-        ValueError: an argument that the kernel cannot take; nothing is launched.
-    """
+    """`forward`, with the tangent of the last K rows of x's first dimension, from theirs, dx (K, ..., F)."""
     check_arguments(x, bias)
     check_device("dx", dx, x)
     check_arguments(dx, bias, prefix="d")
@@ -96,11 +88,7 @@ def forward_dual(x: Tensor, bias: Tensor, dx: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def backward(x: Tensor, bias: Tensor, go: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of x and of bias, in their dtypes, from that of the output.
-
-    Raises:
-        ValueError: an argument that the kernel cannot take; nothing is launched.
-    """
+    """Gradients of x and of bias, in their dtypes, from that of the output."""
     check_arguments(x, bias)
     if go.shape != x.shape:
         raise ValueError(f"the gradient must be of shape {tuple(x.shape)}, not {tuple(go.shape)}")

@@ -76,7 +76,7 @@ def backward_kernel(
 
 
 # ----------------------------------------------------------------------------
-# Launchers.
+# Launchers. They raise ValueError for arguments that the kernels cannot take, before anything is launched.
 
 
 def forward(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -88,9 +88,6 @@ def forward(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
     Returns:
         Shape and dtype of x.
-
-    Raises:
-        ValueError: an argument that the kernel cannot take; nothing is launched.
     """
     check_arguments(x, weight)
     o = torch.empty_like(x)
@@ -104,9 +101,6 @@ def forward_dual(x: Tensor, weight: Tensor, dx: Tensor, dweight: Tensor | None, 
     Args:
         x, weight, eps: as `forward`.
         dx: (K, ..., D), dweight: (D,), or None for zero.
-
-    Raises:
-        ValueError: an argument that the kernel cannot take; nothing is launched.
     """
     check_arguments(x, weight)
     check_arguments(dx, weight if dweight is None else dweight, prefix="d")
@@ -123,11 +117,7 @@ def forward_dual(x: Tensor, weight: Tensor, dx: Tensor, dweight: Tensor | None, 
 
 
 def backward(x: Tensor, weight: Tensor, go: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Gradients of x and of the weight, in their dtypes, from that of the output.
-
-    Raises:
-        ValueError: an argument that the kernel cannot take; nothing is launched.
-    """
+    """Gradients of x and of the weight, in their dtypes, from that of the output."""
     check_arguments(x, weight)
     if go.shape != x.shape:
         raise ValueError(f"the gradient must be of shape {tuple(x.shape)}, not {tuple(go.shape)}")

@@ -75,18 +75,20 @@ def accelerate(model: nn.Module) -> Swaps:
     swaps = Swaps()
     verdicts: dict[Any, str | None] = {}  # of the check, by configuration
     for name, module in model.named_modules():
-        family = _family_of(module)
+        kind = type(module)
+        if kind.__module__.startswith("mfengine."):  # ours already
+            continue
+        family = next((family for family in _FAMILIES if family.fits(module)), None)
         if family is None:
+            if "attention" in kind.__name__.lower() or hasattr(module, "adaLN_modulation"):
+                swaps.left[name] = f"{kind.__name__}: {_UNKNOWN}"
             continue
-        if family.done(module):
-            swaps.swapped[name] = family.title
-            continue
-        reason = _why_not(family, module, verdicts)
-        if reason is None:
+        if not family.done(module):
+            if reason := _why_not(family, module, verdicts):
+                swaps.left[name] = f"{kind.__name__}: {reason}"
+                continue
             family.put(module)
-            swaps.swapped[name] = family.title
-        else:
-            swaps.left[name] = f"{type(module).__name__}: {reason}"
+        swaps.swapped[name] = family.title
     if not swaps.swapped:
         warnings.warn(f"nothing was swapped: {swaps}", stacklevel=2)
     return swaps
@@ -297,26 +299,8 @@ class _DiffusersBlocks(_Family):
         return x, None, None, None, index, None, index  # times and labels
 
 
-class _Unknown(_Family):
-    """Attention by the name of its class, and modulation, of no family above."""
-
-    def fits(self, module: Any) -> bool:
-        return "attention" in type(module).__name__.lower() or hasattr(module, "adaLN_modulation")
-
-    def done(self, module: Any) -> bool:
-        return False
-
-    def unfit(self, module: Any) -> str:
-        return "of no known family (inside jvp_attention() its scaled_dot_product_attention is served)"
-
-
-_FAMILIES = (_TimmAttentions(), _DiTBlocks(), _DiffusersAttentions(), _DiffusersBlocks(), _Unknown())
-
-
-def _family_of(module: nn.Module) -> _Family | None:
-    if type(module).__module__.startswith("mfengine."):  # ours already
-        return None
-    return next((family for family in _FAMILIES if family.fits(module)), None)
+_FAMILIES = (_TimmAttentions(), _DiTBlocks(), _DiffusersAttentions(), _DiffusersBlocks())
+_UNKNOWN = "of no known family (inside jvp_attention() its scaled_dot_product_attention is served)"
 
 
 def _unfit_norms(norm1: Any, norm2: Any, *around: nn.Module) -> str | None:
@@ -350,15 +334,14 @@ def _configuration(module: nn.Module) -> Any:
 def _why_not(family: _Family, module: nn.Module, verdicts: dict[Any, str | None]) -> str | None:
     """What speaks against a swap of the module, if anything."""
     try:
-        reason = family.unfit(module)
-        if reason is None:
-            key = _configuration(module)
-            if key not in verdicts:
-                verdicts[key] = _difference(family, module)
-            reason = verdicts[key]
+        if reason := family.unfit(module):
+            return reason
+        key = _configuration(module)
+        if key not in verdicts:
+            verdicts[key] = _difference(family, module)
+        return verdicts[key]
     except Exception as e:  # the code is not ours: on our input it may fail in any way
-        reason = f"it could not be checked: {type(e).__name__}: {(str(e).splitlines() or [''])[0]}"
-    return reason
+        return f"it could not be checked: {type(e).__name__}: {(str(e).splitlines() or [''])[0]}"
 
 
 def _difference(family: _Family, module: nn.Module) -> str | None:
