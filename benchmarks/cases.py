@@ -347,7 +347,7 @@ class Update:
     def bytes(self) -> int:
         """Per parameter, that ours moves: the gradient for its norm, then one pass over everything."""
         one = torch.empty(1, device="meta")
-        row = multi_tensor.Row(one, one, one, one, one, [one], one.bfloat16() if self.copy else None, 0)
+        row = multi_tensor.Row(one, one, one, one, one, [one], one.bfloat16() if self.copy else None)
         read = one.element_size() if self.checked or self.clip_norm is not None else 0
         return read + multi_tensor.bytes_moved(row)
 

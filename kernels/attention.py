@@ -357,9 +357,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> tupl
 
 
 def forward_dual(
-    q: Tensor, k: Tensor, v: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, scale: float | None = None,
-    outputs: tuple[Tensor, Tensor] | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    q: Tensor, k: Tensor, v: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, scale: float | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """`forward`, with the tangents of the last K rows of the batch, K being theirs.
 
     Leading rows take the primal kernel, trailing rows the dual one.
@@ -367,8 +366,6 @@ def forward_dual(
     Args:
         q, k, v, scale: as `forward`.
         dq: (K, H, N, d); dk, dv: (K, H, M, d), in the dtype of q.
-        outputs: what `forward` returns, of another's making: leading rows stay as they are, trailing ones are written
-            over. The log-sum-exp is contiguous.
 
     Returns:
         o, the log-sum-exp, and the tangent of o (K, H, N, d).
@@ -383,10 +380,9 @@ def forward_dual(
     for name, tangent, primal in (("dq", dq, q), ("dk", dk, k), ("dv", dv, v)):
         check_like(name, tangent, (duals, *primal.shape[1:]), primal)
     first = q.shape[0] - duals
-    o, lse = outputs or _outputs(q)
+    o, lse = _outputs(q)
     do, _ = _outputs(dq)
-    if outputs is None:
-        _launch_forward(q[:first], k[:first], v[:first], o[:first], lse[:first], scale)
+    _launch_forward(q[:first], k[:first], v[:first], o[:first], lse[:first], scale)
     _launch_forward(q[first:], k[first:], v[first:], o[first:], lse[first:], scale, (dq, dk, dv, do))
     return o, lse, do
 

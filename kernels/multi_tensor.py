@@ -24,7 +24,7 @@ LIBRARY = Path(__file__).with_name("libmfengine_cuda.so")
 TENSOR = np.dtype(
     [("numel", "<i8")]
     + [(name, "<u8") for name in ("param", "grad", "exp_avg", "exp_avg_sq", "step", "copy")]
-    + [("averages", "<u8", MAX_AVERAGES), ("number", "<u8")]
+    + [("averages", "<u8", MAX_AVERAGES)]
 )
 
 
@@ -34,7 +34,7 @@ class _Config(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_double) for name in ("lr", "beta1", "beta2", "eps", "weight_decay")),
         ("decays", ctypes.c_double * MAX_AVERAGES),
-        *((name, ctypes.c_int32) for name in ("num_averages", "grad_dtype", "stochastic")),
+        *((name, ctypes.c_int32) for name in ("num_averages", "grad_dtype")),
     )
 
 
@@ -49,7 +49,6 @@ class Row:
     step: Tensor  # () the number of this step, from 1
     averages: list[Tensor]
     copy: Tensor | None  # bfloat16
-    number: int  # tells the random numbers of this parameter from those of others
 
 
 class Library:
@@ -91,7 +90,6 @@ class Library:
         decays: tuple[float, ...],
         grad_scale: Tensor | None,
         skip: Tensor | None,
-        stochastic_rounding: bool,
     ) -> None:
         """AdamW (Loshchilov and Hutter, arXiv 1711.05101), averages <- d average + (1 - d) parameter, and copies.
 
@@ -101,7 +99,6 @@ class Library:
             decays: of the averages of each row.
             grad_scale: () float32 on the device, a factor of the gradients, or None.
             skip: () float32 on the device; if it is not 0, nothing is written. Or None.
-            stochastic_rounding: round copies up or down at random, by number, step and element.
 
         Raises:
             RuntimeError: the launch failed.
@@ -115,13 +112,10 @@ class Library:
             for name in ("param", "grad", "exp_avg", "exp_avg_sq", "step", "copy"):
                 table[name] = [_pointer(getattr(row, name)) for row in part]
             table["numel"] = [row.param.numel() for row in part]
-            table["number"] = [row.number for row in part]
             for i in range(len(decays)):
                 table["averages"][:, i] = [_pointer(row.averages[i]) for row in part]
-            config = _Config(
-                lr, *betas, eps, weight_decay, (ctypes.c_double * MAX_AVERAGES)(*decays), len(decays), code,
-                stochastic_rounding,
-            )  # fmt: skip
+            factors = (ctypes.c_double * MAX_AVERAGES)(*decays)
+            config = _Config(lr, *betas, eps, weight_decay, factors, len(decays), code)
             arguments = ctypes.byref(config), _address(grad_scale), _address(skip)
             self._call(self._lib.mfengine_adamw_ema, table, part[0].param.device, *arguments)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterable
 from importlib import import_module
 from typing import Any, Literal, get_args
@@ -42,7 +41,6 @@ class AdamWEMA(torch.optim.Optimizer):
             needs it.
         copies: bfloat16 tensors, one like each parameter (its local part), that hold the rounded parameters from now
             on: for networks that compute in bfloat16. Filled here and by each step, not when weights are loaded.
-        stochastic_rounding: round copies up or down at random, in proportion to the nearness, not to the nearest.
         backend: "cuda", all of a step in one pass over memory, by mfengine's CUDA library; "torch", PyTorch's fused
             AdamW and foreach functions; "apex", NVIDIA's AdamW; "auto", the first if it can be used, else the second.
 
@@ -79,19 +77,12 @@ class AdamWEMA(torch.optim.Optimizer):
         clip_norm: float | None = None,
         skip_nonfinite: bool = True,
         copies: Iterable[Tensor] | None = None,
-        stochastic_rounding: bool = False,
         backend: Backend = "auto",
     ) -> None:
         if backend not in get_args(Backend):
             raise ValueError(f"there is no backend {backend}; accepted are {', '.join(get_args(Backend))}")
-        if len(set(ema_decays)) < len(ema_decays) or not all(0 <= decay < 1 for decay in ema_decays):
-            raise ValueError(f"ema_decays must be different numbers in [0, 1), not {ema_decays}")
-        if len(ema_decays) > multi_tensor.MAX_AVERAGES:
-            raise ValueError(f"there can be {multi_tensor.MAX_AVERAGES} ema_decays, not {len(ema_decays)}")
-        if clip_norm is not None and not clip_norm > 0:
-            raise ValueError(f"clip_norm must be positive, not {clip_norm}")
+        check_settings(lr, betas, eps, weight_decay, ema_decays, clip_norm)
         self.ema_decays, self.clip_norm, self.skip_nonfinite = tuple(ema_decays), clip_norm, skip_nonfinite
-        self.stochastic_rounding = stochastic_rounding
         self._copies: dict[Tensor, Tensor] = {}
         # "fused" is for load_state_dict: it keeps `step` on the device.
         settings = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "fused": True}
@@ -113,7 +104,7 @@ class AdamWEMA(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        _check_settings(group)
+        check_settings(*(group[name] for name in ("lr", "betas", "eps", "weight_decay")))
         for p in group["params"]:
             first = self._parameters()[0]
             if p.dtype != torch.float32:
@@ -202,7 +193,6 @@ class AdamWEMA(torch.optim.Optimizer):
 
     def _rows(self) -> list[list[Row]]:
         """What this rank holds of each parameter, by group; gradients in the parameters' layout."""
-        numbers = itertools.count()
         groups = []
         for group in self.param_groups:
             rows = []
@@ -215,7 +205,7 @@ class AdamWEMA(torch.optim.Optimizer):
                     grad = torch.empty_like(part).copy_(grad)
                 averages = [local(state[_key(decay)]) for decay in self.ema_decays]
                 moments = local(state["exp_avg"]), local(state["exp_avg_sq"])
-                rows.append(Row(part, grad, *moments, state["step"], averages, self._copies.get(p), next(numbers)))
+                rows.append(Row(part, grad, *moments, state["step"], averages, self._copies.get(p)))
             groups.append(rows)
         return groups
 
@@ -250,7 +240,6 @@ class AdamWEMA(torch.optim.Optimizer):
             decays=self.ema_decays,
             grad_scale=scale,
             skip=skip,
-            stochastic_rounding=self.stochastic_rounding,
         )
 
     def _step_torch(self, group: dict[str, Any], rows: list[Row], scale: Tensor | None, skip: Tensor | None) -> None:
@@ -317,8 +306,7 @@ class AdamWEMA(torch.optim.Optimizer):
                 )  # fmt: skip
         for row in rows:
             if row.copy is not None:
-                new = _round_at_random(row) if self.stochastic_rounding else row.param
-                row.copy.copy_(new if skip is None else torch.where(skip != 0, row.copy, new.bfloat16()))
+                row.copy.copy_(row.param if skip is None else torch.where(skip != 0, row.copy, row.param.bfloat16()))
 
     def _choose(self, wish: Backend) -> Backend:
         why = None
@@ -364,32 +352,22 @@ def _key(decay: float) -> str:
     return f"average_{decay}"
 
 
-def _check_settings(group: dict[str, Any]) -> None:
-    if not group["lr"] >= 0 or not group["eps"] > 0 or not group["weight_decay"] >= 0:
-        raise ValueError(
-            "lr and weight_decay must not be negative and eps positive, not "
-            f"{group['lr']}, {group['weight_decay']}, {group['eps']}"
-        )
-    if not all(0 <= beta < 1 for beta in group["betas"]):
-        raise ValueError(f"betas must be in [0, 1), not {group['betas']}")
-
-
-# ----------------------------------------------------------------------------
-# Stochastic rounding as kernels/cuda/adamw_ema.h does it, bit for bit.
-
-
-def _scramble(x: Tensor) -> Tensor:
-    """A hash of 32-bit numbers, held in int64."""
-    x = ((x ^ x >> 16) * 0x7FEB352D) & 0xFFFFFFFF
-    x = ((x ^ x >> 15) * 0x846CA68B) & 0xFFFFFFFF
-    return x ^ x >> 16
-
-
-def _round_at_random(row: Row) -> Tensor:
-    stream = _scramble((_scramble(row.step.long()) + row.number) & 0xFFFFFFFF)
-    element = torch.empty_like(row.param, dtype=torch.int64)
-    element.as_strided((element.numel(),), (1,)).copy_(torch.arange(element.numel(), device=element.device))
-    carry = _scramble((stream + element) & 0xFFFFFFFF) >> 16
-    bits = (row.param.view(torch.int32).long() + carry) >> 16
-    rounded = bits.to(torch.int16).view(torch.bfloat16)
-    return torch.where(row.param.isfinite(), rounded, row.param.bfloat16())
+def check_settings(
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    ema_decays: tuple[float, ...] = (),
+    clip_norm: float | None = None,
+) -> None:
+    """ValueError if a setting of `AdamWEMA` is out of range."""
+    if not lr >= 0 or not eps > 0 or not weight_decay >= 0:
+        raise ValueError(f"lr and weight_decay must not be negative and eps positive, not {lr}, {weight_decay}, {eps}")
+    if not all(0 <= beta < 1 for beta in betas):
+        raise ValueError(f"betas must be in [0, 1), not {betas}")
+    if len(set(ema_decays)) < len(ema_decays) or not all(0 <= decay < 1 for decay in ema_decays):
+        raise ValueError(f"ema_decays must be different numbers in [0, 1), not {ema_decays}")
+    if len(ema_decays) > multi_tensor.MAX_AVERAGES:
+        raise ValueError(f"there can be {multi_tensor.MAX_AVERAGES} ema_decays, not {len(ema_decays)}")
+    if clip_norm is not None and not clip_norm > 0:
+        raise ValueError(f"clip_norm must be positive, not {clip_norm}")

@@ -1,11 +1,13 @@
 """What tests share: the digits as a data set, and commands run as a user runs them."""
 
+import multiprocessing
 import os
 import runpy
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,8 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before the first import of triton: kernels then run on CPU tensors
 
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from torch.distributed.launcher.api import elastic_launch
+from torch.distributed.run import config_from_args, get_args_parser
 
 from mfengine.engine.checkpoint import newest_checkpoint
 from mfengine.kernels.multi_tensor import Library
@@ -25,17 +29,72 @@ torch.set_num_threads(1)  # tests run in several processes
 
 
 def run_command(*args, cwd, ranks=1, env=None, timeout=300):
-    """Run `python -m ...`, under torchrun for several ranks, on one thread per rank."""
+    """Run `python -m ...`, under torchrun for several ranks, on one thread per rank.
+
+    Without an environment of its own, by a fork of a process that has imported the commands: to import them takes
+    longer than most commands do. Several ranks are then forks that torchrun's own agent starts and watches.
+    """
+    if env is None:
+        return fork_command(*map(str, args), cwd=cwd, ranks=ranks, timeout=timeout)
     launch = ["-m"] if ranks == 1 else ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "-m"]
     return subprocess.run(
         [sys.executable, *launch, *map(str, args)],
         cwd=cwd,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
+        env={**os.environ, "OMP_NUM_THREADS": "1", **env},
         capture_output=True,
         text=True,
         timeout=timeout,
         check=False,
     )
+
+
+forks = multiprocessing.get_context("forkserver")
+forks.set_forkserver_preload(
+    [f"mfengine.{name}" for name in ("train", "generate", "evaluate", "prepare", "export")]
+    + ["nvidia.dali.fn", "tensorboard", "torch.distributed.run", "conftest"]
+)
+
+
+def fork_command(*args, cwd, ranks, timeout):
+    with tempfile.TemporaryDirectory() as folder:
+        process = forks.Process(target=run_in_fork, args=(args, cwd, ranks, dict(os.environ), folder))
+        process.start()
+        process.join(timeout)
+        if process.exitcode is None:
+            process.kill()
+            raise subprocess.TimeoutExpired(args, timeout)
+        texts = [Path(folder, name).read_text() for name in ("stdout", "stderr")]
+    return subprocess.CompletedProcess(args, process.exitcode, *texts)
+
+
+MEET = ("--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "--rdzv-id=test")  # as --standalone does
+
+
+def run_in_fork(args, cwd, ranks, environment, folder):
+    for fd, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(Path(folder, name), os.O_WRONLY | os.O_CREAT | os.O_APPEND), fd)
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update({**environment, "OMP_NUM_THREADS": "1"})
+    torch.set_num_threads(1)
+    if ranks == 1:
+        run_module(args)
+    else:
+        options = get_args_parser().parse_args([*MEET, f"--nproc-per-node={ranks}", "-m", *args])
+        config, _, _ = config_from_args(options)
+        config.start_method = "fork"
+        elastic_launch(config, run_module)(args)
+
+
+def run_module(args):
+    """As `python -m` does, in a process that may have imported the module before."""
+    sys.argv = list(args)
+    sys.path.insert(0, "")
+    try:
+        runpy.run_module(args[0], run_name="__main__", alter_sys=True)
+    except SystemExit as stop:
+        if stop.code:
+            raise  # torchrun's agent waits for a result of those that end well
 
 
 def kill(process):

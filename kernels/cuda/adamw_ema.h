@@ -69,29 +69,11 @@ MFENGINE_INLINE float to_float(uint16_t bfloat16) {
   return x;
 }
 
-// `carry` is added to the sixteen bits that are cut off: at most 0xffff.
-MFENGINE_INLINE uint16_t cut(float x, uint32_t carry) {
+MFENGINE_INLINE uint16_t round_to_nearest(float x) {
   const uint32_t bits = bits_of(x);
   const bool finite = (bits & 0x7f800000u) != 0x7f800000u;
   if (!finite) return static_cast<uint16_t>(bits >> 16 | ((bits & 0xffffu) != 0));  // a nan stays one
-  return static_cast<uint16_t>((bits + carry) >> 16);
-}
-
-MFENGINE_INLINE uint16_t round_to_nearest(float x) { return cut(x, 0x7fffu + (bits_of(x) >> 16 & 1)); }
-
-MFENGINE_INLINE uint32_t scramble(uint32_t x) {
-  x = (x ^ x >> 16) * 0x7feb352du;
-  x = (x ^ x >> 15) * 0x846ca68bu;
-  return x ^ x >> 16;
-}
-
-// The random numbers of one tensor in one step.
-MFENGINE_INLINE uint32_t stream_of(uint64_t number, float step) {
-  return scramble(scramble(static_cast<uint32_t>(step)) + static_cast<uint32_t>(number));
-}
-
-MFENGINE_INLINE uint16_t round_at_random(float x, uint32_t stream, uint32_t element) {
-  return cut(x, scramble(stream + element) >> 16);
+  return static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1)) >> 16);
 }
 
 }  // namespace mfengine

@@ -12,7 +12,7 @@ using namespace mfengine;
 constexpr int THREADS = 256;
 constexpr int SPAN = THREADS * 4;  // elements that a block reaches in one access of 16 bytes of float32 per thread
 constexpr int WIDTH = 8;     // elements that a thread has in hand: four, and four a span further on
-constexpr int TENSORS = 29;  // per launch: the arguments fit the 4 KB that every driver takes
+constexpr int TENSORS = 31;  // per launch: the arguments fit the 4 KB that every driver takes
 
 // ----------------------------------------------------------------------------
 // Which tensor a block works on.
@@ -118,7 +118,6 @@ __device__ __forceinline__ void store(uint16_t* p, const uint16_t (&x)[WIDTH]) {
 struct Shared {  // by the elements of a block
   Step step;
   float one_minus_decay[MFENGINE_MAX_AVERAGES];
-  uint32_t stream;
   bool grad_aligned;
 };
 
@@ -155,9 +154,7 @@ __device__ __forceinline__ void update(const mfengine_tensor& tensor, int64_t at
   if (tensor.copy != nullptr) {
     uint16_t copy[N];
 #pragma unroll
-    for (int i = 0; i < N; ++i)
-      copy[i] = config.stochastic ? round_at_random(param[i], shared.stream, static_cast<uint32_t>(at + i / 4 * SPAN + i % 4))
-                                  : round_to_nearest(param[i]);
+    for (int i = 0; i < N; ++i) copy[i] = round_to_nearest(param[i]);
     store(tensor.copy + at, copy);
   }
 }
@@ -173,7 +170,6 @@ __global__ void __launch_bounds__(THREADS, 3)  // 72 registers: at 64 there are 
   __shared__ Shared shared;
   if (threadIdx.x == 0) {
     shared.step = make_step(config, *tensor.step, grad_scale != nullptr ? *grad_scale : 1);
-    shared.stream = stream_of(tensor.number, *tensor.step);
     shared.grad_aligned = aligned(tensor.grad);
   }
   if (threadIdx.x < MFENGINE_MAX_AVERAGES)

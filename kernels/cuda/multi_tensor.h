@@ -27,7 +27,6 @@ typedef struct {
   const float* step;  /* one element: the number of this step, from 1 */
   uint16_t* copy;     /* bfloat16 copy of the new parameter, or null */
   float* averages[MFENGINE_MAX_AVERAGES]; /* the first config.num_averages are there */
-  uint64_t number;    /* tells the random numbers of this parameter from those of others */
 } mfengine_tensor;
 
 typedef struct {
@@ -35,8 +34,6 @@ typedef struct {
   double decays[MFENGINE_MAX_AVERAGES]; /* average <- decay average + (1 - decay) parameter */
   int32_t num_averages;
   int32_t grad_dtype;
-  int32_t stochastic; /* round copies up or down at random, in proportion to the nearness; the bits follow from the
-                         tensor's number, its step and the element */
 } mfengine_adamw_config;
 
 /* One step of AdamW, of the averages and of the copy. Gradients are multiplied by *grad_scale (null: 1); nothing at all

@@ -9,16 +9,13 @@ using namespace mfengine;
 template <typename Grad>
 void adamw_ema(const mfengine_tensor& tensor, const mfengine_adamw_config& config, float grad_scale) {
   const Step step = make_step(config, *tensor.step, grad_scale);
-  const uint32_t stream = stream_of(tensor.number, *tensor.step);
   const Grad* grad = static_cast<const Grad*>(tensor.grad);
   for (int64_t i = 0; i < tensor.numel; ++i) {
     float& param = tensor.param[i];
     if (grad != nullptr) adamw(param, to_float(grad[i]), tensor.exp_avg[i], tensor.exp_avg_sq[i], step);
     for (int a = 0; a < config.num_averages; ++a)
       tensor.averages[a][i] = average(tensor.averages[a][i], param, static_cast<float>(1 - config.decays[a]));
-    if (tensor.copy != nullptr)
-      tensor.copy[i] = config.stochastic ? round_at_random(param, stream, static_cast<uint32_t>(i))
-                                         : round_to_nearest(param);
+    if (tensor.copy != nullptr) tensor.copy[i] = round_to_nearest(param);
   }
 }
 

@@ -12,6 +12,8 @@ from torch import Tensor
 from mfengine.data.format import LatentSpace
 from mfengine.files import write_atomic, writing
 
+MIN_SIZE = 480  # pixels of the longer side of a picture
+
 
 def draw_latents(latents: Tensor, space: LatentSpace) -> Tensor:
     """Images of latents without a decoder.
@@ -46,10 +48,10 @@ def image_grid(images: Tensor, columns: int | None = None) -> Tensor:
     return grid
 
 
-def save_picture(image: Tensor, path: Path, min_size: int = 480) -> None:
+def save_picture(image: Tensor, path: Path) -> None:
     """Write an image (C, H, W) in [0, 1] as PNG, small ones enlarged by a whole factor; InputError if that fails."""
     pixels = (image.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
-    factor = max(1, min_size // max(pixels.shape[:2]))
+    factor = max(1, MIN_SIZE // max(pixels.shape[:2]))
     pixels = pixels.repeat(factor, axis=0).repeat(factor, axis=1)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)

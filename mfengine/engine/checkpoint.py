@@ -178,13 +178,12 @@ class Trained(NamedTuple):
     objective: Objective  # how to sample from it
 
 
-def load_model(path: Path, ema_decay: float | None = None, compute_dtype: torch.dtype = torch.float32) -> Trained:
-    """A model to sample from.
+def load_model(path: Path, ema_decay: float | None = None) -> Trained:
+    """A model to sample from, computing in float32.
 
     Args:
         path: a run folder (its newest checkpoint is taken), a checkpoint folder, or an export (.safetensors).
         ema_decay: which moving average; the first if None. An export holds one.
-        compute_dtype: of the model.
 
     Raises:
         InputError: there is no such thing, or it is of another architecture, or its network or objective is unknown.
@@ -195,7 +194,7 @@ def load_model(path: Path, ema_decay: float | None = None, compute_dtype: torch.
         path = _find_checkpoint(path)
         description = read_description(path)
         weights = _read_average(path, description, ema_decay, sampling=True)
-    model = NETWORKS.build(NETWORKS.read(description, "model"), compute_dtype).for_sampling()
+    model = NETWORKS.build(NETWORKS.read(description, "model")).for_sampling()
     model.load_state_dict(weights)
     objective = OBJECTIVES.build(OBJECTIVES.read(description, "method"))
     return Trained(model.eval(), from_json(LatentSpace, description["space"]), path, objective)

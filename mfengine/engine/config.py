@@ -15,6 +15,7 @@ from mfengine.networks import NETWORKS, NetworkConfig
 from mfengine.ops.backend import Backend
 from mfengine.ops.choice import Attention
 from mfengine.optim import Backend as OptimBackend
+from mfengine.optim import check_settings
 
 
 @dataclass(frozen=True)
@@ -39,14 +40,9 @@ class OptimConfig:
     def __post_init__(self) -> None:
         if not self.lr > 0:
             raise ValueError(f"lr must be positive, not {self.lr}")
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"betas must be in [0, 1), not {self.betas}")
-        if not (self.eps > 0 and self.weight_decay >= 0):
-            raise ValueError(f"eps must be positive and weight_decay not negative, not {self.eps}, {self.weight_decay}")
-        if self.clip_norm is not None and not self.clip_norm > 0:
-            raise ValueError(f"clip_norm must be positive, not {self.clip_norm}")
-        if not self.ema_decays or not all(0 <= decay < 1 for decay in self.ema_decays):
-            raise ValueError(f"ema_decays must be one or more numbers in [0, 1), not {self.ema_decays}")
+        if not self.ema_decays:
+            raise ValueError("ema_decays must be one or more numbers")
+        check_settings(self.lr, self.betas, self.eps, self.weight_decay, self.ema_decays, self.clip_norm)
 
 
 @dataclass(frozen=True)

@@ -166,12 +166,13 @@ class Fidelity:
 def _load_extractor(weights: Path | None) -> Any:
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-    except ModuleNotFoundError as error:
-        if error.name == "torch_fidelity":
-            raise InputError("--reference needs the torch-fidelity library: pip install 'mfengine[fid]'") from None
-        raise _broken(error) from None
     except Exception as error:  # of any kind, from a torchvision that was built for another torch
-        raise _broken(error) from None
+        if isinstance(error, ModuleNotFoundError) and error.name == "torch_fidelity":
+            raise InputError("--reference needs the torch-fidelity library: pip install 'mfengine[fid]'") from None
+        raise InputError(
+            f"--reference needs the torch-fidelity library, which does not import: {str(error).splitlines()[0]} "
+            "(it needs a torchvision that fits your torch)"
+        ) from None
     if weights is not None and not weights.is_file():
         raise InputError(f"Inception weights {weights} are not there")
     try:
@@ -188,10 +189,3 @@ def _load_extractor(weights: Path | None) -> Any:
                 f"cannot fetch the Inception weights: {reason}; give a file with --inception (docs/evaluation.md)"
             ) from None
         raise InputError(f"{weights} does not hold the weights of torch-fidelity's Inception: {reason}") from None
-
-
-def _broken(error: Exception) -> InputError:
-    return InputError(
-        f"--reference needs the torch-fidelity library, which does not import: {str(error).splitlines()[0]} "
-        "(it needs a torchvision that fits your torch)"
-    )

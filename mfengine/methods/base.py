@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, ClassVar
@@ -22,7 +23,7 @@ class ObjectiveConfig:
         """ValueError unless a local batch may have so many rows; a multiple of such a number is one, too."""
 
 
-class Objective:
+class Objective(ABC):
     """Draws, loss and sampling. To be found by name, it is put into `mfengine.methods.OBJECTIVES`.
 
     The engine counts FLOPs, memory and communication of a step by calling these on meta tensors.
@@ -43,6 +44,7 @@ class Objective:
         """What `sample` takes beside labels, by name, and the values that it takes when none are given."""
         return {}
 
+    @abstractmethod
     def draw(
         self, shape: tuple[int, ...] | torch.Size, generator: torch.Generator, device: torch.device | str = "cpu"
     ) -> Any:
@@ -53,8 +55,8 @@ class Objective:
             generator: a host generator.
             device: of the latents; of the meta device where the engine counts.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def loss(self, model: Any, latents: Tensor, labels: Tensor, draws: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of one local batch, a scalar with a graph, and detached metrics by name.
 
@@ -66,8 +68,8 @@ class Objective:
             labels: (B,) int64.
             draws: of `draw`.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def sample(self, model: Any, noise: Tensor, labels: Tensor, steps: int = 1) -> Tensor:
         """Latents (B, C, H, W) from noise of that shape and labels (B,), by so many calls of the network.
 
@@ -76,7 +78,6 @@ class Objective:
         Raises:
             ValueError: steps is less than 1.
         """
-        raise NotImplementedError
 
     def sampler(self, conditions: Mapping[str, float]) -> Sampler:
         """`sample` under these conditions, the others as in `self.conditions`.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -9,15 +10,15 @@ import torch
 from torch import Tensor, nn
 
 
-class NetworkConfig:
+class NetworkConfig(ABC):
     """Architecture of a `Network`, a frozen dataclass: options `--model.NAME`, written into every checkpoint."""
 
     num_classes: int  # the null class is index num_classes
 
     @property
+    @abstractmethod
     def latent_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of the latents that it takes."""
-        raise NotImplementedError
 
     @property
     def head_dim(self) -> int | None:

@@ -34,16 +34,6 @@ def adaln_modulate(x: A, shift: A, scale: A, eps: float = EPS) -> A:
     Raises:
         ValueError: on the fused path, whatever the kernels do not take: D above 8192, a dtype other than float16,
             bfloat16 and float32, shapes or devices that do not go together.
-
-    Example:
-        >>> import torch
-        >>> from mfengine.ops import Dual, adaln_modulate
-        >>> x, shift, scale = torch.randn(4, 10, 32), torch.randn(4, 32), torch.randn(4, 32)
-        >>> adaln_modulate(x, shift, scale).shape
-        torch.Size([4, 10, 32])
-        >>> o, do = adaln_modulate(Dual(x, x[2:]), Dual(shift, shift[2:]), Dual(scale, scale[2:]))
-        >>> do.shape
-        torch.Size([2, 10, 32])
     """
     return ADALN(x, shift, scale, options=(eps,))[0]
 
@@ -69,7 +59,6 @@ def gated_residual_adaln(x: A, y: A, gate: A, shift: A, scale: A, eps: float = E
         >>> from mfengine.ops import Dual, gated_residual_adaln
         >>> x, y = torch.randn(2, 4, 10, 32)
         >>> gate, shift, scale = torch.randn(3, 4, 32)
-        >>> x_out, o = gated_residual_adaln(x, y, gate, shift, scale)
         >>> x_out, o = gated_residual_adaln(*(Dual(a, a[3:]) for a in (x, y, gate, shift, scale)))
         >>> x_out.primal.shape, o.tangent.shape
         (torch.Size([4, 10, 32]), torch.Size([1, 10, 32]))

@@ -42,8 +42,6 @@ def attention(q: A, k: A, v: A, scale: float | None = None) -> A:
         >>> import torch
         >>> from mfengine.ops import Dual, attention
         >>> q, k, v = torch.randn(3, 4, 2, 10, 16)
-        >>> attention(q, k, v).shape
-        torch.Size([4, 2, 10, 16])
         >>> dq, dk, dv = torch.randn(3, 1, 2, 10, 16)  # of the last sample
         >>> o, do = attention(Dual(q, dq), Dual(k, dk), Dual(v, dv))
         >>> do.shape
@@ -71,14 +69,6 @@ def attention_packed(qkv: A, num_heads: int) -> A:
 
     Raises:
         ValueError: as `attention`.
-
-    Example:
-        >>> import torch
-        >>> from mfengine.ops import Dual, attention_packed
-        >>> qkv, dqkv = torch.randn(4, 10, 3 * 2 * 16), torch.randn(1, 10, 3 * 2 * 16)
-        >>> o, do = attention_packed(Dual(qkv, dqkv), num_heads=2)
-        >>> o.shape, do.shape
-        (torch.Size([4, 10, 32]), torch.Size([1, 10, 32]))
     """
     x = primal_of(qkv)
     name = choose(qkv, dim=x.shape[-1] // (3 * num_heads))

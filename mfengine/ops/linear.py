@@ -42,8 +42,8 @@ def _sum_tangent(x: Tensor, bias: Tensor, dx: Tensor, dbias: Tensor | None) -> T
     return dx if dbias is None else dx + dbias
 
 
-def sinusoid(t: A, dim: int, max_period: float = 10_000.0) -> A:
-    """[cos(t f), sin(t f)] with f_i = max_period^(-i / (dim / 2)), as in GLIDE and DiT.
+def sinusoid(t: A, dim: int) -> A:
+    """[cos(t f), sin(t f)] with f_i = 10,000^(-i / (dim / 2)), as in GLIDE and DiT.
 
     Args:
         t: (B,) float, not scaled.
@@ -55,7 +55,7 @@ def sinusoid(t: A, dim: int, max_period: float = 10_000.0) -> A:
 
     def frequencies(t: Tensor) -> Tensor:
         half = dim // 2
-        return torch.exp(-math.log(max_period) * torch.arange(half, dtype=t.dtype, device=t.device) / half)
+        return torch.exp(-math.log(10_000) * torch.arange(half, dtype=t.dtype, device=t.device) / half)
 
     def primal(t: Tensor) -> Tensor:
         angle = t[:, None] * frequencies(t)

@@ -30,16 +30,6 @@ def rms_norm(x: A, weight: Tensor | Dual, eps: float = EPS) -> A:
     Raises:
         ValueError: on the fused path, whatever the kernels do not take: D above 8192, a dtype other than float16,
             bfloat16 and float32, shapes or devices that do not go together.
-
-    Example:
-        >>> import torch
-        >>> from mfengine.ops import Dual, rms_norm
-        >>> x, weight = torch.randn(4, 10, 32), torch.ones(32)
-        >>> rms_norm(x, weight).shape
-        torch.Size([4, 10, 32])
-        >>> o, do = rms_norm(Dual(x, x[3:]), weight)
-        >>> do.shape
-        torch.Size([1, 10, 32])
     """
     return RMS_NORM(x, weight, options=(eps,))[0]
 
