@@ -130,7 +130,8 @@ def _remaining_checks(machine: Machine) -> Iterator[Task]:
     examples = [(Shape(2, 7, 1, 24), torch.float16)]
     if gpu:
         heads = ((16, 64), (16, 72), (8, 80), (8, 96), (4, 128))
-        examples = [(Shape(3, tokens, *head), torch.bfloat16) for head in heads for tokens in (1, 257)]
+        # Not one token: its softmax is constant, so plain PyTorch is exact, and twice its error is no bound.
+        examples = [(Shape(3, tokens, *head), torch.bfloat16) for head in heads for tokens in (2, 257)]
         examples += [(Shape(3, 257, 16, 72), torch.float32), (Shape(3, 257, 16, 72), torch.float16)]
         examples += [(Shape(3, 100, 4, 128), torch.float16)]
     for shape, dtype in examples:

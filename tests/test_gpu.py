@@ -225,8 +225,10 @@ def test_order_of_a_gpu(monkeypatch):
     assert all("compiled" in task.name for task in tasks if task.stage == "compiled peers")
     before = next(i for i, task in enumerate(tasks) if task.name == "step: guided, xl2 of 32: mfengine")
     assert gpu.START_S + sum(t.seconds / (1 if t.alone else 16) for t in tasks[:before]) < 120
+    assert not any(" x 1 x " in task.name for task in tasks)  # twice plain PyTorch's error is no bound there
     names = {task.name for task in tasks}  # our own attention is timed where SDPA is the default
-    assert {f"kernels: attention, {mode}, xl2 of 32: mfengine, Triton" for mode in ("primal", "forward + backward")} <= names
+    for mode in ("primal", "forward + backward"):
+        assert f"kernels: attention, {mode}, xl2 of 32: mfengine, Triton" in names
     assert next(t.name for t in tasks if t.stage == "kernels of xl2") == "kernels: attention, dual, xl2 of 32: mfengine"
 
 

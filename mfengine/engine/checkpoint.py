@@ -46,7 +46,8 @@ class Checkpointer:
         world: the ranks that write.
         keep: how many to keep.
         asynchronous: write while training goes on. `save` then only copies the state, into host memory that it
-            allocates once, pinned if it comes from a GPU. `poll` and `wait` tell how the writing ended.
+            allocates once (torch 2.11 does for each save), pinned if it comes from a GPU. `poll` and `wait` tell how
+            the writing ended.
 
     `save`, `poll` and `wait` raise TrainingError if a checkpoint could not be written.
     """
