@@ -57,6 +57,7 @@ def test_two_processes_do_what_fake_ones_do(tmp_path):
         assert real[name] == as_json(record_fake(dataclasses.replace(CONFIG, **layout), 2)), name
 
 
+@pytest.mark.slow
 def test_counts_without_the_interpreter(tmp_path):
     """As a user runs it: kernels cannot run on a CPU there, and need not."""
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
