@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install demo test lint bench gpu
+.PHONY: install demo test test-all lint bench gpu
 
 install: .venv/installed
 
@@ -20,8 +20,13 @@ demo: install
 	$(BIN)/python -m mfengine.generate runs/digits --steps 1 --out runs/digits/grid.png
 	$(BIN)/python -m mfengine.evaluate runs/digits --data data/digits
 
+# In five minutes on two cores, the installation included.
 test: install lint
-	$(BIN)/python -m pytest tests --numprocesses 2 --dist worksteal
+	$(BIN)/python -m pytest tests --numprocesses 2 --dist worksteal -m "not slow"
+
+# What takes longer too, and three kills where `test` has one.
+test-all: install lint
+	$(BIN)/python -m pytest tests --numprocesses 2 --dist worksteal --kills 3
 
 lint: install
 	$(BIN)/ruff check .

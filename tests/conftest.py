@@ -32,15 +32,16 @@ def run_command(*args, cwd, ranks=1, env=None, timeout=300):
     """Run `python -m ...`, under torchrun for several ranks, on one thread per rank.
 
     Without an environment of its own, by a fork of a process that has imported the commands: to import them takes
-    longer than most commands do. Several ranks are then forks that torchrun's own agent starts and watches.
+    longer than most commands do. Several ranks are then forks that torchrun's own agent starts and watches. CUDA does
+    not work in forks.
     """
-    if env is None:
+    if env is None and not torch.cuda.is_available():
         return fork_command(*map(str, args), cwd=cwd, ranks=ranks, timeout=timeout)
     launch = ["-m"] if ranks == 1 else ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "-m"]
     return subprocess.run(
         [sys.executable, *launch, *map(str, args)],
         cwd=cwd,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **env},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", **(env or {})},
         capture_output=True,
         text=True,
         timeout=timeout,
@@ -158,4 +159,4 @@ def checkpoint_contents(path):
 
 
 def pytest_addoption(parser):
-    parser.addoption("--kills", type=int, default=3, help="how often test_resume kills its run")
+    parser.addoption("--kills", type=int, default=1, help="how often tests kill what they let continue")

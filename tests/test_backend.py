@@ -216,7 +216,11 @@ def test_accelerated(name, backend):
         assert_near(run(model, primals, tangents), expected)
 
 
-@NAMES
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("name", ["DiT", slow("SiT"), slow("diffusers")])  # compiling takes seconds
 def test_compiled_inside_jvp_attention(name):
     model, primals, tangents = build(name, depth=1)
     expected = run(plain(model), primals, tangents)
@@ -241,7 +245,10 @@ def test_compiled_with_jvp_attention_around():
         f(primals, tangents)
 
 
-@pytest.mark.parametrize(("name", "backend"), [*((name, "torch") for name in CASES), ("diffusers", "triton")])
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [("DiT", "torch"), ("diffusers", "triton"), slow("SiT", "torch"), slow("diffusers", "torch")],
+)
 def test_compiled_accelerated(name, backend):
     model, primals, tangents = build(name, depth=1)
     expected = run(plain(model), primals, tangents)

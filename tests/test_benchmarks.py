@@ -92,7 +92,7 @@ def step(model, objective, batch, device, dtype):
     assert model.num_tokens == 64 and device.type == "cpu"
     return lambda: None
 """
-SELECTION = "(gelu and dual) or (counts and b2 and guided and mfengine) or (step and peer)"
+SELECTION = "(gelu and dual) or (counts and b2-guided-mfengine) or (step and peer)"
 
 
 def run_benchmarks(*options, cwd, plugin=None):
@@ -122,6 +122,7 @@ def run_benchmarks(*options, cwd, plugin=None):
     )
 
 
+@pytest.mark.slow
 def test_guard_trips_on_a_slow_op_and_on_an_extra_forward(tmp_path):
     (tmp_path / "somebody.py").write_text(PEER)
     accepted = run_benchmarks("--accept", f"--record={tmp_path / 'run.json'}", "--peer=somebody:step", cwd=tmp_path)

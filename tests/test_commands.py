@@ -200,7 +200,7 @@ def test_checkpoint_under_another_name(trained, tmp_path, monkeypatch, capsys):
 # Being stopped.
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("signum", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_signal_writes_a_checkpoint_before_leaving(digits, tmp_path, signum):
     process = subprocess.Popen(
         [sys.executable, "-m", "mfengine.train", *SMALL, f"--data={digits}", "--steps=100000"],
@@ -348,9 +348,9 @@ def test_wrong_input(trained, digits, tmp_path, monkeypatch, capsys, args, messa
     assert {p.name for p in tmp_path.rglob("*")} == {"broken.safetensors", "list.pt"}
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
-def test_wrong_input_ends_the_process_with_2(tmp_path, encoding):
-    done = run_command("mfengine.train", "--batch-size=many", cwd=tmp_path, env={"PYTHONIOENCODING": encoding})
+def test_wrong_input_ends_the_process_with_2(tmp_path):
+    """And its line is printed where tyro cannot draw a frame; other tests have UTF-8."""
+    done = run_command("mfengine.train", "--batch-size=many", cwd=tmp_path, env={"PYTHONIOENCODING": "ascii"})
     assert done.returncode == 2
     assert done.stderr.startswith("error: Error parsing --batch-size: invalid literal")
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import SMALL, checkpoint_contents, run_command, run_in_process
 from golden_cases import relative_error
+from rank_worker import CHECKS
 
 from benchmarks.one_rank import check_one_rank
 from mfengine.data.format import LatentSpace
@@ -177,26 +178,17 @@ def test_allocator_uses_expandable_segments_unless_told_otherwise(name, monkeypa
 WORKER = Path(__file__).parent / "rank_worker.py"
 
 
-@pytest.mark.parametrize(
-    "check", ["zero_guided_rows", "strangers_network", "asynchronous_checkpoint", "bfloat16", "lost_rank"]
-)
-def test_on_two_ranks(check, tmp_path):
-    on_two_ranks(check, cwd=tmp_path)
-
-
-def test_optimizer_on_two_ranks(host_library, tmp_path):
-    on_two_ranks("optimizer", str(host_library.path), cwd=tmp_path)
-
-
-def on_two_ranks(*args, cwd):
+def test_on_two_ranks(host_library, tmp_path):
+    """The checks of rank_worker.py, one after the other in one process group."""
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", str(WORKER), *args],
-        cwd=cwd,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(WORKER.parent.parent)},  # for benchmarks
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", str(WORKER), str(host_library.path)],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=120,
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("passed") == 2
+    passed = [line.removeprefix("passed ") for line in done.stdout.splitlines() if line.startswith("passed ")]
+    assert sorted(passed) == sorted(2 * [check.__name__ for check in CHECKS])

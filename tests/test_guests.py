@@ -84,8 +84,8 @@ def test_network_without_tangents_through_the_engine(run, digits):
 
 
 def test_two_ranks(digits, tmp_path):
-    done = run_command("sketch", "mfengine.train", "sketch", f"--data={digits}", "--steps=2", "--reshard",
-                       cwd=tmp_path, ranks=2, env={"PYTHONPATH": str(Path(__file__).parent)})  # fmt: skip
+    done = run_command("sketch", "mfengine.train", "sketch", f"--data={digits}", "--steps=2", "--reshard", cwd=tmp_path,
+                       ranks=2)  # fmt: skip
     assert done.returncode == 0, done.stderr
 
 

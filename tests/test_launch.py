@@ -140,6 +140,7 @@ def test_stopped_by_sigterm(sender, command, code, requeued, launch, tmp_path):
     assert calls(tmp_path, "scontrol")[1:] == ([["requeue", "41"]] if requeued else [])
 
 
+@pytest.mark.slow
 def test_torchrun_stopped_by_sigterm_is_requeued(launch, digits, tmp_path):
     """With the real torchrun and training: the script learns of the signal after the checkpoint is whole."""
     (tmp_path / "bin/python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')

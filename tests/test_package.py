@@ -70,6 +70,7 @@ def test_wheel_of_the_source_distribution(source, tmp_path):
     assert not (tmp_path / "site/kernels").exists()
 
 
+@pytest.mark.slow  # `make install` is one
 def test_editable_install(source, tmp_path):
     """In an environment of its own that sees the libraries of this one."""
     python("-m", "venv", tmp_path / "venv", cwd=tmp_path)
@@ -88,6 +89,7 @@ def test_editable_install(source, tmp_path):
 WHEEL = ("-m", "pip", "wheel", "--verbose", "--no-deps", "--no-build-isolation", "-w")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 def test_wheel_with_the_cuda_library(source, tmp_path):
     """Where nvcc is found: for the asked-for targets, one wheel for every Python, and it loads."""

@@ -71,6 +71,7 @@ def whole_shards(cwd):
     return sorted(cwd.glob(".partial-latents/[0-9]*.json"))
 
 
+@pytest.mark.slow
 def test_from_photographs_to_figures(photographs, vae):
     cwd = photographs.parent
     prepare = ("mfengine.prepare", "images", photographs, "latents", f"--vae={vae}", f"--size={SIZE}",

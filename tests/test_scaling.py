@@ -7,10 +7,9 @@ import subprocess
 import sys
 from dataclasses import asdict
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
-from conftest import run_in_process
+from conftest import ROOT, run_command, run_in_process
 from scaling_worker import CONFIG, LAYOUTS, as_json, record_fake
 
 from benchmarks.measure import Row
@@ -29,7 +28,6 @@ from benchmarks.scaling import (
 )
 from mfengine.engine.flops import sample_flops, step_flops
 
-WORKER = Path(__file__).parent / "scaling_worker.py"
 HARDWARE = Hardware()
 
 
@@ -52,27 +50,20 @@ def test_hybrid_reduces_shards_between_nodes(plans):
 
 def test_two_processes_do_what_fake_ones_do(tmp_path):
     """gloo between two real processes, with real tensors: the same collectives, byte for byte."""
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", str(WORKER)],
-        cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(WORKER.parent.parent)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    done = run_command("scaling_worker", cwd=tmp_path, ranks=2)
     assert done.returncode == 0, done.stderr
     real = json.loads((tmp_path / "collectives.json").read_text())
     for name, layout in LAYOUTS.items():
         assert real[name] == as_json(record_fake(dataclasses.replace(CONFIG, **layout), 2)), name
 
 
+@pytest.mark.slow
 def test_counts_without_the_interpreter(tmp_path):
     """As a user runs it: kernels cannot run on a CPU there, and need not."""
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.scaling", "--preset=b4", "--gpus", "2"],
-        cwd=WORKER.parent.parent, env=env, capture_output=True, text=True, timeout=120, check=False,
+        cwd=ROOT, env=env, capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "| 2 | gathered once |" in done.stdout
