@@ -261,7 +261,7 @@ def images_of(path):
 def test_two_processes_give_the_figures_and_images_of_one(trained, digits, tmp_path, monkeypatch, capsys):
     """71 samples in slices of 16: three for the first rank, two for the second."""
     args = ("mfengine.evaluate", trained[0], f"--data={digits}", "--num-samples=71", "--batch-size=16")
-    done = run_command(*args, "--save=folder", "--out=two.json", cwd=tmp_path, ranks=2)
+    done = run_command(*args, "--save=folder", "--out=two.json", cwd=tmp_path, ranks=2, env={})
     assert done.returncode == 0, done.stderr
     assert "samples/s" in done.stderr
     with pytest.importorskip("threadpoolctl").threadpool_limits(
