@@ -438,17 +438,18 @@ def _launch_forward(
     q, k, v = map(aligned, (q, k, v))
     # Strides of what is not there are never read.
     along = tuple(map(aligned, tangents[:3])) if tangents else (q, k, v)
-    do = tangents[3] if tangents else None
-    written = aligned(o)
-    strides = _strides(q, k, v, *along, written, written if do is None else do)
+    outputs = (o, tangents[3]) if tangents else (o,)
+    written = [*map(aligned, outputs)]
+    strides = _strides(q, k, v, *along, written[0], written[-1])
     launch(
         forward_kernel, config.grid(queries, batch * heads), q,
-        q, k, v, *(along if tangents else (None,) * 3), written, do, lse,
+        q, k, v, *(along if tangents else (None,) * 3), written[0], written[1] if tangents else None, lse,
         *strides, heads, queries, k.shape[2], dim, _scale(scale, dim),
         *shape_constants(dim, q.dtype), EVEN=config.even(k.shape[2]), **config.kwargs,
     )  # fmt: skip
-    if written is not o:
-        o.copy_(written)
+    for output, filled in zip(outputs, written, strict=True):
+        if filled is not output:
+            output.copy_(filled)
 
 
 def check_arguments(q: Tensor, k: Tensor, v: Tensor) -> None:

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from mfengine import torch_private
 from mfengine.kernels import multi_tensor
 from mfengine.kernels.multi_tensor import Row
 
@@ -184,7 +185,7 @@ class AdamWEMA(torch.optim.Optimizer):
             scale = (self.clip_norm / (self.grad_norm + 1e-6)).clamp(max=1)
         steps = [row.step for rows in groups for row in rows if row.grad is not None]
         if steps:
-            torch._foreach_add_(steps, [1 - self.skipped] * len(steps))
+            torch_private.foreach_add(steps, [1 - self.skipped] * len(steps))
         update = {"cuda": self._step_cuda, "torch": self._step_torch, "apex": self._step_apex}[self.backend]
         for group, rows in zip(self.param_groups, groups, strict=True):
             if rows:
@@ -225,7 +226,7 @@ class AdamWEMA(torch.optim.Optimizer):
             if self.backend == "cuda":
                 squares = multi_tensor.library().sum_of_squares(grads)
             else:
-                squares = torch.stack(torch._foreach_norm(grads, dtype=torch.float32)).double().square().sum()
+                squares = torch.stack(torch_private.foreach_norm(grads, dtype=torch.float32)).double().square().sum()
             if shared is not None:
                 mesh, dims = shared
                 for dim in dims:
@@ -245,7 +246,7 @@ class AdamWEMA(torch.optim.Optimizer):
     def _step_torch(self, group: dict[str, Any], rows: list[Row], scale: Tensor | None, skip: Tensor | None) -> None:
         stepping = [row for row in rows if row.grad is not None]
         if stepping:
-            torch._fused_adamw_(
+            torch_private.fused_adamw(
                 [row.param for row in stepping],
                 [row.grad.float() for row in stepping if row.grad is not None],
                 [row.exp_avg for row in stepping],
@@ -294,13 +295,13 @@ class AdamWEMA(torch.optim.Optimizer):
         """Averages and copies, by PyTorch."""
         for i, decay in enumerate(self.ema_decays):
             if skip is None:
-                torch._foreach_lerp_([row.averages[i] for row in rows], [row.param for row in rows], 1 - decay)
+                torch_private.foreach_lerp([row.averages[i] for row in rows], [row.param for row in rows], 1 - decay)
                 continue
             for part in (rows[j : j + 16] for j in range(0, len(rows), 16)):  # few, for the memory of the differences
                 averages = [row.averages[i] for row in part]
-                away = torch._foreach_sub(averages, [row.param for row in part])
+                away = torch_private.foreach_sub(averages, [row.param for row in part])
                 # A step of gradient descent, because it is left out where a flag on the device says so.
-                torch._fused_sgd_(
+                torch_private.fused_sgd(
                     averages, away, [], weight_decay=0, momentum=0, lr=1 - decay, dampening=0, nesterov=False,
                     maximize=False, is_first_step=False, found_inf=skip,
                 )  # fmt: skip

@@ -8,7 +8,15 @@ from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch._compile import _disable_dynamo
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+__all__ = ["FakeTensorMode", "TorchDispatchMode", "tree_leaves"]
+# Fake tensors, modes that see every operator, and the tensors of nested results are documented in PyTorch's notes on
+# extending it, but have no public module.
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -41,8 +49,19 @@ uncompiled = _disable_dynamo
 """Decorator: torch.compile leaves the function alone. As `torch.compiler.disable`, but without its import of the
 compiler."""
 
+foreach_add, foreach_copy, foreach_lerp = torch._foreach_add_, torch._foreach_copy_, torch._foreach_lerp_
+foreach_norm, foreach_sub = torch._foreach_norm, torch._foreach_sub
+fused_adamw, fused_sgd = torch._fused_adamw_, torch._fused_sgd_
+"""One operation on many tensors in few launches. `torch.optim` runs on these, but offers no average of weights, and no
+step that a flag on the device leaves out."""
+
 softmax_backward = torch.ops.aten._softmax_backward_data
 """(gradient, softmax, dim, dtype) -> P * (gradient - rowsum(P * gradient)), in one pass over memory, not three."""
+
+
+def storage_key(x: Tensor) -> int:
+    """The same for two tensors if they share memory; on the meta device too, where data pointers are 0."""
+    return x.untyped_storage()._cdata
 
 
 def multi_head_attention_forward(attention: Callable[..., Any]) -> Callable[..., Any]:

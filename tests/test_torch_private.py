@@ -1,6 +1,9 @@
 """Each private name of PyTorch that mfengine uses is still needed: a failure here says that a public way has come."""
 
 import inspect
+import pkgutil
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -58,3 +61,30 @@ def test_a_mode_is_still_hidden_from_multi_head_attention():
         torch.nn.MultiheadAttention(4, 1, batch_first=True)(x, x, x, need_weights=False)
     assert F.multi_head_attention_forward in calls
     assert F.scaled_dot_product_attention not in calls
+
+
+def test_no_private_name_of_pytorch_stands_elsewhere():
+    private = re.compile(
+        r"(?:torch|fwad|functorch|aten)(?:\.\w+)*\._(?!_)\w+|^\s*from torch[\w.]*\._\w+ import|\._cdata\b", re.MULTILINE
+    )
+    package = Path(torch_private.__file__).parent
+    found = {str(path.relative_to(package)): private.findall(path.read_text()) for path in package.rglob("*.py")}
+    assert [name for name, uses in found.items() if uses] == ["torch_private.py"]
+
+
+@pytest.mark.parametrize("name", ["foreach_lerp", "fused_adamw"])
+def test_operations_on_many_tensors_have_no_public_name(name):
+    assert not [public for public in dir(torch) if public.startswith(name)]
+
+
+@pytest.mark.parametrize("module", ["python_dispatch", "pytree", "fake_tensor"])
+def test_modes_and_fake_tensors_have_no_public_module(module):
+    public = {name for place in (torch, torch.utils) for _, name, _ in pkgutil.iter_modules(place.__path__)}
+    assert module not in public
+
+
+def test_storages_of_meta_tensors_are_told_apart_by_no_public_name():
+    x, y = torch.empty(2, 3, device="meta")
+    other = torch.empty(3, device="meta")
+    assert torch_private.storage_key(x) == torch_private.storage_key(y) != torch_private.storage_key(other)
+    assert x.untyped_storage().data_ptr() == other.untyped_storage().data_ptr() == 0

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from mfengine import torch_private
 from mfengine.engine.config import OptimConfig
 from mfengine.engine.distributed import free_gathered
 from mfengine.errors import InputError
@@ -50,4 +51,4 @@ def averaged(model: nn.Module, optimizer: AdamWEMA, decay: float) -> Iterator[No
 @torch.no_grad()
 def _load(model: nn.Module, values: list[Tensor]) -> None:
     free_gathered(model)
-    torch._foreach_copy_([local(p) for p in model.parameters()], values)
+    torch_private.foreach_copy([local(p) for p in model.parameters()], values)

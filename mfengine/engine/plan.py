@@ -16,8 +16,6 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from mfengine.data.format import Dataset
 from mfengine.engine.config import TrainConfig
@@ -28,6 +26,7 @@ from mfengine.methods import OBJECTIVES, ObjectiveConfig
 from mfengine.networks import Network, NetworkConfig, ShardUnit
 from mfengine.ops import use_attention, use_backend
 from mfengine.ranks import World
+from mfengine.torch_private import TorchDispatchMode, storage_key, tree_leaves
 
 NORM = 8  # bytes of the gradients' squared norm, as the optimizer sums it over shards
 SINGLE = 4  # bytes of a float32: weights, gradients, averages and the optimizer's two moments
@@ -223,8 +222,7 @@ class LiveBytes(TorchDispatchMode):
         return result
 
     def _watch(self, x: Tensor, count: int) -> None:
-        storage = x.untyped_storage()
-        key = storage._cdata
+        key = storage_key(x)
         if key in self._seen:
             return
 
@@ -232,7 +230,7 @@ class LiveBytes(TorchDispatchMode):
             del self._seen[key]
             self.now -= count
 
-        self._seen[key] = weakref.ref(storage, gone)
+        self._seen[key] = weakref.ref(x.untyped_storage(), gone)
         self.now += count
         self.peak = max(self.peak, self.now)
 

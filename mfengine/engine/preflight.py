@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mfengine.configs import flatten, to_json
 from mfengine.data.format import Dataset
@@ -28,6 +27,7 @@ from mfengine.methods import OBJECTIVES
 from mfengine.networks import NETWORKS
 from mfengine.ops.choice import why_not
 from mfengine.ranks import World
+from mfengine.torch_private import FakeTensorMode
 
 CONFIG = "config.json"
 FIXED = (  # what a run learns and from what; how it is computed, watched and kept may change when it is continued
