@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import warnings
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,7 @@ def run_module(args):
     """As `python -m` does, in a process that may have imported the module before."""
     sys.argv = list(args)
     sys.path.insert(0, "")
+    warnings.filterwarnings("ignore", ".* found in sys.modules after import", RuntimeWarning)
     try:
         runpy.run_module(args[0], run_name="__main__", alter_sys=True)
     except SystemExit as stop:

@@ -2,9 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -175,20 +172,9 @@ def test_allocator_uses_expandable_segments_unless_told_otherwise(name, monkeypa
     assert at_start == [expected]
 
 
-WORKER = Path(__file__).parent / "rank_worker.py"
-
-
 def test_on_two_ranks(host_library, tmp_path):
     """The checks of rank_worker.py, one after the other in one process group."""
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", str(WORKER), str(host_library.path)],
-        cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    done = run_command("rank_worker", host_library.path, cwd=tmp_path, ranks=2, env={})  # torchrun itself
     assert done.returncode == 0, done.stderr
     passed = [line.removeprefix("passed ") for line in done.stdout.splitlines() if line.startswith("passed ")]
     assert sorted(passed) == sorted(2 * [check.__name__ for check in CHECKS])
