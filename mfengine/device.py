@@ -12,7 +12,7 @@ from torch import Tensor
 def expandable_segments() -> None:
     """Let PyTorch's allocator grow its segments, so that less memory is lost to gaps; before CUDA starts.
 
-    Whoever has set the allocator keeps those settings.
+    Settings that the user made stay.
     """
     if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"

@@ -60,7 +60,7 @@ def main(args: Sequence[str]) -> int:
     with world(config.device, one_rank_mesh=config.shard == "always") as here:
         if arguments.dry_run:
             if arguments.ranks not in (None, here.size) and here.size > 1:
-                raise InputError(f"ranks is {arguments.ranks}, but torchrun started {here.size}: leave --ranks away")
+                raise InputError(f"ranks is {arguments.ranks}, but torchrun started {here.size}: omit --ranks")
             dry_run(config, here, arguments.ranks or here.size)
             return 0
         signum = train(config, here)
