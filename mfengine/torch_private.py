@@ -37,12 +37,17 @@ def transformed() -> bool:
     return len(stack) > 1 or any(level.key() != torch._C._functorch.TransformType.Jvp for level in stack)
 
 
-def intercepted() -> bool:
-    """Whether somebody must see every operator: a transform of `torch.func`, a `TorchDispatchMode`, or torch.compile,
-    which also looks at the functions that a frame calls that it could not compile. PyTorch does not tell.
+def traced() -> bool:
+    """Whether a transform of `torch.func` or torch.compile must see every operator. The compiler also looks at the
+    functions that a frame calls that it could not compile. PyTorch does not tell.
     """
     compiler = torch._C._dynamo.eval_frame.get_eval_frame_callback()
-    return torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack() > 0 or bool(compiler)
+    return torch._C._are_functorch_transforms_active() or bool(compiler)
+
+
+def intercepted() -> bool:
+    """Whether anything must see every operator: `traced`, or a `TorchDispatchMode`. PyTorch does not tell."""
+    return torch._C._len_torch_dispatch_stack() > 0 or traced()
 
 
 uncompiled = _disable_dynamo

@@ -164,9 +164,11 @@ class Block(nn.Module):
         self.mlp = MLP(width, int(width * config.mlp_ratio))
         self.adaLN_modulation = nn.Sequential(SiLU(), Linear(width, 6 * width))
 
+    @ops.one_node
     def forward(self, x: A, branch: A | None, gate: A | None, c: A) -> tuple[A, A, A]:
-        """Residual stream x (B, N, D), with branch (B, N, D) and gate (B, D) yet to be added; conditioning c (B, D)."""
-        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = ops.chunk(self.adaLN_modulation(c), 6)
+        """Residual stream x (B, N, D), with branch (B, N, D) and gate (B, D) yet to be added; SiLU of conditioning c (B, D)."""
+        modulation = self.adaLN_modulation[1](c)
+        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = ops.chunk(modulation, 6)
         x, o = _add_and_modulate(x, branch, gate, shift_attn, scale_attn)
         x, o = ops.gated_residual_adaln(x, self.attn(o), gate_attn, shift_mlp, scale_mlp)
         return x, self.mlp(o), gate_mlp
@@ -181,7 +183,7 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(SiLU(), Linear(config.hidden_size, 2 * config.hidden_size))
 
     def forward(self, x: A, branch: A | None, gate: A | None, c: A) -> A:
-        shift, scale = ops.chunk(self.adaLN_modulation(c), 2)
+        shift, scale = ops.chunk(self.adaLN_modulation[1](c), 2)
         _, o = _add_and_modulate(x, branch, gate, shift, scale)
         return self.linear(o)
 
@@ -255,7 +257,7 @@ class DiT(Network):
 
     def _velocity(self, z: A, t: A, h: A, y: Tensor) -> A:
         c = ops.add(ops.add(self.t_embedder(t), self.h_embedder(h)), self.y_embedder(y))  # (B, D)
-        c = ops.linear_map(self._to_compute, c)
+        c = ops.silu(ops.linear_map(self._to_compute, c))
         x = self.x_embedder(ops.linear_map(self._to_compute, z))  # (B, N, D)
         # The positions are float32 and so the residual stream is.
         x = ops.add(ops.linear_map(lambda x: x.to(self.pos_embed.dtype), x), self.pos_embed)

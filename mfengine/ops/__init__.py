@@ -13,8 +13,10 @@ from mfengine.ops.adaln import adaln_modulate, gated_residual_adaln
 from mfengine.ops.attention import attention, attention_packed
 from mfengine.ops.backend import use_backend
 from mfengine.ops.choice import use_attention
-from mfengine.ops.dual import Dual, add, chunk, linear_map
+from mfengine.ops.chunk import chunk
+from mfengine.ops.dual import Dual, add, linear_map
 from mfengine.ops.linear import linear, sinusoid
+from mfengine.ops.node import one_node
 from mfengine.ops.rmsnorm import rms_norm
 from mfengine.ops.table import OPS
 
@@ -30,6 +32,7 @@ __all__ = [
     "gelu",
     "linear",
     "linear_map",
+    "one_node",
     "rms_norm",
     "silu",
     "sinusoid",

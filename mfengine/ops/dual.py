@@ -93,13 +93,6 @@ def add(x: A, y: A) -> A:
     return push(torch.add, lambda x, y, dx, dy: dx + dy, x, y)
 
 
-def chunk(x: A, chunks: int) -> tuple[A, ...]:
-    """Split the last dimension into equal parts."""
-    if isinstance(x, Dual):
-        return tuple(Dual(*part) for part in zip(x.primal.chunk(chunks, -1), x.tangent.chunk(chunks, -1), strict=True))
-    return x.chunk(chunks, -1)
-
-
 def primal_of(x: Tensor | Dual) -> Tensor:
     return x.primal if isinstance(x, Dual) else x
 

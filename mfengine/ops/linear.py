@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mfengine.ops.dual import A, Dual, linear_map, primal_of, push
+from mfengine.ops.node import Tape, recording
 
 
 def linear(x: A, weight: Any, bias: Any = None) -> A:
@@ -23,6 +24,8 @@ def linear(x: A, weight: Any, bias: Any = None) -> A:
         (B, ..., out) in the dtype of x; of duals the same with a tangent (K, ..., out).
     """
     dtype = primal_of(x).dtype
+    if (tape := recording()) is not None:
+        return _record(tape, x, weight, bias, dtype)
     weight, bias = (p if p is None else linear_map(lambda p: p.to(dtype), p) for p in (weight, bias))
     if not isinstance(weight, Dual) and not isinstance(bias, Dual):  # the usual case, and the cheapest
         output = F.linear(primal_of(x), weight, bias)
@@ -32,6 +35,19 @@ def linear(x: A, weight: Any, bias: Any = None) -> A:
             return Dual(output, F.linear(x.tangent, weight))
     product = push(F.linear, _product_tangent, x, weight, parameters=1)
     return product if bias is None else push(torch.add, _sum_tangent, product, bias, parameters=1)
+
+
+def _record(tape: Tape, x: A, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> A:
+    """The same with its backward on a tape."""
+    primal, w = primal_of(x), weight.to(dtype)
+    output = F.linear(primal, w, None if bias is None else bias.to(dtype))
+    tape.record(_gradients, (primal, weight, bias), (output,), (primal, w), (bias is not None,))
+    return Dual(output, F.linear(x.tangent, w)) if isinstance(x, Dual) else output
+
+
+def _gradients(x: Tensor, weight: Tensor, go: Tensor, has_bias: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    x_rows, go_rows = x.flatten(0, -2), go.flatten(0, -2)
+    return (go @ weight), go_rows.t() @ x_rows, go_rows.sum(0) if has_bias else None
 
 
 def _product_tangent(x: Tensor, weight: Tensor, dx: Tensor, dweight: Tensor | None) -> Tensor:

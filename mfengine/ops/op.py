@@ -21,6 +21,7 @@ from torch.nn import Parameter
 
 from mfengine.ops.backend import fused
 from mfengine.ops.dual import Dual, complete, primal_of
+from mfengine.ops.node import Tape, recording
 from mfengine.torch_private import intercepted, uncompiled
 
 _SCHEMA_TYPES = {"int": "int", "float": "float", "float | None": "float?"}
@@ -75,6 +76,9 @@ class Op:
         DECLARED.append(self)
 
     def __call__(self, *args: Any, options: tuple[Any, ...] = ()) -> tuple[Any, ...]:
+        tape = recording()
+        if tape is not None:
+            return self._record(tape, args, options)
         if fused(*map(primal_of, args)):
             return self.by_kernels(*args, options=options)
         if any(isinstance(a, Dual) for a in args):
@@ -117,6 +121,15 @@ class Op:
         tangents = [a.tangent if isinstance(a, Dual) else None for a in args]
         return primals, complete(primals, tangents, self.parameters)
 
+    def _record(self, tape: Tape, args: Sequence[Any], options: tuple[Any, ...]) -> tuple[Any, ...]:
+        """What the op returns, of duals if any argument is one, and its backward on a tape."""
+        primals, tangents = self._take_apart(args) if any(isinstance(a, Dual) for a in args) else (args, None)
+        returned = self._run(primals, tangents, options, constant=True)
+        known = (*primals, *returned)
+        outputs = returned[: len(self.outputs)]
+        tape.record(self._gradients, primals, outputs, [known[i] for i in self._keep], options)
+        return outputs if tangents is None else tuple(map(Dual, outputs, returned[len(self.returned) :]))
+
     def _run(
         self,
         primals: Sequence[Tensor],
@@ -155,12 +168,16 @@ class Op:
                 "tangent (a compiled function must return it detached), or take plain PyTorch by "
                 'mfengine.ops.use_backend("torch")'
             )
-        saved, gradients = ctx.saved_tensors, gradients[: len(self.outputs)]
+        gradients = gradients[: len(self.outputs)]
         if all(g is None for g in gradients):
             return (None,) * len(self.arguments)
+        return self._gradients(*ctx.saved_tensors, *gradients, *ctx.options)
+
+    def _gradients(self, *inputs: Any) -> tuple[Tensor, ...]:
+        """What `backward` returns."""
         # With create_graph, the operator: it refuses second derivatives, where a launcher would give none.
-        eager = not torch.is_grad_enabled() and _eager((*saved, *gradients))
-        return _tuple((self.backward if eager else self._operators[2])(*saved, *gradients, *ctx.options))
+        eager = not torch.is_grad_enabled() and _eager(inputs[: len(self.saved) + len(self.outputs)])
+        return _tuple((self.backward if eager else self._operators[2])(*inputs))
 
     def _refuse(self, *_: Any) -> None:
         raise RuntimeError(

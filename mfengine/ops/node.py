@@ -1,0 +1,190 @@
+"""A block as one node of autograd's graph.
+
+Autograd costs the host tens of microseconds for each op. Inside a function that `one_node` decorates, ops run without
+it: each puts its own backward on a list, and one node of the graph replays the list backwards. What ops save for their
+backward is saved by that node, so that recomputation, FSDP2 and hooks of saved tensors see it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mfengine.ops.backend import fused
+from mfengine.ops.dual import Dual, primal_of
+from mfengine.torch_private import traced
+
+_tape: Tape | None = None
+
+
+def one_node(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorate the `forward` of a block: one node of autograd's graph where fused kernels compute duals of it.
+
+    Its arguments are tensors, duals or None, at least one of them a dual; it computes with ops of `mfengine.ops` and
+    parameters alone, and returns one tensor or dual or a tuple of them. Without a dual, without gradients, on plain
+    PyTorch and under torch.compile it runs as it is. Modules inside have no backward hooks.
+
+    Raises:
+        RuntimeError: from ops inside, for a tensor that is neither an argument, a parameter nor the output of an op:
+            its gradient would be lost.
+    """
+
+    @functools.wraps(forward)
+    def call(self: nn.Module, *args: Any) -> Any:
+        if _tape is not None or not torch.is_grad_enabled() or not any(isinstance(a, Dual) for a in args):
+            return forward(self, *args)
+        if torch.compiler.is_compiling() or traced():
+            return forward(self, *args)
+        primals = [primal_of(a) for a in args if a is not None]
+        if not fused(*primals):
+            return forward(self, *args)
+        tape = Tape(primals)
+        with torch.no_grad(), tape:
+            result = forward(self, *args)
+        results = result if type(result) is tuple else (result,)
+        outputs = tape.finish([primal_of(r) for r in results])
+        results = tuple(
+            Dual(o, r.tangent) if isinstance(r, Dual) else o for o, r in zip(outputs, results, strict=True)
+        )
+        return results if type(result) is tuple else results[0]
+
+    return call
+
+
+def recording() -> Tape | None:
+    """The tape on which ops put their backward now."""
+    return _tape
+
+
+class _Entry(NamedTuple):
+    backward: Callable[..., Sequence[Tensor | None]]
+    options: tuple[Any, ...]
+    saved: list[int]
+    inputs: list[int]
+    outputs: list[int]
+
+
+class Tape:
+    """The ops of one block, in the order in which they ran. Tensors have numbers, those that are saved others."""
+
+    def __init__(self, inputs: Sequence[Tensor]) -> None:
+        self.entries: list[_Entry] = []
+        self.saved: list[Tensor] = []
+        self.leaves: list[Tensor] = []  # what gradients are handed to
+        self.leaf_numbers: list[int] = []
+        self.output_numbers: list[int] = []
+        self.count = 0
+        self._tensors: list[Tensor] = []  # they keep their ids
+        self._numbers: dict[int, int] = {}
+        self._saved_numbers: dict[int, int] = {}
+        for x in inputs:
+            self._add_leaf(x)
+
+    def __enter__(self) -> None:
+        global _tape
+        _tape = self
+
+    def __exit__(self, *_: object) -> None:
+        global _tape
+        _tape = None
+
+    def record(
+        self,
+        backward: Callable[..., Sequence[Tensor | None]],
+        inputs: Sequence[Tensor | None],
+        outputs: Sequence[Tensor],
+        saved: Sequence[Tensor],
+        options: tuple[Any, ...] = (),
+    ) -> None:
+        """Put an op on the tape.
+
+        Args:
+            backward: (*saved, *gradients of the outputs, *options) -> a gradient, or None, for each input.
+            inputs: primals; None for one that is not there.
+            outputs: primals.
+            saved: what the backward reads.
+            options: of the op.
+
+        Raises:
+            RuntimeError: an input is no argument, parameter or output.
+        """
+        numbers = [-1 if x is None else self._number(x) for x in inputs]
+        self.entries.append(_Entry(backward, options, [*map(self._save, saved)], numbers, [*map(self._add, outputs)]))
+
+    def finish(self, outputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """The outputs as those of a node. What no backward needs is let go."""
+        self.output_numbers = [self._number(x) for x in outputs]
+        self._tensors, self._numbers, self._saved_numbers = [], {}, {}
+        leaves, self.leaves = self.leaves, []
+        saved, self.saved = self.saved, []
+        return _Node.apply(self, saved, outputs, *leaves)
+
+    def replay(self, saved: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Gradients of the leaves."""
+        every: list[Tensor | None] = [None] * self.count
+        for number, gradient in zip(self.output_numbers, gradients, strict=True):
+            _accumulate(every, number, gradient)
+        for backward, options, kept, inputs, outputs in reversed(self.entries):
+            mine = [every[i] for i in outputs]
+            for i in outputs:
+                every[i] = None
+            if any(g is not None for g in mine):
+                found = backward(*[saved[i] for i in kept], *mine, *options)
+                for number, gradient in zip(inputs, found, strict=True):
+                    _accumulate(every, number, gradient)
+        return [every[i] for i in self.leaf_numbers]
+
+    def _number(self, x: Tensor) -> int:
+        number = self._numbers.get(id(x))
+        if number is not None:
+            return number
+        if isinstance(x, nn.Parameter):
+            return self._add_leaf(x)
+        raise RuntimeError(
+            f"a tensor of shape {tuple(x.shape)} inside mfengine.ops.one_node is neither an argument, a parameter nor "
+            "the output of an op of mfengine.ops"
+        )
+
+    def _add(self, x: Tensor) -> int:
+        self._tensors.append(x)
+        self._numbers[id(x)] = number = self.count
+        self.count += 1
+        return number
+
+    def _add_leaf(self, x: Tensor) -> int:
+        number = self._add(x)
+        if x.requires_grad:
+            self.leaves.append(x)
+            self.leaf_numbers.append(number)
+        return number
+
+    def _save(self, x: Tensor) -> int:
+        number = self._saved_numbers.get(id(x))
+        if number is None:
+            self._saved_numbers[id(x)] = number = len(self.saved)
+            self.saved.append(x)
+        return number
+
+
+def _accumulate(gradients: list[Tensor | None], number: int, gradient: Tensor | None) -> None:
+    if gradient is not None and number >= 0:
+        before = gradients[number]
+        gradients[number] = gradient if before is None else before + gradient
+
+
+class _Node(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tape: Tape, saved: list[Tensor], outputs: Sequence[Tensor], *leaves: Tensor) -> Any:
+        ctx.save_for_backward(*saved)
+        ctx.set_materialize_grads(False)
+        ctx.tape = tape
+        return tuple(outputs)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *gradients: Tensor | None) -> Any:
+        return (None, None, None, *ctx.tape.replay(ctx.saved_tensors, gradients))
