@@ -37,6 +37,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from mfengine import ops
+from mfengine.kernels.launch import forget_plans
 from mfengine.kernels.multi_tensor import LIBRARY
 from mfengine.ops import OPS, Dual, use_backend
 from mfengine.ops.table import New, Shape
@@ -151,6 +152,7 @@ def compiled(name: str, arch: int) -> list[dict[str, Any]]:
         found.append(row)
 
     driver.set_active(CompileOnly(name, arch))
+    forget_plans()
     triton.knobs.compilation.listener = look
     case.run()
     return found

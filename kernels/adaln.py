@@ -8,14 +8,15 @@ sigma from x' rather than storing them, and sums over a sample's tokens in a fix
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from mfengine.kernels.launch import Config, check_device, check_dtype, launch
+from mfengine.kernels.launch import Config, Launch, check_device, check_dtype, nothing, planned
+from mfengine.kernels.sums import sum_parts
 
 MAX_WIDTH = 8192
 TOKENS_PER_PROGRAM = 16  # of the backward, which adds up a sample's gradients over so many tokens before writing
@@ -134,10 +135,9 @@ def forward(
     Returns:
         x' (B, N, D) in the dtype of x, which is x itself without a residual, and o in the dtype of scale.
     """
-    check_arguments(x, y, gate, shift, scale)
-    x_out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if y is not None else x
-    o = torch.empty(x.shape, dtype=scale.dtype, device=x.device)
-    _launch_forward((x, y, gate, shift, scale), None, x_out, o, None, None, eps)
+    launch = _plan_forward((x, y, gate, shift, scale), eps, CONFIGS["forward"])
+    x_out, o = _outputs(x, y, scale)
+    launch(x, y, gate, shift, scale, *[None] * 5, x_out, o, None, None)
     return x_out, o
 
 
@@ -150,21 +150,12 @@ def forward_dual(
     Returns:
         x', o, and their tangents dx' (K, N, D), which is dx itself without a residual, and do (K, N, D).
     """
-    check_arguments(x, y, gate, shift, scale)
-    check_arguments(dx, dy, dgate, dshift, dscale, prefix="d")
-    check_device("dx", dx, x)
-    duals, (batch, tokens, width) = dx.shape[0], x.shape
-    if duals > batch or dx.shape[1:] != x.shape[1:] or (y is None) != (dy is None):
-        raise ValueError(f"dx must be (K, {tokens}, {width}) with K at most {batch}, not {tuple(dx.shape)}")
-    first = batch - duals
-    x_out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if y is not None else x
-    dx_out = torch.empty(dx.shape, dtype=x.dtype, device=x.device) if y is not None else dx
-    o = torch.empty(x.shape, dtype=scale.dtype, device=x.device)
-    do = torch.empty(dx.shape, dtype=scale.dtype, device=x.device)
     primals, tangents = (x, y, gate, shift, scale), (dx, dy, dgate, dshift, dscale)
-    lead, tail = (tuple(None if a is None else a[part] for a in primals) for part in (slice(first), slice(first, None)))
-    _launch_forward(lead, None, x_out[:first], o[:first], None, None, eps)
-    _launch_forward(tail, tangents, x_out[first:], o[first:], dx_out, do, eps)
+    lead, tail = _plan_dual((*primals, *tangents), eps, CONFIGS["forward"], CONFIGS["dual"])
+    x_out, o = _outputs(x, y, scale)
+    dx_out, do = _outputs(dx, y, scale)
+    lead(*primals, *[None] * 5, x_out, o, None, None)
+    tail(*primals, *tangents, x_out, o, dx_out, do)
     return x_out, o, dx_out, do
 
 
@@ -176,47 +167,88 @@ def backward(
     Args:
         x_out: x' of the forward.
         y, gate, scale: of the forward.
-        gx_out: gradient of x', or None where there is none but that through o.
-        go: gradient of o.
+        gx_out: gradient of x', or None where there is none but that through o; go: gradient of o. Of both the last
+            dimension is contiguous.
 
     Returns:
         Gradients of x, y, gate, shift and scale, in the dtypes of x', y, gate, scale and scale.
     """
-    check_arguments(x_out, y, gate, scale, scale)
+    launch = _plan_backward((x_out, y, gate, scale, gx_out, go), eps, CONFIGS["backward"])
     batch, tokens, width = x_out.shape
-    if go.shape != x_out.shape or (gx_out is not None and gx_out.shape != x_out.shape):
-        raise ValueError(f"gradients must be of shape {tuple(x_out.shape)}")
-    go = _rows(go)
-    gx_out = None if gx_out is None else _rows(gx_out)
     gx = torch.empty(x_out.shape, dtype=x_out.dtype, device=x_out.device)
     gy = None if y is None else torch.empty(y.shape, dtype=y.dtype, device=y.device)
     parts = -(-tokens // TOKENS_PER_PROGRAM)
     sums = torch.empty(batch, parts, 3, width, dtype=torch.float32, device=x_out.device)
-    if x_out.numel():
-        launch(
-            backward_kernel, (parts * batch,), x_out,
-            x_out, y, gate, scale, gx_out, go, gx, gy, sums,
-            *_strides(2, x_out, y), *_strides(1, gate, scale), *_strides(2, gx_out, go), tokens, width, eps,
-            TOKENS=TOKENS_PER_PROGRAM, BLOCK=block(width), **CONFIGS["backward"].kwargs,
-        )  # fmt: skip
-    gshift, gscale, ggate = (sums[:, :, i].sum(1) for i in range(3))  # zero where there are no tokens
-    return gx, gy, None if gate is None else ggate.to(gate.dtype), gshift.to(scale.dtype), gscale.to(scale.dtype)
+    launch(x_out, y, gate, scale, gx_out, go, gx, gy, sums)
+    gshift, gscale = (torch.empty(scale.shape, dtype=scale.dtype, device=scale.device) for _ in range(2))
+    ggate = None if gate is None else torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    sum_parts(sums, (gshift, gscale, ggate))
+    return gx, gy, ggate, gshift, gscale
 
 
-def _launch_forward(
-    primals: Sequence[Tensor | None], tangents: Sequence[Tensor | None] | None,
-    x_out: Tensor, o: Tensor, dx_out: Tensor | None, do: Tensor | None, eps: float,
-) -> None:  # fmt: skip
-    if not o.numel():
-        return
-    batch, tokens, width = o.shape
-    tangents = [None] * 5 if tangents is None else tangents
+@planned
+def _plan_forward(primals: Sequence[Tensor | None], eps: float, config: Config) -> Callable[..., None]:
+    check_arguments(*primals)
+    return _forward(primals, [None] * 5, 0, primals[0].shape[0], eps, config)
+
+
+@planned
+def _plan_dual(
+    tensors: Sequence[Tensor | None], eps: float, forward: Config, dual: Config
+) -> tuple[Callable[..., None], Callable[..., None]]:
+    primals, tangents = tensors[:5], tensors[5:]
+    x, y, dx, dy = *primals[:2], *tangents[:2]
+    check_arguments(*primals)
+    check_arguments(*tangents, prefix="d")
+    check_device("dx", dx, x)
+    batch, tokens, width = x.shape
+    if len(dx) > batch or dx.shape[1:] != x.shape[1:] or (y is None) != (dy is None):
+        raise ValueError(f"dx must be (K, {tokens}, {width}) with K at most {batch}, not {tuple(dx.shape)}")
+    first = batch - len(dx)
+    lead = _forward(primals, [None] * 5, 0, first, eps, forward)
+    return lead, _forward(primals, tangents, first, batch, eps, dual)
+
+
+def _forward(
+    primals: Sequence[Tensor | None], tangents: Sequence[Tensor | None], first: int, last: int, eps: float,
+    config: Config,
+) -> Callable[..., None]:  # fmt: skip
+    """The launch for samples `first` to `last`; tangents are of these alone."""
+    _, tokens, width = primals[0].shape
+    if not (last - first) * tokens:
+        return nothing
+    starts = [0 if x is None else first * x.stride(0) for x in primals]
+    output = first * tokens * width
     strides = [stride for x, y, *rows in (primals, tangents) for stride in (*_strides(2, x, y), *_strides(1, *rows))]
-    launch(
-        forward_kernel, (batch * tokens,), o,
-        *primals, *tangents, x_out, o, dx_out, do, *strides, tokens, width, eps,
-        BLOCK=block(width), **CONFIGS["forward" if dx_out is None else "dual"].kwargs,
+    return Launch(
+        forward_kernel, ((last - first) * tokens,), *strides, tokens, width, eps,
+        starts=(*starts, 0, 0, 0, 0, 0, output if primals[1] is not None else 0, output),
+        BLOCK=block(width), **config.kwargs,
     )  # fmt: skip
+
+
+@planned
+def _plan_backward(tensors: Sequence[Tensor | None], eps: float, config: Config) -> Callable[..., None]:
+    x_out, y, gate, scale, gx_out, go = tensors
+    check_arguments(x_out, y, gate, scale, scale)
+    batch, tokens, width = x_out.shape
+    for gradient in (go, gx_out):
+        if gradient is not None and gradient.shape != x_out.shape:
+            raise ValueError(f"gradients must be of shape {tuple(x_out.shape)}")
+    if not x_out.numel():
+        return nothing
+    parts = -(-tokens // TOKENS_PER_PROGRAM)
+    return Launch(
+        backward_kernel, (parts * batch,),
+        *_strides(2, x_out, y), *_strides(1, gate, scale), *_strides(2, gx_out, go), tokens, width, eps,
+        TOKENS=TOKENS_PER_PROGRAM, BLOCK=block(width), **config.kwargs,
+    )  # fmt: skip
+
+
+def _outputs(x: Tensor, y: Tensor | None, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """For x' and o, or their tangents."""
+    x_out = x if y is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    return x_out, torch.empty(x.shape, dtype=scale.dtype, device=x.device)
 
 
 def check_arguments(
@@ -239,11 +271,6 @@ def check_arguments(
         check_device(prefix + name, a, x)
         if a.stride(-1) != 1 and a.shape[-1] > 1:
             raise ValueError(f"{prefix}{name} must be contiguous in its last dimension, not of strides {a.stride()}")
-
-
-def _rows(x: Tensor) -> Tensor:
-    """x with a contiguous last dimension; autograd hands over expanded gradients too."""
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _strides(dims: int, *tensors: Tensor | None) -> list[int]:

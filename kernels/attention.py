@@ -14,12 +14,27 @@ a tail is padded to 32 columns or more.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from mfengine.kernels.launch import Config, aligned, check_dtype, check_like, launch, widths
+from mfengine.kernels.launch import (
+    Config,
+    Launch,
+    aligned,
+    check_dtype,
+    check_like,
+    misaligned,
+    nothing,
+    planned,
+    readable,
+    widths,
+)
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 COLUMNS = tl.constexpr(32)  # of float32 operands at a time
@@ -347,9 +362,21 @@ def forward(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> tupl
     Returns:
         o (B, H, N, d), stored as (B, N, H, d), and the log-sum-exp of the scores (B, H, N) float32.
     """
-    check_arguments(q, k, v)
-    o, lse = _outputs(q)
-    _launch_forward(q, k, v, o, lse, scale)
+    launch = _plan_forward((q, k, v), None, scale, *CONFIGS["forward"].values())
+    if launch is None or misaligned(q, k, v):
+        return forward(*map(aligned, (q, k, v)), scale)
+    o, lse = _output(q), _row_values(q)
+    launch(q, k, v, None, None, None, o, None, lse)
+    return o, lse
+
+
+def forward_packed(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+    """`forward` of qkv (B, N, 3 * H * d), its last dimension ordered (q, k, v), head, channel; o is (B, N, H * d)."""
+    launch = _plan_forward((qkv,), heads, None, *CONFIGS["forward"].values())
+    if launch is None or misaligned(qkv):
+        return forward_packed(qkv.clone(memory_format=torch.contiguous_format), heads)
+    o, lse = _packed_output(qkv), _packed_row_values(qkv, heads)
+    launch(qkv, qkv, qkv, None, None, None, o, None, lse)
     return o, lse
 
 
@@ -367,89 +394,195 @@ def forward_dual(
     Returns:
         o, the log-sum-exp, and the tangent of o (K, H, N, d).
     """
-    check_arguments(q, k, v)
-    duals = dq.shape[0]
-    if duals > q.shape[0]:
-        raise ValueError(f"dq has {duals} rows, more than the {q.shape[0]} of q")
-    for name, tangent, primal in (("dq", dq, q), ("dk", dk, k), ("dv", dv, v)):
-        check_like(name, tangent, (duals, *primal.shape[1:]), primal)
-    first = q.shape[0] - duals
-    o, lse = _outputs(q)
-    do, _ = _outputs(dq)
-    _launch_forward(q[:first], k[:first], v[:first], o[:first], lse[:first], scale)
-    _launch_forward(q[first:], k[first:], v[first:], o[first:], lse[first:], scale, (dq, dk, dv, do))
+    inputs = q, k, v, dq, dk, dv
+    plan = _plan_dual(inputs, None, scale, *CONFIGS["forward"].values(), *CONFIGS["dual"].values())
+    if plan is None or misaligned(*inputs):
+        return forward_dual(*map(aligned, inputs), scale)
+    o, lse, do = _output(q), _row_values(q), _output(dq)
+    lead, tail = plan
+    lead(q, k, v, None, None, None, o, None, lse)
+    tail(*inputs, o, do, lse)
+    return o, lse, do
+
+
+def forward_dual_packed(qkv: Tensor, dqkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`forward_dual` of qkv (B, N, 3 * H * d) and dqkv (K, N, 3 * H * d); the tangent of o is (K, N, H * d)."""
+    plan = _plan_dual((qkv, dqkv), heads, None, *CONFIGS["forward"].values(), *CONFIGS["dual"].values())
+    if plan is None or misaligned(qkv, dqkv):
+        qkv, dqkv = (x.clone(memory_format=torch.contiguous_format) for x in (qkv, dqkv))
+        return forward_dual_packed(qkv, dqkv, heads)
+    o, lse, do = _packed_output(qkv), _packed_row_values(qkv, heads), _packed_output(dqkv)
+    lead, tail = plan
+    lead(qkv, qkv, qkv, None, None, None, o, None, lse)
+    tail(qkv, qkv, qkv, dqkv, dqkv, dqkv, o, do, lse)
     return o, lse, do
 
 
 def backward(
-    q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, go: Tensor, gq: Tensor, gk: Tensor, gv: Tensor,
-    scale: float | None = None,
-) -> None:  # fmt: skip
-    """Gradients of the primal: fills gq, gk, gv from go, the gradient of o, and what `forward` returned."""
-    check_arguments(q, k, v)
-    for name, x, like in (("o", o, q), ("go", go, q), ("gq", gq, q), ("gk", gk, k), ("gv", gv, v)):
-        check_like(name, x, like.shape, like)
-    batch, heads, queries, dim = q.shape
+    q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, go: Tensor, scale: float | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the primal, from go, the gradient of o, and what `forward` returned."""
+    inputs = q, k, v, o, go
+    plan = _plan_backward((*inputs, lse), None, scale, *_backward_configs())
+    if plan is None or misaligned(*inputs):
+        q, k, v, o, go = map(aligned, inputs)
+        return backward(q, k, v, o, lse, go, scale)
+    gq, gk, gv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    plan(q, k, v, o, go, lse, gq, gk, gv)
+    return gq, gk, gv
+
+
+def backward_packed(qkv: Tensor, o: Tensor, lse: Tensor, go: Tensor, heads: int) -> Tensor:
+    """`backward`, for `forward_packed`; returns the gradient of qkv."""
+    plan = _plan_backward((qkv, o, go, lse), heads, None, *_backward_configs())
+    if plan is None or misaligned(qkv, o, go):
+        qkv, o, go = (x.clone(memory_format=torch.contiguous_format) for x in (qkv, o, go))
+        return backward_packed(qkv, o, lse, go, heads)
+    gqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
+    plan(qkv, qkv, qkv, o, go, lse, gqkv, gqkv, gqkv)
+    return gqkv
+
+
+# ----------------------------------------------------------------------------
+# Plans: launches for tensors of one layout, or None if it cannot be read 16 bytes at a time. `heads` is None where
+# queries, keys and values are tensors of their own, and their number where they are parts of one.
+
+
+@planned
+def _plan_forward(
+    tensors: tuple[Tensor, ...], heads: int | None, scale: float | None, *_: Config
+) -> Callable[..., None] | None:
+    primals = _parts(tensors, heads)
+    check_arguments(*(p.heads for p in primals))
+    return _forward(primals, (), 0, len(tensors[0]), scale) if _readable(primals) else None
+
+
+@planned
+def _plan_dual(
+    tensors: tuple[Tensor, ...], heads: int | None, scale: float | None, *_: Config
+) -> tuple[Callable[..., None], Callable[..., None]] | None:
+    """For leading rows, which have no tangent, and for trailing ones."""
+    half = len(tensors) // 2
+    primals, tangents = _parts(tensors[:half], heads), _parts(tensors[half:], heads)
+    check_arguments(*(p.heads for p in primals))
+    batch, duals = len(tensors[0]), len(tensors[half])
+    if duals > batch:
+        raise ValueError(f"dq has {duals} rows, more than the {batch} of q")
+    for name, tangent, primal in zip(("dq", "dk", "dv"), tangents, primals, strict=True):
+        check_like(name, tangent.heads, (duals, *primal.heads.shape[1:]), primal.heads)
+    if not _readable((*primals, *tangents)):
+        return None
+    first = batch - duals
+    return _forward(primals, (), 0, first, scale), _forward(primals, tangents, first, batch, scale)
+
+
+def _forward(
+    primals: Sequence[_Part], tangents: Sequence[_Part], first: int, last: int, scale: float | None
+) -> Callable[..., None]:
+    """The launch for samples `first` to `last`; tangents are of these alone. o and its tangent are (B, N, H, d)."""
+    q, k = (p.heads for p in primals[:2])
+    _, heads, queries, dim = q.shape
     keys = k.shape[2]
-    if not q.numel() or not k.numel():
-        for g in (gq, gk, gv):
-            g.zero_()
-        return
-    q, k, v, o, go = map(aligned, (q, k, v, o, go))
-    outputs = gq, gk, gv
-    gq, gk, gv = written = [aligned(x) for x in outputs]
-    constants = shape_constants(dim, q.dtype)
-    rest = (heads, queries, keys, dim, _scale(scale, dim), *constants)
-    delta = torch.empty_like(lse)
-    config = CONFIGS["delta"][tile_class(dim, q.dtype)]
-    launch(
-        delta_kernel, config.grid(queries, batch * heads), q,
-        o, go, delta, *_strides(o, go), heads, queries, *constants, **config.kwargs,
-    )  # fmt: skip
-    config = CONFIGS["backward_kv"][tile_class(dim, q.dtype)]
-    launch(
-        backward_kv_kernel, config.grid(keys, batch * heads, "BLOCK_N"), q,
-        q, k, v, go, lse, delta, gk, gv, *_strides(q, k, v, go, gk, gv), *rest, **config.kwargs,
-    )  # fmt: skip
-    config = CONFIGS["backward_q"][tile_class(dim, q.dtype)]
-    launch(
-        backward_q_kernel, config.grid(queries, batch * heads), q,
-        q, k, v, go, lse, delta, gq, *_strides(q, k, v, go, gq), *rest, EVEN=config.even(keys), **config.kwargs,
-    )  # fmt: skip
-    for x, other in zip(outputs, written, strict=True):
-        if other is not x:
-            x.copy_(other)
-
-
-def _launch_forward(
-    q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float | None,
-    tangents: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
-) -> None:  # fmt: skip
-    """Fill o and lse and, of the tangents of q, k, v and o, that of o."""
-    batch, heads, queries, dim = q.shape
-    if not q.numel():
-        return
-    if not k.numel():
-        o.zero_()
-        if tangents:
-            tangents[-1].zero_()
-        return
+    if not (last - first) * heads * queries:
+        return nothing
+    if not keys:
+        return partial(_zero_outputs, first, last)
     config = CONFIGS["dual" if tangents else "forward"][tile_class(dim, q.dtype)]
-    q, k, v = map(aligned, (q, k, v))
+    dense = (queries * heads * dim, dim, heads * dim)
     # Strides of what is not there are never read.
-    along = tuple(map(aligned, tangents[:3])) if tangents else (q, k, v)
-    outputs = (o, tangents[3]) if tangents else (o,)
-    written = [*map(aligned, outputs)]
-    strides = _strides(q, k, v, *along, written[0], written[-1])
-    launch(
-        forward_kernel, config.grid(queries, batch * heads), q,
-        q, k, v, *(along if tangents else (None,) * 3), written[0], written[1] if tangents else None, lse,
-        *strides, heads, queries, k.shape[2], dim, _scale(scale, dim),
-        *shape_constants(dim, q.dtype), EVEN=config.even(k.shape[2]), **config.kwargs,
+    strides = [*_strides(*primals, *(tangents or primals)), *dense, *dense]
+    starts = [p.start + first * p.heads.stride(0) for p in primals]
+    along = [p.start for p in tangents] or [0, 0, 0]
+    return Launch(
+        forward_kernel, config.grid(queries, (last - first) * heads),
+        *strides, heads, queries, keys, dim, _scale(scale, dim),
+        starts=(*starts, *along, first * dense[0], 0, first * heads * queries),
+        **shape_constants(dim, q.dtype), EVEN=config.even(keys), **config.kwargs,
     )  # fmt: skip
-    for output, filled in zip(outputs, written, strict=True):
-        if filled is not output:
-            output.copy_(filled)
+
+
+def _zero_outputs(first: int, last: int, *tensors: Tensor | None) -> None:
+    """What a launch does where there are no keys."""
+    o, do = tensors[6:8]
+    assert o is not None
+    o[first:last].zero_()
+    if do is not None:
+        do.zero_()
+
+
+@planned
+def _plan_backward(
+    tensors: tuple[Tensor, ...], heads: int | None, scale: float | None, *_: Config
+) -> Callable[..., None] | None:
+    """For q, k, v, o, go, lse and the gradients of q, k and v, which are dense."""
+    *inputs, o, go, _ = tensors
+    parts = _parts(inputs, heads)
+    q, k = parts[:2]
+    check_arguments(*(p.heads for p in parts))
+    batch, count, queries, dim = q.heads.shape
+    keys = k.heads.shape[2]
+    outer = [_Part(x if heads is None else x.unflatten(2, (heads, -1)).transpose(1, 2), 0) for x in (o, go)]
+    for name, part in zip(("o", "go"), outer, strict=True):
+        check_like(name, part.heads, q.heads.shape, q.heads)
+    if not q.heads.numel() or not k.heads.numel():
+        return _zero_gradients
+    if not _readable((*parts, *outer)):
+        return None
+    gradients = _parts([torch.empty(x.shape, dtype=x.dtype, device="meta") for x in inputs], heads)
+    name = tile_class(dim, q.heads.dtype)
+    constants = shape_constants(dim, q.heads.dtype)
+    rest = (count, queries, keys, dim, _scale(scale, dim))
+    starts = [p.start for p in parts]
+    delta, backward_kv, backward_q = (CONFIGS[kind][name] for kind in ("delta", "backward_kv", "backward_q"))
+    launch_delta = Launch(
+        delta_kernel, delta.grid(queries, batch * count), *_strides(*outer), count, queries,
+        **constants, **delta.kwargs,
+    )  # fmt: skip
+    launch_kv = Launch(
+        backward_kv_kernel, backward_kv.grid(keys, batch * count, "BLOCK_N"),
+        *_strides(*parts, outer[1], *gradients[1:]), *rest,
+        starts=(*starts, 0, 0, 0, *(p.start for p in gradients[1:])), **constants, **backward_kv.kwargs,
+    )  # fmt: skip
+    launch_q = Launch(
+        backward_q_kernel, backward_q.grid(queries, batch * count),
+        *_strides(*parts, outer[1], gradients[0]), *rest,
+        starts=starts, **constants, EVEN=backward_q.even(keys), **backward_q.kwargs,
+    )  # fmt: skip
+
+    def launch(q: Tensor, k: Tensor, v: Tensor, o: Tensor, go: Tensor, lse: Tensor, *gradients: Tensor) -> None:
+        gq, gk, gv = gradients
+        delta = torch.empty_like(lse)
+        launch_delta(o, go, delta)
+        launch_kv(q, k, v, go, lse, delta, gk, gv)
+        launch_q(q, k, v, go, lse, delta, gq)
+
+    return launch
+
+
+def _zero_gradients(*tensors: Tensor) -> None:
+    for gradient in tensors[6:]:
+        gradient.zero_()
+
+
+class _Part(NamedTuple):
+    """Heads (B, H, N, d), and the element of their tensor at which they begin."""
+
+    heads: Tensor
+    start: int
+
+
+def _parts(tensors: Sequence[Tensor], heads: int | None) -> list[_Part]:
+    """Queries, keys and values."""
+    if heads is None:
+        return [_Part(x, 0) for x in tensors]
+    (packed,) = tensors
+    batch, tokens, width = packed.shape
+    views = packed.view(batch, tokens, 3, heads, width // (3 * heads)).permute(2, 0, 3, 1, 4).unbind(0)
+    return [_Part(x, x.storage_offset() - packed.storage_offset()) for x in views]
+
+
+def _readable(parts: Sequence[_Part]) -> bool:
+    return all(readable(p.heads) for p in parts)
 
 
 def check_arguments(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -465,24 +598,41 @@ def check_arguments(q: Tensor, k: Tensor, v: Tensor) -> None:
     check_like("v", v, k.shape, q)
 
 
-def _outputs(q: Tensor) -> tuple[Tensor, Tensor]:
+def _output(q: Tensor) -> Tensor:
     batch, heads, queries, dim = q.shape
-    o = torch.empty(batch, queries, heads, dim, dtype=q.dtype, device=q.device).transpose(1, 2)
-    return o, torch.empty(batch, heads, queries, dtype=torch.float32, device=q.device)
+    return torch.empty(batch, queries, heads, dim, dtype=q.dtype, device=q.device).transpose(1, 2)
 
 
-def _strides(*tensors: Tensor) -> list[int]:
+def _row_values(q: Tensor) -> Tensor:
+    return torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+
+
+def _packed_output(qkv: Tensor) -> Tensor:
+    batch, tokens, width = qkv.shape
+    return torch.empty(batch, tokens, width // 3, dtype=qkv.dtype, device=qkv.device)
+
+
+def _packed_row_values(qkv: Tensor, heads: int) -> Tensor:
+    batch, tokens, _ = qkv.shape
+    return torch.empty(batch, heads, tokens, dtype=torch.float32, device=qkv.device)
+
+
+def _strides(*parts: _Part) -> list[int]:
     """Strides of samples, heads and rows."""
-    return [step for x in tensors for step in x.stride()[:3]]
+    return [step for p in parts for step in p.heads.stride()[:3]]
+
+
+def _backward_configs() -> list[Config]:
+    return [config for name in ("delta", "backward_kv", "backward_q") for config in CONFIGS[name].values()]
 
 
 def _scale(scale: float | None, dim: int) -> float:
     return dim**-0.5 if scale is None else scale
 
 
-def shape_constants(dim: int, dtype: torch.dtype) -> tuple[int, int, int]:
-    """DIM, HEAD and TAIL of a head dim."""
-    return (dim, *widths(dim, COLUMNS.value if dtype == torch.float32 else 16))
+def shape_constants(dim: int, dtype: torch.dtype) -> dict[str, int]:
+    head, tail = widths(dim, COLUMNS.value if dtype == torch.float32 else 16)
+    return {"DIM": dim, "HEAD": head, "TAIL": tail}
 
 
 def tile_class(dim: int, dtype: torch.dtype) -> str:

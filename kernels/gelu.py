@@ -5,12 +5,15 @@ o = gelu(x + b);  do = gelu'(x + b) * dx. Nothing is stored but x, which the pro
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from mfengine.kernels.launch import Config, check_device, check_dtype, launch
+from mfengine.kernels.launch import Config, Launch, check_device, check_dtype, nothing, planned
+from mfengine.kernels.sums import sum_parts
 
 BLOCK_ROWS, BLOCK_COLS = 4, 1024
 ROWS_PER_PROGRAM = 64  # of the backward, which adds up the bias's gradient over so many rows before writing
@@ -65,57 +68,82 @@ def backward_kernel(
 
 def forward(x: Tensor, bias: Tensor) -> Tensor:
     """gelu(x + bias): x (..., F), bias (F,), float16, bfloat16 or float32, contiguous; returns x's shape and dtype."""
-    check_arguments(x, bias)
+    launch = _plan_forward((x, bias), CONFIGS["forward"])
     o = torch.empty_like(x)
-    _launch_forward(x, bias, None, o, None)
+    launch(x, bias, None, o, None)
     return o
 
 
 def forward_dual(x: Tensor, bias: Tensor, dx: Tensor) -> tuple[Tensor, Tensor]:
     """`forward`, with the tangent of the last K rows of x's first dimension, from theirs, dx (K, ..., F)."""
-    check_arguments(x, bias)
-    check_device("dx", dx, x)
-    check_arguments(dx, bias, prefix="d")
-    if dx.shape[1:] != x.shape[1:] or dx.shape[0] > x.shape[0]:
-        raise ValueError(
-            f"dx must be (K, ...) like x {tuple(x.shape)} with K at most {x.shape[0]}, not {tuple(dx.shape)}"
-        )
-    first = x.shape[0] - dx.shape[0]
+    lead, tail = _plan_dual((x, bias, dx), CONFIGS["forward"], CONFIGS["dual"])
     o, do = torch.empty_like(x), torch.empty_like(dx)
-    _launch_forward(x[:first], bias, None, o[:first], None)
-    _launch_forward(x[first:], bias, dx, o[first:], do)
+    lead(x, bias, None, o, None)
+    tail(x, bias, dx, o, do)
     return o, do
 
 
 def backward(x: Tensor, bias: Tensor, go: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of x and of bias, in their dtypes, from that of the output."""
+    go = go.contiguous()
+    launch, parts = _plan_backward((x, bias, go), CONFIGS["backward"])
+    gx = torch.empty_like(x)
+    sums = torch.empty(1, parts, 1, bias.shape[0], dtype=torch.float32, device=x.device)
+    gbias = torch.empty_like(bias)
+    launch(x, bias, go, gx, sums)
+    sum_parts(sums, (gbias[None],))
+    return gx, gbias
+
+
+@planned
+def _plan_forward(tensors: tuple[Tensor, Tensor], config: Config) -> Callable[..., None]:
+    check_arguments(*tensors)
+    return _forward(*tensors, 0, len(tensors[0]), config)
+
+
+@planned
+def _plan_dual(
+    tensors: tuple[Tensor, Tensor, Tensor], forward: Config, dual: Config
+) -> tuple[Callable[..., None], Callable[..., None]]:
+    x, bias, dx = tensors
+    check_arguments(x, bias)
+    check_device("dx", dx, x)
+    check_arguments(dx, bias, prefix="d")
+    if dx.shape[1:] != x.shape[1:] or len(dx) > len(x):
+        raise ValueError(f"dx must be (K, ...) like x {tuple(x.shape)} with K at most {len(x)}, not {tuple(dx.shape)}")
+    first = len(x) - len(dx)
+    return _forward(x, bias, 0, first, forward), _forward(x, bias, first, len(x), dual)
+
+
+def _forward(x: Tensor, bias: Tensor, first: int, last: int, config: Config) -> Callable[..., None]:
+    """The launch for `first` to `last` of x's first dimension."""
+    width, start = bias.shape[0], first * x.stride(0)
+    rows = (last - first) * x[0].numel() // width if last > first else 0
+    if not rows:
+        return nothing
+    return Launch(
+        forward_kernel, (-(-rows // BLOCK_ROWS), -(-width // BLOCK_COLS)), rows, width,
+        starts=(start, 0, 0, start), ROWS=BLOCK_ROWS, COLS=BLOCK_COLS, **config.kwargs,
+    )  # fmt: skip
+
+
+@planned
+def _plan_backward(tensors: tuple[Tensor, Tensor, Tensor], config: Config) -> tuple[Callable[..., None], int]:
+    """The launch, and how many parts there are of the bias's gradient."""
+    x, bias, go = tensors
     check_arguments(x, bias)
     if go.shape != x.shape:
         raise ValueError(f"the gradient must be of shape {tuple(x.shape)}, not {tuple(go.shape)}")
-    go = go.contiguous()
-    gx = torch.empty_like(x)
     width = bias.shape[0]
     rows = x.numel() // width
     parts = -(-rows // ROWS_PER_PROGRAM)
-    sums = torch.empty(parts, width, dtype=torch.float32, device=x.device)
-    if x.numel():
-        launch(
-            backward_kernel, (parts, -(-width // BLOCK_COLS)), x,
-            x, bias, go, gx, sums, rows, width,
-            ROWS_PER_PROGRAM // BLOCK_ROWS, BLOCK_ROWS, BLOCK_COLS, **CONFIGS["backward"].kwargs,
-        )  # fmt: skip
-    return gx, sums.sum(0).to(bias.dtype)
-
-
-def _launch_forward(x: Tensor, bias: Tensor, dx: Tensor | None, o: Tensor, do: Tensor | None) -> None:
-    if x.numel():
-        width = bias.shape[0]
-        rows = x.numel() // width
-        config = CONFIGS["forward" if dx is None else "dual"]
-        launch(
-            forward_kernel, (-(-rows // BLOCK_ROWS), -(-width // BLOCK_COLS)), x,
-            x, bias, dx, o, do, rows, width, BLOCK_ROWS, BLOCK_COLS, **config.kwargs,
-        )  # fmt: skip
+    if not rows:
+        return nothing, parts
+    launch = Launch(
+        backward_kernel, (parts, -(-width // BLOCK_COLS)), rows, width,
+        STEPS=ROWS_PER_PROGRAM // BLOCK_ROWS, ROWS=BLOCK_ROWS, COLS=BLOCK_COLS, **config.kwargs,
+    )  # fmt: skip
+    return launch, parts
 
 
 def check_arguments(x: Tensor, bias: Tensor, prefix: str = "") -> None:

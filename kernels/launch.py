@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import lru_cache
-from typing import Any
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import wraps
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+MAX_PLANS = 4096  # of one function: batches come in many sizes
+HERE = nullcontext()
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -30,28 +33,112 @@ class Config:
         return keys % self.blocks["BLOCK_N"] == 0
 
 
-def launch(kernel: Any, grid: tuple[int, ...], like: Tensor, *args: Any, **options: Any) -> None:
-    """Launch on the device of `like`, where Triton takes the current one. Axes 1 and 2 of a grid end at 65,535."""
-    if like.is_cuda and like.device.index != torch.cuda.current_device():
-        with torch.cuda.device(like.device):
-            kernel[grid](*args, **options)
-    else:
-        kernel[grid](*args, **options)
+class Launch:
+    """A launch of a kernel of which all is known but where its tensors lie.
+
+    Triton looks at each argument in every call to find out which code it needs: 20 us of the host for 40 arguments. Of
+    these, pointers alone can change. So it looks once; later calls give addresses to what it compiled, as long as all
+    are multiples of 16 bytes.
+
+    Args:
+        kernel: a Triton kernel whose parameters are pointers, then scalars, then compile-time constants.
+        grid: programs on each axis. Axes 1 and 2 end at 65,535.
+        scalars: integers and floats, in the order of the parameters.
+        starts: of each pointer, the element of the tensor that it points to; 0 for those that are not named.
+        constants: compile-time constants, and Triton's options.
+    """
+
+    def __init__(
+        self, kernel: Any, grid: tuple[int, ...], *scalars: float, starts: Sequence[int] = (), **constants: Any
+    ) -> None:
+        self.kernel, self.grid, self.scalars, self.constants = kernel, (*grid, 1, 1)[:3], scalars, constants
+        self.starts = starts
+        self._run: Callable[..., None] | None = None
+        self._device: torch.device | None = None
+
+    def __call__(self, *tensors: Tensor | None) -> None:
+        """Launch on tensors, or None, of always the same layouts and device."""
+        if self._run is not None:
+            pointers = [x if x is None else x.data_ptr() + start for x, start in zip(tensors, self._bytes, strict=True)]
+            if not any(p is not None and p & 15 for p in pointers):
+                with self._on_device():
+                    self._run(*pointers, *self._rest)
+                return
+        starts = (*self.starts, *[0] * (len(tensors) - len(self.starts)))
+        at = [_at(x, start) for x, start in zip(tensors, starts, strict=True)]
+        first = next(x for x in tensors if x is not None)
+        self._device = first.device if first.is_cuda else None
+        with self._on_device():
+            compiled = self.kernel[self.grid](*at, *self.scalars, **self.constants)
+        if compiled is not None and not any(x is not None and x.data_ptr() & 15 for x in at):  # None: interpreted
+            self._bytes = [0 if x is None else i * x.element_size() for x, i in zip(tensors, starts, strict=True)]
+            names = self.kernel.arg_names[len(tensors) + len(self.scalars) :]
+            self._rest = (*self.scalars, *(self.constants[name] for name in names))
+            self._run = compiled[self.grid]
+
+    def _on_device(self) -> AbstractContextManager[None]:
+        """Triton launches on the current device."""
+        if self._device is None or self._device.index == torch.cuda.current_device():
+            return HERE
+        return torch.cuda.device(self._device)
+
+
+def forget_plans() -> None:
+    """For another driver of Triton's, which compiles anew."""
+    for plans in _all_plans:
+        plans.clear()
+
+
+def _at(x: Tensor | None, start: int) -> Tensor | None:
+    return x if x is None or not start else x.as_strided((1,), (1,), x.storage_offset() + start)
+
+
+def nothing(*_: Any) -> None:
+    """The launch for tensors without elements."""
+
+
+Plan = TypeVar("Plan")
+_all_plans: list[dict[Any, Any]] = []
+
+
+def planned(make: Callable[..., Plan]) -> Callable[..., Plan]:
+    """Cache what a function of tensors returns, by their layouts: it depends on nothing else of them.
+
+    It is called as (tensors, *others), tensors a tuple of tensors or None. What it raises is not cached.
+    """
+    plans: dict[Any, Plan] = {}
+    _all_plans.append(plans)
+
+    @wraps(make)
+    def plan(tensors: tuple[Tensor | None, ...], *others: Any) -> Plan:
+        key = (*[x if x is None else (x.shape, x.stride(), x.dtype, x.device) for x in tensors], others)
+        found = plans.get(key)
+        if found is None:
+            if len(plans) >= MAX_PLANS:
+                plans.clear()
+            found = plans[key] = make(tensors, *others)
+        return found
+
+    return plan
 
 
 def aligned(x: Tensor) -> Tensor:
-    """x (B, H, N, d) as kernels take it, or a copy.
+    """x (B, H, N, d) as attention's kernels take it, or a copy."""
+    return x if readable(x) and not misaligned(x) else x.clone(memory_format=torch.contiguous_format)
 
-    Rows begin at multiples of 16 bytes and are contiguous; offsets within a head are below 2^31.
+
+def readable(x: Tensor) -> bool:
+    """Whether rows of x (B, H, N, d) lie 16 bytes apart or a multiple, and are contiguous, and whether offsets within a
+    head are below 2^31.
     """
-    if x.data_ptr() % 16 == 0 and _layout_is_aligned(x.shape[2:], x.stride(), 16 // x.element_size()):
-        return x
-    return x.clone(memory_format=torch.contiguous_format)
+    *steps, last = x.stride()
+    unit = 16 // x.element_size()
+    return last == 1 and not any(step % unit for step in steps) and x.shape[2] * steps[2] < 2**31
 
 
-@lru_cache(maxsize=1024)
-def _layout_is_aligned(shape: torch.Size, strides: tuple[int, ...], unit: int) -> bool:
-    return strides[3] == 1 and not any(step % unit for step in strides[:3]) and shape[0] * strides[2] < 2**31
+def misaligned(*tensors: Tensor) -> bool:
+    """Whether any does not begin at a multiple of 16 bytes."""
+    return any(x.data_ptr() & 15 for x in tensors)
 
 
 def widths(dim: int, least: int = 16) -> tuple[int, int]:

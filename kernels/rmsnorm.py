@@ -6,12 +6,15 @@ do = dn * w + n * dw. Everything is computed in float32. Nothing is stored but x
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from mfengine.kernels.launch import Config, check_device, check_dtype, launch
+from mfengine.kernels.launch import Config, Launch, check_device, check_dtype, nothing, planned
+from mfengine.kernels.sums import sum_parts
 
 MAX_WIDTH = 8192
 TILE = 4096  # elements of a program's rows at a time, as a power of two; wider rows come one at a time
@@ -89,9 +92,9 @@ def forward(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     Returns:
         Shape and dtype of x.
     """
-    check_arguments(x, weight)
+    launch = _plan_forward((x, weight), eps, CONFIGS["forward"])
     o = torch.empty_like(x)
-    _launch_forward(x, weight, None, None, o, None, eps)
+    launch(x, weight, None, None, o, None)
     return o
 
 
@@ -102,52 +105,76 @@ def forward_dual(x: Tensor, weight: Tensor, dx: Tensor, dweight: Tensor | None, 
         x, weight, eps: as `forward`.
         dx: (K, ..., D), dweight: (D,), or None for zero.
     """
-    check_arguments(x, weight)
-    check_arguments(dx, weight if dweight is None else dweight, prefix="d")
-    check_device("dx", dx, x)
-    if dx.shape[1:] != x.shape[1:] or dx.shape[0] > x.shape[0]:
-        raise ValueError(
-            f"dx must be (K, ...) like x {tuple(x.shape)} with K at most {x.shape[0]}, not {tuple(dx.shape)}"
-        )
-    first = x.shape[0] - dx.shape[0]
-    o, do = torch.empty_like(x), torch.empty(dx.shape, dtype=x.dtype, device=x.device)
-    _launch_forward(x[:first], weight, None, None, o[:first], None, eps)
-    _launch_forward(x[first:], weight, dx, dweight, o[first:], do, eps)
+    lead, tail = _plan_dual((x, weight, dx, dweight), eps, CONFIGS["forward"], CONFIGS["dual"])
+    o, do = torch.empty_like(x), torch.empty_like(dx, dtype=x.dtype)
+    lead(x, weight, None, None, o, None)
+    tail(x, weight, dx, dweight, o, do)
     return o, do
 
 
 def backward(x: Tensor, weight: Tensor, go: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Gradients of x and of the weight, in their dtypes, from that of the output."""
+    go = go.contiguous()
+    launch, parts = _plan_backward((x, weight, go), eps, CONFIGS["backward"])
+    gx = torch.empty_like(x)
+    sums = torch.empty(1, parts, 1, weight.shape[0], dtype=torch.float32, device=x.device)
+    gweight = torch.empty_like(weight)
+    launch(x, weight, go, gx, sums)
+    sum_parts(sums, (gweight[None],))
+    return gx, gweight
+
+
+@planned
+def _plan_forward(tensors: tuple[Tensor, Tensor], eps: float, config: Config) -> Callable[..., None]:
+    check_arguments(*tensors)
+    return _forward(*tensors, 0, len(tensors[0]), eps, config)
+
+
+@planned
+def _plan_dual(
+    tensors: tuple[Tensor, Tensor, Tensor, Tensor | None], eps: float, forward: Config, dual: Config
+) -> tuple[Callable[..., None], Callable[..., None]]:
+    x, weight, dx, dweight = tensors
+    check_arguments(x, weight)
+    check_arguments(dx, weight if dweight is None else dweight, prefix="d")
+    check_device("dx", dx, x)
+    if dx.shape[1:] != x.shape[1:] or len(dx) > len(x):
+        raise ValueError(f"dx must be (K, ...) like x {tuple(x.shape)} with K at most {len(x)}, not {tuple(dx.shape)}")
+    first = len(x) - len(dx)
+    return _forward(x, weight, 0, first, eps, forward), _forward(x, weight, first, len(x), eps, dual)
+
+
+def _forward(x: Tensor, weight: Tensor, first: int, last: int, eps: float, config: Config) -> Callable[..., None]:
+    """The launch for `first` to `last` of x's first dimension."""
+    width, start = weight.shape[0], first * x.stride(0)
+    rows = (last - first) * x[0].numel() // width if last > first else 0
+    if not rows:
+        return nothing
+    tile = tile_shape(width)
+    return Launch(
+        forward_kernel, (-(-rows // tile["ROWS"]),), rows, width // tile["UNIT"], eps,
+        starts=(start, 0, 0, 0, start), **tile, **config.kwargs,
+    )  # fmt: skip
+
+
+@planned
+def _plan_backward(
+    tensors: tuple[Tensor, Tensor, Tensor], eps: float, config: Config
+) -> tuple[Callable[..., None], int]:
+    """The launch, and how many parts there are of the weight's gradient."""
+    x, weight, go = tensors
     check_arguments(x, weight)
     if go.shape != x.shape:
         raise ValueError(f"the gradient must be of shape {tuple(x.shape)}, not {tuple(go.shape)}")
-    go = go.contiguous()
-    gx = torch.empty_like(x)
     width = weight.shape[0]
-    rows = x.numel() // width
-    tile = tile_shape(width)
+    rows, tile = x.numel() // width, tile_shape(width)
     parts = -(-rows // (STEPS * tile["ROWS"]))
-    sums = torch.empty(parts, width, dtype=torch.float32, device=x.device)
-    if x.numel():
-        launch(
-            backward_kernel, (parts,), x,
-            x, weight, go, gx, sums, rows, width // tile["UNIT"], eps, STEPS=STEPS, **tile,
-            **CONFIGS["backward"].kwargs,
-        )  # fmt: skip
-    return gx, sums.sum(0).to(weight.dtype)
-
-
-def _launch_forward(
-    x: Tensor, weight: Tensor, dx: Tensor | None, dweight: Tensor | None, o: Tensor, do: Tensor | None, eps: float
-) -> None:
-    if x.numel():
-        width = weight.shape[0]
-        rows = x.numel() // width
-        tile, options = tile_shape(width), CONFIGS["forward" if dx is None else "dual"].kwargs
-        launch(
-            forward_kernel, (-(-rows // tile["ROWS"]),), x,
-            x, weight, dx, dweight, o, do, rows, width // tile["UNIT"], eps, **tile, **options,
-        )  # fmt: skip
+    if not rows:
+        return nothing, parts
+    launch = Launch(
+        backward_kernel, (parts,), rows, width // tile["UNIT"], eps, STEPS=STEPS, **tile, **config.kwargs
+    )  # fmt: skip
+    return launch, parts
 
 
 def tile_shape(width: int) -> dict[str, int]:

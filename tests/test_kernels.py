@@ -21,7 +21,7 @@ pytest.importorskip("triton", reason="the fused kernels need triton")
 from benchmarks import static
 from mfengine import DiT, ModelConfig, ops
 from mfengine.kernels import adaln, attention, gelu
-from mfengine.kernels.launch import aligned, launch
+from mfengine.kernels.launch import Config, Launch, aligned
 from mfengine.kernels.multi_tensor import LIBRARY
 from mfengine.ops import Dual
 from mfengine.ops.backend import fused
@@ -147,9 +147,7 @@ def test_attention_of_nothing(batch, queries, keys):
     assert o.shape == do.shape == q.shape
     assert (o == 0).all()
     assert (do == 0).all()
-    gradients = [torch.full_like(x, float("nan")) for x in (q, k, v)]
-    attention.backward(q, k, v, o, lse, o, *gradients)
-    assert all((g == 0).all() for g in gradients)
+    assert all((g == 0).all() for g in attention.backward(q, k, v, o, lse, o))
 
 
 @pytest.mark.parametrize("keys", [77, 100, 257])
@@ -168,8 +166,6 @@ def test_padded_keys_add_nothing_where_the_log_sum_exp_is_very_negative(keys, dt
 @pytest.mark.parametrize("layout", ["odd strides", "odd pointers", "columns"])
 @DTYPES
 def test_attention_of_layouts_that_cannot_be_read_16_bytes_at_a_time(layout, dtype):
-    """Inputs and gradients."""
-
     def empty(tokens):
         if layout == "odd strides":
             return torch.empty(2, 2, tokens, 73, dtype=dtype, device=DEVICE)[..., :72]
@@ -181,11 +177,9 @@ def test_attention_of_layouts_that_cannot_be_read_16_bytes_at_a_time(layout, dty
     odd = [empty(x.shape[2]).copy_(x) for x in values]
     assert not any(aligned(x) is x for x in odd)
     results = []
-    for (q, k, v, dq, dk, dv, go), new in ((values, lambda n: randn(0, 2, 2, n, 72, dtype=dtype)), (odd, empty)):
+    for q, k, v, dq, dk, dv, go in (values, odd):
         o, lse, do = attention.forward_dual(q, k, v, dq, dk, dv)
-        gradients = [new(x.shape[2]) for x in (q, k, v)]
-        attention.backward(q, k, v, o, lse, go, *gradients)
-        results.append([o, lse, do, *gradients])
+        results.append([o, lse, do, *attention.backward(q, k, v, o, lse, go)])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
@@ -235,13 +229,12 @@ def test_adaln_of_a_view_that_spans_more_than_32_bits(far_apart):
 def test_grids_take_any_number_of_heads_and_samples(monkeypatch):
     """Axes 1 and 2 of a grid end at 65,535."""
     grids = []
-    for module in (attention, adaln, gelu):
-        monkeypatch.setattr(module, "launch", lambda kernel, grid, *args, **options: grids.append(grid))
+    monkeypatch.setattr(Launch, "__call__", lambda self, *tensors: grids.append(self.grid))
     q, lse = torch.empty(70_000, 2, 1, 8, device="meta"), torch.empty(70_000, 2, 1, device="meta")
     attention.forward(q, q, q)
     attention.forward_dual(q, q, q, q, q, q)
-    attention.backward(q, q, q, q, lse, q, q, q, q)
-    assert grids == [(140_000,)] * 5
+    attention.backward(q, q, q, q, lse, q)
+    assert grids == [(140_000, 1, 1)] * 5
     x, row = torch.empty(70_000, 1, 8, device="meta"), torch.empty(70_000, 8, device="meta")
     adaln.forward(x, x, row, row, row, 1e-6)
     adaln.backward(x, x, row, row, x, x, 1e-6)
@@ -251,9 +244,27 @@ def test_grids_take_any_number_of_heads_and_samples(monkeypatch):
     assert all(n == 1 for grid in grids[5:] for n in grid[1:])
 
 
+class Compiled:
+    """A kernel of Triton's, and what it compiles: calls of either are recorded."""
+
+    arg_names = ("x_ptr", "o_ptr", "none_ptr", "width", "eps", "BLOCK", "EVEN")
+
+    def __init__(self, current=(None,)):
+        self.by_triton, self.direct, self.current = [], [], current
+
+    def __getitem__(self, grid):
+        def call(*args, **options):
+            self.by_triton.append(
+                (self.current[0], grid, [x if x is None else x.data_ptr() for x in args[:3]], options)
+            )
+            return {grid: lambda *args: self.direct.append((self.current[0], args))}
+
+        return call
+
+
 def test_kernels_launch_on_the_device_of_their_tensors(monkeypatch):
     """Not on the current one; which is changed only where it differs."""
-    current, launched, switches = [0], [], []
+    current, switches = [0], []
 
     @contextmanager
     def device(other):
@@ -264,12 +275,53 @@ def test_kernels_launch_on_the_device_of_their_tensors(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
     monkeypatch.setattr(torch.cuda, "device", device)
-    kernel = {(3,): lambda *args, **options: launched.append((current[0], args, options))}
+    kernel = Compiled(current)
     for index in (1, 0):
-        launch(kernel, (3,), SimpleNamespace(is_cuda=True, device=torch.device("cuda", index)), "x", BLOCK=16)
-    assert launched == [(1, ("x",), {"BLOCK": 16}), (0, ("x",), {"BLOCK": 16})]
-    assert switches == [1]
+        x = SimpleNamespace(
+            is_cuda=True, device=torch.device("cuda", index), data_ptr=lambda: 32, element_size=lambda: 4
+        )
+        launch = Launch(kernel, (3,), 64, 1e-6, BLOCK=16, EVEN=True)
+        for _ in range(2):
+            launch(x, x, None)
+    assert [call[0] for call in kernel.by_triton] == [1, 0]
+    assert [call[0] for call in kernel.direct] == [1, 0]
+    assert switches == [1, 1]
     assert current == [0]
+
+
+def test_later_launches_give_addresses_to_what_triton_compiled():
+    kernel, (x, o) = Compiled(), torch.zeros(2, 64)
+    launch = Launch(kernel, (3,), 64, 1e-6, starts=(0, 8), EVEN=True, BLOCK=16, num_warps=4)
+    pointers = [x.data_ptr(), o.data_ptr() + 8 * 4, None]
+    launch(x, o, None)
+    assert kernel.by_triton == [(None, (3, 1, 1), pointers, {"EVEN": True, "BLOCK": 16, "num_warps": 4})]
+    launch(x, o, None)
+    assert kernel.direct == [(None, (*pointers, 64, 1e-6, 16, True))]
+    launch(x[1:], o, None)  # 4 bytes further on, which needs other code
+    assert len(kernel.by_triton) == 2
+    launch(o, x, None)
+    assert kernel.direct[1][1][:3] == (o.data_ptr(), x.data_ptr() + 8 * 4, None)
+
+
+def test_a_first_launch_on_odd_addresses_is_not_taken_for_all():
+    kernel, x = Compiled(), torch.zeros(64)
+    launch = Launch(kernel, (3,), 64, 1e-6, EVEN=True, BLOCK=16)
+    for start in (1, 0, 0):
+        launch(x[start:], x, None)
+    assert len(kernel.by_triton) == 2
+    assert len(kernel.direct) == 1
+
+
+def test_plans_follow_configurations(monkeypatch):
+    """Whoever searches tiles changes them between calls."""
+    grids = []
+    monkeypatch.setattr(Launch, "__call__", lambda self, *tensors: grids.append(self.grid[0]))
+    q = torch.empty(1, 1, 256, 64, device="meta", dtype=torch.float16)
+    for rows in (32, 64, 64):
+        config = Config(BLOCK_M=rows, BLOCK_N=32, num_warps=4, num_stages=1)
+        monkeypatch.setitem(attention.CONFIGS["forward"], "narrow", config)
+        attention.forward(q, q, q)
+    assert grids == [8, 4, 4]
 
 
 # ----------------------------------------------------------------------------
@@ -499,4 +551,4 @@ def test_head_dims_are_split():
     assert [attention.widths(d) for d in (8, 16, 24, 64, 72, 80, 96, 104, 128)] == [
         (16, 0), (16, 0), (16, 16), (64, 0), (64, 16), (64, 16), (64, 32), (64, 64), (128, 0),
     ]  # fmt: skip
-    assert attention.shape_constants(72, torch.float32) == (72, 64, 32)
+    assert attention.shape_constants(72, torch.float32) == {"DIM": 72, "HEAD": 64, "TAIL": 32}

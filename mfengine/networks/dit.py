@@ -166,7 +166,9 @@ class Block(nn.Module):
 
     @ops.one_node
     def forward(self, x: A, branch: A | None, gate: A | None, c: A) -> tuple[A, A, A]:
-        """Residual stream x (B, N, D), with branch (B, N, D) and gate (B, D) yet to be added; SiLU of conditioning c (B, D)."""
+        """Residual stream x (B, N, D), with branch (B, N, D) and gate (B, D) yet to be added; SiLU(c) (B, D), c the
+        conditioning.
+        """
         modulation = self.adaLN_modulation[1](c)
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = ops.chunk(modulation, 6)
         x, o = _add_and_modulate(x, branch, gate, shift_attn, scale_attn)

@@ -134,7 +134,7 @@ def _dual(
 def _backward(x: Tensor, scale: Tensor, go: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     from mfengine.kernels import adaln as kernel
 
-    gx, _, _, gshift, gscale = kernel.backward(_row(x), None, None, _row(scale), None, go, eps)
+    gx, _, _, gshift, gscale = kernel.backward(_row(x), None, None, _row(scale), None, _row(go), eps)
     return gx, gshift, gscale
 
 
@@ -176,7 +176,9 @@ def _residual_backward(
     from mfengine.kernels import adaln as kernel
 
     go = torch.zeros_like(x_out, dtype=scale.dtype) if go is None else go  # of an output that nothing used
-    gx, gy, ggate, gshift, gscale = kernel.backward(_row(x_out), _row(y), _row(gate), _row(scale), gx_out, go, eps)
+    gx_out = None if gx_out is None else _row(gx_out)
+    x_out, y, gate, scale, go = map(_row, (x_out, y, gate, scale, go))
+    gx, gy, ggate, gshift, gscale = kernel.backward(x_out, y, gate, scale, gx_out, go, eps)
     assert gy is not None
     assert ggate is not None
     return gx, gy, ggate, gshift, gscale

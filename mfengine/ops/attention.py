@@ -170,9 +170,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     from mfengine.kernels import attention as kernel
 
-    gq, gk, gv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    kernel.backward(q, k, v, o, lse, go, gq, gk, gv, scale)
-    return gq, gk, gv
+    return kernel.backward(q, k, v, o, lse, go, scale)
 
 
 def _shapes(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
@@ -203,24 +201,19 @@ ATTENTION = Op(
 def _packed_forward(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor]:
     from mfengine.kernels import attention as kernel
 
-    o, lse = kernel.forward(*_split_heads(qkv, heads))
-    return _merge_heads(o), lse
+    return kernel.forward_packed(qkv, heads)
 
 
 def _packed_dual(qkv: Tensor, dqkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
     from mfengine.kernels import attention as kernel
 
-    o, lse, do = kernel.forward_dual(*_split_heads(qkv, heads), *_split_heads(dqkv, heads))
-    return _merge_heads(o), lse, _merge_heads(do)
+    return kernel.forward_dual_packed(qkv, dqkv, heads)
 
 
 def _packed_backward(qkv: Tensor, o: Tensor, lse: Tensor, go: Tensor, heads: int) -> tuple[Tensor]:
     from mfengine.kernels import attention as kernel
 
-    o, go = (x.unflatten(2, (heads, -1)).transpose(1, 2) for x in (o, go))  # (B, H, N, d)
-    gqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
-    kernel.backward(*_split_heads(qkv, heads), o, lse, go, *_split_heads(gqkv, heads))
-    return (gqkv,)
+    return (kernel.backward_packed(qkv, o, lse, go, heads),)
 
 
 def _packed_shapes(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor]:

@@ -47,9 +47,7 @@ def one_node(forward: Callable[..., Any]) -> Callable[..., Any]:
             result = forward(self, *args)
         results = result if type(result) is tuple else (result,)
         outputs = tape.finish([primal_of(r) for r in results])
-        results = tuple(
-            Dual(o, r.tangent) if isinstance(r, Dual) else o for o, r in zip(outputs, results, strict=True)
-        )
+        results = tuple(Dual(o, r.tangent) if isinstance(r, Dual) else o for o, r in zip(outputs, results, strict=True))
         return results if type(result) is tuple else results[0]
 
     return call
