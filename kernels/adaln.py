@@ -9,6 +9,7 @@ sigma from x' rather than storing them, and sums over a sample's tokens in a fix
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import triton
@@ -128,12 +129,12 @@ def forward(
     """Residual stream and modulated rows.
 
     Args:
-        x, y: (B, N, D); gate, shift, scale: (B, D). float16, bfloat16 or float32, each its own; the last dimension
-            is contiguous, the others have any stride. D is at most 8192.
+        x, y: (B, N, D) or (B * N, D); gate, shift, scale: (B, D). float16, bfloat16 or float32, each its own; the last
+            dimension is contiguous, the others have any stride. D is at most 8192.
         eps: of the LayerNorm.
 
     Returns:
-        x' (B, N, D) in the dtype of x, which is x itself without a residual, and o in the dtype of scale.
+        x', of x's shape and dtype, which is x itself without a residual, and o in the dtype of scale.
     """
     launch = _plan_forward((x, y, gate, shift, scale), eps, CONFIGS["forward"])
     x_out, o = _outputs(x, y, scale)
@@ -148,7 +149,7 @@ def forward_dual(
     """`forward`, with the tangents of the last K samples of the batch, K being theirs.
 
     Returns:
-        x', o, and their tangents dx' (K, N, D), which is dx itself without a residual, and do (K, N, D).
+        x', o, and their tangents, dx', which is dx itself without a residual, and do, of dx's shape.
     """
     primals, tangents = (x, y, gate, shift, scale), (dx, dy, dgate, dshift, dscale)
     lead, tail = _plan_dual((*primals, *tangents), eps, CONFIGS["forward"], CONFIGS["dual"])
@@ -174,7 +175,8 @@ def backward(
         Gradients of x, y, gate, shift and scale, in the dtypes of x', y, gate, scale and scale.
     """
     launch = _plan_backward((x_out, y, gate, scale, gx_out, go), eps, CONFIGS["backward"])
-    batch, tokens, width = x_out.shape
+    batch, width = scale.shape
+    tokens = x_out.numel() // max(scale.numel(), 1)
     gx = torch.empty(x_out.shape, dtype=x_out.dtype, device=x_out.device)
     gy = None if y is None else torch.empty(y.shape, dtype=y.dtype, device=y.device)
     parts = -(-tokens // TOKENS_PER_PROGRAM)
@@ -188,21 +190,19 @@ def backward(
 
 @planned
 def _plan_forward(primals: Sequence[Tensor | None], eps: float, config: Config) -> Callable[..., None]:
-    check_arguments(*primals)
-    return _forward(primals, [None] * 5, 0, primals[0].shape[0], eps, config)
+    primals = _check(*primals)
+    return _forward(primals, [None] * 5, 0, len(primals[0]), eps, config)
 
 
 @planned
 def _plan_dual(
     tensors: Sequence[Tensor | None], eps: float, forward: Config, dual: Config
 ) -> tuple[Callable[..., None], Callable[..., None]]:
-    primals, tangents = tensors[:5], tensors[5:]
-    x, y, dx, dy = *primals[:2], *tangents[:2]
-    check_arguments(*primals)
-    check_arguments(*tangents, prefix="d")
+    primals, tangents = _check(*tensors[:5]), _check(*tensors[5:], prefix="d")
+    (x, y), (dx, dy) = primals[:2], tangents[:2]
     check_device("dx", dx, x)
     batch, tokens, width = x.shape
-    if len(dx) > batch or dx.shape[1:] != x.shape[1:] or (y is None) != (dy is None):
+    if len(dx) > batch or (len(dx) and dx.shape[1:] != x.shape[1:]) or (y is None) != (dy is None):
         raise ValueError(f"dx must be (K, {tokens}, {width}) with K at most {batch}, not {tuple(dx.shape)}")
     first = batch - len(dx)
     lead = _forward(primals, [None] * 5, 0, first, eps, forward)
@@ -230,11 +230,12 @@ def _forward(
 @planned
 def _plan_backward(tensors: Sequence[Tensor | None], eps: float, config: Config) -> Callable[..., None]:
     x_out, y, gate, scale, gx_out, go = tensors
-    check_arguments(x_out, y, gate, scale, scale)
-    batch, tokens, width = x_out.shape
     for gradient in (go, gx_out):
         if gradient is not None and gradient.shape != x_out.shape:
             raise ValueError(f"gradients must be of shape {tuple(x_out.shape)}")
+    x_out, y, gate, _, scale = _check(x_out, y, gate, scale, scale)
+    batch, tokens, width = x_out.shape
+    gx_out, go = (None if g is None else _by_sample(g, batch) for g in (gx_out, go))
     if not x_out.numel():
         return nothing
     parts = -(-tokens // TOKENS_PER_PROGRAM)
@@ -251,14 +252,17 @@ def _outputs(x: Tensor, y: Tensor | None, scale: Tensor) -> tuple[Tensor, Tensor
     return x_out, torch.empty(x.shape, dtype=scale.dtype, device=x.device)
 
 
-def check_arguments(
+def _check(
     x: Tensor, y: Tensor | None, gate: Tensor | None, shift: Tensor, scale: Tensor, prefix: str = ""
-) -> None:
-    if x.ndim != 3 or not 1 <= x.shape[2] <= MAX_WIDTH:
-        raise ValueError(f"{prefix}x must be (B, N, D) with D from 1 to {MAX_WIDTH}, not of shape {tuple(x.shape)}")
+) -> tuple[Any, ...]:
+    """The arguments, tokens as (B, N, D); ValueError for what the kernels do not take."""
+    if x.ndim not in (2, 3) or not 1 <= x.shape[-1] <= MAX_WIDTH or (x.ndim == 2 and len(x) % max(len(scale), 1)):
+        raise ValueError(
+            f"{prefix}x must be (B, N, D) or (B * N, D) with D from 1 to {MAX_WIDTH}, not of shape {tuple(x.shape)}"
+        )
     if (y is None) != (gate is None):
         raise ValueError(f"{prefix}y and {prefix}gate go together")
-    batch, _, width = x.shape
+    batch, width = len(scale) if x.ndim == 2 else len(x), x.shape[-1]
     for name, a, shape in (
         ("x", x, x.shape), ("y", y, x.shape), ("gate", gate, (batch, width)), ("shift", shift, (batch, width)),
         ("scale", scale, (batch, width)),
@@ -271,6 +275,12 @@ def check_arguments(
         check_device(prefix + name, a, x)
         if a.stride(-1) != 1 and a.shape[-1] > 1:
             raise ValueError(f"{prefix}{name} must be contiguous in its last dimension, not of strides {a.stride()}")
+    return _by_sample(x, batch), None if y is None else _by_sample(y, batch), gate, shift, scale
+
+
+def _by_sample(x: Tensor, batch: int) -> Tensor:
+    """(B, N, D)."""
+    return x if x.ndim == 3 else x.view(batch, len(x) // max(batch, 1), x.shape[1])
 
 
 def _strides(dims: int, *tensors: Tensor | None) -> list[int]:

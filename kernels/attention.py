@@ -370,12 +370,15 @@ def forward(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> tupl
     return o, lse
 
 
-def forward_packed(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor]:
-    """`forward` of qkv (B, N, 3 * H * d), its last dimension ordered (q, k, v), head, channel; o is (B, N, H * d)."""
-    launch = _plan_forward((qkv,), heads, None, *CONFIGS["forward"].values())
+def forward_packed(qkv: Tensor, heads: int, tokens: int) -> tuple[Tensor, Tensor]:
+    """`forward` of qkv (B, N, 3 * H * d) or (B * N, 3 * H * d), its last dimension ordered (q, k, v), head, channel.
+
+    o is (B, N, H * d) or (B * N, H * d).
+    """
+    launch = _plan_forward((qkv,), (heads, tokens), None, *CONFIGS["forward"].values())
     if launch is None or misaligned(qkv):
-        return forward_packed(qkv.clone(memory_format=torch.contiguous_format), heads)
-    o, lse = _packed_output(qkv), _packed_row_values(qkv, heads)
+        return forward_packed(qkv.clone(memory_format=torch.contiguous_format), heads, tokens)
+    o, lse = _packed_output(qkv), _packed_row_values(qkv, heads, tokens)
     launch(qkv, qkv, qkv, None, None, None, o, None, lse)
     return o, lse
 
@@ -405,13 +408,13 @@ def forward_dual(
     return o, lse, do
 
 
-def forward_dual_packed(qkv: Tensor, dqkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """`forward_dual` of qkv (B, N, 3 * H * d) and dqkv (K, N, 3 * H * d); the tangent of o is (K, N, H * d)."""
-    plan = _plan_dual((qkv, dqkv), heads, None, *CONFIGS["forward"].values(), *CONFIGS["dual"].values())
+def forward_dual_packed(qkv: Tensor, dqkv: Tensor, heads: int, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`forward_dual` of qkv as `forward_packed` takes it, and of dqkv likewise, of the last K samples."""
+    plan = _plan_dual((qkv, dqkv), (heads, tokens), None, *CONFIGS["forward"].values(), *CONFIGS["dual"].values())
     if plan is None or misaligned(qkv, dqkv):
         qkv, dqkv = (x.clone(memory_format=torch.contiguous_format) for x in (qkv, dqkv))
-        return forward_dual_packed(qkv, dqkv, heads)
-    o, lse, do = _packed_output(qkv), _packed_row_values(qkv, heads), _packed_output(dqkv)
+        return forward_dual_packed(qkv, dqkv, heads, tokens)
+    o, lse, do = _packed_output(qkv), _packed_row_values(qkv, heads, tokens), _packed_output(dqkv)
     lead, tail = plan
     lead(qkv, qkv, qkv, None, None, None, o, None, lse)
     tail(qkv, qkv, qkv, dqkv, dqkv, dqkv, o, do, lse)
@@ -432,40 +435,40 @@ def backward(
     return gq, gk, gv
 
 
-def backward_packed(qkv: Tensor, o: Tensor, lse: Tensor, go: Tensor, heads: int) -> Tensor:
+def backward_packed(qkv: Tensor, o: Tensor, lse: Tensor, go: Tensor, heads: int, tokens: int) -> Tensor:
     """`backward`, for `forward_packed`; returns the gradient of qkv."""
-    plan = _plan_backward((qkv, o, go, lse), heads, None, *_backward_configs())
+    plan = _plan_backward((qkv, o, go, lse), (heads, tokens), None, *_backward_configs())
     if plan is None or misaligned(qkv, o, go):
         qkv, o, go = (x.clone(memory_format=torch.contiguous_format) for x in (qkv, o, go))
-        return backward_packed(qkv, o, lse, go, heads)
+        return backward_packed(qkv, o, lse, go, heads, tokens)
     gqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
     plan(qkv, qkv, qkv, o, go, lse, gqkv, gqkv, gqkv)
     return gqkv
 
 
 # ----------------------------------------------------------------------------
-# Plans: launches for tensors of one layout, or None if it cannot be read 16 bytes at a time. `heads` is None where
-# queries, keys and values are tensors of their own, and their number where they are parts of one.
+# Plans: launches for tensors of one layout, or None if it cannot be read 16 bytes at a time. `packed` is None where
+# queries, keys and values are tensors of their own, and heads and tokens where they are parts of one.
 
 
 @planned
 def _plan_forward(
-    tensors: tuple[Tensor, ...], heads: int | None, scale: float | None, *_: Config
+    tensors: tuple[Tensor, ...], packed: tuple[int, int] | None, scale: float | None, *_: Config
 ) -> Callable[..., None] | None:
-    primals = _parts(tensors, heads)
+    primals = _parts(tensors, packed)
     check_arguments(*(p.heads for p in primals))
-    return _forward(primals, (), 0, len(tensors[0]), scale) if _readable(primals) else None
+    return _forward(primals, (), 0, len(primals[0].heads), scale) if _readable(primals) else None
 
 
 @planned
 def _plan_dual(
-    tensors: tuple[Tensor, ...], heads: int | None, scale: float | None, *_: Config
+    tensors: tuple[Tensor, ...], packed: tuple[int, int] | None, scale: float | None, *_: Config
 ) -> tuple[Callable[..., None], Callable[..., None]] | None:
     """For leading rows, which have no tangent, and for trailing ones."""
     half = len(tensors) // 2
-    primals, tangents = _parts(tensors[:half], heads), _parts(tensors[half:], heads)
+    primals, tangents = _parts(tensors[:half], packed), _parts(tensors[half:], packed)
     check_arguments(*(p.heads for p in primals))
-    batch, duals = len(tensors[0]), len(tensors[half])
+    batch, duals = len(primals[0].heads), len(tangents[0].heads)
     if duals > batch:
         raise ValueError(f"dq has {duals} rows, more than the {batch} of q")
     for name, tangent, primal in zip(("dq", "dk", "dv"), tangents, primals, strict=True):
@@ -512,23 +515,23 @@ def _zero_outputs(first: int, last: int, *tensors: Tensor | None) -> None:
 
 @planned
 def _plan_backward(
-    tensors: tuple[Tensor, ...], heads: int | None, scale: float | None, *_: Config
+    tensors: tuple[Tensor, ...], packed: tuple[int, int] | None, scale: float | None, *_: Config
 ) -> Callable[..., None] | None:
     """For q, k, v, o, go, lse and the gradients of q, k and v, which are dense."""
     *inputs, o, go, _ = tensors
-    parts = _parts(inputs, heads)
+    parts = _parts(inputs, packed)
     q, k = parts[:2]
     check_arguments(*(p.heads for p in parts))
     batch, count, queries, dim = q.heads.shape
     keys = k.heads.shape[2]
-    outer = [_Part(x if heads is None else x.unflatten(2, (heads, -1)).transpose(1, 2), 0) for x in (o, go)]
+    outer = [_Part(x if packed is None else _heads(x, *packed, 1)[0], 0) for x in (o, go)]
     for name, part in zip(("o", "go"), outer, strict=True):
         check_like(name, part.heads, q.heads.shape, q.heads)
     if not q.heads.numel() or not k.heads.numel():
         return _zero_gradients
     if not _readable((*parts, *outer)):
         return None
-    gradients = _parts([torch.empty(x.shape, dtype=x.dtype, device="meta") for x in inputs], heads)
+    gradients = _parts([torch.empty(x.shape, dtype=x.dtype, device="meta") for x in inputs], packed)
     name = tile_class(dim, q.heads.dtype)
     constants = shape_constants(dim, q.heads.dtype)
     rest = (count, queries, keys, dim, _scale(scale, dim))
@@ -571,14 +574,18 @@ class _Part(NamedTuple):
     start: int
 
 
-def _parts(tensors: Sequence[Tensor], heads: int | None) -> list[_Part]:
+def _parts(tensors: Sequence[Tensor], packed: tuple[int, int] | None) -> list[_Part]:
     """Queries, keys and values."""
-    if heads is None:
+    if packed is None:
         return [_Part(x, 0) for x in tensors]
-    (packed,) = tensors
-    batch, tokens, width = packed.shape
-    views = packed.view(batch, tokens, 3, heads, width // (3 * heads)).permute(2, 0, 3, 1, 4).unbind(0)
-    return [_Part(x, x.storage_offset() - packed.storage_offset()) for x in views]
+    (x,) = tensors
+    return [_Part(part, part.storage_offset() - x.storage_offset()) for part in _heads(x, *packed, 3)]
+
+
+def _heads(x: Tensor, heads: int, tokens: int, parts: int) -> tuple[Tensor, ...]:
+    """Parts (B, H, N, d) of x (B, N, parts * H * d) or (B * N, parts * H * d)."""
+    batch = len(x) if x.ndim == 3 else len(x) // tokens
+    return x.view(batch, tokens, parts, heads, x.shape[-1] // (parts * heads)).permute(2, 0, 3, 1, 4).unbind(0)
 
 
 def _readable(parts: Sequence[_Part]) -> bool:
@@ -608,12 +615,12 @@ def _row_values(q: Tensor) -> Tensor:
 
 
 def _packed_output(qkv: Tensor) -> Tensor:
-    batch, tokens, width = qkv.shape
-    return torch.empty(batch, tokens, width // 3, dtype=qkv.dtype, device=qkv.device)
+    *rows, width = qkv.shape
+    return torch.empty(*rows, width // 3, dtype=qkv.dtype, device=qkv.device)
 
 
-def _packed_row_values(qkv: Tensor, heads: int) -> Tensor:
-    batch, tokens, _ = qkv.shape
+def _packed_row_values(qkv: Tensor, heads: int, tokens: int) -> Tensor:
+    batch = len(qkv) if qkv.ndim == 3 else len(qkv) // tokens
     return torch.empty(batch, heads, tokens, dtype=torch.float32, device=qkv.device)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor

@@ -24,6 +24,7 @@ from mfengine.device import device_generator, to_device
 from mfengine.methods.base import Objective, ObjectiveConfig
 from mfengine.methods.sampling import sample
 from mfengine.networks.velocity import AnyNetwork, null_class, velocity, velocity_and_jvp
+from mfengine.ops import fixed_weights
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,7 @@ class MeanFlow(Objective):
         noise = torch.randn(shape, generator=device_generator(generator, device), device=device)
         return Draws(t, r, noise, num_dropped)
 
+    @fixed_weights()
     def loss(
         self, model: AnyNetwork, latents: Tensor, labels: Tensor, draws: Draws
     ) -> tuple[Tensor, dict[str, Tensor]]:

@@ -130,14 +130,14 @@ class LabelEmbedder(nn.Module):
 
 
 class Attention(nn.Module):
-    def __init__(self, hidden_size: int, num_heads: int) -> None:
+    def __init__(self, hidden_size: int, num_heads: int, num_tokens: int) -> None:
         super().__init__()
-        self.num_heads = num_heads
+        self.num_heads, self.num_tokens = num_heads, num_tokens
         self.qkv = Linear(hidden_size, 3 * hidden_size)
         self.proj = Linear(hidden_size, hidden_size)
 
     def forward(self, x: A) -> A:
-        return self.proj(ops.attention_packed(self.qkv(x), self.num_heads))
+        return self.proj(ops.attention_packed(self.qkv(x), self.num_heads, self.num_tokens))
 
 
 class MLP(nn.Module):
@@ -160,14 +160,14 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         width = config.hidden_size
-        self.attn = Attention(width, config.num_heads)
+        self.attn = Attention(width, config.num_heads, config.num_tokens)
         self.mlp = MLP(width, int(width * config.mlp_ratio))
         self.adaLN_modulation = nn.Sequential(SiLU(), Linear(width, 6 * width))
 
     @ops.one_node
     def forward(self, x: A, branch: A | None, gate: A | None, c: A) -> tuple[A, A, A]:
-        """Residual stream x (B, N, D), with branch (B, N, D) and gate (B, D) yet to be added; SiLU(c) (B, D), c the
-        conditioning.
+        """Residual stream x (B * N, D), with branch (B * N, D) and gate (B, D) yet to be added; SiLU(c) (B, D) of the
+        conditioning c.
         """
         modulation = self.adaLN_modulation[1](c)
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = ops.chunk(modulation, 6)
@@ -177,7 +177,7 @@ class Block(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """Residual stream, with a branch still to be added, to patches (B, N, p * p * C)."""
+    """Residual stream, with a branch still to be added, to patches (B * N, p * p * C)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -263,6 +263,7 @@ class DiT(Network):
         x = self.x_embedder(ops.linear_map(self._to_compute, z))  # (B, N, D)
         # The positions are float32 and so the residual stream is.
         x = ops.add(ops.linear_map(lambda x: x.to(self.pos_embed.dtype), x), self.pos_embed)
+        x = ops.linear_map(lambda x: x.flatten(0, 1), x)  # (B * N, D): tokens are rows from here on
         branch = gate = None
         for block in self.blocks:
             x, branch, gate = block(x, branch, gate, c)
@@ -273,7 +274,8 @@ class DiT(Network):
 
     def _unpatchify(self, patches: Tensor) -> Tensor:
         p, channels, size = self.config.patch_size, self.config.in_channels, self.config.input_size
-        batch, grid = patches.shape[0], size // p
+        grid = size // p
+        batch = len(patches) // grid**2
         x = patches.view(batch, grid, grid, p, p, channels).permute(0, 5, 1, 3, 2, 4)  # (B, C, g, p, g, p)
         return x.reshape(batch, channels, size, size).to(self.pos_embed.dtype)
 

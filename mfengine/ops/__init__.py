@@ -15,7 +15,7 @@ from mfengine.ops.backend import use_backend
 from mfengine.ops.choice import use_attention
 from mfengine.ops.chunk import chunk
 from mfengine.ops.dual import Dual, add, linear_map
-from mfengine.ops.linear import linear, sinusoid
+from mfengine.ops.linear import fixed_weights, linear, sinusoid
 from mfengine.ops.node import one_node
 from mfengine.ops.rmsnorm import rms_norm
 from mfengine.ops.table import OPS
@@ -28,6 +28,7 @@ __all__ = [
     "attention",
     "attention_packed",
     "chunk",
+    "fixed_weights",
     "gated_residual_adaln",
     "gelu",
     "linear",

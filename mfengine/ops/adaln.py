@@ -7,13 +7,14 @@ The modulation s, b, g is per sample: (B, D) against tokens (B, N, D).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mfengine.ops.dual import A, accumulation_dtype, push
+from mfengine.ops.dual import A, accumulation_dtype, linear_map, primal_of, push
 from mfengine.ops.op import Op
 
 EPS = 1e-6  # of the reference code's LayerNorm
@@ -23,13 +24,13 @@ def adaln_modulate(x: A, shift: A, scale: A, eps: float = EPS) -> A:
     """LN(x) * (1 + scale) + shift.
 
     Args:
-        x: (B, N, D) float, the residual stream; or a dual, with a tangent (K, N, D) of its last K rows.
+        x: (B, N, D) or (B * N, D) float, the residual stream; or a dual, with a tangent (K, N, D) or (K * N, D) of its
+            last rows.
         shift, scale: (B, D) float; or duals, with tangents (K, D).
         eps: of the LayerNorm.
 
     Returns:
-        (B, N, D) in the dtype of scale; of duals the same with a tangent (K, N, D). Computed in float32, of float64 in
-        float64.
+        x's shape in the dtype of scale; of duals the same with a tangent. Computed in float32, of float64 in float64.
 
     Raises:
         ValueError: on the fused path, whatever the kernels do not take: D above 8192, a dtype other than float16,
@@ -42,13 +43,13 @@ def gated_residual_adaln(x: A, y: A, gate: A, shift: A, scale: A, eps: float = E
     """x' = x + gate * y and LN(x') * (1 + scale) + shift, for shapes as in `adaln_modulate`.
 
     Args:
-        x: (B, N, D) float, the residual stream; y: (B, N, D) float, what a branch adds to it. Or duals, with tangents
-            (K, N, D) of their last K rows.
+        x: (B, N, D) or (B * N, D) float, the residual stream; y: likewise, what a branch adds to it. Or duals, with
+            tangents (K, N, D) or (K * N, D) of their last rows.
         gate, shift, scale: (B, D) float; or duals, with tangents (K, D).
         eps: of the LayerNorm.
 
     Returns:
-        (x', o), each (B, N, D): the residual stream in the dtype of x, the modulated one in the dtype of scale. Of
+        (x', o), each of x's shape: the residual stream in the dtype of x, the modulated one in the dtype of scale. Of
         duals two duals.
 
     Raises:
@@ -72,12 +73,23 @@ def gated_residual_adaln(x: A, y: A, gate: A, shift: A, scale: A, eps: float = E
 
 
 def _plain(x: A, shift: A, scale: A, eps: float) -> tuple[A]:
-    return (push(partial(_modulate, eps=eps), partial(_modulate_tangent, eps=eps), x, shift, scale),)
+    x, restore = _by_sample(x, scale)
+    o = push(partial(_modulate, eps=eps), partial(_modulate_tangent, eps=eps), x, shift, scale)
+    return (linear_map(restore, o),)
 
 
 def _plain_residual(x: A, y: A, gate: A, shift: A, scale: A, eps: float) -> tuple[A, A]:
-    x = push(_residual, _residual_tangent, x, y, gate)
-    return x, _plain(x, shift, scale, eps)[0]
+    x, restore = _by_sample(x, scale)
+    x = push(_residual, _residual_tangent, x, _by_sample(y, scale)[0], gate)
+    return linear_map(restore, x), linear_map(restore, _plain(x, shift, scale, eps)[0])
+
+
+def _by_sample(x: A, scale: A) -> tuple[A, Callable[[Tensor], Tensor]]:
+    """x as (B, N, D), and what makes its own shape of that."""
+    if primal_of(x).ndim == 3:
+        return x, lambda x: x
+    tokens = len(primal_of(x)) // max(len(primal_of(scale)), 1)
+    return linear_map(lambda x: x.view(len(x) // max(tokens, 1), tokens, x.shape[1]), x), lambda x: x.flatten(0, 1)
 
 
 def _modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:

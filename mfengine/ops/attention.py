@@ -5,6 +5,7 @@ Tangent: with S' = a (Q' K^T + Q K'^T), O' = (P * S') V + P V' - rowsum(P * S') 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -56,25 +57,27 @@ def attention(q: A, k: A, v: A, scale: float | None = None) -> A:
     return _call(ATTENTION, name, (q, k, v), (scale,))
 
 
-def attention_packed(qkv: A, num_heads: int) -> A:
+def attention_packed(qkv: A, num_heads: int, num_tokens: int | None = None) -> A:
     """Self-attention over the packed output of one query-key-value projection.
 
     Args:
-        qkv: (B, N, 3 * H * d) float; the last dimension is ordered (q, k, v), then head, then channel. Or a dual, with
-            a tangent (K, N, 3 * H * d) of its last K rows.
+        qkv: (B, N, 3 * H * d) or (B * N, 3 * H * d) float; the last dimension is ordered (q, k, v), then head, then
+            channel. Or a dual, with a tangent of its last K or K * N rows.
         num_heads: H.
+        num_tokens: N, which (B * N, 3 * H * d) does not tell.
 
     Returns:
-        (B, N, H * d) in the dtype of qkv, heads concatenated; of a dual the same with a tangent (K, N, H * d).
+        (B, N, H * d) or (B * N, H * d) in the dtype of qkv, heads concatenated; of a dual the same with a tangent.
 
     Raises:
         ValueError: as `attention`.
     """
     x = primal_of(qkv)
     name = choose(qkv, dim=x.shape[-1] // (3 * num_heads))
+    tokens = x.shape[-2] if num_tokens is None else num_tokens
     if name in _LIBRARIES:
-        return _merge_heads(_LIBRARIES[name](*_split_heads(x, num_heads), None))
-    return _call(ATTENTION_PACKED, name, (qkv,), (num_heads,))
+        return _merge_heads(_LIBRARIES[name](*_split_heads(x, num_heads, tokens), None), x.ndim)
+    return _call(ATTENTION_PACKED, name, (qkv,), (num_heads, tokens))
 
 
 def _call(op: Op, name: str, args: tuple[Any, ...], options: tuple[Any, ...]) -> Any:
@@ -83,15 +86,17 @@ def _call(op: Op, name: str, args: tuple[Any, ...], options: tuple[Any, ...]) ->
     return op.by_kernels(*args, options=options)[0] if name == "triton" else op.plain(*args, *options)[0]
 
 
-def _split_heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    batch, tokens, width = qkv.shape
-    qkv = qkv.view(batch, tokens, 3, num_heads, width // (3 * num_heads))  # (B, N, 3, H, d)
+def _split_heads(qkv: Tensor, num_heads: int, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+    batch = len(qkv) if qkv.ndim == 3 else len(qkv) // tokens
+    qkv = qkv.view(batch, tokens, 3, num_heads, qkv.shape[-1] // (3 * num_heads))  # (B, N, 3, H, d)
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, H, N, d)
     return q, k, v
 
 
-def _merge_heads(o: Any) -> Any:
-    return o.transpose(1, 2).flatten(2)  # (B, H, N, d) -> (B, N, H * d)
+def _merge_heads(o: Any, ndim: int) -> Any:
+    """(B, H, N, d) to (B, N, H * d) or (B * N, H * d)."""
+    o = o.transpose(1, 2).flatten(2)
+    return o if ndim == 3 else o.flatten(0, 1)
 
 
 # ----------------------------------------------------------------------------
@@ -110,11 +115,14 @@ def _plain(q: A, k: A, v: A, scale: float | None) -> tuple[A]:
         return (Dual(o, _tangent(q, k, v, p[duals], scale)),)
 
 
-def _plain_packed(qkv: Any, heads: int) -> tuple[Any]:
+def _plain_packed(qkv: Any, heads: int, tokens: int) -> tuple[Any]:
+    def merge(o: Tensor) -> Tensor:
+        return _merge_heads(o, primal_of(qkv).ndim)
+
     if isinstance(qkv, Dual):
-        q, k, v = map(Dual, _split_heads(qkv.primal, heads), _split_heads(qkv.tangent, heads))
-        return (linear_map(_merge_heads, _plain(q, k, v, None)[0]),)
-    return (_merge_heads(_plain(*_split_heads(qkv, heads), None)[0]),)
+        q, k, v = map(Dual, _split_heads(qkv.primal, heads, tokens), _split_heads(qkv.tangent, heads, tokens))
+        return (linear_map(merge, _plain(q, k, v, None)[0]),)
+    return (merge(_plain(*_split_heads(qkv, heads, tokens), None)[0]),)
 
 
 def _probabilities(q: Tensor, k: Tensor, scale: float) -> Tensor:
@@ -198,32 +206,33 @@ ATTENTION = Op(
 )
 
 
-def _packed_forward(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+def _packed_forward(qkv: Tensor, heads: int, tokens: int) -> tuple[Tensor, Tensor]:
     from mfengine.kernels import attention as kernel
 
-    return kernel.forward_packed(qkv, heads)
+    return kernel.forward_packed(qkv, heads, tokens)
 
 
-def _packed_dual(qkv: Tensor, dqkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+def _packed_dual(qkv: Tensor, dqkv: Tensor, heads: int, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
     from mfengine.kernels import attention as kernel
 
-    return kernel.forward_dual_packed(qkv, dqkv, heads)
+    return kernel.forward_dual_packed(qkv, dqkv, heads, tokens)
 
 
-def _packed_backward(qkv: Tensor, o: Tensor, lse: Tensor, go: Tensor, heads: int) -> tuple[Tensor]:
+def _packed_backward(qkv: Tensor, o: Tensor, lse: Tensor, go: Tensor, heads: int, tokens: int) -> tuple[Tensor]:
     from mfengine.kernels import attention as kernel
 
-    return (kernel.backward_packed(qkv, o, lse, go, heads),)
+    return (kernel.backward_packed(qkv, o, lse, go, heads, tokens),)
 
 
-def _packed_shapes(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor]:
-    batch, tokens, width = qkv.shape
-    return qkv.new_empty(batch, tokens, width // 3), qkv.new_empty(batch, heads, tokens, dtype=torch.float32)
+def _packed_shapes(qkv: Tensor, heads: int, tokens: int) -> tuple[Tensor, Tensor]:
+    *rows, width = qkv.shape
+    batch = rows[0] if len(rows) == 2 else rows[0] // tokens
+    return qkv.new_empty(*rows, width // 3), qkv.new_empty(batch, heads, tokens, dtype=torch.float32)
 
 
-def _packed_flops(qkv: Any, heads: int) -> tuple[int, int, int]:
-    batch, tokens, width = qkv
-    head = (batch, heads, tokens, width // (3 * heads))
+def _packed_flops(qkv: Any, heads: int, tokens: int) -> tuple[int, int, int]:
+    *rows, width = qkv
+    head = (math.prod(rows) // tokens, heads, tokens, width // (3 * heads))
     return _flops(head, head, head, None)
 
 

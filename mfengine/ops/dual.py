@@ -17,6 +17,8 @@ from torch import Tensor
 class Dual(NamedTuple):
     """A primal of B rows with the tangent of its last K <= B rows.
 
+    Rows are samples; where tokens are rows, each counts, so that (B * N, D) has a tangent (K * N, D).
+
     Ops take duals where they take tensors, all with one K, and return a dual if any argument is one: the output, with
     autograd's graph, and its tangent, a constant without. An argument that is a tensor has no tangent. Parameters, such
     as a bias, have no rows: the tangent of theirs is whole.
@@ -57,24 +59,30 @@ def push(
     with torch.no_grad():
         tangents = complete(primals, [a.tangent if isinstance(a, Dual) else None for a in args], parameters)
         rows = len(primals) - parameters
-        duals = len(tangents[0])
-        last = [x if len(x) == duals else x[len(x) - duals :] for x in primals[:rows]]
+        pairs = zip(primals[:rows], tangents[:rows], strict=True)
+        last = [x if len(x) == len(dx) else x[len(x) - len(dx) :] for x, dx in pairs]
         return Dual(output, tangent_rule(*last, *primals[rows:], *tangents))
 
 
 def complete(primals: Sequence[Tensor], tangents: Sequence[Tensor | None], parameters: int = 0) -> list[Any]:
-    """Tangents of one number of rows, zero for arguments that had none; None stays for parameters, the last arguments.
+    """Tangents of one share of the rows, zero for arguments that had none; None stays for parameters, which come last.
 
     Raises:
-        ValueError: tangents of different numbers of rows.
+        ValueError: tangents of different shares of the rows.
     """
     rows = len(primals) - parameters
-    counts = {t.shape[0] for t in tangents[:rows] if t is not None} or {primals[0].shape[0]}
-    if len(counts) > 1:
-        raise ValueError(f"tangents must be of one number of rows, not of {' and '.join(map(str, sorted(counts)))}")
-    (duals,) = counts
-    pairs = zip(primals[:rows], tangents[:rows], strict=True)
-    return [*(x.new_zeros(duals, *x.shape[1:]) if t is None else t for x, t in pairs), *tangents[rows:]]
+    pairs = [*zip(primals[:rows], tangents[:rows], strict=True)]
+    whole, part = next(((len(x), len(t)) for x, t in pairs if t is not None), (1, 1))
+    for x, t in pairs:
+        if t is not None and len(t) * whole != len(x) * part:
+            raise ValueError(
+                f"tangents must be of one number of rows, not of {part} of {whole} and {len(t)} of {len(x)}"
+            )
+
+    def zeros(x: Tensor) -> Tensor:
+        return x.new_zeros(len(x) * part // max(whole, 1), *x.shape[1:])
+
+    return [*(zeros(x) if t is None else t for x, t in pairs), *tangents[rows:]]
 
 
 def linear_map(f: Callable[[Tensor], Tensor], x: A) -> A:

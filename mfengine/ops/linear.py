@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import Parameter
 
 from mfengine.ops.dual import A, Dual, linear_map, primal_of, push
-from mfengine.ops.node import Tape, recording
+from mfengine.ops.node import recording
+from mfengine.torch_private import traced
+
+_fixed: dict[Tensor, tuple[Tensor, Tensor]] | None = None
 
 
 def linear(x: A, weight: Any, bias: Any = None) -> A:
@@ -24,8 +30,8 @@ def linear(x: A, weight: Any, bias: Any = None) -> A:
         (B, ..., out) in the dtype of x; of duals the same with a tangent (K, ..., out).
     """
     dtype = primal_of(x).dtype
-    if (tape := recording()) is not None:
-        return _record(tape, x, weight, bias, dtype)
+    if recording() is not None or (_fixed is not None and not torch.is_grad_enabled() and not traced()):
+        return _without_autograd(x, weight, bias, dtype)
     weight, bias = (p if p is None else linear_map(lambda p: p.to(dtype), p) for p in (weight, bias))
     if not isinstance(weight, Dual) and not isinstance(bias, Dual):  # the usual case, and the cheapest
         output = F.linear(primal_of(x), weight, bias)
@@ -37,17 +43,56 @@ def linear(x: A, weight: Any, bias: Any = None) -> A:
     return product if bias is None else push(torch.add, _sum_tangent, product, bias, parameters=1)
 
 
-def _record(tape: Tape, x: A, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> A:
-    """The same with its backward on a tape."""
-    primal, w = primal_of(x), weight.to(dtype)
-    output = F.linear(primal, w, None if bias is None else bias.to(dtype))
-    tape.record(_gradients, (primal, weight, bias), (output,), (primal, w), (bias is not None,))
-    return Dual(output, F.linear(x.tangent, w)) if isinstance(x, Dual) else output
+@contextmanager
+def fixed_weights(copies: Mapping[Tensor, Tensor] | None = None) -> Iterator[None]:
+    """Parameters do not change inside: without autograd and in `one_node`, linear layers cast each only once.
+
+    Args:
+        copies: of parameters, in the dtype of the products, for those that need not be cast at all.
+    """
+    global _fixed
+    if _fixed is not None:
+        yield
+        return
+    _fixed = {p: (copy, copy.t() if copy.ndim == 2 else copy) for p, copy in (copies or {}).items()}
+    try:
+        yield
+    finally:
+        _fixed = None
 
 
-def _gradients(x: Tensor, weight: Tensor, go: Tensor, has_bias: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-    x_rows, go_rows = x.flatten(0, -2), go.flatten(0, -2)
-    return (go @ weight), go_rows.t() @ x_rows, go_rows.sum(0) if has_bias else None
+def _cast(p: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A parameter without autograd, and its transpose."""
+    found = None if _fixed is None else _fixed.get(p)
+    if found is None or found[0].dtype != dtype:
+        copy = p.to(dtype)
+        found = copy, copy.t() if copy.ndim == 2 else copy
+        if _fixed is not None and isinstance(p, Parameter):
+            _fixed[p] = found
+    return found
+
+
+def _without_autograd(x: A, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> A:
+    """The layer, and its backward on the tape if there is one."""
+    primal, (w, w_t) = primal_of(x), _cast(weight, dtype)
+    b = None if bias is None else _cast(bias, dtype)[0]
+    if primal.ndim == 2:
+        output = primal @ w_t if b is None else torch.addmm(b, primal, w_t)
+    else:
+        output = F.linear(primal, w, b)
+    if (tape := recording()) is not None:
+        options = (None if bias is None else bias.dtype,)
+        tape.record(_gradients, (primal, weight, bias), (output,), (primal, w), options)
+    return Dual(output, x.tangent @ w_t) if isinstance(x, Dual) else output
+
+
+def _gradients(
+    x: Tensor, weight: Tensor, go: Tensor, bias_dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    gx = go @ weight
+    if x.ndim > 2:
+        x, go = x.flatten(0, -2), go.flatten(0, -2)
+    return gx, go.t() @ x, None if bias_dtype is None else go.sum(0, dtype=bias_dtype)
 
 
 def _product_tangent(x: Tensor, weight: Tensor, dx: Tensor, dweight: Tensor | None) -> Tensor:

@@ -79,7 +79,7 @@ def _attention(s: Shape, new: New) -> Example:
 
 def _attention_packed(s: Shape, new: New) -> Example:
     qkv = new(s.batch, s.tokens, 3 * s.width)
-    return Example(ATTENTION_PACKED, partial(attention_packed, num_heads=s.heads), (qkv,), (s.heads,))
+    return Example(ATTENTION_PACKED, partial(attention_packed, num_heads=s.heads), (qkv,), (s.heads, s.tokens))
 
 
 def _adaln_modulate(s: Shape, new: New) -> Example:
