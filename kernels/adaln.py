@@ -16,10 +16,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mfengine.kernels.launch import Config, Launch, check_device, check_dtype, nothing, planned
+from mfengine.kernels.launch import Config, Launch, check_device, check_dtype, empty_like, nothing, planned
 from mfengine.kernels.sums import sum_parts
 
 MAX_WIDTH = 8192
+_NOTHING = (None,) * 5
 TOKENS_PER_PROGRAM = 16  # of the backward, which adds up a sample's gradients over so many tokens before writing
 
 # ----------------------------------------------------------------------------
@@ -129,16 +130,19 @@ def forward(
     """Residual stream and modulated rows.
 
     Args:
-        x, y: (B, N, D) or (B * N, D); gate, shift, scale: (B, D). float16, bfloat16 or float32, each its own; the last
-            dimension is contiguous, the others have any stride. D is at most 8192.
+        x, y: (B, N, D) or (B * N, D); gate, shift, scale: (B, D). float16, bfloat16 or float32, each its own, of any
+            strides. D is at most 8192.
         eps: of the LayerNorm.
 
     Returns:
         x', of x's shape and dtype, which is x itself without a residual, and o in the dtype of scale.
     """
-    launch = _plan_forward((x, y, gate, shift, scale), eps, CONFIGS["forward"])
+    primals = x, y, gate, shift, scale
+    launch = _plan_forward(primals, eps, CONFIGS["forward"])
+    if launch is None:
+        return forward(*map(_rows, primals), eps)
     x_out, o = _outputs(x, y, scale)
-    launch(x, y, gate, shift, scale, *[None] * 5, x_out, o, None, None)
+    launch(*primals, *_NOTHING, x_out, o, None, None)
     return x_out, o
 
 
@@ -152,10 +156,13 @@ def forward_dual(
         x', o, and their tangents, dx', which is dx itself without a residual, and do, of dx's shape.
     """
     primals, tangents = (x, y, gate, shift, scale), (dx, dy, dgate, dshift, dscale)
-    lead, tail = _plan_dual((*primals, *tangents), eps, CONFIGS["forward"], CONFIGS["dual"])
+    plan = _plan_dual((*primals, *tangents), eps, CONFIGS["forward"], CONFIGS["dual"])
+    if plan is None:
+        return forward_dual(*map(_rows, (*primals, *tangents)), eps)
+    lead, tail = plan
     x_out, o = _outputs(x, y, scale)
     dx_out, do = _outputs(dx, y, scale)
-    lead(*primals, *[None] * 5, x_out, o, None, None)
+    lead(*primals, *_NOTHING, x_out, o, None, None)
     tail(*primals, *tangents, x_out, o, dx_out, do)
     return x_out, o, dx_out, do
 
@@ -168,49 +175,59 @@ def backward(
     Args:
         x_out: x' of the forward.
         y, gate, scale: of the forward.
-        gx_out: gradient of x', or None where there is none but that through o; go: gradient of o. Of both the last
-            dimension is contiguous.
+        gx_out: gradient of x', or None where there is none but that through o.
+        go: gradient of o.
 
     Returns:
         Gradients of x, y, gate, shift and scale, in the dtypes of x', y, gate, scale and scale.
     """
-    launch = _plan_backward((x_out, y, gate, scale, gx_out, go), eps, CONFIGS["backward"])
+    inputs = x_out, y, gate, scale, gx_out, go
+    launch = _plan_backward(inputs, eps, CONFIGS["backward"])
+    if launch is None:
+        return backward(*map(_rows, inputs), eps)
     batch, width = scale.shape
     tokens = x_out.numel() // max(scale.numel(), 1)
-    gx = torch.empty(x_out.shape, dtype=x_out.dtype, device=x_out.device)
-    gy = None if y is None else torch.empty(y.shape, dtype=y.dtype, device=y.device)
+    gx = empty_like(x_out)
+    gy = None if y is None else empty_like(y)
     parts = -(-tokens // TOKENS_PER_PROGRAM)
     sums = torch.empty(batch, parts, 3, width, dtype=torch.float32, device=x_out.device)
-    launch(x_out, y, gate, scale, gx_out, go, gx, gy, sums)
-    gshift, gscale = (torch.empty(scale.shape, dtype=scale.dtype, device=scale.device) for _ in range(2))
-    ggate = None if gate is None else torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    launch(*inputs, gx, gy, sums)
+    gshift, gscale = (empty_like(scale) for _ in range(2))
+    ggate = None if gate is None else empty_like(gate)
     sum_parts(sums, (gshift, gscale, ggate))
     return gx, gy, ggate, gshift, gscale
 
 
+# Plans: launches for tensors of one layout, or None if their rows are not contiguous.
+
+
 @planned
-def _plan_forward(primals: Sequence[Tensor | None], eps: float, config: Config) -> Callable[..., None]:
+def _plan_forward(primals: Sequence[Any], eps: float, config: Config) -> Callable[..., None] | None:
     primals = _check(*primals)
-    return _forward(primals, [None] * 5, 0, len(primals[0]), eps, config)
+    if not _rows_are_contiguous(primals):
+        return None
+    return _forward(primals, _NOTHING, 0, len(primals[0]), eps, config)
 
 
 @planned
 def _plan_dual(
-    tensors: Sequence[Tensor | None], eps: float, forward: Config, dual: Config
-) -> tuple[Callable[..., None], Callable[..., None]]:
+    tensors: Sequence[Any], eps: float, forward: Config, dual: Config
+) -> tuple[Callable[..., None], Callable[..., None]] | None:
     primals, tangents = _check(*tensors[:5]), _check(*tensors[5:], prefix="d")
     (x, y), (dx, dy) = primals[:2], tangents[:2]
     check_device("dx", dx, x)
     batch, tokens, width = x.shape
     if len(dx) > batch or (len(dx) and dx.shape[1:] != x.shape[1:]) or (y is None) != (dy is None):
         raise ValueError(f"dx must be (K, {tokens}, {width}) with K at most {batch}, not {tuple(dx.shape)}")
+    if not _rows_are_contiguous((*primals, *tangents)):
+        return None
     first = batch - len(dx)
-    lead = _forward(primals, [None] * 5, 0, first, eps, forward)
+    lead = _forward(primals, _NOTHING, 0, first, eps, forward)
     return lead, _forward(primals, tangents, first, batch, eps, dual)
 
 
 def _forward(
-    primals: Sequence[Tensor | None], tangents: Sequence[Tensor | None], first: int, last: int, eps: float,
+    primals: Sequence[Any], tangents: Sequence[Any], first: int, last: int, eps: float,
     config: Config,
 ) -> Callable[..., None]:  # fmt: skip
     """The launch for samples `first` to `last`; tangents are of these alone."""
@@ -228,7 +245,7 @@ def _forward(
 
 
 @planned
-def _plan_backward(tensors: Sequence[Tensor | None], eps: float, config: Config) -> Callable[..., None]:
+def _plan_backward(tensors: Sequence[Any], eps: float, config: Config) -> Callable[..., None] | None:
     x_out, y, gate, scale, gx_out, go = tensors
     for gradient in (go, gx_out):
         if gradient is not None and gradient.shape != x_out.shape:
@@ -236,6 +253,8 @@ def _plan_backward(tensors: Sequence[Tensor | None], eps: float, config: Config)
     x_out, y, gate, _, scale = _check(x_out, y, gate, scale, scale)
     batch, tokens, width = x_out.shape
     gx_out, go = (None if g is None else _by_sample(g, batch) for g in (gx_out, go))
+    if not _rows_are_contiguous((x_out, y, gate, scale, gx_out, go)):
+        return None
     if not x_out.numel():
         return nothing
     parts = -(-tokens // TOKENS_PER_PROGRAM)
@@ -248,12 +267,12 @@ def _plan_backward(tensors: Sequence[Tensor | None], eps: float, config: Config)
 
 def _outputs(x: Tensor, y: Tensor | None, scale: Tensor) -> tuple[Tensor, Tensor]:
     """For x' and o, or their tangents."""
-    x_out = x if y is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    return x_out, torch.empty(x.shape, dtype=scale.dtype, device=x.device)
+    x_out = x if y is None else empty_like(x)
+    return x_out, empty_like(x, scale.dtype)
 
 
 def _check(
-    x: Tensor, y: Tensor | None, gate: Tensor | None, shift: Tensor, scale: Tensor, prefix: str = ""
+    x: Tensor, y: Tensor | None, gate: Tensor | None, shift: Tensor, scale: Tensor, *, prefix: str = ""
 ) -> tuple[Any, ...]:
     """The arguments, tokens as (B, N, D); ValueError for what the kernels do not take."""
     if x.ndim not in (2, 3) or not 1 <= x.shape[-1] <= MAX_WIDTH or (x.ndim == 2 and len(x) % max(len(scale), 1)):
@@ -273,9 +292,15 @@ def _check(
         if tuple(a.shape) != tuple(shape):
             raise ValueError(f"{prefix}{name} must be of shape {tuple(shape)}, not {tuple(a.shape)}")
         check_device(prefix + name, a, x)
-        if a.stride(-1) != 1 and a.shape[-1] > 1:
-            raise ValueError(f"{prefix}{name} must be contiguous in its last dimension, not of strides {a.stride()}")
     return _by_sample(x, batch), None if y is None else _by_sample(y, batch), gate, shift, scale
+
+
+def _rows_are_contiguous(tensors: Sequence[Tensor | None]) -> bool:
+    return all(x is None or x.stride(-1) == 1 or x.shape[-1] == 1 for x in tensors)
+
+
+def _rows(x: Tensor | None) -> Tensor | None:
+    return x if x is None or x.stride(-1) == 1 else x.contiguous()
 
 
 def _by_sample(x: Tensor, batch: int) -> Tensor:

@@ -29,6 +29,7 @@ from mfengine.kernels.launch import (
     aligned,
     check_dtype,
     check_like,
+    empty_like,
     misaligned,
     nothing,
     planned,
@@ -430,7 +431,7 @@ def backward(
     if plan is None or misaligned(*inputs):
         q, k, v, o, go = map(aligned, inputs)
         return backward(q, k, v, o, lse, go, scale)
-    gq, gk, gv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    gq, gk, gv = (empty_like(x) for x in (q, k, v))
     plan(q, k, v, o, go, lse, gq, gk, gv)
     return gq, gk, gv
 
@@ -441,7 +442,7 @@ def backward_packed(qkv: Tensor, o: Tensor, lse: Tensor, go: Tensor, heads: int,
     if plan is None or misaligned(qkv, o, go):
         qkv, o, go = (x.clone(memory_format=torch.contiguous_format) for x in (qkv, o, go))
         return backward_packed(qkv, o, lse, go, heads, tokens)
-    gqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
+    gqkv = empty_like(qkv)
     plan(qkv, qkv, qkv, o, go, lse, gqkv, gqkv, gqkv)
     return gqkv
 
@@ -554,7 +555,7 @@ def _plan_backward(
 
     def launch(q: Tensor, k: Tensor, v: Tensor, o: Tensor, go: Tensor, lse: Tensor, *gradients: Tensor) -> None:
         gq, gk, gv = gradients
-        delta = torch.empty_like(lse)
+        delta = empty_like(lse)
         launch_delta(o, go, delta)
         launch_kv(q, k, v, go, lse, delta, gk, gv)
         launch_q(q, k, v, go, lse, delta, gq)
@@ -620,7 +621,7 @@ def _packed_output(qkv: Tensor) -> Tensor:
 
 
 def _packed_row_values(qkv: Tensor, heads: int, tokens: int) -> Tensor:
-    batch = len(qkv) if qkv.ndim == 3 else len(qkv) // tokens
+    batch = qkv.numel() // (tokens * qkv.shape[-1])
     return torch.empty(batch, heads, tokens, dtype=torch.float32, device=qkv.device)
 
 

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mfengine.kernels.launch import Config, Launch, check_device, check_dtype, nothing, planned
+from mfengine.kernels.launch import Config, Launch, check_device, check_dtype, empty_like, nothing, planned
 from mfengine.kernels.sums import sum_parts
 
 BLOCK_ROWS, BLOCK_COLS = 4, 1024
@@ -69,7 +69,7 @@ def backward_kernel(
 def forward(x: Tensor, bias: Tensor) -> Tensor:
     """gelu(x + bias): x (..., F), bias (F,), float16, bfloat16 or float32, contiguous; returns x's shape and dtype."""
     launch = _plan_forward((x, bias), CONFIGS["forward"])
-    o = torch.empty_like(x)
+    o = empty_like(x)
     launch(x, bias, None, o, None)
     return o
 
@@ -77,7 +77,7 @@ def forward(x: Tensor, bias: Tensor) -> Tensor:
 def forward_dual(x: Tensor, bias: Tensor, dx: Tensor) -> tuple[Tensor, Tensor]:
     """`forward`, with the tangent of the last K rows of x's first dimension, from theirs, dx (K, ..., F)."""
     lead, tail = _plan_dual((x, bias, dx), CONFIGS["forward"], CONFIGS["dual"])
-    o, do = torch.empty_like(x), torch.empty_like(dx)
+    o, do = empty_like(x), empty_like(dx)
     lead(x, bias, None, o, None)
     tail(x, bias, dx, o, do)
     return o, do
@@ -87,9 +87,9 @@ def backward(x: Tensor, bias: Tensor, go: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of x and of bias, in their dtypes, from that of the output."""
     go = go.contiguous()
     launch, parts = _plan_backward((x, bias, go), CONFIGS["backward"])
-    gx = torch.empty_like(x)
+    gx = empty_like(x)
     sums = torch.empty(1, parts, 1, bias.shape[0], dtype=torch.float32, device=x.device)
-    gbias = torch.empty_like(bias)
+    gbias = empty_like(bias)
     launch(x, bias, go, gx, sums)
     sum_parts(sums, (gbias[None],))
     return gx, gbias

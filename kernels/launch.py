@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
 from typing import Any, TypeVar
 
@@ -11,7 +10,6 @@ import torch
 from torch import Tensor
 
 MAX_PLANS = 4096  # of one function: batches come in many sizes
-HERE = nullcontext()
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -37,8 +35,8 @@ class Launch:
     """A launch of a kernel of which all is known but where its tensors lie.
 
     Triton looks at each argument in every call to find out which code it needs: 20 us of the host for 40 arguments. Of
-    these, pointers alone can change. So it looks once; later calls give addresses to what it compiled, as long as all
-    are multiples of 16 bytes.
+    these, pointers alone can change, and of a pointer it matters whether it is a multiple of 16 bytes. So Triton looks
+    once for each pattern of such pointers; later calls give addresses to what it compiled.
 
     Args:
         kernel: a Triton kernel whose parameters are pointers, then scalars, then compile-time constants.
@@ -53,34 +51,48 @@ class Launch:
     ) -> None:
         self.kernel, self.grid, self.scalars, self.constants = kernel, (*grid, 1, 1)[:3], scalars, constants
         self.starts = starts
-        self._run: Callable[..., None] | None = None
+        self._runs: dict[int, Callable[..., None]] = {}
+        self._bytes: list[int] = []
+        self._rest: tuple[Any, ...] = ()
         self._device: torch.device | None = None
 
     def __call__(self, *tensors: Tensor | None) -> None:
         """Launch on tensors, or None, of always the same layouts and device."""
-        if self._run is not None:
-            pointers = [x if x is None else x.data_ptr() + start for x, start in zip(tensors, self._bytes, strict=True)]
-            if not any(p is not None and p & 15 for p in pointers):
-                with self._on_device():
-                    self._run(*pointers, *self._rest)
-                return
-        starts = (*self.starts, *[0] * (len(tensors) - len(self.starts)))
-        at = [_at(x, start) for x, start in zip(tensors, starts, strict=True)]
-        first = next(x for x in tensors if x is not None)
-        self._device = first.device if first.is_cuda else None
-        with self._on_device():
-            compiled = self.kernel[self.grid](*at, *self.scalars, **self.constants)
-        if compiled is not None and not any(x is not None and x.data_ptr() & 15 for x in at):  # None: interpreted
-            self._bytes = [0 if x is None else i * x.element_size() for x, i in zip(tensors, starts, strict=True)]
-            names = self.kernel.arg_names[len(tensors) + len(self.scalars) :]
-            self._rest = (*self.scalars, *(self.constants[name] for name in names))
-            self._run = compiled[self.grid]
-
-    def _on_device(self) -> AbstractContextManager[None]:
-        """Triton launches on the current device."""
+        if not self._bytes:
+            self._look_at(tensors)
+        pointers: list[int | None] = []
+        odd = 0
+        for x, start in zip(tensors, self._bytes, strict=True):
+            if x is None:
+                pointers.append(None)
+            else:
+                pointer = x.data_ptr() + start
+                odd = odd << 1 | (pointer & 15 != 0)
+                pointers.append(pointer)
         if self._device is None or self._device.index == torch.cuda.current_device():
-            return HERE
-        return torch.cuda.device(self._device)
+            self._launch(odd, pointers, tensors)
+        else:
+            with torch.cuda.device(self._device):  # Triton launches on the current one
+                self._launch(odd, pointers, tensors)
+
+    def _look_at(self, tensors: Sequence[Tensor | None]) -> None:
+        starts = (*self.starts, *[0] * (len(tensors) - len(self.starts)))
+        self._bytes = [0 if x is None else start * x.element_size() for x, start in zip(tensors, starts, strict=True)]
+        like = next(x for x in tensors if x is not None)
+        self._device = like.device if like.is_cuda else None
+        names = self.kernel.arg_names[len(tensors) + len(self.scalars) :]
+        self._rest = (*self.scalars, *(self.constants[name] for name in names))
+
+    def _launch(self, odd: int, pointers: Sequence[int | None], tensors: Sequence[Tensor | None]) -> None:
+        run = self._runs.get(odd)
+        if run is not None:
+            run(*pointers, *self._rest)
+            return
+        starts = (*self.starts, *[0] * (len(tensors) - len(self.starts)))
+        arguments = [_at(x, start) for x, start in zip(tensors, starts, strict=True)]
+        compiled = self.kernel[self.grid](*arguments, *self.scalars, **self.constants)
+        if compiled is not None:  # None: interpreted
+            self._runs[odd] = compiled[self.grid]
 
 
 def forget_plans() -> None:
@@ -91,6 +103,11 @@ def forget_plans() -> None:
 
 def _at(x: Tensor | None, start: int) -> Tensor | None:
     return x if x is None or not start else x.as_strided((1,), (1,), x.storage_offset() + start)
+
+
+def empty_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """An empty contiguous tensor of x's shape and device."""
+    return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
 
 
 def nothing(*_: Any) -> None:
@@ -111,12 +128,14 @@ def planned(make: Callable[..., Plan]) -> Callable[..., Plan]:
 
     @wraps(make)
     def plan(tensors: tuple[Tensor | None, ...], *others: Any) -> Plan:
-        key = (*[x if x is None else (x.shape, x.stride(), x.dtype, x.device) for x in tensors], others)
-        found = plans.get(key)
+        key: list[Any] = [others]
+        for x in tensors:
+            key += (None,) if x is None else (x.shape, x.stride(), x.dtype, x.device)
+        found = plans.get(tuple(key))
         if found is None:
             if len(plans) >= MAX_PLANS:
                 plans.clear()
-            found = plans[key] = make(tensors, *others)
+            found = plans[tuple(key)] = make(tensors, *others)
         return found
 
     return plan

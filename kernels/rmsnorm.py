@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mfengine.kernels.launch import Config, Launch, check_device, check_dtype, nothing, planned
+from mfengine.kernels.launch import Config, Launch, check_device, check_dtype, empty_like, nothing, planned
 from mfengine.kernels.sums import sum_parts
 
 MAX_WIDTH = 8192
@@ -93,7 +93,7 @@ def forward(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         Shape and dtype of x.
     """
     launch = _plan_forward((x, weight), eps, CONFIGS["forward"])
-    o = torch.empty_like(x)
+    o = empty_like(x)
     launch(x, weight, None, None, o, None)
     return o
 
@@ -106,7 +106,7 @@ def forward_dual(x: Tensor, weight: Tensor, dx: Tensor, dweight: Tensor | None, 
         dx: (K, ..., D), dweight: (D,), or None for zero.
     """
     lead, tail = _plan_dual((x, weight, dx, dweight), eps, CONFIGS["forward"], CONFIGS["dual"])
-    o, do = torch.empty_like(x), torch.empty_like(dx, dtype=x.dtype)
+    o, do = empty_like(x), empty_like(dx, x.dtype)
     lead(x, weight, None, None, o, None)
     tail(x, weight, dx, dweight, o, do)
     return o, do
@@ -116,9 +116,9 @@ def backward(x: Tensor, weight: Tensor, go: Tensor, eps: float) -> tuple[Tensor,
     """Gradients of x and of the weight, in their dtypes, from that of the output."""
     go = go.contiguous()
     launch, parts = _plan_backward((x, weight, go), eps, CONFIGS["backward"])
-    gx = torch.empty_like(x)
+    gx = empty_like(x)
     sums = torch.empty(1, parts, 1, weight.shape[0], dtype=torch.float32, device=x.device)
-    gweight = torch.empty_like(weight)
+    gweight = empty_like(weight)
     launch(x, weight, go, gx, sums)
     sum_parts(sums, (gweight[None],))
     return gx, gweight

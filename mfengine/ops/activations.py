@@ -5,12 +5,20 @@ o = gelu(w) with w = x + b.  Tangent: do = gelu'(w) * (dx + db).
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mfengine.ops.dual import A, Dual, accumulation_dtype, primal_of, push
+from mfengine.ops.lazy import Lazy
 from mfengine.ops.op import Op
+
+if TYPE_CHECKING:
+    from mfengine.kernels import gelu as kernel
+else:
+    kernel = Lazy("mfengine.kernels.gelu")
 
 
 def gelu(x: A, bias: Tensor | Dual | None = None) -> A:
@@ -76,22 +84,16 @@ def _silu_tangent(x: Tensor, dx: Tensor) -> Tensor:
 
 
 def _forward(x: Tensor, bias: Tensor) -> tuple[Tensor]:
-    from mfengine.kernels import gelu as kernel
-
     return (kernel.forward(x.contiguous(), bias.contiguous()),)
 
 
 def _dual(x: Tensor, bias: Tensor, dx: Tensor, dbias: Tensor | None) -> tuple[Tensor, Tensor]:
-    from mfengine.kernels import gelu as kernel
-
     if dbias is not None:
         dx = (dx + dbias).to(dx.dtype)
     return kernel.forward_dual(x.contiguous(), bias.contiguous(), dx.contiguous())
 
 
 def _backward(x: Tensor, bias: Tensor, go: Tensor) -> tuple[Tensor, Tensor]:
-    from mfengine.kernels import gelu as kernel
-
     return kernel.backward(x.contiguous(), bias.contiguous(), go)
 
 

@@ -9,13 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mfengine.ops.dual import A, accumulation_dtype, linear_map, primal_of, push
+from mfengine.ops.lazy import Lazy
 from mfengine.ops.op import Op
+
+if TYPE_CHECKING:
+    from mfengine.kernels import adaln as kernel
+else:
+    kernel = Lazy("mfengine.kernels.adaln")
 
 EPS = 1e-6  # of the reference code's LayerNorm
 
@@ -120,33 +127,22 @@ def _residual_tangent(x: Tensor, y: Tensor, gate: Tensor, dx: Tensor, dy: Tensor
 
 
 # ----------------------------------------------------------------------------
-# Fused. The kernels read rows in one piece.
-
-
-def _row(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
+# Fused.
 
 
 def _forward(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor]:
-    from mfengine.kernels import adaln as kernel
-
-    return (kernel.forward(_row(x), None, None, _row(shift), _row(scale), eps)[1],)
+    return (kernel.forward(x, None, None, shift, scale, eps)[1],)
 
 
 def _dual(
     x: Tensor, shift: Tensor, scale: Tensor, dx: Tensor, dshift: Tensor, dscale: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    from mfengine.kernels import adaln as kernel
-
-    x, shift, scale, dx, dshift, dscale = map(_row, (x, shift, scale, dx, dshift, dscale))
     _, o, _, do = kernel.forward_dual(x, None, None, shift, scale, dx, None, None, dshift, dscale, eps)
     return o, do
 
 
 def _backward(x: Tensor, scale: Tensor, go: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    from mfengine.kernels import adaln as kernel
-
-    gx, _, _, gshift, gscale = kernel.backward(_row(x), None, None, _row(scale), None, _row(go), eps)
+    gx, _, _, gshift, gscale = kernel.backward(x, None, None, scale, None, go, eps)
     return gx, gshift, gscale
 
 
@@ -166,30 +162,20 @@ ADALN = Op(
 def _residual_forward(
     x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    from mfengine.kernels import adaln as kernel
-
-    return kernel.forward(_row(x), _row(y), _row(gate), _row(shift), _row(scale), eps)
+    return kernel.forward(x, y, gate, shift, scale, eps)
 
 
 def _residual_dual(
     x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor,
     dx: Tensor, dy: Tensor, dgate: Tensor, dshift: Tensor, dscale: Tensor, eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    from mfengine.kernels import adaln as kernel
-
-    x, y, gate, shift, scale = map(_row, (x, y, gate, shift, scale))
-    dx, dy, dgate, dshift, dscale = map(_row, (dx, dy, dgate, dshift, dscale))
     return kernel.forward_dual(x, y, gate, shift, scale, dx, dy, dgate, dshift, dscale, eps)
 
 
 def _residual_backward(
     x_out: Tensor, y: Tensor, gate: Tensor, scale: Tensor, gx_out: Tensor | None, go: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    from mfengine.kernels import adaln as kernel
-
     go = torch.zeros_like(x_out, dtype=scale.dtype) if go is None else go  # of an output that nothing used
-    gx_out = None if gx_out is None else _row(gx_out)
-    x_out, y, gate, scale, go = map(_row, (x_out, y, gate, scale, go))
     gx, gy, ggate, gshift, gscale = kernel.backward(x_out, y, gate, scale, gx_out, go, eps)
     assert gy is not None
     assert ggate is not None

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -15,8 +15,14 @@ from torch import Tensor
 
 from mfengine.ops.choice import choose
 from mfengine.ops.dual import A, Dual, accumulation_dtype, linear_map, primal_of
+from mfengine.ops.lazy import Lazy
 from mfengine.ops.op import Op
 from mfengine.torch_private import softmax_backward
+
+if TYPE_CHECKING:
+    from mfengine.kernels import attention as kernel
+else:
+    kernel = Lazy("mfengine.kernels.attention")
 
 
 def attention(q: A, k: A, v: A, scale: float | None = None) -> A:
@@ -160,24 +166,18 @@ _LIBRARIES: dict[str, Callable[..., Any]] = {"sdpa": _sdpa, "flash-attn": _flash
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
-    from mfengine.kernels import attention as kernel
-
     return kernel.forward(q, k, v, scale)
 
 
 def _dual(
     q: Tensor, k: Tensor, v: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, scale: float | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    from mfengine.kernels import attention as kernel
-
     return kernel.forward_dual(q, k, v, dq, dk, dv, scale)
 
 
 def _backward(
     q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, go: Tensor, scale: float | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    from mfengine.kernels import attention as kernel
-
     return kernel.backward(q, k, v, o, lse, go, scale)
 
 
@@ -207,20 +207,14 @@ ATTENTION = Op(
 
 
 def _packed_forward(qkv: Tensor, heads: int, tokens: int) -> tuple[Tensor, Tensor]:
-    from mfengine.kernels import attention as kernel
-
     return kernel.forward_packed(qkv, heads, tokens)
 
 
 def _packed_dual(qkv: Tensor, dqkv: Tensor, heads: int, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
-    from mfengine.kernels import attention as kernel
-
     return kernel.forward_dual_packed(qkv, dqkv, heads, tokens)
 
 
 def _packed_backward(qkv: Tensor, o: Tensor, lse: Tensor, go: Tensor, heads: int, tokens: int) -> tuple[Tensor]:
-    from mfengine.kernels import attention as kernel
-
     return (kernel.backward_packed(qkv, o, lse, go, heads, tokens),)
 
 

@@ -52,7 +52,9 @@ def choose(*args: Any, dim: int) -> Attention:
     Raises:
         ValueError: the one asked for does not do it.
     """
-    if transformed() or any(isinstance(a, Dual) or fwad.unpack_dual(a).tangent is not None for a in args):
+    if any(isinstance(a, Dual) for a in args):
+        return "auto"
+    if transformed() or any(fwad.unpack_dual(a).tangent is not None for a in args):
         return "auto"
     if _asked == "auto":
         backend = chosen()

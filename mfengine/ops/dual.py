@@ -57,7 +57,7 @@ def push(
     primals = [primal_of(a) for a in args]
     output = primal_rule(*primals)
     with torch.no_grad():
-        tangents = complete(primals, [a.tangent if isinstance(a, Dual) else None for a in args], parameters)
+        tangents = complete(primals, [tangent_of(a) for a in args], parameters)
         rows = len(primals) - parameters
         pairs = zip(primals[:rows], tangents[:rows], strict=True)
         last = [x if len(x) == len(dx) else x[len(x) - len(dx) :] for x, dx in pairs]
@@ -103,6 +103,10 @@ def add(x: A, y: A) -> A:
 
 def primal_of(x: Tensor | Dual) -> Tensor:
     return x.primal if isinstance(x, Dual) else x
+
+
+def tangent_of(x: Tensor | Dual) -> Tensor | None:
+    return x.tangent if isinstance(x, Dual) else None
 
 
 def accumulation_dtype(x: Tensor) -> torch.dtype:

@@ -10,13 +10,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn import Parameter
 
 from mfengine.ops.dual import A, Dual, linear_map, primal_of, push
-from mfengine.ops.node import recording
-from mfengine.torch_private import traced
+from mfengine.ops.node import Tape, recording
 
-_fixed: dict[Tensor, tuple[Tensor, Tensor]] | None = None
+_fixed: dict[int, tuple[Tensor, Tensor, Tensor]] | None = None
 
 
 def linear(x: A, weight: Any, bias: Any = None) -> A:
@@ -30,8 +28,8 @@ def linear(x: A, weight: Any, bias: Any = None) -> A:
         (B, ..., out) in the dtype of x; of duals the same with a tangent (K, ..., out).
     """
     dtype = primal_of(x).dtype
-    if recording() is not None or (_fixed is not None and not torch.is_grad_enabled() and not traced()):
-        return _without_autograd(x, weight, bias, dtype)
+    if (tape := recording()) is not None:
+        return _in_block(tape, x, weight, bias, dtype)
     weight, bias = (p if p is None else linear_map(lambda p: p.to(dtype), p) for p in (weight, bias))
     if not isinstance(weight, Dual) and not isinstance(bias, Dual):  # the usual case, and the cheapest
         output = F.linear(primal_of(x), weight, bias)
@@ -45,7 +43,7 @@ def linear(x: A, weight: Any, bias: Any = None) -> A:
 
 @contextmanager
 def fixed_weights(copies: Mapping[Tensor, Tensor] | None = None) -> Iterator[None]:
-    """Parameters do not change inside: without autograd and in `one_node`, linear layers cast each only once.
+    """Parameters do not change inside: in a block that is `one_node`, linear layers cast each only once.
 
     Args:
         copies: of parameters, in the dtype of the products, for those that need not be cast at all.
@@ -54,7 +52,7 @@ def fixed_weights(copies: Mapping[Tensor, Tensor] | None = None) -> Iterator[Non
     if _fixed is not None:
         yield
         return
-    _fixed = {p: (copy, copy.t() if copy.ndim == 2 else copy) for p, copy in (copies or {}).items()}
+    _fixed = {id(p): (p, copy, copy.t() if copy.ndim == 2 else copy) for p, copy in (copies or {}).items()}
     try:
         yield
     finally:
@@ -63,26 +61,25 @@ def fixed_weights(copies: Mapping[Tensor, Tensor] | None = None) -> Iterator[Non
 
 def _cast(p: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """A parameter without autograd, and its transpose."""
-    found = None if _fixed is None else _fixed.get(p)
-    if found is None or found[0].dtype != dtype:
+    found = None if _fixed is None else _fixed.get(id(p))
+    if found is None or found[1].dtype != dtype:
         copy = p.to(dtype)
-        found = copy, copy.t() if copy.ndim == 2 else copy
-        if _fixed is not None and isinstance(p, Parameter):
-            _fixed[p] = found
-    return found
+        found = p, copy, copy.t() if copy.ndim == 2 else copy
+        if _fixed is not None:
+            _fixed[id(p)] = found
+    return found[1:]
 
 
-def _without_autograd(x: A, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> A:
-    """The layer, and its backward on the tape if there is one."""
+def _in_block(tape: Tape, x: A, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> A:
+    """The layer; its backward is put on the tape."""
     primal, (w, w_t) = primal_of(x), _cast(weight, dtype)
     b = None if bias is None else _cast(bias, dtype)[0]
     if primal.ndim == 2:
         output = primal @ w_t if b is None else torch.addmm(b, primal, w_t)
     else:
         output = F.linear(primal, w, b)
-    if (tape := recording()) is not None:
-        options = (None if bias is None else bias.dtype,)
-        tape.record(_gradients, (primal, weight, bias), (output,), (primal, w), options)
+    options = (None if bias is None else bias.dtype,)
+    tape.record(_gradients, (primal, weight, bias), (output,), (primal, w), options)
     return Dual(output, x.tangent @ w_t) if isinstance(x, Dual) else output
 
 

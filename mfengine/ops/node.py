@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mfengine.ops.backend import fused
 from mfengine.ops.dual import Dual, primal_of
-from mfengine.torch_private import traced
+from mfengine.torch_private import intercepted, traced
 
 _tape: Tape | None = None
 
@@ -25,7 +25,7 @@ def one_node(forward: Callable[..., Any]) -> Callable[..., Any]:
     """Decorate the `forward` of a block: one node of autograd's graph where fused kernels compute duals of it.
 
     Its arguments are tensors, duals or None, at least one of them a dual; it computes with ops of `mfengine.ops` and
-    parameters alone, and returns one tensor or dual or a tuple of them. Without a dual, without gradients, on plain
+    parameters alone, and returns one tensor or dual or a tuple of them. Without a dual that has a gradient, on plain
     PyTorch and under torch.compile it runs as it is. Modules inside have no backward hooks.
 
     Raises:
@@ -35,16 +35,19 @@ def one_node(forward: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(forward)
     def call(self: nn.Module, *args: Any) -> Any:
-        if _tape is not None or not torch.is_grad_enabled() or not any(isinstance(a, Dual) for a in args):
+        records = torch.is_grad_enabled()
+        if _tape is not None or torch.compiler.is_compiling() or traced():
             return forward(self, *args)
-        if torch.compiler.is_compiling() or traced():
+        if records and not any(isinstance(a, Dual) for a in args):
             return forward(self, *args)
         primals = [primal_of(a) for a in args if a is not None]
         if not fused(*primals):
             return forward(self, *args)
-        tape = Tape(primals)
+        tape = Tape(primals, records)
         with torch.no_grad(), tape:
             result = forward(self, *args)
+        if not records:
+            return result
         results = result if type(result) is tuple else (result,)
         outputs = tape.finish([primal_of(r) for r in results])
         results = tuple(Dual(o, r.tangent) if isinstance(r, Dual) else o for o, r in zip(outputs, results, strict=True))
@@ -54,7 +57,7 @@ def one_node(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def recording() -> Tape | None:
-    """The tape on which ops put their backward now."""
+    """The tape of the block that runs, on which ops put their backward."""
     return _tape
 
 
@@ -67,9 +70,16 @@ class _Entry(NamedTuple):
 
 
 class Tape:
-    """The ops of one block, in the order in which they ran. Tensors have numbers, those that are saved others."""
+    """The ops of one block, in the order in which they ran. Tensors have numbers, those that are saved others.
 
-    def __init__(self, inputs: Sequence[Tensor]) -> None:
+    Args:
+        inputs: of the block.
+        records: whether a backward will follow. Without, nothing is recorded.
+    """
+
+    def __init__(self, inputs: Sequence[Tensor], records: bool) -> None:
+        self.records = records
+        self.eager = not intercepted()
         self.entries: list[_Entry] = []
         self.saved: list[Tensor] = []
         self.leaves: list[Tensor] = []  # what gradients are handed to
@@ -79,8 +89,9 @@ class Tape:
         self._tensors: list[Tensor] = []  # they keep their ids
         self._numbers: dict[int, int] = {}
         self._saved_numbers: dict[int, int] = {}
-        for x in inputs:
-            self._add_leaf(x)
+        if records:
+            for x in inputs:
+                self._add_leaf(x)
 
     def __enter__(self) -> None:
         global _tape
@@ -110,8 +121,9 @@ class Tape:
         Raises:
             RuntimeError: an input is no argument, parameter or output.
         """
-        numbers = [-1 if x is None else self._number(x) for x in inputs]
-        self.entries.append(_Entry(backward, options, [*map(self._save, saved)], numbers, [*map(self._add, outputs)]))
+        if self.records:
+            numbers = [-1 if x is None else self._number(x) for x in inputs]
+            self.entries.append(_Entry(backward, options, self._save(saved), numbers, [self._add(x) for x in outputs]))
 
     def finish(self, outputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """The outputs as those of a node. What no backward needs is let go."""
@@ -160,12 +172,15 @@ class Tape:
             self.leaf_numbers.append(number)
         return number
 
-    def _save(self, x: Tensor) -> int:
-        number = self._saved_numbers.get(id(x))
-        if number is None:
-            self._saved_numbers[id(x)] = number = len(self.saved)
-            self.saved.append(x)
-        return number
+    def _save(self, tensors: Sequence[Tensor]) -> list[int]:
+        numbers = []
+        for x in tensors:
+            number = self._saved_numbers.get(id(x))
+            if number is None:
+                self._saved_numbers[id(x)] = number = len(self.saved)
+                self.saved.append(x)
+            numbers.append(number)
+        return numbers
 
 
 def _accumulate(gradients: list[Tensor | None], number: int, gradient: Tensor | None) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from mfengine.ops.backend import fused
-from mfengine.ops.dual import Dual, complete, primal_of
+from mfengine.ops.dual import Dual, complete, primal_of, tangent_of
 from mfengine.ops.node import Tape, recording
 from mfengine.torch_private import intercepted, uncompiled
 
@@ -78,7 +78,7 @@ class Op:
     def __call__(self, *args: Any, options: tuple[Any, ...] = ()) -> tuple[Any, ...]:
         tape = recording()
         if tape is not None:
-            return self._record(tape, args, options)
+            return self._in_block(tape, args, options)
         if fused(*map(primal_of, args)):
             return self.by_kernels(*args, options=options)
         if any(isinstance(a, Dual) for a in args):
@@ -118,17 +118,28 @@ class Op:
     def _take_apart(self, args: Sequence[Any]) -> tuple[list[Tensor], list[Any]]:
         """Primals, and tangents as `complete` makes them."""
         primals = [primal_of(a) for a in args]
-        tangents = [a.tangent if isinstance(a, Dual) else None for a in args]
+        tangents = [tangent_of(a) for a in args]
         return primals, complete(primals, tangents, self.parameters)
 
-    def _record(self, tape: Tape, args: Sequence[Any], options: tuple[Any, ...]) -> tuple[Any, ...]:
-        """What the op returns, of duals if any argument is one, and its backward on a tape."""
-        primals, tangents = self._take_apart(args) if any(isinstance(a, Dual) for a in args) else (args, None)
-        returned = self._run(primals, tangents, options, constant=True)
-        known = (*primals, *returned)
+    def _in_block(self, tape: Tape, args: Sequence[Any], options: tuple[Any, ...]) -> tuple[Any, ...]:
+        """What the op returns, of duals if any argument is one; its backward is put on the tape."""
+        primals: Sequence[Tensor] = args
+        if dual := Dual in map(type, args):
+            primals, tangents = [primal_of(a) for a in args], [tangent_of(a) for a in args]
+            if any(t is None for t in tangents[: len(args) - self.parameters]):
+                tangents = complete(primals, tangents, self.parameters)
+            by = (self.dual, options) if tape.eager else (self._operators[1], (*options, True))
+            returned = by[0](*primals, *tangents, *by[1])
+        else:
+            returned = (self.forward if tape.eager else self._operators[0])(*primals, *options)
+        returned = _tuple(returned)
         outputs = returned[: len(self.outputs)]
-        tape.record(self._gradients, primals, outputs, [known[i] for i in self._keep], options)
-        return outputs if tangents is None else tuple(map(Dual, outputs, returned[len(self.returned) :]))
+        if tape.records:
+            known = (*primals, *returned)
+            # A mode that saw the forward sees the backward too.
+            backward = self.backward if tape.eager else self._operator_gradients
+            tape.record(backward, primals, outputs, [known[i] for i in self._keep], options)
+        return tuple(map(Dual, outputs, returned[len(self.returned) :])) if dual else outputs
 
     def _run(
         self,
@@ -172,6 +183,9 @@ class Op:
         if all(g is None for g in gradients):
             return (None,) * len(self.arguments)
         return self._gradients(*ctx.saved_tensors, *gradients, *ctx.options)
+
+    def _operator_gradients(self, *inputs: Any) -> tuple[Tensor, ...]:
+        return _tuple(self._operators[2](*inputs))
 
     def _gradients(self, *inputs: Any) -> tuple[Tensor, ...]:
         """What `backward` returns."""

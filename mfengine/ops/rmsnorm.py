@@ -7,11 +7,18 @@ Tangent: dn = (dx - n * mean(n * dx)) / rms;  do = dn * w + n * dw.
 from __future__ import annotations
 
 from functools import partial
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from mfengine.ops.dual import A, Dual, accumulation_dtype, push
+from mfengine.ops.lazy import Lazy
 from mfengine.ops.op import Op
+
+if TYPE_CHECKING:
+    from mfengine.kernels import rmsnorm as kernel
+else:
+    kernel = Lazy("mfengine.kernels.rmsnorm")
 
 EPS = 1e-6
 
@@ -65,21 +72,15 @@ def _reciprocal_rms(x: Tensor, eps: float) -> Tensor:
 
 
 def _forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor]:
-    from mfengine.kernels import rmsnorm as kernel
-
     return (kernel.forward(x.contiguous(), weight.contiguous(), eps),)
 
 
 def _dual(x: Tensor, weight: Tensor, dx: Tensor, dweight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
-    from mfengine.kernels import rmsnorm as kernel
-
     dweight = None if dweight is None else dweight.contiguous()
     return kernel.forward_dual(x.contiguous(), weight.contiguous(), dx.contiguous(), dweight, eps)
 
 
 def _backward(x: Tensor, weight: Tensor, go: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    from mfengine.kernels import rmsnorm as kernel
-
     return kernel.backward(x.contiguous(), weight.contiguous(), go, eps)
 
 
