@@ -140,7 +140,8 @@ def forward(
     primals = x, y, gate, shift, scale
     launch = _plan_forward(primals, eps, CONFIGS["forward"])
     if launch is None:
-        return forward(*map(_rows, primals), eps)
+        x, y, gate, shift, scale = map(_rows, primals)
+        return forward(x, y, gate, shift, scale, eps)
     x_out, o = _outputs(x, y, scale)
     launch(*primals, *_NOTHING, x_out, o, None, None)
     return x_out, o
@@ -158,7 +159,9 @@ def forward_dual(
     primals, tangents = (x, y, gate, shift, scale), (dx, dy, dgate, dshift, dscale)
     plan = _plan_dual((*primals, *tangents), eps, CONFIGS["forward"], CONFIGS["dual"])
     if plan is None:
-        return forward_dual(*map(_rows, (*primals, *tangents)), eps)
+        x, y, gate, shift, scale = map(_rows, primals)
+        dx, dy, dgate, dshift, dscale = map(_rows, tangents)
+        return forward_dual(x, y, gate, shift, scale, dx, dy, dgate, dshift, dscale, eps)
     lead, tail = plan
     x_out, o = _outputs(x, y, scale)
     dx_out, do = _outputs(dx, y, scale)
@@ -184,7 +187,8 @@ def backward(
     inputs = x_out, y, gate, scale, gx_out, go
     launch = _plan_backward(inputs, eps, CONFIGS["backward"])
     if launch is None:
-        return backward(*map(_rows, inputs), eps)
+        x_out, y, gate, scale, gx_out, go = map(_rows, inputs)
+        return backward(x_out, y, gate, scale, gx_out, go, eps)
     batch, width = scale.shape
     tokens = x_out.numel() // max(scale.numel(), 1)
     gx = empty_like(x_out)
@@ -238,9 +242,9 @@ def _forward(
     output = first * tokens * width
     strides = [stride for x, y, *rows in (primals, tangents) for stride in (*_strides(2, x, y), *_strides(1, *rows))]
     return Launch(
-        forward_kernel, ((last - first) * tokens,), *strides, tokens, width, eps,
-        starts=(*starts, 0, 0, 0, 0, 0, output if primals[1] is not None else 0, output),
-        BLOCK=block(width), **config.kwargs,
+        forward_kernel, ((last - first) * tokens,), (*strides, tokens, width, eps),
+        {"BLOCK": block(width), **config.kwargs},
+        (*starts, 0, 0, 0, 0, 0, output if primals[1] is not None else 0, output),
     )  # fmt: skip
 
 
@@ -260,8 +264,8 @@ def _plan_backward(tensors: Sequence[Any], eps: float, config: Config) -> Callab
     parts = -(-tokens // TOKENS_PER_PROGRAM)
     return Launch(
         backward_kernel, (parts * batch,),
-        *_strides(2, x_out, y), *_strides(1, gate, scale), *_strides(2, gx_out, go), tokens, width, eps,
-        TOKENS=TOKENS_PER_PROGRAM, BLOCK=block(width), **config.kwargs,
+        (*_strides(2, x_out, y), *_strides(1, gate, scale), *_strides(2, gx_out, go), tokens, width, eps),
+        {"TOKENS": TOKENS_PER_PROGRAM, "BLOCK": block(width), **config.kwargs},
     )  # fmt: skip
 
 
@@ -299,7 +303,7 @@ def _rows_are_contiguous(tensors: Sequence[Tensor | None]) -> bool:
     return all(x is None or x.stride(-1) == 1 or x.shape[-1] == 1 for x in tensors)
 
 
-def _rows(x: Tensor | None) -> Tensor | None:
+def _rows(x: Any) -> Any:
     return x if x is None or x.stride(-1) == 1 else x.contiguous()
 
 

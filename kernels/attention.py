@@ -365,7 +365,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> tupl
     """
     launch = _plan_forward((q, k, v), None, scale, *CONFIGS["forward"].values())
     if launch is None or misaligned(q, k, v):
-        return forward(*map(aligned, (q, k, v)), scale)
+        q, k, v = map(aligned, (q, k, v))
+        return forward(q, k, v, scale)
     o, lse = _output(q), _row_values(q)
     launch(q, k, v, None, None, None, o, None, lse)
     return o, lse
@@ -401,7 +402,8 @@ def forward_dual(
     inputs = q, k, v, dq, dk, dv
     plan = _plan_dual(inputs, None, scale, *CONFIGS["forward"].values(), *CONFIGS["dual"].values())
     if plan is None or misaligned(*inputs):
-        return forward_dual(*map(aligned, inputs), scale)
+        q, k, v, dq, dk, dv = map(aligned, inputs)
+        return forward_dual(q, k, v, dq, dk, dv, scale)
     o, lse, do = _output(q), _row_values(q), _output(dq)
     lead, tail = plan
     lead(q, k, v, None, None, None, o, None, lse)
@@ -499,9 +501,9 @@ def _forward(
     along = [p.start for p in tangents] or [0, 0, 0]
     return Launch(
         forward_kernel, config.grid(queries, (last - first) * heads),
-        *strides, heads, queries, keys, dim, _scale(scale, dim),
-        starts=(*starts, *along, first * dense[0], 0, first * heads * queries),
-        **shape_constants(dim, q.dtype), EVEN=config.even(keys), **config.kwargs,
+        (*strides, heads, queries, keys, dim, _scale(scale, dim)),
+        {**shape_constants(dim, q.dtype), "EVEN": config.even(keys), **config.kwargs},
+        (*starts, *along, first * dense[0], 0, first * heads * queries),
     )  # fmt: skip
 
 
@@ -519,7 +521,7 @@ def _plan_backward(
     tensors: tuple[Tensor, ...], packed: tuple[int, int] | None, scale: float | None, *_: Config
 ) -> Callable[..., None] | None:
     """For q, k, v, o, go, lse and the gradients of q, k and v, which are dense."""
-    *inputs, o, go, _ = tensors
+    inputs, (o, go) = tensors[:-3], tensors[-3:-1]
     parts = _parts(inputs, packed)
     q, k = parts[:2]
     check_arguments(*(p.heads for p in parts))
@@ -539,18 +541,18 @@ def _plan_backward(
     starts = [p.start for p in parts]
     delta, backward_kv, backward_q = (CONFIGS[kind][name] for kind in ("delta", "backward_kv", "backward_q"))
     launch_delta = Launch(
-        delta_kernel, delta.grid(queries, batch * count), *_strides(*outer), count, queries,
-        **constants, **delta.kwargs,
+        delta_kernel, delta.grid(queries, batch * count), (*_strides(*outer), count, queries),
+        {**constants, **delta.kwargs},
     )  # fmt: skip
     launch_kv = Launch(
         backward_kv_kernel, backward_kv.grid(keys, batch * count, "BLOCK_N"),
-        *_strides(*parts, outer[1], *gradients[1:]), *rest,
-        starts=(*starts, 0, 0, 0, *(p.start for p in gradients[1:])), **constants, **backward_kv.kwargs,
+        (*_strides(*parts, outer[1], *gradients[1:]), *rest), {**constants, **backward_kv.kwargs},
+        (*starts, 0, 0, 0, *(p.start for p in gradients[1:])),
     )  # fmt: skip
     launch_q = Launch(
         backward_q_kernel, backward_q.grid(queries, batch * count),
-        *_strides(*parts, outer[1], gradients[0]), *rest,
-        starts=starts, **constants, EVEN=backward_q.even(keys), **backward_q.kwargs,
+        (*_strides(*parts, outer[1], gradients[0]), *rest),
+        {**constants, "EVEN": backward_q.even(keys), **backward_q.kwargs}, starts,
     )  # fmt: skip
 
     def launch(q: Tensor, k: Tensor, v: Tensor, o: Tensor, go: Tensor, lse: Tensor, *gradients: Tensor) -> None:
@@ -580,7 +582,7 @@ def _parts(tensors: Sequence[Tensor], packed: tuple[int, int] | None) -> list[_P
     if packed is None:
         return [_Part(x, 0) for x in tensors]
     (x,) = tensors
-    return [_Part(part, part.storage_offset() - x.storage_offset()) for part in _heads(x, *packed, 3)]
+    return [_Part(part, int(part.storage_offset() - x.storage_offset())) for part in _heads(x, *packed, 3)]
 
 
 def _heads(x: Tensor, heads: int, tokens: int, parts: int) -> tuple[Tensor, ...]:

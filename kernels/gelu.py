@@ -122,8 +122,8 @@ def _forward(x: Tensor, bias: Tensor, first: int, last: int, config: Config) -> 
     if not rows:
         return nothing
     return Launch(
-        forward_kernel, (-(-rows // BLOCK_ROWS), -(-width // BLOCK_COLS)), rows, width,
-        starts=(start, 0, 0, start), ROWS=BLOCK_ROWS, COLS=BLOCK_COLS, **config.kwargs,
+        forward_kernel, (-(-rows // BLOCK_ROWS), -(-width // BLOCK_COLS)), (rows, width),
+        {"ROWS": BLOCK_ROWS, "COLS": BLOCK_COLS, **config.kwargs}, (start, 0, 0, start),
     )  # fmt: skip
 
 
@@ -140,8 +140,8 @@ def _plan_backward(tensors: tuple[Tensor, Tensor, Tensor], config: Config) -> tu
     if not rows:
         return nothing, parts
     launch = Launch(
-        backward_kernel, (parts, -(-width // BLOCK_COLS)), rows, width,
-        STEPS=ROWS_PER_PROGRAM // BLOCK_ROWS, ROWS=BLOCK_ROWS, COLS=BLOCK_COLS, **config.kwargs,
+        backward_kernel, (parts, -(-width // BLOCK_COLS)), (rows, width),
+        {"STEPS": ROWS_PER_PROGRAM // BLOCK_ROWS, "ROWS": BLOCK_ROWS, "COLS": BLOCK_COLS, **config.kwargs},
     )  # fmt: skip
     return launch, parts
 

@@ -42,12 +42,17 @@ class Launch:
         kernel: a Triton kernel whose parameters are pointers, then scalars, then compile-time constants.
         grid: programs on each axis. Axes 1 and 2 end at 65,535.
         scalars: integers and floats, in the order of the parameters.
-        starts: of each pointer, the element of the tensor that it points to; 0 for those that are not named.
         constants: compile-time constants, and Triton's options.
+        starts: of each pointer, the element of the tensor that it points to; 0 for those that are not named.
     """
 
     def __init__(
-        self, kernel: Any, grid: tuple[int, ...], *scalars: float, starts: Sequence[int] = (), **constants: Any
+        self,
+        kernel: Any,
+        grid: tuple[int, ...],
+        scalars: tuple[float, ...],
+        constants: dict[str, Any],
+        starts: Sequence[int] = (),
     ) -> None:
         self.kernel, self.grid, self.scalars, self.constants = kernel, (*grid, 1, 1)[:3], scalars, constants
         self.starts = starts

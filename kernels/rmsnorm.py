@@ -152,8 +152,8 @@ def _forward(x: Tensor, weight: Tensor, first: int, last: int, eps: float, confi
         return nothing
     tile = tile_shape(width)
     return Launch(
-        forward_kernel, (-(-rows // tile["ROWS"]),), rows, width // tile["UNIT"], eps,
-        starts=(start, 0, 0, 0, start), **tile, **config.kwargs,
+        forward_kernel, (-(-rows // tile["ROWS"]),), (rows, width // tile["UNIT"], eps), {**tile, **config.kwargs},
+        (start, 0, 0, 0, start),
     )  # fmt: skip
 
 
@@ -172,7 +172,7 @@ def _plan_backward(
     if not rows:
         return nothing, parts
     launch = Launch(
-        backward_kernel, (parts,), rows, width // tile["UNIT"], eps, STEPS=STEPS, **tile, **config.kwargs
+        backward_kernel, (parts,), (rows, width // tile["UNIT"], eps), {"STEPS": STEPS, **tile, **config.kwargs}
     )  # fmt: skip
     return launch, parts
 

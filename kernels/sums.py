@@ -53,8 +53,8 @@ def _plan(tensors: Sequence[Tensor | None], config: Config) -> Callable[..., Non
     if not batch:
         return nothing
     return Launch(
-        sum_kernel, (batch * kinds, -(-width // BLOCK_COLS)), parts, width,
-        KINDS=kinds, BLOCK_PARTS=BLOCK_PARTS, BLOCK_COLS=BLOCK_COLS, **config.kwargs,
+        sum_kernel, (batch * kinds, -(-width // BLOCK_COLS)), (parts, width),
+        {"KINDS": kinds, "BLOCK_PARTS": BLOCK_PARTS, "BLOCK_COLS": BLOCK_COLS, **config.kwargs},
     )  # fmt: skip
 
 

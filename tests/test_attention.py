@@ -215,15 +215,15 @@ def test_backend_decides_where_there_is_a_tangent(asked, monkeypatch):
         f = getattr(kernel, name)
         monkeypatch.setattr(kernel, name, lambda *args: (calls.append(name), f(*args))[1])
 
-    recorded("forward_dual")
-    recorded("backward")
+    recorded("forward_dual_packed")
+    recorded("backward_packed")
     x = randn(0, 3, 5, 96, dtype=torch.float16).requires_grad_()
     dx = randn(1, 3, 5, 96, dtype=torch.float16)
     with ops.use_backend("triton"), ops.use_attention(asked):
-        packed(Dual(x, dx[2:])).primal.sum().backward()
-        assert calls == ["forward_dual", "backward"]
+        packed(Dual(x, dx[2:])).primal.square().sum().backward()
+        assert calls == ["forward_dual_packed", "backward_packed"]
         torch.func.jvp(packed, (x.detach(),), (dx,))
-        assert calls[2:] == ["forward_dual"]
+        assert calls[2:] == ["forward_dual_packed"]
     with ops.use_backend("torch"), ops.use_attention(asked):
         packed(Dual(x, dx[2:]))
         torch.func.jvp(packed, (x.detach(),), (dx,))

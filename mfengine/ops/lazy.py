@@ -10,7 +10,8 @@ class Lazy:
     """Stands for a module."""
 
     def __init__(self, name: str) -> None:
-        self._name, self._module = name, None
+        self._name = name
+        self._module: Any = None
 
     def __getattr__(self, name: str) -> Any:
         if self._module is None:
