@@ -1,4 +1,4 @@
-"""The operators of a training step, as PyTorch's dispatcher sees them: FLOPs, bytes, output tiles. Exact, without a GPU.
+"""The operators of a training step as PyTorch dispatches them: FLOPs, bytes, output tiles. Exact, without a GPU.
 
 The real step of the real network runs on meta tensors, which have shapes and no values, through the operators that a
 GPU would run, and a dispatch mode notes each of them.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cache
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -196,7 +196,9 @@ class _CudaLibrary:
         return torch.zeros((), dtype=torch.float64, device=META)
 
     def adamw_ema(self, rows: list[multi_tensor.Row], **_: Any) -> None:
-        written = _bytes([(r.param, r.averages, r.copy, *([r.exp_avg, r.exp_avg_sq] if r.grad is not None else [])) for r in rows])
+        written = _bytes(
+            [(r.param, r.averages, r.copy, *([r.exp_avg, r.exp_avg_sq] if r.grad is not None else [])) for r in rows]
+        )
         read = sum(map(multi_tensor.bytes_moved, rows)) - written
         self._note("adamw_ema", "pointwise", [r.param for r in rows], read, written)
 
@@ -258,7 +260,10 @@ def primal_operators(model: NetworkConfig, method: ObjectiveConfig, rows: int) -
     """The operators of the forward of `rows` rows without tangents, as one step of sampling has it."""
     network, recorder = meta_network(model, torch.bfloat16).for_sampling(), Recorder()
     recorder.phase = "forward"
-    noise, labels = torch.empty(rows, *model.latent_shape, device=META), torch.empty(rows, dtype=torch.int64, device=META)
+    noise, labels = (
+        torch.empty(rows, *model.latent_shape, device=META),
+        torch.empty(rows, dtype=torch.int64, device=META),
+    )
     with torch.no_grad(), use_backend("triton"), recorder:
         OBJECTIVES.build(method).sampler({})(network, noise, labels, 1)
     return recorder.operators

@@ -70,7 +70,8 @@ def _timings(rows: list[Row], ceilings: dict[str, float]) -> str:
             ]
         )
     header = [
-        "case", "implementation", "ms", "range", "predicted ms", "samples/s", "TFLOP/s", "GB/s", "MFU", "of ceiling", "ours is faster",
+        "case", "implementation", "ms", "range", "predicted ms", "samples/s", "TFLOP/s", "GB/s", "MFU", "of ceiling",
+        "ours is faster",
     ]  # fmt: skip
     used = [i for i in range(len(header)) if any(line[i] for line in lines)]
     return table([header[i] for i in used], [[line[i] for i in used] for line in lines])
@@ -108,7 +109,14 @@ def compact(report: dict[str, Any]) -> str:
         if ours:
             speed = f"{ours.samples / ours.seconds:,.0f}" if ours.samples else ""
             ratios = ", ".join(f"{r.implementation} {r.seconds / ours.seconds:.2f} x" for r in peers)
-            cells[1:] = [f"{ours.seconds * 1e3:.3f}", _predicted(ours), speed, _mfu(ours, ceilings), _share(ours, ceilings), ratios]
+            cells[1:] = [
+                f"{ours.seconds * 1e3:.3f}",
+                _predicted(ours),
+                speed,
+                _mfu(ours, ceilings),
+                _share(ours, ceilings),
+                ratios,
+            ]
         lines.append(cells)
     parts = [_machine(report)]
     if lines:
@@ -138,7 +146,10 @@ def _counts(counts: dict[str, dict[str, Any]]) -> str:
     columns = {
         "forwards per sample": ("forwards", "{:.2f}", 1),
         "GFLOP per sample": ("flops", "{:,.1f}", 1e-9),
+        "operators": ("operators", "{:,}", 1),
         "launches": ("launches", "{:,}", 1),
+        "GB read and written": ("moved_bytes", "{:,.1f}", 1e-9),
+        "least ms on an H200": ("least_ms", "{:,.1f}", 1),
         "host waits": ("host_waits", "{}", 1),
         "saved MB per layer and sample": ("saved_bytes", "{:.2f}", 1e-6),
         "bytes per parameter": ("bytes_per_parameter", "{:g}", 1),

@@ -237,23 +237,20 @@ def markdown(found: Roofline, name: str, gpu: str) -> str:
     ]
     sums = [f"{1e3 * sum(found.kinds[p].values()):.2f}" for p in passes]
     lines.append(["device, ms", *sums, f"{1e3 * device:.2f}", "100%"])
+    rate = found.flops / found.seconds / 1e12
     return "\n\n".join(
         [
-            f"## {name} of {found.rows} rows on one {gpu.upper()}: {found.samples_per_s:,.0f} samples/s at most (modelled)",
-            f"Device {1e3 * device:.1f} ms, host {1e3 * host:.1f} ms{_of_host(found)}; a pass takes the longer of the "
-            f"two, the step {1e3 * found.seconds:.1f} ms. {found.flops / 1e12:.2f} TFLOP, "
-            f"{found.flops / found.seconds / 1e12:.0f} TFLOP/s ({found.flops / found.seconds / 1e12 / found.sheet.tflops:.0%} "
-            f"of the data sheet); {found.bytes / 1e9:.1f} GB read and written.",
+            f"## {name}, {found.rows} rows on one {gpu.upper()}: {found.samples_per_s:,.0f} samples/s (modelled)",
+            f"Device {1e3 * device:.1f} ms, host {1e3 * host:.1f} ms "
+            f"({'modelled' if found.measured_host is None else 'given'}). Each pass takes the longer of the two, the "
+            f"step {1e3 * found.seconds:.1f} ms: {found.flops / 1e12:.2f} TFLOP at {rate:.0f} TFLOP/s, "
+            f"{rate / found.sheet.tflops:.0%} of the data sheet's rate, and {found.bytes / 1e9:.1f} GB.",
             table(["ms by kind and pass", *passes, "all", "share"], lines),
             _by_phase(found),
-            f"The {LARGEST} largest operators: what to attack next.",
+            f"The {LARGEST} largest operators are what to attack next:",
             _largest(found, device),
         ]
     )
-
-
-def _of_host(found: Roofline) -> str:
-    return " (modelled)" if found.measured_host is None else " (given)"
 
 
 def _by_phase(found: Roofline) -> str:
@@ -280,7 +277,8 @@ def _largest(found: Roofline, device: float) -> str:
                 f"{operator.flops / 1e9:,.1f}", f"{(operator.read + operator.written) / 1e6:,.1f}",
                 f"{cost.waves:.2f}" if cost.waves else "",
                 f"{cost.waves / math.ceil(cost.waves):.0%}" if cost.waves else "",
-                cost.bound, f"{1e6 * cost.seconds:.1f}", f"{1e3 * n * cost.seconds:.2f}", f"{n * cost.seconds / device:.1%}",
+                cost.bound, f"{1e6 * cost.seconds:,.1f}", f"{1e3 * n * cost.seconds:.2f}",
+                f"{n * cost.seconds / device:.1%}",
             ]
         )  # fmt: skip
     header = [
@@ -291,20 +289,17 @@ def _largest(found: Roofline, device: float) -> str:
 
 def assumptions(sheet: DataSheet, assumed: Assumptions, gpu: str) -> str:
     """What the times rest on, as a Markdown list."""
-    a = assumed
-    return "\n".join(
-        [
-            f"- {gpu.upper()} by its data sheet: {sheet.tflops:,.1f} TFLOP/s in bfloat16 products, {sheet.single_tflops:g} in "
-            f"float32, {sheet.gb_per_s:,.0f} GB/s, {sheet.multiprocessors} multiprocessors; products reach "
-            f"{a.matrix_share:.0%}, memory {a.memory_share:.0%} of it.",
-            f"- A matrix product takes whole waves of {TILE} x {TILE} tiles over the multiprocessors. Attention's FLOPs, those "
-            "that its backward makes again included, run at the rate of products.",
-            "- An operator reads and writes each tensor once, from memory and back: no cache between operators.",
-            f"- Any operator but a view is one kernel and takes the device {a.kernel_us:g} us at least.",
-            f"- The host takes {a.host_operator_us:g} us for an operator and {a.host_launch_us:g} us more for one that "
-            "launches. It runs ahead of the device within a pass.",
-        ]
-    )
+    return f"""\
+- {gpu.upper()} by its data sheet: {sheet.tflops:,.1f} TFLOP/s in bfloat16 products, {sheet.single_tflops:g} in float32,
+  {sheet.gb_per_s:,.0f} GB/s, {sheet.multiprocessors} multiprocessors. Products reach {assumed.matrix_share:.0%} of it, \
+memory {assumed.memory_share:.0%}.
+- A matrix product takes whole waves of {TILE} x {TILE} tiles over the multiprocessors. Attention's FLOPs, with those that
+  its backward computes again, run at the same rate.
+- An operator reads and writes each tensor once, in device memory: nothing stays in a cache between operators.
+- Each operator but a view is one kernel, which takes the device at least {assumed.kernel_us:g} us.
+- The host takes {assumed.host_operator_us:g} us for each operator and {assumed.host_launch_us:g} us more for one that \
+launches a kernel.
+- Primal is a forward without tangents; tangent is what the forward takes beyond it, target and loss included."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -337,7 +332,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     command = f"python -m benchmarks.roofline {args.preset} --rows {' '.join(map(str, args.rows))} --gpu {args.gpu}"
-    print(f"# Roofline of a training step\n\n    {command}\n\n{assumptions(found[0].sheet, found[0].assumed, args.gpu)}")
+    print(
+        f"# Roofline of a training step\n\n    {command}\n\n{assumptions(found[0].sheet, found[0].assumed, args.gpu)}"
+    )
     for one in found:
         print(f"\n{markdown(one, args.preset, args.gpu)}")
     if args.json:
