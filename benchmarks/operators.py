@@ -10,6 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from functools import cache
+from itertools import groupby
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -39,7 +40,7 @@ COPIES = {
     "_to_copy", "arange", "cat", "clone", "copy_", "embedding", "fill_", "_foreach_copy_", "index", "index_put_",
     "ones", "ones_like", "scalar_tensor", "stack", "zero_", "zeros", "zeros_like",
 }  # fmt: skip
-REDUCTIONS = {"embedding_dense_backward", "_foreach_norm"}  # beside those that PyTorch tags
+REDUCTIONS = {"amax", "amin", "embedding_dense_backward", "_foreach_norm", "linalg_vector_norm", "mean", "sum"}
 FUSED = {"attention": "attention", "adaln": "adaLN", "gelu": "GELU"}  # kinds by a part of an operator's name
 
 
@@ -51,7 +52,7 @@ class Operator(NamedTuple):
     """product, attention, adaLN, GELU, pointwise, copy or reduction; the name of any other fused op; view"""
     name: str  # aten::mm
     shapes: str
-    """bf16[8, 4] bf16[4, 2] -> bf16[8, 2]"""
+    """bf16[8,4] bf16[4,2] -> bf16[8,2]"""
     dtype: str
     """of its first argument that is a tensor"""
     flops: int  # of matrix products, what a fused kernel computes twice included
@@ -151,7 +152,7 @@ def _kind(func: Any, flops: int) -> str:
         return "product"
     if name in COPIES:
         return "copy"
-    return "reduction" if torch.Tag.reduction in func.tags or name in REDUCTIONS else "pointwise"
+    return "reduction" if name in REDUCTIONS else "pointwise"
 
 
 def _tensors(tree: Any) -> list[Tensor]:
@@ -169,7 +170,12 @@ def _describe(tree: Any) -> str:
     tensors = _tensors(tree)
     if len(tensors) > 12:
         return f"{len(tensors)} tensors, {sum(x.numel() for x in tensors):,} elements"
-    return " ".join(f"{_short(x.dtype)}{list(x.shape)}" for x in tensors)
+    alike = ((shape, len(list(some))) for shape, some in groupby(map(_shape, tensors)))
+    return " ".join(f"{n} * {shape}" if n > 1 else shape for shape, n in alike)
+
+
+def _shape(x: Tensor) -> str:
+    return f"{_short(x.dtype)}[{','.join(map(str, x.shape))}]"
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -10,8 +10,9 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import sys
+import shlex
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -287,19 +288,23 @@ def _largest(found: Roofline, device: float) -> str:
     return table(header, lines)
 
 
-def assumptions(sheet: DataSheet, assumed: Assumptions, gpu: str) -> str:
+def assumptions(found: Roofline, gpu: str) -> str:
     """What the times rest on, as a Markdown list."""
-    return f"""\
-- {gpu.upper()} by its data sheet: {sheet.tflops:,.1f} TFLOP/s in bfloat16 products, {sheet.single_tflops:g} in float32,
-  {sheet.gb_per_s:,.0f} GB/s, {sheet.multiprocessors} multiprocessors. Products reach {assumed.matrix_share:.0%} of it, \
-memory {assumed.memory_share:.0%}.
-- A matrix product takes whole waves of {TILE} x {TILE} tiles over the multiprocessors. Attention's FLOPs, with those that
-  its backward computes again, run at the same rate.
-- An operator reads and writes each tensor once, in device memory: nothing stays in a cache between operators.
-- Each operator but a view is one kernel, which takes the device at least {assumed.kernel_us:g} us.
-- The host takes {assumed.host_operator_us:g} us for each operator and {assumed.host_launch_us:g} us more for one that \
-launches a kernel.
-- Primal is a forward without tangents; tangent is what the forward takes beyond it, target and loss included."""
+    sheet, assumed = found.sheet, found.assumed
+    return "\n".join(
+        [
+            f"- {gpu.upper()} by its data sheet: {sheet.tflops:,.1f} TFLOP/s in bfloat16 products, "
+            f"{sheet.single_tflops:g} in float32, {sheet.gb_per_s:,.0f} GB/s, {sheet.multiprocessors} multiprocessors. "
+            f"Products reach {assumed.matrix_share:.0%} of that, memory {assumed.memory_share:.0%}.",
+            f"- A matrix product takes whole waves of {TILE} x {TILE} tiles over the multiprocessors.",
+            "- Attention's FLOPs run at the rate of products, those included that its backward computes again.",
+            "- An operator reads and writes each tensor once, in device memory: nothing stays in a cache.",
+            f"- Each operator but a view is one kernel, which takes the device at least {assumed.kernel_us:g} us.",
+            f"- The host takes {assumed.host_operator_us:g} us for each operator, and {assumed.host_launch_us:g} us "
+            "more if it launches.",
+            "- Primal is a forward without tangents. Tangent is the rest of the forward, with target and loss.",
+        ]
+    )
 
 
 class _Parser(argparse.ArgumentParser):
@@ -307,7 +312,7 @@ class _Parser(argparse.ArgumentParser):
         raise InputError(message)
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str]) -> None:
     parser = _Parser(
         prog="benchmarks.roofline", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -316,31 +321,26 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--gpu", default="h200", help="a name such as h100-pcie")
     parser.add_argument("--host-ms", type=float, help="measured time of the host for a step, in place of the model's")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all operators and sums there")
-    try:
-        args = parser.parse_args(argv)
-        config = PRESETS[choose("preset", args.preset, PRESETS)][1]
-        if min(args.rows) < 1 or (args.host_ms is not None and not args.host_ms > 0):
-            raise InputError("--rows and --host-ms must be positive")
-        if args.json and not args.json.parent.is_dir():
-            raise InputError(f"there is no folder {args.json.parent} to write {args.json.name} to")
-        host = None if args.host_ms is None else args.host_ms / 1e3
-        found = [
-            roofline(config.model, config.method, rows, args.gpu, optim=config.optim, measured_host=host)
-            for rows in args.rows
-        ]
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    command = f"python -m benchmarks.roofline {args.preset} --rows {' '.join(map(str, args.rows))} --gpu {args.gpu}"
-    print(
-        f"# Roofline of a training step\n\n    {command}\n\n{assumptions(found[0].sheet, found[0].assumed, args.gpu)}"
-    )
+    args = parser.parse_args(argv)
+    config = PRESETS[choose("preset", args.preset, PRESETS)][1]
+    if min(args.rows) < 1 or (args.host_ms is not None and not args.host_ms > 0):
+        raise InputError("--rows and --host-ms must be positive")
+    if args.json and not args.json.parent.is_dir():
+        raise InputError(f"there is no folder {args.json.parent} to write {args.json.name} to")
+    host = None if args.host_ms is None else args.host_ms / 1e3
+    found = [
+        roofline(config.model, config.method, rows, args.gpu, optim=config.optim, measured_host=host)
+        for rows in args.rows
+    ]
+    print(f"# Roofline of a training step\n\n    python -m benchmarks.roofline {shlex.join(argv)}\n")
+    print(assumptions(found[0], args.gpu))
     for one in found:
         print(f"\n{markdown(one, args.preset, args.gpu)}")
     if args.json:
         args.json.write_text(json.dumps([report(one) for one in found], indent=1) + "\n")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from mfengine.cli import run  # needs tyro, which the GPU script does without
+
+    run(main)
