@@ -335,7 +335,7 @@ def step(machine: Machine, preset: str, batch: int, objective: str, peer: Callab
         implementations,
         batch,
         lambda: batch * step_flops(config, method, batch),
-        predicted=partial(predicted_seconds, config, method, batch, machine.roofline),
+        predicted=lambda: predicted_seconds(config, method, batch, machine.roofline),
     )
 
 

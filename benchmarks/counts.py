@@ -17,6 +17,7 @@ from benchmarks.cases import OURS, Update
 from benchmarks.operators import Recorder
 from benchmarks.roofline import roofline
 from benchmarks.workload import torch_pair, training_step
+from mfengine.engine.config import TrainConfig
 from mfengine.engine.flops import META, sample_flops
 from mfengine.methods import MeanFlowConfig
 from mfengine.networks import ModelConfig
@@ -95,9 +96,9 @@ def count(model: ModelConfig, objective: MeanFlowConfig, implementation: str, ba
     }
 
 
-def count_roofline(model: ModelConfig, objective: MeanFlowConfig, rows: int) -> dict[str, float]:
-    """Sums of `benchmarks.roofline` for one H200: counts of a step, and the device's least time in ms."""
-    found = roofline(model, objective, rows, "h200")
+def count_roofline(config: TrainConfig, rows: int) -> dict[str, float]:
+    """Sums of `python -m benchmarks.roofline` for an H200: `flops` per sample, the others per step."""
+    found = roofline(config.model, config.method, rows, "h200", optim=config.optim)
     return {
         "flops": found.flops / rows,
         "moved_bytes": found.bytes,

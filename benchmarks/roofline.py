@@ -116,6 +116,18 @@ class Roofline:
         return {name: dict(seconds) for name, seconds in found.items()}
 
     @cached_property
+    def bounds(self) -> dict[str, float]:
+        """Seconds of the device by what takes them; the last waves of products apart from their FLOPs."""
+        found = dict.fromkeys(("product", "last wave", "memory", "launch"), 0.0)
+        for operator, n in self.operators.items():
+            seconds, bound, waves = self.cost(operator)
+            lost = seconds * (1 - waves / math.ceil(waves)) if bound == "product" and waves else 0.0
+            found["last wave"] += n * lost
+            if bound:
+                found[bound] += n * (seconds - lost)
+        return found
+
+    @cached_property
     def device(self) -> dict[Phase, float]:
         """Seconds of the device by phase."""
         found = dict.fromkeys(PHASES, 0.0)
@@ -220,6 +232,7 @@ def report(found: Roofline) -> dict[str, Any]:
         "dispatched": found.dispatched,
         "launches": found.launches,
         "kinds": found.kinds,
+        "bounds": found.bounds,
         "flops": found.flops,
         "bytes": found.bytes,
         "operators": sorted(operators, key=lambda row: -row["total"]),
@@ -248,6 +261,9 @@ def markdown(found: Roofline, name: str, gpu: str) -> str:
             f"{rate / found.sheet.tflops:.0%} of the data sheet's rate, and {found.bytes / 1e9:.1f} GB.",
             table(["ms by kind and pass", *passes, "all", "share"], lines),
             _by_phase(found),
+            "What the device takes that time for: "
+            + ", ".join(f"{name} {1e3 * s:.1f} ms" for name, s in found.bounds.items())
+            + ".",
             f"The {LARGEST} largest operators are what to attack next:",
             _largest(found, device),
         ]

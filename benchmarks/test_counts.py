@@ -24,7 +24,7 @@ def test_counts(preset, objective, name, session):
 @pytest.mark.parametrize("rows", [32, 256])
 @pytest.mark.parametrize("preset", ["b2", "xl2"])
 def test_roofline(preset, rows, session):
-    counts = count_roofline(PRESETS[preset][1].model, OBJECTIVES["guided"], rows)
+    counts = count_roofline(PRESETS[preset][1], rows)
     session.counts[f"roofline, {preset} of {rows}"] = counts
     assert counts["launches"] < counts["operators"]
 

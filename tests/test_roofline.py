@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections import Counter
 
 import pytest
 import torch
@@ -37,7 +38,11 @@ def recorded(call):
 
 
 def cost(operator):
-    return Roofline(H200, ASSUMED, 1, {}, {}).cost(operator)
+    return Roofline(H200, ASSUMED, 1, Counter(), Counter()).cost(operator)
+
+
+def bounds_of(operator):
+    return Roofline(H200, ASSUMED, 1, Counter([operator]), Counter()).bounds
 
 
 def test_flops_add_up_to_the_counter_of_pytorch(found):
@@ -62,7 +67,11 @@ def test_product_by_hand():
     seconds, bound, waves = cost(operator)
     assert waves == pytest.approx(256 / 132)
     assert bound == "product"
-    assert seconds == pytest.approx(2 * 2048**3 * (264 / 256) / (0.8 * 989.4e12))
+    needed = 2 * 2048**3 / (0.8 * 989.4e12)
+    assert seconds == pytest.approx(needed * 264 / 256)
+    assert bounds_of(operator) == pytest.approx(
+        {"product": needed, "last wave": needed * 8 / 256, "memory": 0, "launch": 0}
+    )
 
 
 def test_float32_products_do_not_run_at_the_rate_of_bfloat16():
@@ -120,6 +129,7 @@ def test_passes_add_up_to_the_device(found):
     assert passes["primal"] + passes["tangent"] == pytest.approx(found.device["forward"])
     assert sum(passes.values()) == pytest.approx(sum(found.device.values()))
     assert min(passes.values()) > 0
+    assert sum(found.bounds.values()) == pytest.approx(sum(found.device.values()))
     assert found.seconds >= max(sum(found.device.values()), sum(found.host.values()))
     assert found.samples_per_s == pytest.approx(8 / found.seconds)
 
