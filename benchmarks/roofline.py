@@ -256,8 +256,8 @@ def markdown(found: Roofline, name: str, gpu: str) -> str:
         [
             f"## {name}, {found.rows} rows on one {gpu.upper()}: {found.samples_per_s:,.0f} samples/s (modelled)",
             f"Device {1e3 * device:.1f} ms, host {1e3 * host:.1f} ms "
-            f"({'modelled' if found.measured_host is None else 'given'}). Each pass takes the longer of the two, the "
-            f"step {1e3 * found.seconds:.1f} ms: {found.flops / 1e12:.2f} TFLOP at {rate:.0f} TFLOP/s, "
+            f"({'modelled' if found.measured_host is None else 'given'}). Each pass takes the longer of the two.\nThe "
+            f"step takes {1e3 * found.seconds:.1f} ms: {found.flops / 1e12:.2f} TFLOP at {rate:.0f} TFLOP/s, "
             f"{rate / found.sheet.tflops:.0%} of the data sheet's rate, and {found.bytes / 1e9:.1f} GB.",
             table(["ms by kind and pass", *passes, "all", "share"], lines),
             _by_phase(found),
@@ -310,8 +310,8 @@ def assumptions(found: Roofline, gpu: str) -> str:
     return "\n".join(
         [
             f"- {gpu.upper()} by its data sheet: {sheet.tflops:,.1f} TFLOP/s in bfloat16 products, "
-            f"{sheet.single_tflops:g} in float32, {sheet.gb_per_s:,.0f} GB/s, {sheet.multiprocessors} multiprocessors. "
-            f"Products reach {assumed.matrix_share:.0%} of that, memory {assumed.memory_share:.0%}.",
+            f"{sheet.single_tflops:g} in float32, {sheet.gb_per_s:,.0f} GB/s, {sheet.multiprocessors} multiprocessors.",
+            f"- Products reach {assumed.matrix_share:.0%} of that, memory {assumed.memory_share:.0%}.",
             f"- A matrix product takes whole waves of {TILE} x {TILE} tiles over the multiprocessors.",
             "- Attention's FLOPs run at the rate of products, those included that its backward computes again.",
             "- An operator reads and writes each tensor once, in device memory: nothing stays in a cache.",
