@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from benchmarks.cases import OURS, Update
-from benchmarks.operators import Recorder
+from benchmarks.operators import Recorder, total
 from benchmarks.roofline import roofline
 from benchmarks.workload import torch_pair, training_step
 from mfengine.engine.config import TrainConfig
@@ -22,7 +22,6 @@ from mfengine.engine.flops import META, sample_flops
 from mfengine.methods import MeanFlowConfig
 from mfengine.networks import ModelConfig
 from mfengine.ops import use_backend
-from mfengine.ops.flops import FlopCounterMode
 
 _SHAPES = torch.library.Library("aten", "IMPL", "Meta")
 _SHAPES.impl("_fused_sgd_", lambda *args, **kwargs: None)  # PyTorch has none for meta tensors
@@ -56,7 +55,7 @@ def count_optimizer(implementation: str, update: Update) -> dict[str, float]:
     step = torch_pair([p], update.clip_norm, copies)
     with Recorder() as recorder:
         step()
-    return {"bytes_per_parameter": round(recorder.bytes / p.numel(), 2)}
+    return {"bytes_per_parameter": round(total(recorder.operators, "read", "written") / p.numel(), 2)}
 
 
 def count(model: ModelConfig, objective: MeanFlowConfig, implementation: str, batch: int = 256) -> dict[str, Any]:
@@ -75,9 +74,9 @@ def count(model: ModelConfig, objective: MeanFlowConfig, implementation: str, ba
     dtype = torch.bfloat16 if ours else torch.float32
     with use_backend("triton"):
         step = training_step(model, objective, batch, META, dtype, 1, implementation)
-        with FlopCounterMode(display=False) as flops, Recorder() as recorder:
+        with Recorder() as recorder:
             step()
-        per_sample = flops.get_total_flops() / batch
+        per_sample = total(recorder.operators, "flops") / batch
         found = {"flops": per_sample, "forwards": per_sample / sample_flops(model, objective)}
         if not ours:
             return found
@@ -90,7 +89,7 @@ def count(model: ModelConfig, objective: MeanFlowConfig, implementation: str, ba
             kept.append(saved.bytes)
     return found | {
         "operators": recorder.operators.total(),
-        "launches": recorder.launches,
+        "launches": total(recorder.operators, "launches"),
         "host_waits": recorder.waits,
         "saved_bytes": (kept[1] - kept[0]) / batch,
     }

@@ -54,7 +54,7 @@ class Operator(NamedTuple):
     shapes: str
     """bf16[8,4] bf16[4,2] -> bf16[8,2]"""
     dtype: str
-    """of its first argument that is a tensor"""
+    """of its last argument: a product's first may be a bias"""
     flops: int  # of matrix products, what a fused kernel computes twice included
     read: int  # bytes, of each tensor once
     written: int  # bytes, likewise
@@ -62,6 +62,16 @@ class Operator(NamedTuple):
     """of the output of a matrix product, each `TILE` x `TILE`; 0 for others"""
     launches: int
     """1 if it gives the device something to do"""
+
+
+def total(operators: Counter[Operator], *fields: str, phase: Phase | None = None) -> int:
+    """Sum of some fields, over all operators or those of a phase."""
+    return sum(
+        n * getattr(operator, field)
+        for operator, n in operators.items()
+        if phase in (None, operator.phase)
+        for field in fields
+    )
 
 
 class Recorder(TorchDispatchMode):
@@ -72,16 +82,6 @@ class Recorder(TorchDispatchMode):
         self.operators: Counter[Operator] = Counter()
         self.phase: Phase = "guidance"
         self.waits = 0
-
-    @property
-    def launches(self) -> int:
-        """Operators that launch kernels, one or more each."""
-        return sum(n * operator.launches for operator, n in self.operators.items())
-
-    @property
-    def bytes(self) -> int:
-        """Read and written."""
-        return sum(n * (operator.read + operator.written) for operator, n in self.operators.items())
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -102,7 +102,7 @@ class Recorder(TorchDispatchMode):
             kind=kind,
             name=func._schema.name,
             shapes=f"{_describe((*args, *kwargs.values()))} -> {_describe(result)}",
-            dtype=_short(used[0].dtype) if used else "",
+            dtype=_short(given[-1].dtype) if (given := _tensors(args)) else "",
             flops=flops,
             read=read,
             written=written,

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, get_args
 
 from benchmarks.measure import table
-from benchmarks.operators import TILE, Operator, primal_operators, step_operators
+from benchmarks.operators import TILE, Operator, primal_operators, step_operators, total
 from mfengine.configs import choose
 from mfengine.engine.config import OptimConfig
 from mfengine.engine.plan import Phase
@@ -143,7 +143,7 @@ class Roofline:
     @cached_property
     def launches(self) -> dict[Phase, int]:
         """Operators that launch kernels, by phase."""
-        return {name: sum(n * o.launches for o, n in self.operators.items() if o.phase == name) for name in PHASES}
+        return {name: total(self.operators, "launches", phase=name) for name in PHASES}
 
     @cached_property
     def host(self) -> dict[Phase, float]:
@@ -164,11 +164,11 @@ class Roofline:
 
     @property
     def flops(self) -> int:
-        return sum(n * operator.flops for operator, n in self.operators.items())
+        return total(self.operators, "flops")
 
     @property
     def bytes(self) -> int:
-        return sum(n * (operator.read + operator.written) for operator, n in self.operators.items())
+        return total(self.operators, "read", "written")
 
 
 def roofline(

@@ -136,6 +136,7 @@ def test_command(tmp_path, monkeypatch, capsys):
         (("--measured=other.json",), "has no measured step"),
         (("--json=nowhere/out.json",), "there is no folder nowhere"),
         (("--nodes=3",), "there is no option --nodes"),
+        (("--gpu=h400",), "there is no GPU h400"),
     ],
 )
 def test_bad_arguments(args, message, tmp_path, monkeypatch, capsys):
