@@ -222,7 +222,7 @@ def step_operators(
     optim: OptimConfig = OptimConfig(),  # noqa: B008 - frozen
     *,
     gathered: bool = False,
-) -> Counter[Operator]:
+) -> tuple[Counter[Operator], Counter[Operator]]:
     """The operators of an optimizer step of one rank: loss, backward, AdamW and averages, in bfloat16 by fused kernels.
 
     The optimizer is the CUDA library's. Draws are those of seed 0.
@@ -231,8 +231,11 @@ def step_operators(
         model, method, optim: what is trained, and how.
         rows: of the rank.
         gathered: parameters come in the dtype that FSDP2 gathers them in; one rank casts them as it goes.
+
+    Returns:
+        The operators of the step; and those of its forward without tangents, which is run beside it.
     """
-    recorder = Recorder()
+    recorder, primal = Recorder(), Counter[Operator]()
     with use_backend("triton"), patch.object(multi_tensor, "library", lambda: _CudaLibrary(recorder)):
         network = prepare_model(meta_network(model, torch.bfloat16), World(0, 1, META))
         objective, optimizer = OBJECTIVES.build(method), adamw_ema(network, optim)
@@ -243,7 +246,16 @@ def step_operators(
         def enter_pass(*_: Any) -> None:
             recorder.phase = "forward" if torch.is_grad_enabled() else "guidance"
 
+        def run_primal(_: Any, args: Any, kwargs: dict[str, Any], __: Any) -> None:
+            if not torch.is_grad_enabled():
+                return
+            operators, recorder.operators = recorder.operators, primal
+            with torch.no_grad():
+                network(*args, **{name: x for name, x in kwargs.items() if name != "tangents"})
+            recorder.operators, recorder.phase = operators, "forward"
+
         network.register_forward_pre_hook(enter_pass)
+        network.register_forward_hook(run_primal, with_kwargs=True)
         whole = {p: p.data for p in network.parameters()}
         if gathered:
             for unit, parameters in parameter_groups(network):
@@ -258,18 +270,4 @@ def step_operators(
         recorder.phase = "optimizer"
         with recorder:
             optimizer.step()
-    return recorder.operators
-
-
-@cache
-def primal_operators(model: NetworkConfig, method: ObjectiveConfig, rows: int) -> Counter[Operator]:
-    """The operators of the forward of `rows` rows without tangents, as one step of sampling has it."""
-    network, recorder = meta_network(model, torch.bfloat16).for_sampling(), Recorder()
-    recorder.phase = "forward"
-    noise, labels = (
-        torch.empty(rows, *model.latent_shape, device=META),
-        torch.empty(rows, dtype=torch.int64, device=META),
-    )
-    with torch.no_grad(), use_backend("triton"), recorder:
-        OBJECTIVES.build(method).sampler({})(network, noise, labels, 1)
-    return recorder.operators
+    return recorder.operators, primal

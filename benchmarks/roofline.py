@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, get_args
 
 from benchmarks.measure import table
-from benchmarks.operators import TILE, Operator, primal_operators, step_operators, total
+from benchmarks.operators import TILE, Operator, step_operators, total
 from mfengine.configs import choose
 from mfengine.engine.config import OptimConfig
 from mfengine.engine.plan import Phase
@@ -198,10 +198,8 @@ def roofline(
         method.check_batch(rows)
     except ValueError as error:
         raise InputError(str(error)) from None
-    operators = step_operators(model, method, rows, optim or OptimConfig(), gathered=gathered)
-    return Roofline(
-        sheet, assumed or Assumptions(), rows, operators, primal_operators(model, method, rows), measured_host
-    )
+    operators, primal = step_operators(model, method, rows, optim or OptimConfig(), gathered=gathered)
+    return Roofline(sheet, assumed or Assumptions(), rows, operators, primal, measured_host)
 
 
 def predicted_seconds(model: NetworkConfig, method: ObjectiveConfig, rows: int, gpu: str) -> float:

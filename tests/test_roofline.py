@@ -10,7 +10,7 @@ from conftest import run_in_process
 
 from benchmarks.cases import Machine
 from benchmarks.cases import step as step_case
-from benchmarks.operators import Operator, Recorder, step_operators
+from benchmarks.operators import Operator, Recorder, step_operators, total
 from benchmarks.roofline import Assumptions, Roofline, markdown, predicted_seconds, roofline
 from mfengine import MeanFlowConfig, ModelConfig
 from mfengine.engine.config import OptimConfig
@@ -116,7 +116,7 @@ def test_small_kernel_takes_the_least_that_any_takes():
 def test_optimizer_moves_what_the_cuda_library_does(decays, expected):
     """The gradient twice, parameter, moments and averages once read and once written: 4 bytes each per parameter."""
     parameters = sum(p.numel() for p in meta_network(MODEL).parameters())
-    operators = step_operators(MODEL, METHOD, 8, OptimConfig(ema_decays=decays))
+    operators, _ = step_operators(MODEL, METHOD, 8, OptimConfig(ema_decays=decays))
     moved = {o.name: o.read + o.written for o in operators if o.phase == "optimizer" and o.read > 4 * parameters - 1}
     assert moved == {
         "mfengine::sum_of_squares": 4 * parameters,
@@ -129,6 +129,9 @@ def test_passes_add_up_to_the_device(found):
     assert passes["primal"] + passes["tangent"] == pytest.approx(found.device["forward"])
     assert sum(passes.values()) == pytest.approx(sum(found.device.values()))
     assert min(passes.values()) > 0
+    assert 0 < total(found.primal, "flops") < total(found.operators, "flops", phase="forward")
+    flow = roofline(MODEL, MeanFlowConfig(interval_share=0.0), 8, "h200")
+    assert total(flow.primal, "flops") == total(flow.operators, "flops", phase="forward")
     assert sum(found.bounds.values()) == pytest.approx(sum(found.device.values()))
     assert found.seconds >= max(sum(found.device.values()), sum(found.host.values()))
     assert found.samples_per_s == pytest.approx(8 / found.seconds)
@@ -141,7 +144,7 @@ def test_measured_host_replaces_the_modelled_one(found):
 
 
 def test_gathered_parameters_are_not_cast():
-    alone, gathered = (step_operators(MODEL, METHOD, 8, gathered=g) for g in (False, True))
+    alone, gathered = (step_operators(MODEL, METHOD, 8, gathered=g)[0] for g in (False, True))
     assert sum(n for o, n in gathered.items() if o.name == "aten::_to_copy") < sum(
         n for o, n in alone.items() if o.name == "aten::_to_copy"
     )
