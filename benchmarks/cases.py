@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.baselines.port import Port, PortDiT, jvp_flash_attention, modulate, plain_attention, sdpa
-from benchmarks.measure import Row, summarise
+from benchmarks.measure import Row, device_name, summarise
+from benchmarks.roofline import predicted_seconds
 from benchmarks.workload import IMPLEMENTATIONS, OBJECTIVES, Call, make_model, small, tiny, torch_pair, training_step
 from mfengine import ModelConfig, ops, sample
 from mfengine.data.format import Dataset, LatentSpace
@@ -51,12 +52,21 @@ class Case:
     flops: Callable[[], float] = float  # of one call: the least that it needs; counting takes a second
     bytes: float = 0.0  # of one call, moved to and from memory: the least that it needs
     hide_host: bool = False  # time the device alone, as `make_clock` does
+    predicted: Callable[[], float] = float  # seconds of one call of ours by the roofline; counting takes seconds
 
     def row(self, implementation: str, rounds: list[float]) -> Row:
         """What the seconds of some rounds say."""
         timed = summarise(rounds)
+        predicted = self.predicted() if implementation == OURS else 0.0
         return Row(
-            self.suite, self.name, implementation, samples=self.samples, flops=self.flops(), bytes=self.bytes, **timed
+            self.suite,
+            self.name,
+            implementation,
+            samples=self.samples,
+            flops=self.flops(),
+            bytes=self.bytes,
+            predicted=predicted,
+            **timed,
         )
 
 
@@ -81,6 +91,11 @@ class Machine:
     def backend(self) -> Backend:
         """What computes the ops: our kernels run on a GPU."""
         return "triton" if self.gpu else "torch"
+
+    @property
+    def roofline(self) -> str:
+        """The GPU whose ceilings predict a step; a rehearsal goes through that, too."""
+        return "h200" if self.rehearse else device_name(self.device)
 
     def model(self, preset: str) -> ModelConfig:
         config = PRESETS[preset][1].model
@@ -320,6 +335,7 @@ def step(machine: Machine, preset: str, batch: int, objective: str, peer: Callab
         implementations,
         batch,
         lambda: batch * step_flops(config, method, batch),
+        predicted=lambda: predicted_seconds(config, method, batch, machine.roofline),
     )
 
 

@@ -36,6 +36,7 @@ class Row:
     samples: int  # of one call
     flops: float  # of one call: the least that the case needs, whatever the implementation does
     bytes: float  # of one call, likewise
+    predicted: float = 0.0  # seconds of one call by the roofline, the host included; 0 where it says nothing
 
     @property
     def label(self) -> str:
@@ -44,6 +45,19 @@ class Row:
     def floor(self, ceilings: dict[str, float]) -> float:
         """Seconds of one call if the needed arithmetic, or the needed memory traffic, ran at the machine's ceiling."""
         return max(self.flops / ceilings["matrix_flops_per_s"], self.bytes / ceilings["memory_bytes_per_s"])
+
+
+def table(header: list[str], lines: list[list[str]]) -> str:
+    """A Markdown table, its columns aligned for the terminal too: text to the left, figures to the right."""
+    widths = [max(len(line[i]) for line in [header, *lines]) for i in range(len(header))]
+    left = [not any(line[i][:1].isdigit() for line in lines) for i in range(len(header))]
+
+    def row(cells: list[str]) -> str:
+        padded = [c.ljust(w) if is_left else c.rjust(w) for c, w, is_left in zip(cells, widths, left, strict=True)]
+        return f"| {' | '.join(padded)} |"
+
+    rule = [("-" * w) if is_left else ("-" * (w - 1) + ":") for w, is_left in zip(widths, left, strict=True)]
+    return "\n".join([row(header), f"| {' | '.join(rule)} |", *map(row, lines)])
 
 
 def make_clock(device: torch.device, hide_host: bool = False) -> Callable[[], float]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from benchmarks.cases import OURS
 from benchmarks.checks import passed
-from benchmarks.measure import Row
+from benchmarks.measure import Row, table
 
 
 def render(report: dict[str, Any]) -> str:
@@ -30,19 +30,6 @@ def render(report: dict[str, Any]) -> str:
     if report.get("counts"):
         parts.append("## Counts of a step\n\n" + _counts(report["counts"]))
     return "\n\n".join(parts) + "\n"
-
-
-def table(header: list[str], lines: list[list[str]]) -> str:
-    """A Markdown table, its columns aligned for the terminal too: text to the left, figures to the right."""
-    widths = [max(len(line[i]) for line in [header, *lines]) for i in range(len(header))]
-    left = [not any(line[i][:1].isdigit() for line in lines) for i in range(len(header))]
-
-    def row(cells: list[str]) -> str:
-        padded = [c.ljust(w) if is_left else c.rjust(w) for c, w, is_left in zip(cells, widths, left, strict=True)]
-        return f"| {' | '.join(padded)} |"
-
-    rule = [("-" * w) if is_left else ("-" * (w - 1) + ":") for w, is_left in zip(widths, left, strict=True)]
-    return "\n".join([row(header), f"| {' | '.join(rule)} |", *map(row, lines)])
 
 
 def _machine(report: dict[str, Any]) -> str:
@@ -73,6 +60,7 @@ def _timings(rows: list[Row], ceilings: dict[str, float]) -> str:
                 row.implementation,
                 f"{row.seconds * 1e3:.3f}",
                 f"{row.fastest * 1e3:.3f} to {row.slowest * 1e3:.3f}",
+                _predicted(row),
                 f"{row.samples / row.seconds:,.0f}" if row.samples else "",
                 f"{row.flops / row.seconds / 1e12:.3f}" if row.flops else "",
                 f"{row.bytes / row.seconds / 1e9:.1f}" if row.bytes else "",
@@ -82,10 +70,16 @@ def _timings(rows: list[Row], ceilings: dict[str, float]) -> str:
             ]
         )
     header = [
-        "case", "implementation", "ms", "range", "samples/s", "TFLOP/s", "GB/s", "MFU", "of ceiling", "ours is faster",
+        "case", "implementation", "ms", "range", "predicted ms", "samples/s", "TFLOP/s", "GB/s", "MFU", "of ceiling",
+        "ours is faster",
     ]  # fmt: skip
     used = [i for i in range(len(header)) if any(line[i] for line in lines)]
     return table([header[i] for i in used], [[line[i] for i in used] for line in lines])
+
+
+def _predicted(row: Row) -> str:
+    """Milliseconds by the roofline, at most as many as measured."""
+    return f"{row.predicted * 1e3:.3f}" if row.predicted else ""
 
 
 def _mfu(row: Row, ceilings: dict[str, float]) -> str:
@@ -111,15 +105,22 @@ def compact(report: dict[str, Any]) -> str:
     for label, rows in cases.items():
         ours = next((row for row in rows if row.implementation == OURS), None)
         peers = [row for row in rows if row is not ours]
-        cells = [label, "", "", "", "", ", ".join(f"{r.implementation} {r.seconds * 1e3:.3f} ms" for r in peers)]
+        cells = [label, "", "", "", "", "", ", ".join(f"{r.implementation} {r.seconds * 1e3:.3f} ms" for r in peers)]
         if ours:
             speed = f"{ours.samples / ours.seconds:,.0f}" if ours.samples else ""
             ratios = ", ".join(f"{r.implementation} {r.seconds / ours.seconds:.2f} x" for r in peers)
-            cells[1:] = [f"{ours.seconds * 1e3:.3f}", speed, _mfu(ours, ceilings), _share(ours, ceilings), ratios]
+            cells[1:] = [
+                f"{ours.seconds * 1e3:.3f}",
+                _predicted(ours),
+                speed,
+                _mfu(ours, ceilings),
+                _share(ours, ceilings),
+                ratios,
+            ]
         lines.append(cells)
     parts = [_machine(report)]
     if lines:
-        parts.append(table(["case", "ms", "samples/s", "MFU", "of ceiling", "peers"], lines))
+        parts.append(table(["case", "ms", "predicted ms", "samples/s", "MFU", "of ceiling", "peers"], lines))
     if report.get("splits"):
         parts.append(_splits(report["splits"]))
     checks = report.get("checks", [])
@@ -145,7 +146,10 @@ def _counts(counts: dict[str, dict[str, Any]]) -> str:
     columns = {
         "forwards per sample": ("forwards", "{:.2f}", 1),
         "GFLOP per sample": ("flops", "{:,.1f}", 1e-9),
+        "operators": ("operators", "{:,}", 1),
         "launches": ("launches", "{:,}", 1),
+        "GB read and written": ("moved_bytes", "{:,.1f}", 1e-9),
+        "least ms on an H200": ("least_ms", "{:,.1f}", 1),
         "host waits": ("host_waits", "{}", 1),
         "saved MB per layer and sample": ("saved_bytes", "{:.2f}", 1e-6),
         "bytes per parameter": ("bytes_per_parameter", "{:g}", 1),

@@ -1,8 +1,8 @@
 """`python -m benchmarks.scaling`: modelled step time of XL/2, or another preset, on 1 to 1,024 GPUs.
 
-The work is counted: memory and collectives are those of `mfengine.engine.plan`, FLOPs and launches those of a real step
-on tensors that have shapes and no values. The time is modelled, from the counts and from `Hardware`, whose rates are
-assumptions. `docs/scaling.md` says what is in the model, and what is not.
+Memory and collectives are counted, by `mfengine.engine.plan`. What a GPU and its host take for a step is the roofline
+of `benchmarks.roofline`; how communication adds to it is modelled, from `Hardware`, whose rates are assumptions.
+`docs/scaling.md` says what is in the model, and what is not.
 """
 
 from __future__ import annotations
@@ -14,34 +14,25 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from benchmarks.cases import OURS
-from benchmarks.counts import launches
 from benchmarks.measure import Row
+from benchmarks.roofline import PHASES, Assumptions, Roofline, gpu_data_sheet, roofline
 from benchmarks.workload import small
 from mfengine.cli import parse, run
 from mfengine.configs import to_json
 from mfengine.engine.config import TrainConfig
-from mfengine.engine.flops import COUNTED_ROWS, META, meta_network
-from mfengine.engine.optim import adamw_ema
-from mfengine.engine.plan import Collective, Phase, Plan, make_plan, parameter_groups
+from mfengine.engine.plan import Collective, Plan, make_plan
 from mfengine.engine.presets import PRESETS
 from mfengine.errors import InputError
-from mfengine.methods import OBJECTIVES
-from mfengine.ops import use_attention, use_backend
-from mfengine.ops.flops import flop_registry
 from mfengine.ranks import World
 
 IMAGES = 1_281_167  # ImageNet's training set
 WEAK_BATCH = 32  # rows per GPU where the global batch grows with the GPUs
 STRONG, WEAK = "global batch 256", "local batch 32"
-PHASES: tuple[Phase, ...] = get_args(Phase)
 KINDS = ("all-gather", "reduce-scatter", "all-reduce")
 
 Strategy = Literal["full", "gathered once", "hybrid"]
@@ -53,17 +44,11 @@ STRATEGIES: dict[Strategy, str] = {
 
 
 @dataclass(frozen=True)
-class Hardware:
-    """Assumed, not measured: an H200 in nodes of eight. Rates by data sheet, latencies by NCCL's own tuning tables."""
+class Hardware(Assumptions):
+    """Assumed, not measured: nodes of eight H200. Rates by data sheet, latencies by NCCL's own tuning tables."""
 
-    matrix_tflops: float = 989.0
-    """TFLOP/s of dense bfloat16 matrix products (H200 data sheet)"""
-    matrix_share: float = 0.5
-    """share of it that the counted FLOPs of a step reach; --measured replaces it"""
-    memory_gb: float = 141.0
-    """GB of device memory (H200 data sheet)"""
-    memory_gb_per_s: float = 4800.0
-    """GB/s of device memory (H200 data sheet)"""
+    roofline_share: float = 1.0
+    """share of the roofline that a GPU's kernels reach; --measured replaces it"""
     gpus_per_node: int = 8
     """GPUs that NVLink joins"""
     nvlink_gb_per_s: float = 450.0
@@ -71,7 +56,7 @@ class Hardware:
     network_gb_per_s: float = 50.0
     """GB/s of the network per GPU, each way: one port of 400 Gb/s for each"""
     bandwidth_share: float = 0.8
-    """share of the rates of memory, NVLink and network that is reached"""
+    """share of the rates of NVLink and network that is reached"""
     collective_us: float = 14.0
     """us that any collective takes (NCCL's src/graph/tuning.cc, LL128)"""
     nvlink_hop_us: float = 1.9
@@ -80,84 +65,12 @@ class Hardware:
     """us per hop of a ring between nodes (the same)"""
     collective_launches: float = 3.0
     """operations that a collective launches beside itself: copies into and out of its buffer"""
-    launch_us: float = 10.0
-    """us of the host per operation that it launches, views and module hooks included, without --compile"""
     host_hop_us: float = 50.0
     """us per hop of the ring by which the hosts exchange loss and signals (gloo, TCP)"""
-
-    def __post_init__(self) -> None:
-        for f in dataclasses.fields(self):
-            if not getattr(self, f.name) > 0:
-                raise ValueError(f"{f.name} must be positive, not {getattr(self, f.name)}")
 
 
 # ----------------------------------------------------------------------------
 # Counting.
-
-
-class Recorder(TorchDispatchMode):
-    """Counts FLOPs and launches by phase, as they pass PyTorch's dispatcher."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.flops: Counter[Phase] = Counter()
-        self.launches: Counter[Phase] = Counter()
-        self.phase: Phase = "guidance"
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        out = func(*args, **kwargs)
-        if func._overloadpacket in flop_registry:
-            self.flops[self.phase] += flop_registry[func._overloadpacket](*args, **kwargs, out_val=out)
-        # Times and row numbers live on the host and have values: which rows are guided depends on them.
-        on_device = any(isinstance(x, Tensor) and x.is_meta for x in tree_leaves((args, kwargs, out)))
-        self.launches[self.phase] += on_device and launches(func)
-        return out
-
-
-def record(config: TrainConfig, batch: int, gathered: bool) -> Recorder:
-    """Run a real step on tensors without values; `gathered` as `meta_pass`."""
-    network, objective = meta_network(config.model, torch.bfloat16), OBJECTIVES.build(config.method)
-    optimizer = adamw_ema(network, config.optim)
-    shape = (batch, *config.model.latent_shape)
-    draws = objective.draw(shape, torch.Generator().manual_seed(0), META)
-    latents, labels = torch.empty(shape, device=META), torch.empty(batch, dtype=torch.int64, device=META)
-    recorder = Recorder()
-
-    def enter_pass(*_: Any) -> None:
-        recorder.phase = "forward" if torch.is_grad_enabled() else "guidance"
-
-    network.register_forward_pre_hook(enter_pass)
-    single = {p: p.data for p in network.parameters()}
-    for unit, parameters in parameter_groups(network):
-        for p in parameters:
-            p.data = p.data.to(unit.dtype) if gathered else p.data
-    with recorder:
-        loss, _ = objective.loss(network, latents, labels, draws)
-        recorder.phase = "backward"
-        loss.backward()
-        for p, data in single.items():
-            p.data, p.grad = data, torch.empty_like(data)
-        recorder.phase = "optimizer"
-        optimizer.step()
-    return recorder
-
-
-@dataclass(frozen=True)
-class Work:
-    """What a rank computes in a step, by phase."""
-
-    flops: dict[Phase, float]  # of one sample
-    launches: dict[Phase, int]  # of operations on the device, whatever the batch and without collectives
-
-
-def count_work(config: TrainConfig, ranks: int) -> Work:
-    """Count a step: FLOPs in plain PyTorch, where nothing is computed twice, launches with the fused kernels."""
-    with use_backend("torch"), use_attention("torch"):
-        flops = record(config, COUNTED_ROWS, False).flops
-    with use_backend("triton"):
-        launches = record(config, 4, gathered=ranks > 1).launches
-    return Work({name: n / COUNTED_ROWS for name, n in flops.items()}, dict(launches))
 
 
 def nodes(c: Collective, hw: Hardware) -> int:
@@ -224,8 +137,8 @@ class Point(NamedTuple):
     ranks: int
     strategy: Strategy
     batch: int  # rows per GPU
-    compute: float  # FLOPs at the assumed rate
-    launch: float  # the host's time to launch everything
+    device: float  # what the kernels take
+    host: float  # what it takes to launch everything
     exposed: float  # what communication adds
     step: float
     memory: float
@@ -241,22 +154,17 @@ class Point(NamedTuple):
         return self.days(epochs) * 24 * self.ranks
 
 
-def model_point(plan: Plan, strategy: Strategy, work: Work, hw: Hardware) -> Point:
-    """One step as planned."""
+def model_point(plan: Plan, strategy: Strategy, step: Roofline, hw: Hardware) -> Point:
+    """One step as planned; `step` is what a rank computes in it, the update of all parameters included."""
     config, ranks = plan.config, plan.world.size
-    batch = config.batch_size // ranks
     of_phase = {name: [c for c in plan.communication if c.phase == name] for name in PHASES}
-    launch = {
-        name: (work.launches.get(name, 0) + hw.collective_launches * len(of_phase[name])) * hw.launch_us / 1e6
-        for name in PHASES
-    }
-    compute = {name: n * batch / (hw.matrix_tflops * 1e12 * hw.matrix_share) for name, n in work.flops.items()}
-    # AdamW reads parameter, gradient and two moments and writes three of them; an average is read with the
-    # parameter and written: 28 and 12 bytes in float32.
-    traffic = (32 + 8 * len(config.optim.ema_decays)) * plan.parameters * config.replicas / ranks
-    seconds = busy = max(traffic / (hw.memory_gb_per_s * 1e9 * hw.bandwidth_share), launch["optimizer"])
+    per_launch = (hw.host_operator_us + hw.host_launch_us) / 1e6
+    host = {name: step.host[name] + hw.collective_launches * len(of_phase[name]) * per_launch for name in PHASES}
+    device = {name: seconds / hw.roofline_share for name, seconds in step.device.items()}
+    device["optimizer"] *= config.replicas / ranks  # of its shard
+    seconds = busy = max(device["optimizer"], host["optimizer"])
     for name in PHASES[:3]:
-        alone = max(compute.get(name, 0.0), launch[name])
+        alone = max(device[name], host[name])
         together = phase_seconds(alone, of_phase[name], hw)
         if name == "backward":  # beside it runs the hosts' all-gather, for which the optimizer waits
             together = max(together, (ranks - 1) * hw.host_hop_us / 1e6)
@@ -264,9 +172,9 @@ def model_point(plan: Plan, strategy: Strategy, work: Work, hw: Hardware) -> Poi
     return Point(
         ranks=ranks,
         strategy=strategy,
-        batch=batch,
-        compute=sum(compute.values()),
-        launch=sum(launch.values()),
+        batch=step.rows,
+        device=sum(device.values()),
+        host=sum(host.values()),
         exposed=seconds - busy,
         step=seconds,
         memory=sum(plan.memory.values()),
@@ -279,15 +187,17 @@ def model_point(plan: Plan, strategy: Strategy, work: Work, hw: Hardware) -> Poi
 
 @dataclass(frozen=True)
 class Arguments:
-    """Modelled step time of training on N GPUs: counted work, assumed rates."""
+    """Modelled step time of training on N GPUs: the roofline of a GPU, counted communication, assumed rates."""
 
     preset: Literal["b4", "b2", "m2", "l2", "xl2", "xl2-plus"] = "xl2"
     """what is trained"""
     gpus: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
     """numbers of GPUs; whole nodes above one node"""
+    gpu: str = "h200"
+    """which, by a name such as h100-pcie"""
     hardware: Hardware = field(default_factory=Hardware)
     measured: Path | None = None
-    """gpu.json of `python -m benchmarks.gpu`: its guided step of this preset gives the rate of computation"""
+    """gpu.json of `python -m benchmarks.gpu`: its guided step of this preset gives the share of the roofline"""
     json: Path | None = None
     """write counts and modelled times here"""
     plot: Path | None = None
@@ -304,8 +214,8 @@ class Arguments:
             raise ValueError("gpus needs at least one number")
 
 
-def measured_share(path: Path, preset: str, flops_per_sample: float, hw: Hardware) -> float:
-    """Share of the matrix rate that a measured guided step of a preset reached, at its largest batch.
+def measured_share(path: Path, preset: str, config: TrainConfig, gpu: str, hw: Hardware) -> float:
+    """Share of the device's roofline that a measured guided step of a preset reached, at its largest batch.
 
     Raises:
         InputError: the file has no such step.
@@ -318,7 +228,8 @@ def measured_share(path: Path, preset: str, flops_per_sample: float, hw: Hardwar
     if not rows:
         raise InputError(f"{path} has no measured step 'guided, {preset}'; run python -m benchmarks.gpu on a GPU")
     best = max(rows, key=lambda row: row.samples)
-    return best.samples / best.seconds * flops_per_sample / (hw.matrix_tflops * 1e12)
+    found = roofline(config.model, config.method, best.samples, gpu, hw, config.optim)
+    return sum(found.device.values()) / best.seconds
 
 
 def strategies(ranks: int, hw: Hardware) -> list[Strategy]:
@@ -333,11 +244,10 @@ def scaling(args: Arguments) -> dict[str, Any]:
     config = PRESETS[args.preset][1]
     if args.rehearse:
         config = dataclasses.replace(config, model=small(config.model))
-    work = {several: count_work(config, 1 + several) for several in (False, True)}
-    flops = work[True].flops
     hw = args.hardware
+    memory = 1e9 * gpu_data_sheet(args.gpu).memory_gb
     if args.measured:
-        hw = dataclasses.replace(hw, matrix_share=measured_share(args.measured, args.preset, sum(flops.values()), hw))
+        hw = dataclasses.replace(hw, roofline_share=measured_share(args.measured, args.preset, config, args.gpu, hw))
     counts, points = [], []
     infeasible: dict[int, str] = {}
     for ranks in args.gpus:
@@ -349,20 +259,20 @@ def scaling(args: Arguments) -> dict[str, Any]:
         for strategy in strategies(ranks, hw):
             for regime, batch in batches.items():
                 planned = plan(config, ranks, strategy, batch, hw)
-                point = model_point(planned, strategy, work[ranks > 1], hw)
+                step = roofline(config.model, config.method, batch, args.gpu, hw, config.optim, gathered=ranks > 1)
+                point = model_point(planned, strategy, step, hw)
                 rates = {
                     "samples_per_s": point.samples_per_s,
                     "days": point.days(config.epochs),
                     "gpu_hours": point.gpu_hours(config.epochs),
-                    "fits": point.memory <= hw.memory_gb * 1e9,
+                    "fits": point.memory <= memory,
                 }
                 points.append({"regime": regime, **point._asdict(), **rates})
             counts.append(counted(planned, strategy, hw))
     return {
-        "note": "collectives, launches and FLOPs are counted; every time is modelled",
+        "note": "collectives are counted; every time is modelled",
         "hardware": to_json(hw),
-        "flops_per_sample": flops,
-        "launches": work[True].launches,
+        "gpu": args.gpu,
         "epochs": config.epochs,
         "counts": counts,
         "points": points,
@@ -401,13 +311,13 @@ def tables(report: dict[str, Any]) -> str:
             "",
             f"Modelled, not measured: {regime}, {report['epochs']:g} epochs.",
             "",
-            "| GPUs | strategy | rows per GPU | compute ms | launch ms | communication adds ms | step ms | samples/s | "
+            "| GPUs | strategy | rows per GPU | device ms | host ms | communication adds ms | step ms | samples/s | "
             "memory GB | days | GPU-hours |",
             "|" + " --- |" * 11,
         ]
         for p in report["points"]:
             if p["regime"] == regime:
-                ms = " | ".join(f"{p[name] * 1e3:.1f}" for name in ("compute", "launch", "exposed", "step"))
+                ms = " | ".join(f"{p[name] * 1e3:.1f}" for name in ("device", "host", "exposed", "step"))
                 fits = "" if p["fits"] else ", too much"
                 strategy = p["strategy"] if p["ranks"] > 1 else "-"
                 lines.append(

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from benchmarks.cases import UPDATES
-from benchmarks.counts import count, count_optimizer
+from benchmarks.counts import count, count_optimizer, count_roofline
 from benchmarks.split import guided_split
 from benchmarks.workload import OBJECTIVES
 from mfengine.engine.presets import PRESETS
@@ -19,6 +19,14 @@ def test_counts(preset, objective, name, session):
     session.counts[f"{preset}, {objective}, {name}"] = counts
     assert counts["forwards"] >= 3 - 1e-3
     assert counts.get("host_waits", 0) == 0
+
+
+@pytest.mark.parametrize("rows", [32, 256])
+@pytest.mark.parametrize("preset", ["b2", "xl2"])
+def test_roofline(preset, rows, session):
+    counts = count_roofline(PRESETS[preset][1], rows)
+    session.counts[f"roofline, {preset} of {rows}"] = counts
+    assert counts["launches"] < counts["operators"]
 
 
 @pytest.mark.parametrize("name", ["mfengine", "pair"])

@@ -332,14 +332,18 @@ def test_data_sheets(name, tflops, monkeypatch):
     assert rates.peak_rate(device, torch.float32) == 1e12
 
 
-def test_tables_show_the_share_of_the_data_sheet_and_of_the_measured_rate():
-    step = Row("step", "guided, xl2 of 32", "mfengine", 0.1, 0.1, 0.1, 5, samples=32, flops=4e13, bytes=0)
+def test_tables_show_the_prediction_and_the_shares_of_the_data_sheet_and_of_the_measured_rate():
+    step = Row(
+        "step", "guided, xl2 of 32", "mfengine", 0.1, 0.1, 0.1, 5, samples=32, flops=4e13, bytes=0, predicted=0.066
+    )
     peer = Row("step", "guided, xl2 of 32", "port", 0.3, 0.3, 0.3, 5, samples=32, flops=4e13, bytes=0)
     limits = {"memory_bytes_per_s": 3e12, "matrix_flops_per_s": 8e14, "peak_flops_per_s": 1e15}
     found = {"environment": dict.fromkeys(("device", "torch", "cuda", "triton", "python", "commit"), "x")}
     found |= {"ceilings": limits, "rows": [vars(step), vars(peer)]}
     for text in (report.render(found), report.compact(found)):
         assert "MFU" in text
+        assert "predicted ms" in text
+        assert "66.000" in text
         assert "40.0%" in text
         assert "50%" in text
         assert "3.00 x" in text

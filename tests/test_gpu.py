@@ -103,6 +103,7 @@ def test_rehearsal_needs_only_torch_triton_and_numpy(bare, tmp_path):
     report = json.loads((tmp_path / "gpu.json").read_text())
     assert {row["suite"] for row in report["rows"]} == {"step", "kernels", "optimizer", "sampler"}
     assert {"environment", "ceilings", "checks", "splits"} <= report.keys()
+    assert "predicted ms" in out
     assert not {"missing", "errors"} & report.keys()
 
 

@@ -8,6 +8,7 @@ import pytest
 from torch.distributed.run import get_args_parser
 
 from benchmarks import scaling
+from benchmarks.roofline import roofline
 from mfengine import cli, evaluate, prepare, train
 from mfengine.engine.presets import PRESETS
 
@@ -119,8 +120,8 @@ def test_times_are_modelled_as_said():
     """One row of them: they are all made alike."""
     row = next(row for row in ROWS if row[1] == "`mfengine.train b2`")
     config = PRESETS["b2"][1]
-    work = scaling.count_work(config, 8)
-    for cell, hardware in ((row[4], scaling.Hardware()), (row[5], scaling.Hardware(matrix_share=0.3))):
+    for cell, hardware in ((row[4], scaling.Hardware()), (row[5], scaling.Hardware(roofline_share=0.5))):
         planned = scaling.plan(config, 8, "gathered once", config.local_batch(8), hardware)
-        point = scaling.model_point(planned, "gathered once", work, hardware)
+        step = roofline(config.model, config.method, config.local_batch(8), "h200", hardware, gathered=True)
+        point = scaling.model_point(planned, "gathered once", step, hardware)
         assert float(cell) == pytest.approx(point.gpu_hours(config.epochs), rel=0.02)

@@ -13,20 +13,17 @@ from conftest import ROOT, run_command, run_in_process
 from scaling_worker import CONFIG, LAYOUTS, as_json, record_fake
 
 from benchmarks.measure import Row
+from benchmarks.roofline import roofline
 from benchmarks.scaling import (
-    PHASES,
     STRATEGIES,
     Hardware,
-    Work,
     collective_seconds,
-    count_work,
     model_point,
     nodes,
     phase_seconds,
     plan,
     sent_between_nodes,
 )
-from mfengine.engine.flops import sample_flops, step_flops
 
 HARDWARE = Hardware()
 
@@ -69,34 +66,25 @@ def test_counts_without_the_interpreter(tmp_path):
     assert "| 2 | gathered once |" in done.stdout
 
 
-def test_work_is_that_of_a_step():
-    work = count_work(CONFIG, 2)
-    assert work.flops["guidance"] > 0
-    assert sum(work.flops.values()) == pytest.approx(step_flops(CONFIG.model, CONFIG.method, 32))
-    assert 3.9 < sum(work.flops.values()) / sample_flops(CONFIG.model, CONFIG.method) < 4.5
-    alone = count_work(CONFIG, 1).launches
-    assert {name: n < alone[name] for name, n in work.launches.items()} == {
-        "guidance": True, "forward": True, "backward": True, "optimizer": False,
-    }  # fmt: skip
-
-
 def test_model_of_time(plans):
-    work = Work({"guidance": 1e11, "forward": 1e11, "backward": 2e11}, dict.fromkeys(PHASES, 100))
+    def point(ranks, strategy, batch=32, **changes):
+        hw = dataclasses.replace(HARDWARE, **changes)
+        step = roofline(CONFIG.model, CONFIG.method, batch, "h200", hw, gathered=True)
+        return model_point(plan(CONFIG, ranks, strategy, batch, hw), strategy, step, hw)
 
-    def seconds(ranks, strategy, batch=32, **changes):
-        hw = dataclasses.replace(HARDWARE, launch_us=1e-3, **changes)
-        return model_point(plan(CONFIG, ranks, strategy, batch, hw), strategy, work, hw).step
-
-    compute = 4e11 * 32 / (989e12 * 0.5)
+    fast_host = {"host_operator_us": 1e-6, "host_launch_us": 1e-6}
     for ranks, strategy in plans:
-        assert seconds(ranks, strategy) > compute
-        assert seconds(ranks, strategy, 64) > seconds(ranks, strategy, 32)
-        assert seconds(ranks, strategy, matrix_share=0.25) > seconds(ranks, strategy)
-        assert seconds(ranks, strategy, bandwidth_share=0.1) > seconds(ranks, strategy)
+        full, host = point(ranks, strategy, **fast_host), point(ranks, strategy)
+        assert full.step > full.device
+        assert host.step > host.host > full.step
+        assert point(ranks, strategy, roofline_share=0.5, **fast_host).device == pytest.approx(2 * full.device)
+        assert point(ranks, strategy, 64, **fast_host).device > full.device
+        assert point(ranks, strategy, bandwidth_share=0.1, **fast_host).step > full.step
     for ranks in (8, 16):  # where communication is all that counts
-        full, once = (seconds(ranks, strategy, 4, bandwidth_share=0.01) for strategy in ("full", "gathered once"))
+        full, once = (point(ranks, s, 4, bandwidth_share=1e-6).step for s in ("full", "gathered once"))
         assert full > once
-    assert seconds(16, "hybrid", 4, network_gb_per_s=0.1) < seconds(16, "gathered once", 4, network_gb_per_s=0.1)
+    slow = {"network_gb_per_s": 0.001, **fast_host}
+    assert point(16, "hybrid", 4, **slow).step < point(16, "gathered once", 4, **slow).step
 
 
 def test_rings_and_overlap(plans):
@@ -126,8 +114,8 @@ def test_command(tmp_path, monkeypatch, capsys):
     assert not plot or (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
     assert "Modelled, not measured" in out
     report = json.loads((tmp_path / "out.json").read_text())
-    rate = report["hardware"]["matrix_tflops"] * 1e12 * report["hardware"]["matrix_share"]
-    assert rate == pytest.approx(100 * sum(report["flops_per_sample"].values()))
+    alone = next(p for p in report["points"] if p["ranks"] == 1 and p["batch"] == 32)
+    assert alone["device"] == pytest.approx(0.32)  # of which measured is the share of the roofline
     assert [(row["ranks"], row["strategy"]) for row in report["counts"]] == [
         (1, "gathered once"), (16, "full"), (16, "gathered once"), (16, "hybrid"),
         (128, "full"), (128, "gathered once"), (128, "hybrid"),
@@ -148,6 +136,7 @@ def test_command(tmp_path, monkeypatch, capsys):
         (("--measured=other.json",), "has no measured step"),
         (("--json=nowhere/out.json",), "there is no folder nowhere"),
         (("--nodes=3",), "there is no option --nodes"),
+        (("--gpu=h400",), "there is no GPU h400"),
     ],
 )
 def test_bad_arguments(args, message, tmp_path, monkeypatch, capsys):

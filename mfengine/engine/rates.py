@@ -1,38 +1,56 @@
-"""How fast a device multiplies matrices: by its data sheet, and measured."""
+"""How fast a device is by its data sheet, and how fast it multiplies matrices, measured."""
 
 from __future__ import annotations
 
+import re
 import time
+from typing import NamedTuple
 
 import torch
 
-# Dense bfloat16 with float32 accumulation, in TFLOP/s, by words of the device's name as PyTorch gives it. The first
-# entry whose words are all in the name counts, so variants come before the plain name. From NVIDIA's data sheets,
-# whose figures for sparse matrices are halved here.
-DATA_SHEET_TFLOPS: dict[tuple[str, ...], float] = {
-    ("GB200",): 2500.0,
-    ("B200",): 2250.0,
-    ("H200", "NVL"): 835.5,
-    ("H200",): 989.4,
-    ("GH200",): 989.4,
-    ("H100", "NVL"): 835.5,
-    ("H100", "PCIe"): 756.5,
-    ("H100",): 989.4,
-    ("H800", "PCIe"): 756.5,
-    ("H800",): 989.4,
-    ("A100",): 312.0,
-    ("A800",): 312.0,
-    ("L40S",): 362.0,
-    ("L4",): 121.0,
+
+class DataSheet(NamedTuple):
+    """What a GPU can do by NVIDIA's data sheets, whose figures for sparse matrices are halved here."""
+
+    tflops: float  # TFLOP/s of dense bfloat16 products with float32 accumulation
+    single_tflops: float  # TFLOP/s of float32 outside tensor cores
+    gb_per_s: float  # of device memory
+    memory_gb: float
+    multiprocessors: int
+
+
+# By words of the device's name as PyTorch gives it. The first entry whose words are all in the name counts, so variants
+# come before the plain name, which stands for the usual variant.
+DATA_SHEETS: dict[tuple[str, ...], DataSheet] = {
+    ("GB200",): DataSheet(2500.0, 80.0, 8000.0, 186.0, 152),
+    ("B200",): DataSheet(2250.0, 75.0, 7700.0, 180.0, 148),
+    ("H200", "NVL"): DataSheet(835.5, 60.0, 4800.0, 141.0, 132),
+    ("H200",): DataSheet(989.4, 67.0, 4800.0, 141.0, 132),
+    ("GH200",): DataSheet(989.4, 67.0, 4000.0, 96.0, 132),
+    ("H100", "NVL"): DataSheet(835.5, 60.0, 3900.0, 94.0, 132),
+    ("H100", "PCIe"): DataSheet(756.5, 51.0, 2000.0, 80.0, 114),
+    ("H100",): DataSheet(989.4, 67.0, 3350.0, 80.0, 132),
+    ("H800", "PCIe"): DataSheet(756.5, 51.0, 2000.0, 80.0, 114),
+    ("H800",): DataSheet(989.4, 67.0, 3350.0, 80.0, 132),
+    ("A100",): DataSheet(312.0, 19.5, 2039.0, 80.0, 108),
+    ("A800",): DataSheet(312.0, 19.5, 2039.0, 80.0, 108),
+    ("L40S",): DataSheet(362.0, 91.6, 864.0, 48.0, 142),
+    ("L4",): DataSheet(121.0, 30.3, 300.0, 24.0, 58),
 }
+
+
+def data_sheet(name: str) -> DataSheet | None:
+    """Of a GPU by its name, as PyTorch gives it or as `h100-pcie`; None if it is not in the table."""
+    words = set(re.split(r"[\s-]+", name.lower()))
+    return next((s for known, s in DATA_SHEETS.items() if words.issuperset(w.lower() for w in known)), None)
 
 
 def data_sheet_rate(device: torch.device, dtype: torch.dtype) -> float | None:
     """FLOPs per second by the data sheet in bfloat16 or float16; None for other dtypes and devices not in the table."""
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return None
-    words = set(torch.cuda.get_device_name(device).replace("-", " ").split())
-    return next((1e12 * rate for name, rate in DATA_SHEET_TFLOPS.items() if words.issuperset(name)), None)
+    sheet = data_sheet(torch.cuda.get_device_name(device))
+    return None if sheet is None else 1e12 * sheet.tflops
 
 
 def peak_rate(device: torch.device, dtype: torch.dtype) -> float:
