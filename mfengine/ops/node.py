@@ -30,7 +30,7 @@ def one_node(forward: Callable[..., Any]) -> Callable[..., Any]:
 
     Raises:
         RuntimeError: from ops inside, for a tensor that is neither an argument, a parameter nor the output of an op:
-            its gradient would be lost.
+            its gradient would be lost; from a backward with create_graph.
     """
 
     @functools.wraps(forward)
@@ -198,6 +198,9 @@ class _Node(torch.autograd.Function):
         return tuple(outputs)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> Any:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                'create_graph needs plain PyTorch for a block of fused ops: mfengine.ops.use_backend("torch")'
+            )
         return (None, None, None, *ctx.tape.replay(ctx.saved_tensors, gradients))

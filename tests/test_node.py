@@ -1,0 +1,182 @@
+"""A block as one node of autograd's graph: its outputs, tangents and gradients, what it saves, and what it refuses."""
+
+import pytest
+import torch
+from golden_cases import relative_error
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+pytest.importorskip("triton", reason="the fused kernels need triton")
+
+from mfengine import DiT, ModelConfig, ops
+from mfengine.engine.distributed import _recomputed
+from mfengine.networks.dit import Block
+from mfengine.ops import Dual
+from mfengine.ops.flops import FlopCounterMode
+
+CONFIG = ModelConfig(input_size=4, patch_size=2, in_channels=2, hidden_size=16, depth=1, num_heads=2, num_classes=3)
+BATCH, DUALS, TOKENS, WIDTH = 3, 1, 4, 16
+each_op = Block.forward.__wrapped__
+
+
+def new_block():
+    torch.manual_seed(0)
+    block = Block(CONFIG)
+    for p in block.parameters():
+        nn.init.normal_(p, std=0.3)
+    return block
+
+
+def arguments(seed=0, requires_grad=True):
+    g = torch.Generator().manual_seed(seed)
+    made = []
+    for rows in (TOKENS, TOKENS, 1, 1):  # stream, branch, gate, conditioning
+        x, dx = (torch.randn(n * rows, WIDTH, generator=g) for n in (BATCH, DUALS))
+        made.append(Dual(x.requires_grad_(requires_grad), dx))
+    return made
+
+
+def run(forward, block):
+    inputs = arguments()
+    with ops.use_backend("triton"):
+        outputs = forward(block, *inputs)
+        weights = [torch.linspace(-1, 1, o.primal.numel()).view_as(o.primal) for o in outputs]
+        total = sum((o.primal * w).sum() for o, w in zip(outputs, weights, strict=True))
+        gradients = torch.autograd.grad(total, [*(x.primal for x in inputs), *block.parameters()])
+    return [x.detach() for o in outputs for x in o] + list(gradients)
+
+
+def test_one_node_computes_what_each_op_computes():
+    block = new_block()
+    for actual, expected in zip(run(Block.forward, block), run(each_op, block), strict=True):
+        assert actual.dtype == expected.dtype
+        assert relative_error(actual, expected) <= 1e-6
+
+
+def test_it_is_one_node():
+    with ops.use_backend("triton"):
+        outputs = new_block()(*arguments())
+    (node,) = {o.primal.grad_fn for o in outputs}
+    assert all(type(before).__name__ == "AccumulateGrad" for before, _ in node.next_functions if before is not None)
+    assert not any(o.tangent.requires_grad for o in outputs)
+
+
+def test_recomputing_saves_the_arguments_and_repeats_the_gradients():
+    block, kept = new_block(), []
+
+    def recomputed(block, *args):
+        return _recomputed(block.forward, without_tangents=True)(*args)
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: (kept.append(x), x)[1], lambda x: x):
+        run(Block.forward, block)
+    everything = sum(x.numel() for x in kept)
+    kept.clear()
+    for actual, expected in zip(run(recomputed, block), run(Block.forward, block), strict=True):
+        assert torch.equal(actual, expected)
+    assert everything > 10 * TOKENS * BATCH * WIDTH
+
+
+def test_saved_tensors_are_those_of_each_op():
+    """And no tangents."""
+
+    def saved(forward):
+        storages = {}
+        block = new_block()
+        hooks = torch.autograd.graph.saved_tensors_hooks(
+            lambda x: (storages.update({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()}), x)[1],
+            lambda x: x,
+        )
+        with hooks, ops.use_backend("triton"):
+            outputs = forward(block, *arguments())
+        return sum(storages.values()), outputs
+
+    (one, _), (each, _) = saved(Block.forward), saved(each_op)
+    assert one <= each
+
+
+@pytest.mark.parametrize("stray", ["input", "output"])
+def test_a_tensor_from_outside_the_ops_is_refused(stray):
+    class Stray(nn.Module):
+        @ops.one_node
+        def forward(self, x):
+            return ops.rms_norm(x._replace(primal=x.primal * 2), WEIGHT) if stray == "input" else Dual(*map(abs, x))
+
+    with (
+        ops.use_backend("triton"),
+        pytest.raises(RuntimeError, match="is neither an argument, a parameter nor the output of an op"),
+    ):
+        Stray()(arguments()[0])
+    with ops.use_backend("triton"), torch.no_grad():
+        Stray()(arguments()[0])  # no gradient is lost
+
+
+WEIGHT = nn.Parameter(torch.ones(WIDTH))
+
+
+def test_an_error_inside_leaves_nothing_behind():
+    class Broken(nn.Module):
+        @ops.one_node
+        def forward(self, x):
+            raise KeyError("inside")
+
+    block = new_block()
+    with ops.use_backend("triton"):
+        for _ in range(2):
+            with pytest.raises(KeyError, match="inside"):
+                Broken()(arguments()[0])
+    assert len(run(Block.forward, block)) == 6 + 4 + 10
+
+
+def test_second_derivatives_are_refused():
+    inputs = arguments()
+    with ops.use_backend("triton"):
+        o = new_block()(*inputs)[0].primal
+        with pytest.raises(RuntimeError, match="create_graph needs plain PyTorch"):
+            torch.autograd.grad(o.square().sum(), inputs[0].primal, create_graph=True)
+
+
+def test_modes_see_forward_and_backward():
+    """And count the FLOPs that each op alone has."""
+
+    def flops(forward):
+        with FlopCounterMode(display=False) as counter, ops.use_backend("triton"):
+            sum(o.primal.sum() for o in forward(new_block(), *arguments())).backward()
+        return counter.get_total_flops()
+
+    assert flops(Block.forward) == flops(each_op) > 0
+
+
+class Casts(TorchDispatchMode):
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if function is torch.ops.aten._to_copy.default and result.dtype == torch.float16:
+            self.count += 1
+        return result
+
+
+def test_fixed_weights_are_cast_once():
+    torch.manual_seed(0)
+    model = DiT(CONFIG, torch.float16)
+    block, inputs = model.blocks[0], arguments()
+    inputs = [inputs[0], *(Dual(x.primal.detach().half(), x.tangent.half()) for x in inputs[1:])]
+
+    def casts(copies=None):
+        with Casts() as mode, ops.use_backend("triton"), ops.fixed_weights(copies):
+            with torch.no_grad():
+                block(*(x.primal for x in inputs))
+            outputs = block(*inputs)
+        return mode.count, outputs
+
+    once, expected = casts()
+    assert once == 9  # five products, of which one leaves its bias to GELU
+    copies = {p: p.detach().half() for p in block.parameters()}
+    none, outputs = casts(copies)
+    assert none == 0
+    assert all(torch.equal(a, b) for x, y in zip(outputs, expected, strict=True) for a, b in zip(x, y, strict=True))
+    with torch.no_grad():  # outside, weights are those of the moment
+        block.mlp.fc2.bias.add_(1)
+        with ops.use_backend("triton"):
+            moved = block(*(x.primal for x in inputs))[1]
+    torch.testing.assert_close(moved, expected[1].primal + 1, rtol=2e-3, atol=2e-3)
