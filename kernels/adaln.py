@@ -425,6 +425,8 @@ def tile(kernel: str, width: int) -> dict[str, int]:
             break
         warps *= 2
     shape = {"HEAD": head, "TAIL": tail, "num_warps": warps, "num_stages": 1}
-    if kernel != "backward":
+    if kernel == "backward":
+        shape["maxnreg"] = min(255, 2048 // warps)  # left alone, the assembler would rather spill for one more program
+    else:
         shape["ROWS"] = 1 << ((32 * warps * ELEMENTS[kernel] // (head + tail)).bit_length() - 1)
     return shape
