@@ -223,10 +223,7 @@ def delta_kernel(
 @triton.jit
 def _row_stats(stats, rows, queries, EVEN: tl.constexpr):
     """What `delta_kernel` stored. Rows beyond the last query get a log-sum-exp of infinity, so probability 0."""
-    if EVEN:
-        both = tl.load(stats + rows)
-    else:
-        both = tl.load(stats + rows, mask=rows < queries, other=0x7F800000)
+    both = tl.load(stats + rows) if EVEN else tl.load(stats + rows, mask=rows < queries, other=0x7F800000)
     return both.to(tl.int32).to(tl.float32, bitcast=True), (both >> 32).to(tl.int32).to(tl.float32, bitcast=True)
 
 
