@@ -56,16 +56,18 @@ def _head(x, head, heads, stride_b, stride_h, stride_row):
 def _tile(base, rows, num_rows, stride_row, first, WIDTH: tl.constexpr, DIM: tl.constexpr, EVEN: tl.constexpr = False):
     """Columns first to first + WIDTH of some rows, zero outside of the matrix (num_rows, DIM).
 
-    EVEN: all rows exist. Then `first` is a constant, and only a tail needs a mask.
+    EVEN: all rows exist. Then nothing is masked, `first` is a constant, and columns beyond DIM repeat others of their
+    row. What they are multiplied by is zero, or the product is not stored.
     """
-    cols = first + tl.arange(0, WIDTH)
-    at = base + rows[:, None] * stride_row + cols[None, :]
-    if not EVEN:
-        return tl.load(at, mask=(rows < num_rows)[:, None] & (cols < DIM)[None, :], other=0.0)
-    elif first + WIDTH > DIM:
-        return tl.load(at, mask=(cols < DIM)[None, :], other=0.0)
+    cols = tl.arange(0, WIDTH)
+    if EVEN:
+        if first + WIDTH > DIM:
+            cols = cols % (DIM - first)
+        return tl.load(base + rows[:, None] * stride_row + (first + cols)[None, :])
     else:
-        return tl.load(at)
+        cols += first
+        mask = (rows < num_rows)[:, None] & (cols < DIM)[None, :]
+        return tl.load(base + rows[:, None] * stride_row + cols[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
@@ -530,7 +532,7 @@ CONFIGS: dict[str, dict[str, Config]] = {
     "delta": dict.fromkeys(("narrow", "medium", "wide", "float32"), Config(BLOCK_M=32, num_warps=4, num_stages=1)),
     "backward_kv": {
         "narrow": Config(BLOCK_M=32, BLOCK_N=64, num_warps=4, num_stages=2),
-        "medium": Config(BLOCK_M=32, BLOCK_N=64, num_warps=4, num_stages=2),
+        "medium": Config(BLOCK_M=16, BLOCK_N=64, num_warps=4, num_stages=2),
         "wide": Config(BLOCK_M=32, BLOCK_N=64, num_warps=4, num_stages=2),
         "float32": Config(BLOCK_M=16, BLOCK_N=16, num_warps=4, num_stages=1),
     },
