@@ -9,6 +9,7 @@ sigma from x' rather than storing them, and sums over a sample's tokens in a fix
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mfengine.kernels.launch import Config, Launch, check_device, check_dtype, empty_like, nothing, planned
+from mfengine.kernels.launch import Launch, check_device, check_dtype, empty_like, nothing, planned
 from mfengine.kernels.sums import sum_parts
 
 MAX_WIDTH = 8192
@@ -24,16 +25,85 @@ _NOTHING = (None,) * 5
 TOKENS_PER_PROGRAM = 16  # of the backward, which adds up a sample's gradients over so many tokens before writing
 
 # ----------------------------------------------------------------------------
-# Kernels. One program is one token, or in the backward a run of tokens of one sample.
+# Kernels. One program is a few tokens of one sample, or in the backward a run of them. A row is split into HEAD
+# columns, the largest power of two in its width, and a TAIL for the rest: 1152 occupies 1152 columns and not 2048.
+# Names end in 1 for the head and in 2 for the tail. `inside`: which columns of the tail exist; None for the head.
 
 
 @triton.jit
-def _moments(x, mask, width, eps):
-    """Centred row over its standard deviation, and the reciprocal of that."""
-    mean = tl.sum(x, 0) / width
-    centred = tl.where(mask, x - mean, 0.0)
-    rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, 0) / width + eps)
-    return centred * rstd, rstd
+def _columns(FIRST: tl.constexpr, WIDTH: tl.constexpr):
+    """Column numbers (1, WIDTH). A lane takes four, whatever the dtype: 16 bytes of float32, 8 of half precision.
+
+    The compiler would give half precision eight, and move rows between the two layouts through shared memory.
+    """
+    return (FIRST + tl.max_contiguous(tl.arange(0, WIDTH), 4))[None, :]
+
+
+@triton.jit
+def _load(row, cols, mask):
+    if mask is None:
+        return tl.load(row + cols).to(tl.float32)
+    else:
+        return tl.load(row + cols, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _store(row, cols, mask, value):
+    tl.store(row + cols, value.to(row.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _mean(a1, a2, width):
+    total = tl.sum(a1, 1, keep_dims=True)
+    if a2 is not None:
+        total += tl.sum(a2, 1, keep_dims=True)
+    return total / width
+
+
+@triton.jit
+def _mean_product(a1, a2, b1, b2, width):
+    total = tl.sum(a1 * b1, 1, keep_dims=True)
+    if a2 is not None:
+        total += tl.sum(a2 * b2, 1, keep_dims=True)
+    return total / width
+
+
+@triton.jit
+def _moments(x1, x2, inside2, width, eps):
+    """Means of rows, and the reciprocals of their standard deviations."""
+    mean = _mean(x1, x2, width)
+    x1 -= mean
+    if x2 is not None:
+        x2 = tl.where(inside2, x2 - mean, 0.0)
+    return mean, 1.0 / tl.sqrt(_mean_product(x1, x2, x1, x2, width) + eps)
+
+
+@triton.jit
+def _residual(x, y, gate, dx, dy, dgate, x_out, dx_out, cols, mask, inside):
+    """x' and its tangent, stored where there is a y. Without a dx both are x'."""
+    stream = _load(x, cols, mask)
+    dstream = stream
+    if dx is not None:
+        dstream = _load(dx, cols, mask)
+    if y is not None:
+        branch = _load(y, cols, mask)
+        g = _load(gate, cols, inside)
+        stream += g * branch
+        _store(x_out, cols, mask, stream)
+        if dx is not None:
+            dstream += _load(dgate, cols, inside) * branch + g * _load(dy, cols, mask)
+            _store(dx_out, cols, mask, dstream)
+    return stream, dstream
+
+
+@triton.jit
+def _modulate(normal, dstream, dmean, along, rstd, shift, scale, dshift, dscale, o, do, cols, mask, inside):
+    slope = 1.0 + _load(scale, cols, inside)
+    if do is not None:
+        dnormal = (dstream - dmean - normal * along) * rstd
+        dout = dnormal * slope + normal * _load(dscale, cols, inside) + _load(dshift, cols, inside)
+        _store(do, cols, mask, dout)
+    _store(o, cols, mask, normal * slope + _load(shift, cols, inside))
 
 
 @triton.jit
@@ -41,36 +111,86 @@ def forward_kernel(
     x, y, gate, shift, scale, dx, dy, dgate, dshift, dscale, x_out, o, dx_out, do,
     x_b, x_n, y_b, y_n, gate_b, shift_b, scale_b, dx_b, dx_n, dy_b, dy_n, dgate_b, dshift_b, dscale_b,
     tokens, width, eps,
-    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
     """Dual if there is a dx, with a residual if there is a y: what there is not is None."""
-    row = tl.program_id(0).to(tl.int64)
-    b, n = row // tokens, row % tokens
-    cols = tl.arange(0, BLOCK)
-    mask = cols < width
-    stream = tl.load(x + b * x_b + n * x_n + cols, mask=mask, other=0.0).to(tl.float32)
-    if dx is not None:
-        dstream = tl.load(dx + b * dx_b + n * dx_n + cols, mask=mask, other=0.0).to(tl.float32)
+    parts = tl.cdiv(tokens, ROWS)
+    b = (tl.program_id(0) // parts).to(tl.int64)
+    n = (tl.program_id(0) % parts * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    row = (b * tokens + n) * width
+    x += b * x_b + n * x_n
+    o += row
+    shift += b * shift_b
+    scale += b * scale_b
     if y is not None:
-        branch = tl.load(y + b * y_b + n * y_n + cols, mask=mask, other=0.0).to(tl.float32)
-        g = tl.load(gate + b * gate_b + cols, mask=mask, other=0.0).to(tl.float32)
-        if dx is not None:
-            dbranch = tl.load(dy + b * dy_b + n * dy_n + cols, mask=mask, other=0.0).to(tl.float32)
-            dg = tl.load(dgate + b * dgate_b + cols, mask=mask, other=0.0).to(tl.float32)
-            dstream += dg * branch + g * dbranch
-            tl.store(dx_out + row * width + cols, dstream.to(dx_out.dtype.element_ty), mask=mask)
-        stream += g * branch
-        tl.store(x_out + row * width + cols, stream.to(x_out.dtype.element_ty), mask=mask)
-    normal, rstd = _moments(stream, mask, width, eps)
-    s = tl.load(scale + b * scale_b + cols, mask=mask, other=0.0).to(tl.float32)
-    t = tl.load(shift + b * shift_b + cols, mask=mask, other=0.0).to(tl.float32)
+        y += b * y_b + n * y_n
+        gate += b * gate_b
+        x_out += row
     if dx is not None:
-        along = tl.sum(normal * dstream, 0) / width
-        dnormal = tl.where(mask, (dstream - tl.sum(dstream, 0) / width - normal * along) * rstd, 0.0)
-        ds = tl.load(dscale + b * dscale_b + cols, mask=mask, other=0.0).to(tl.float32)
-        dt = tl.load(dshift + b * dshift_b + cols, mask=mask, other=0.0).to(tl.float32)
-        tl.store(do + row * width + cols, (dnormal * (1.0 + s) + normal * ds + dt).to(do.dtype.element_ty), mask=mask)
-    tl.store(o + row * width + cols, (normal * (1.0 + s) + t).to(o.dtype.element_ty), mask=mask)
+        dx += b * dx_b + n * dx_n
+        do += row
+        dshift += b * dshift_b
+        dscale += b * dscale_b
+        if y is not None:
+            dy += b * dy_b + n * dy_n
+            dgate += b * dgate_b
+            dx_out += row
+
+    mask = n < tokens
+    cols1 = _columns(0, HEAD)
+    x1, dx1 = _residual(x, y, gate, dx, dy, dgate, x_out, dx_out, cols1, mask, None)
+    x2 = None
+    dx2 = None
+    inside2 = None
+    if TAIL:
+        cols2 = _columns(HEAD, TAIL)
+        inside2 = cols2 < width
+        x2, dx2 = _residual(x, y, gate, dx, dy, dgate, x_out, dx_out, cols2, mask & inside2, inside2)
+    mean, rstd = _moments(x1, x2, inside2, width, eps)
+    x1 = (x1 - mean) * rstd
+    if TAIL:
+        x2 = tl.where(inside2, (x2 - mean) * rstd, 0.0)
+    dmean = None
+    along = None
+    if dx is not None:
+        dmean = _mean(dx1, dx2, width)
+        along = _mean_product(x1, x2, dx1, dx2, width)
+    _modulate(x1, dx1, dmean, along, rstd, shift, scale, dshift, dscale, o, do, cols1, mask, None)
+    if TAIL:
+        _modulate(x2, dx2, dmean, along, rstd, shift, scale, dshift, dscale, o, do, cols2, mask & inside2, inside2)
+
+
+@triton.jit
+def _load_row(x, y, gx_out, go, cols, inside):
+    """x', y and the gradients of x' and o; x' for what there is not."""
+    stream = _load(x, cols, inside)
+    branch = stream
+    gstream = stream
+    if y is not None:
+        branch = _load(y, cols, inside)
+    if gx_out is not None:
+        gstream = _load(gx_out, cols, inside)
+    return stream, branch, gstream, _load(go, cols, inside)
+
+
+@triton.jit
+def _store_gradients(gnormal, normal, gmean, along, rstd, gstream, g, gx, gy, gx_out, cols, inside):
+    """Store the gradients of x and y; returns that of x."""
+    gradient = (gnormal - gmean - normal * along) * rstd
+    if gx_out is not None:
+        gradient += gstream
+    _store(gx, cols, inside, gradient)
+    if gy is not None:
+        _store(gy, cols, inside, gradient * g)
+    return gradient
+
+
+@triton.jit
+def _store_sums(sums, gshift, gscale, ggate, width, cols, inside):
+    _store(sums, cols, inside, gshift)
+    _store(sums + width, cols, inside, gscale)
+    if ggate is not None:
+        _store(sums + 2 * width, cols, inside, ggate)
 
 
 @triton.jit
@@ -78,7 +198,7 @@ def backward_kernel(
     x, y, gate, scale, gx_out, go, gx, gy, sums,
     x_b, x_n, y_b, y_n, gate_b, scale_b, gx_out_b, gx_out_n, go_b, go_n,
     tokens, width, eps,
-    TOKENS: tl.constexpr, BLOCK: tl.constexpr,
+    TOKENS: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
     """x is x' of the forward. `sums` (B, parts, 3, width): this part's gradients of shift, scale and gate.
 
@@ -86,37 +206,73 @@ def backward_kernel(
     """
     parts = tl.cdiv(tokens, TOKENS)
     b, part = (tl.program_id(0) // parts).to(tl.int64), tl.program_id(0) % parts
-    cols = tl.arange(0, BLOCK)
-    mask = cols < width
-    slope = 1.0 + tl.load(scale + b * scale_b + cols, mask=mask, other=0.0).to(tl.float32)
-    gshift = tl.zeros((BLOCK,), tl.float32)
-    gscale = tl.zeros((BLOCK,), tl.float32)
+    first = tl.cast(part * TOKENS, tl.int64)
+    x += b * x_b + first * x_n
+    go += b * go_b + first * go_n
+    gx += (b * tokens + first) * width
+    sums += (b * parts + part) * 3 * width
+    cols1 = _columns(0, HEAD)
+    slope1 = 1.0 + _load(scale + b * scale_b, cols1, None)
+    gshift1 = tl.zeros((1, HEAD), tl.float32)
+    gscale1 = tl.zeros((1, HEAD), tl.float32)
+    g1 = None
+    ggate1 = None
+    inside2 = None
     if y is not None:
-        g = tl.load(gate + b * gate_b + cols, mask=mask, other=0.0).to(tl.float32)
-        ggate = tl.zeros((BLOCK,), tl.float32)
-    for token in range(part * TOKENS, tl.minimum(part * TOKENS + TOKENS, tokens)):
-        n = tl.cast(token, tl.int64)
-        row = b * tokens + n
-        stream = tl.load(x + b * x_b + n * x_n + cols, mask=mask, other=0.0).to(tl.float32)
-        normal, rstd = _moments(stream, mask, width, eps)
-        gout = tl.load(go + b * go_b + n * go_n + cols, mask=mask, other=0.0).to(tl.float32)
-        gshift += gout
-        gscale += gout * normal
-        gnormal = gout * slope
-        along = tl.sum(gnormal * normal, 0) / width
-        gstream = (gnormal - tl.sum(gnormal, 0) / width - normal * along) * rstd
-        if gx_out is not None:
-            gstream += tl.load(gx_out + b * gx_out_b + n * gx_out_n + cols, mask=mask, other=0.0).to(tl.float32)
-        tl.store(gx + row * width + cols, gstream.to(gx.dtype.element_ty), mask=mask)
+        y += b * y_b + first * y_n
+        gy += (b * tokens + first) * width
+        g1 = _load(gate + b * gate_b, cols1, None)
+        ggate1 = tl.zeros((1, HEAD), tl.float32)
+    if gx_out is not None:
+        gx_out += b * gx_out_b + first * gx_out_n
+    if TAIL:
+        cols2 = _columns(HEAD, TAIL)
+        inside2 = cols2 < width
+        slope2 = 1.0 + _load(scale + b * scale_b, cols2, inside2)
+        gshift2 = tl.zeros((1, TAIL), tl.float32)
+        gscale2 = tl.zeros((1, TAIL), tl.float32)
+        g2 = None
+        ggate2 = None
         if y is not None:
-            branch = tl.load(y + b * y_b + n * y_n + cols, mask=mask, other=0.0).to(tl.float32)
-            ggate += gstream * branch
-            tl.store(gy + row * width + cols, (gstream * g).to(gy.dtype.element_ty), mask=mask)
-    at = sums + (b * parts + part) * 3 * width + cols
-    tl.store(at, gshift, mask=mask)
-    tl.store(at + width, gscale, mask=mask)
-    if y is not None:
-        tl.store(at + 2 * width, ggate, mask=mask)
+            g2 = _load(gate + b * gate_b, cols2, inside2)
+            ggate2 = tl.zeros((1, TAIL), tl.float32)
+
+    for _ in range(tl.minimum(TOKENS, tokens - part * TOKENS)):
+        x1, y1, gx1, go1 = _load_row(x, y, gx_out, go, cols1, None)
+        gnormal1 = go1 * slope1
+        x2 = None
+        gnormal2 = None
+        if TAIL:
+            x2, y2, gx2, go2 = _load_row(x, y, gx_out, go, cols2, inside2)
+            gnormal2 = go2 * slope2
+        mean, rstd = _moments(x1, x2, inside2, width, eps)
+        x1 = (x1 - mean) * rstd
+        if TAIL:
+            x2 = tl.where(inside2, (x2 - mean) * rstd, 0.0)
+        gmean = _mean(gnormal1, gnormal2, width)
+        along = _mean_product(gnormal1, gnormal2, x1, x2, width)
+        gx1 = _store_gradients(gnormal1, x1, gmean, along, rstd, gx1, g1, gx, gy, gx_out, cols1, None)
+        gshift1 += go1
+        gscale1 += go1 * x1
+        if y is not None:
+            ggate1 += gx1 * y1
+        if TAIL:
+            gx2 = _store_gradients(gnormal2, x2, gmean, along, rstd, gx2, g2, gx, gy, gx_out, cols2, inside2)
+            gshift2 += go2
+            gscale2 += go2 * x2
+            if y is not None:
+                ggate2 += gx2 * y2
+        x += x_n
+        go += go_n
+        gx += width
+        if y is not None:
+            y += y_n
+            gy += width
+        if gx_out is not None:
+            gx_out += gx_out_n
+    _store_sums(sums, gshift1, gscale1, ggate1, width, cols1, None)
+    if TAIL:
+        _store_sums(sums, gshift2, gscale2, ggate2, width, cols2, inside2)
 
 
 # ----------------------------------------------------------------------------
@@ -138,7 +294,7 @@ def forward(
         x', of x's shape and dtype, which is x itself without a residual, and o in the dtype of scale.
     """
     primals = x, y, gate, shift, scale
-    launch = _plan_forward(primals, eps, CONFIGS["forward"])
+    launch = _plan_forward(primals, eps)
     if launch is None:
         x, y, gate, shift, scale = map(_rows, primals)
         return forward(x, y, gate, shift, scale, eps)
@@ -157,7 +313,7 @@ def forward_dual(
         x', o, and their tangents, dx', which is dx itself without a residual, and do, of dx's shape.
     """
     primals, tangents = (x, y, gate, shift, scale), (dx, dy, dgate, dshift, dscale)
-    plan = _plan_dual((*primals, *tangents), eps, CONFIGS["forward"], CONFIGS["dual"])
+    plan = _plan_dual((*primals, *tangents), eps)
     if plan is None:
         x, y, gate, shift, scale = map(_rows, primals)
         dx, dy, dgate, dshift, dscale = map(_rows, tangents)
@@ -185,7 +341,7 @@ def backward(
         Gradients of x, y, gate, shift and scale, in the dtypes of x', y, gate, scale and scale.
     """
     inputs = x_out, y, gate, scale, gx_out, go
-    launch = _plan_backward(inputs, eps, CONFIGS["backward"])
+    launch = _plan_backward(inputs, eps)
     if launch is None:
         x_out, y, gate, scale, gx_out, go = map(_rows, inputs)
         return backward(x_out, y, gate, scale, gx_out, go, eps)
@@ -206,17 +362,15 @@ def backward(
 
 
 @planned
-def _plan_forward(primals: Sequence[Any], eps: float, config: Config) -> Callable[..., None] | None:
+def _plan_forward(primals: Sequence[Any], eps: float) -> Callable[..., None] | None:
     primals = _check(*primals)
     if not _rows_are_contiguous(primals):
         return None
-    return _forward(primals, _NOTHING, 0, len(primals[0]), eps, config)
+    return _forward(primals, _NOTHING, 0, len(primals[0]), eps)
 
 
 @planned
-def _plan_dual(
-    tensors: Sequence[Any], eps: float, forward: Config, dual: Config
-) -> tuple[Callable[..., None], Callable[..., None]] | None:
+def _plan_dual(tensors: Sequence[Any], eps: float) -> tuple[Callable[..., None], Callable[..., None]] | None:
     primals, tangents = _check(*tensors[:5]), _check(*tensors[5:], prefix="d")
     (x, y), (dx, dy) = primals[:2], tangents[:2]
     check_device("dx", dx, x)
@@ -226,13 +380,12 @@ def _plan_dual(
     if not _rows_are_contiguous((*primals, *tangents)):
         return None
     first = batch - len(dx)
-    lead = _forward(primals, _NOTHING, 0, first, eps, forward)
-    return lead, _forward(primals, tangents, first, batch, eps, dual)
+    lead = _forward(primals, _NOTHING, 0, first, eps)
+    return lead, _forward(primals, tangents, first, batch, eps)
 
 
 def _forward(
-    primals: Sequence[Any], tangents: Sequence[Any], first: int, last: int, eps: float,
-    config: Config,
+    primals: Sequence[Any], tangents: Sequence[Any], first: int, last: int, eps: float
 ) -> Callable[..., None]:  # fmt: skip
     """The launch for samples `first` to `last`; tangents are of these alone."""
     _, tokens, width = primals[0].shape
@@ -241,15 +394,15 @@ def _forward(
     starts = [0 if x is None else first * x.stride(0) for x in primals]
     output = first * tokens * width
     strides = [stride for x, y, *rows in (primals, tangents) for stride in (*_strides(2, x, y), *_strides(1, *rows))]
+    shape = tile("forward" if tangents[0] is None else "dual", width)
     return Launch(
-        forward_kernel, ((last - first) * tokens,), (*strides, tokens, width, eps),
-        {"BLOCK": block(width), **config.kwargs},
+        forward_kernel, ((last - first) * -(-tokens // shape["ROWS"]),), (*strides, tokens, width, eps), shape,
         (*starts, 0, 0, 0, 0, 0, output if primals[1] is not None else 0, output),
     )  # fmt: skip
 
 
 @planned
-def _plan_backward(tensors: Sequence[Any], eps: float, config: Config) -> Callable[..., None] | None:
+def _plan_backward(tensors: Sequence[Any], eps: float) -> Callable[..., None] | None:
     x_out, y, gate, scale, gx_out, go = tensors
     for gradient in (go, gx_out):
         if gradient is not None and gradient.shape != x_out.shape:
@@ -265,7 +418,7 @@ def _plan_backward(tensors: Sequence[Any], eps: float, config: Config) -> Callab
     return Launch(
         backward_kernel, (parts * batch,),
         (*_strides(2, x_out, y), *_strides(1, gate, scale), *_strides(2, gx_out, go), tokens, width, eps),
-        {"TOKENS": TOKENS_PER_PROGRAM, "BLOCK": block(width), **config.kwargs},
+        {"TOKENS": TOKENS_PER_PROGRAM, **tile("backward", width)},
     )  # fmt: skip
 
 
@@ -317,13 +470,25 @@ def _strides(dims: int, *tensors: Tensor | None) -> list[int]:
     return [0 if x is None else x.stride(i) for x in tensors for i in range(dims)]
 
 
-def block(width: int) -> int:
-    return triton.next_power_of_2(width)
+# Elements of a row that a lane holds, at most. So many fit into the registers, up to rows 4096 wide; and one warp has
+# the whole of a row of XL/2, whose sums then take no barrier. Times on a GPU: not measured yet.
+ELEMENTS = {"forward": 80, "dual": 40, "backward": 24}
 
 
-# Times on a GPU: not measured yet.
-CONFIGS = {
-    "forward": Config(num_warps=4, num_stages=1),
-    "dual": Config(num_warps=8, num_stages=1),
-    "backward": Config(num_warps=8, num_stages=1),
-}
+@lru_cache(maxsize=1024)
+def tile(kernel: str, width: int) -> dict[str, int]:
+    """Columns and warps of a kernel of this name, and the rows of a program where it takes more than one at a time."""
+    head = 1 << (width.bit_length() - 1)
+    warps = 1
+    while True:
+        # A tail is four columns of each lane at least: fewer would be accesses of less than 8 bytes.
+        tail = max(triton.next_power_of_2(width - head), 128 * warps) if width > head else 0
+        if head + tail <= 32 * warps * ELEMENTS[kernel]:
+            break
+        warps *= 2
+    shape = {"HEAD": head, "TAIL": tail, "num_warps": warps, "num_stages": 1}
+    if kernel == "backward":
+        shape["maxnreg"] = min(255, 2048 // warps)  # left alone, the assembler would rather spill for one more program
+    else:
+        shape["ROWS"] = 1 << ((32 * warps * ELEMENTS[kernel] // (head + tail)).bit_length() - 1)
+    return shape

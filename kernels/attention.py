@@ -69,11 +69,21 @@ def _head(x, head, heads, stride_b, stride_h, stride_row):
 
 
 @triton.jit
-def _tile(base, rows, num_rows, stride_row, first, WIDTH: tl.constexpr, DIM: tl.constexpr):
-    """Columns first to first + WIDTH of some rows, zero outside of the matrix (num_rows, DIM)."""
-    cols = first + tl.arange(0, WIDTH)
-    mask = (rows < num_rows)[:, None] & (cols < DIM)[None, :]
-    return tl.load(base + rows[:, None] * stride_row + cols[None, :], mask=mask, other=0.0)
+def _tile(base, rows, num_rows, stride_row, first, WIDTH: tl.constexpr, DIM: tl.constexpr, EVEN: tl.constexpr = False):
+    """Columns first to first + WIDTH of some rows, zero outside of the matrix (num_rows, DIM).
+
+    EVEN: all rows exist. Then nothing is masked, `first` is a constant, and columns beyond DIM repeat others of their
+    row. What they are multiplied by is zero, or the product is not stored.
+    """
+    cols = tl.arange(0, WIDTH)
+    if EVEN:
+        if first + WIDTH > DIM:
+            cols = cols % (DIM - first)
+        return tl.load(base + rows[:, None] * stride_row + (first + cols)[None, :])
+    else:
+        cols += first
+        mask = (rows < num_rows)[:, None] & (cols < DIM)[None, :]
+        return tl.load(base + rows[:, None] * stride_row + cols[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
@@ -149,17 +159,17 @@ def forward_kernel(
                 ds = _dot_by_columns(dq, rows, queries, dq_n, k, cols, keys, k_n, ds, dim, DIM)
                 ds = _dot_by_columns(q, rows, queries, q_n, dk, cols, keys, dk_n, ds, dim, DIM)
         else:
-            k1 = _tile(k, cols, keys, k_n, 0, HEAD, DIM)
+            k1 = _tile(k, cols, keys, k_n, 0, HEAD, DIM, EVEN)
             s = _dot(q1, k1.T, s)
             if dq is not None:
-                dk1 = _tile(dk, cols, keys, dk_n, 0, HEAD, DIM)
+                dk1 = _tile(dk, cols, keys, dk_n, 0, HEAD, DIM, EVEN)
                 ds = _dot(dq1, k1.T, ds)
                 ds = _dot(q1, dk1.T, ds)
             if TAIL:
-                k2 = _tile(k, cols, keys, k_n, HEAD, TAIL, DIM)
+                k2 = _tile(k, cols, keys, k_n, HEAD, TAIL, DIM, EVEN)
                 s = _dot(q2, k2.T, s)
                 if dq is not None:
-                    dk2 = _tile(dk, cols, keys, dk_n, HEAD, TAIL, DIM)
+                    dk2 = _tile(dk, cols, keys, dk_n, HEAD, TAIL, DIM, EVEN)
                     ds = _dot(dq2, k2.T, ds)
                     ds = _dot(q2, dk2.T, ds)
         s *= scale * LOG2_E
@@ -176,17 +186,17 @@ def forward_kernel(
             pds = pds.to(v.dtype.element_ty)
         p = p.to(v.dtype.element_ty)
 
-        v1 = _tile(v, cols, keys, v_n, 0, HEAD, DIM)
+        v1 = _tile(v, cols, keys, v_n, 0, HEAD, DIM, EVEN)
         acc1 = _dot(p, v1, acc1 * shrink[:, None])
         if dq is not None:
-            dv1 = _tile(dv, cols, keys, dv_n, 0, HEAD, DIM)
+            dv1 = _tile(dv, cols, keys, dv_n, 0, HEAD, DIM, EVEN)
             dacc1 = _dot(pds, v1, dacc1 * shrink[:, None])
             dacc1 = _dot(p, dv1, dacc1)
         if TAIL:
-            v2 = _tile(v, cols, keys, v_n, HEAD, TAIL, DIM)
+            v2 = _tile(v, cols, keys, v_n, HEAD, TAIL, DIM, EVEN)
             acc2 = _dot(p, v2, acc2 * shrink[:, None])
             if dq is not None:
-                dv2 = _tile(dv, cols, keys, dv_n, HEAD, TAIL, DIM)
+                dv2 = _tile(dv, cols, keys, dv_n, HEAD, TAIL, DIM, EVEN)
                 dacc2 = _dot(pds, v2, dacc2 * shrink[:, None])
                 dacc2 = _dot(p, dv2, dacc2)
 
@@ -205,12 +215,15 @@ def forward_kernel(
 
 @triton.jit
 def delta_kernel(
-    o, go, delta,
+    o, go, lse, stats,
     o_b, o_h, o_n, go_b, go_h, go_n,
     heads, queries,
     DIM: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """rowsum(O * gradient of O), which the softmax's backward subtracts."""
+    """What the softmax's backward takes of a row, in 8 bytes: its log-sum-exp to base 2, and rowsum(O * gradient of O).
+
+    The latter is the upper half of an int64, the former the lower.
+    """
     head, rows = _program(queries, BLOCK_M)
     o, o_n = _head(o, head, heads, o_b, o_h, o_n)
     go, go_n = _head(go, head, heads, go_b, go_h, go_n)
@@ -219,25 +232,35 @@ def delta_kernel(
     if TAIL:
         o2 = _tile(o, rows, queries, o_n, HEAD, TAIL, DIM).to(tl.float32)
         sum += tl.sum(o2 * _tile(go, rows, queries, go_n, HEAD, TAIL, DIM).to(tl.float32), 1)
-    tl.store(delta + head * queries + rows, sum, mask=rows < queries)
+    at = head * queries + rows
+    row_lse = tl.load(lse + at, mask=rows < queries, other=0.0) * LOG2_E
+    low = row_lse.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
+    tl.store(stats + at, sum.to(tl.int32, bitcast=True).to(tl.int64) << 32 | low, mask=rows < queries)
+
+
+@triton.jit
+def _row_stats(stats, rows, queries, EVEN: tl.constexpr):
+    """What `delta_kernel` stored. Rows beyond the last query get a log-sum-exp of infinity, so probability 0."""
+    both = tl.load(stats + rows) if EVEN else tl.load(stats + rows, mask=rows < queries, other=0x7F800000)
+    return both.to(tl.int32).to(tl.float32, bitcast=True), (both >> 32).to(tl.int32).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def backward_kv_kernel(
-    q, k, v, go, lse, delta, gk, gv,
+    q, k, v, go, stats, gk, gv,
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, go_b, go_h, go_n,
     gk_b, gk_h, gk_n, gv_b, gv_h, gv_n,
     heads, queries, keys, dim, scale,
     DIM: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    EVEN: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of a block of keys and values, over all queries."""
+    """Gradients of a block of keys and values, over all queries. EVEN: these are a multiple of BLOCK_M."""
     head, cols = _program(keys, BLOCK_N)
     q, q_n = _head(q, head, heads, q_b, q_h, q_n)
     k, k_n = _head(k, head, heads, k_b, k_h, k_n)
     v, v_n = _head(v, head, heads, v_b, v_h, v_n)
     go, go_n = _head(go, head, heads, go_b, go_h, go_n)
-    lse += head * queries
-    delta += head * queries
+    stats += head * queries
 
     k1 = _tile(k, cols, keys, k_n, 0, HEAD, DIM)
     v1 = _tile(v, cols, keys, v_n, 0, HEAD, DIM)
@@ -251,11 +274,11 @@ def backward_kv_kernel(
 
     for start in range(0, queries, BLOCK_M):
         rows = start + tl.arange(0, BLOCK_M)
-        q1 = _tile(q, rows, queries, q_n, 0, HEAD, DIM)
-        go1 = _tile(go, rows, queries, go_n, 0, HEAD, DIM)
+        q1 = _tile(q, rows, queries, q_n, 0, HEAD, DIM, EVEN)
+        go1 = _tile(go, rows, queries, go_n, 0, HEAD, DIM, EVEN)
         if TAIL:
-            q2 = _tile(q, rows, queries, q_n, HEAD, TAIL, DIM)
-            go2 = _tile(go, rows, queries, go_n, HEAD, TAIL, DIM)
+            q2 = _tile(q, rows, queries, q_n, HEAD, TAIL, DIM, EVEN)
+            go2 = _tile(go, rows, queries, go_n, HEAD, TAIL, DIM, EVEN)
         s = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)  # transposed: keys by queries
         gp = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
         if q.dtype.element_ty == tl.float32:
@@ -267,11 +290,9 @@ def backward_kv_kernel(
             if TAIL:
                 s = _dot(k2, q2.T, s)
                 gp = _dot(v2, go2.T, gp)
-        # Rows beyond the last query get probability 0. Keys beyond the last may get any, also infinity: it stays in
-        # their rows, which are not stored.
-        row_lse = tl.load(lse + rows, mask=rows < queries, other=float("inf"))
-        row_delta = tl.load(delta + rows, mask=rows < queries, other=0.0)
-        p = tl.exp2(s * (scale * LOG2_E) - (row_lse * LOG2_E)[None, :])
+        # Keys beyond the last may get any probability, also infinity: it stays in their rows, which are not stored.
+        row_lse, row_delta = _row_stats(stats, rows, queries, EVEN)
+        p = tl.exp2(s * (scale * LOG2_E) - row_lse[None, :])
         gs = (p * (gp - row_delta[None, :])).to(q1.dtype)
         p = p.to(q1.dtype)
         gv1 = _dot(p, go1, gv1)
@@ -291,7 +312,7 @@ def backward_kv_kernel(
 
 @triton.jit
 def backward_q_kernel(
-    q, k, v, go, lse, delta, gq,
+    q, k, v, go, stats, gq,
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, go_b, go_h, go_n, gq_b, gq_h, gq_n,
     heads, queries, keys, dim, scale,
     DIM: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -303,9 +324,7 @@ def backward_q_kernel(
     k, k_n = _head(k, head, heads, k_b, k_h, k_n)
     v, v_n = _head(v, head, heads, v_b, v_h, v_n)
     go, go_n = _head(go, head, heads, go_b, go_h, go_n)
-    at = head * queries + rows
-    row_lse = tl.load(lse + at, mask=rows < queries, other=float("inf"))
-    row_delta = tl.load(delta + at, mask=rows < queries, other=0.0)
+    row_lse, row_delta = _row_stats(stats + head * queries, rows, queries, False)
 
     q1 = _tile(q, rows, queries, q_n, 0, HEAD, DIM)
     go1 = _tile(go, rows, queries, go_n, 0, HEAD, DIM)
@@ -317,11 +336,11 @@ def backward_q_kernel(
 
     for start in range(0, keys, BLOCK_N):
         cols = start + tl.arange(0, BLOCK_N)
-        k1 = _tile(k, cols, keys, k_n, 0, HEAD, DIM)
-        v1 = _tile(v, cols, keys, v_n, 0, HEAD, DIM)
+        k1 = _tile(k, cols, keys, k_n, 0, HEAD, DIM, EVEN)
+        v1 = _tile(v, cols, keys, v_n, 0, HEAD, DIM, EVEN)
         if TAIL:
-            k2 = _tile(k, cols, keys, k_n, HEAD, TAIL, DIM)
-            v2 = _tile(v, cols, keys, v_n, HEAD, TAIL, DIM)
+            k2 = _tile(k, cols, keys, k_n, HEAD, TAIL, DIM, EVEN)
+            v2 = _tile(v, cols, keys, v_n, HEAD, TAIL, DIM, EVEN)
         s = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         gp = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         if q.dtype.element_ty == tl.float32:
@@ -337,7 +356,7 @@ def backward_q_kernel(
         if not EVEN:
             # Keys beyond the last have score 0, whose probability overflows where the log-sum-exp is very negative.
             s = tl.where((cols < keys)[None, :], s, float("-inf"))
-        p = tl.exp2(s - (row_lse * LOG2_E)[:, None])
+        p = tl.exp2(s - row_lse[:, None])
         gs = (p * (gp - row_delta[:, None])).to(k1.dtype)
         gq1 = _dot(gs, k1, gq1)
         if TAIL:
@@ -546,8 +565,9 @@ def _plan_backward(
     )  # fmt: skip
     launch_kv = Launch(
         backward_kv_kernel, backward_kv.grid(keys, batch * count, "BLOCK_N"),
-        (*_strides(*parts, outer[1], *gradients[1:]), *rest), {**constants, **backward_kv.kwargs},
-        (*starts, 0, 0, 0, *(p.start for p in gradients[1:])),
+        (*_strides(*parts, outer[1], *gradients[1:]), *rest),
+        {**constants, "EVEN": queries % backward_kv.blocks["BLOCK_M"] == 0, **backward_kv.kwargs},
+        (*starts, 0, 0, *(p.start for p in gradients[1:])),
     )  # fmt: skip
     launch_q = Launch(
         backward_q_kernel, backward_q.grid(queries, batch * count),
@@ -557,10 +577,10 @@ def _plan_backward(
 
     def launch(q: Tensor, k: Tensor, v: Tensor, o: Tensor, go: Tensor, lse: Tensor, *gradients: Tensor) -> None:
         gq, gk, gv = gradients
-        delta = empty_like(lse)
-        launch_delta(o, go, delta)
-        launch_kv(q, k, v, go, lse, delta, gk, gv)
-        launch_q(q, k, v, go, lse, delta, gq)
+        stats = empty_like(lse, torch.int64)
+        launch_delta(o, go, lse, stats)
+        launch_kv(q, k, v, go, stats, gk, gv)
+        launch_q(q, k, v, go, stats, gq)
 
     return launch
 
@@ -659,20 +679,20 @@ def tile_class(dim: int, dtype: torch.dtype) -> str:
 CONFIGS: dict[str, dict[str, Config]] = {
     "forward": {
         "narrow": Config(BLOCK_M=64, BLOCK_N=128, num_warps=4, num_stages=2),
-        "medium": Config(BLOCK_M=128, BLOCK_N=32, num_warps=8, num_stages=2),
+        "medium": Config(BLOCK_M=64, BLOCK_N=64, num_warps=4, num_stages=2),
         "wide": Config(BLOCK_M=64, BLOCK_N=64, num_warps=4, num_stages=2),
         "float32": Config(BLOCK_M=16, BLOCK_N=16, num_warps=4, num_stages=1),
     },
     "dual": {
         "narrow": Config(BLOCK_M=64, BLOCK_N=32, num_warps=4, num_stages=2),
-        "medium": Config(BLOCK_M=64, BLOCK_N=32, num_warps=8, num_stages=2),
+        "medium": Config(BLOCK_M=64, BLOCK_N=32, num_warps=4, num_stages=2),
         "wide": Config(BLOCK_M=64, BLOCK_N=16, num_warps=4, num_stages=2),
         "float32": Config(BLOCK_M=16, BLOCK_N=16, num_warps=4, num_stages=1),
     },
     "delta": dict.fromkeys(("narrow", "medium", "wide", "float32"), Config(BLOCK_M=32, num_warps=4, num_stages=1)),
     "backward_kv": {
         "narrow": Config(BLOCK_M=32, BLOCK_N=64, num_warps=4, num_stages=2),
-        "medium": Config(BLOCK_M=32, BLOCK_N=64, num_warps=8, num_stages=2),
+        "medium": Config(BLOCK_M=16, BLOCK_N=64, num_warps=4, num_stages=2),
         "wide": Config(BLOCK_M=32, BLOCK_N=64, num_warps=4, num_stages=2),
         "float32": Config(BLOCK_M=16, BLOCK_N=16, num_warps=4, num_stages=1),
     },
