@@ -101,4 +101,9 @@ def run(command: Callable[[Sequence[str]], int | None]) -> None:
         if rank == 0 or isinstance(error, (RankError, RankTrainingError)):
             print(f"error: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr)
         code = 2 if isinstance(error, InputError) else 1
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # again, while threads are ending: no traceback
+        if int(os.environ.get("RANK", 0)) == 0:
+            print("\ninterrupted", file=sys.stderr)
+        code = 128 + signal.SIGINT
     sys.exit(code)
