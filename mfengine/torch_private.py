@@ -64,7 +64,7 @@ def storage_key(x: Tensor) -> int:
     return x.untyped_storage()._cdata
 
 
-def checkpoint_names() -> tuple[type, type, Callable[..., Any]]:
+def checkpoint_names() -> tuple[Any, Any, Any]:
     """What DCP pickles into the list of a checkpoint's contents under private names: where a tensor lies, and how its
     layout and memory format are told. A restricted unpickler has to know them.
     """

@@ -182,13 +182,14 @@ def first_whole(checkpoints: list[Path], read: Callable[[Path], T]) -> tuple[T, 
     raise InputError(problems[0] + older)
 
 
-def set_aside(checkpoint: Path) -> None:
-    """Rename a damaged checkpoint to `damaged-...`, so that none of its step is in the way."""
-    aside = checkpoint.with_name(f"damaged-{checkpoint.name}")
-    with writing(aside):
-        if aside.exists():
-            shutil.rmtree(aside)
-        checkpoint.rename(aside)
+def set_aside(damaged: list[Path]) -> None:
+    """Rename checkpoints to `damaged-...`, so that they are not in the way of new ones of their steps."""
+    for checkpoint in damaged:
+        aside = checkpoint.with_name(f"damaged-{checkpoint.name}")
+        with writing(aside):
+            if aside.exists():
+                shutil.rmtree(aside)
+            checkpoint.rename(aside)
 
 
 def read_description(checkpoint: Path) -> dict[str, Any]:

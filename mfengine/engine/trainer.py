@@ -136,7 +136,7 @@ class Trainer:
 
         # Nothing is written before here, so that wrong input leaves nothing behind.
         world.on_main(lambda: write_config(config, dataset))
-        world.on_main(lambda: [set_aside(checkpoint) for checkpoint in checkpoints[: len(damaged)]])
+        world.on_main(lambda: set_aside(checkpoints[: len(damaged)]))
         self.checkpointer = Checkpointer(config.folder, world, config.keep, asynchronous=world.device.type == "cuda")
         peak = 0.0
         if world.main:
