@@ -130,7 +130,8 @@ class Trainer:
         damaged: list[str] = []
         if checkpoints:
             (positions, resumed), damaged = first_whole(checkpoints, self._resume)
-            notes += [f"{problem}; set aside as damaged-*" for problem in damaged] + resumed
+            aside = (f"set aside as damaged-{path.name}" for path in checkpoints)
+            notes += [f"{problem}; {where}" for problem, where in zip(damaged, aside, strict=False)] + resumed
         self.loaders = self._open_data(positions)
         self.data = fit_data(dataset, world) if config.evaluate_every else None
 
