@@ -160,10 +160,10 @@ def chaos(kills, rng, steps, disk, digits, cwd):
             undo = mixed if mixed and len(mixed) < len(checkpoints) and rng.random() < 0.7 else checkpoints[:1]
             events += [damage(checkpoint, rng) for checkpoint in undo]
             broken = undo
-        ranks = rng.choice((1, 1, 1, 2, 4))
+        ranks = rng.choice((1, 1, 1, 2, 4)) if kill else 1
         start = len(losses(run))
         life = Life(ranks, [*command("chaos", ranks), "--keep=6"], cwd, cwd / f"life-{kill}")
-        if rng.random() < 0.15:
+        if kill and rng.random() < 0.15:
             time.sleep(rng.uniform(0, 3))
             events.append("as it starts")
         else:
@@ -183,7 +183,7 @@ def chaos(kills, rng, steps, disk, digits, cwd):
                 disk.fill(life, rng.randrange(400_000))
                 counts["full disks"] += 1
                 events.append("full disk")
-            begun, target = len(losses(run)) if not broken else 0, rng.randrange(1, 12)
+            begun, target = len(losses(run)), rng.randrange(1, 12)
             deadline = time.monotonic() + 60
             while life.process.is_alive() and len(losses(run)) < begun + target and time.monotonic() < deadline:
                 time.sleep(0.005)

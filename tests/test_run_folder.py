@@ -8,15 +8,14 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
 import torch
-from conftest import SMALL, checkpoint_contents, forks, run_command, run_in_process
+from conftest import SMALL, checkpoint_contents, forks, run_command, run_in_fork, run_in_process
 
-from mfengine.engine import lock
-from mfengine.engine.checkpoint import checkpoints_of, newest_checkpoint
+from mfengine.engine import checkpoint, lock
+from mfengine.engine.checkpoint import checkpoints_of, load_model, newest_checkpoint
 from mfengine.errors import InputError
 
 
@@ -225,14 +224,14 @@ def test_reading_a_damaged_checkpoint(damaged, digits, monkeypatch, capsys):
         code, _, errors = run_in_process(*command, **where)
         assert (code, errors.count("\n")) == (2, 1), errors
         assert message in errors
-        assert run_in_process(*command, "--skip-checksums", **where)[0] == 0
+    assert run_in_process("mfengine.generate", run, "--skip-checksums", "--labels=1", **where)[0] == 0
 
 
 def test_run_without_a_whole_checkpoint_does_not_begin_anew(two_steps, digits, tmp_path, monkeypatch, capsys):
     run = tmp_path / "runs/digits"
     shutil.copytree(two_steps, run)
-    for checkpoint in checkpoints_of(run):
-        flip(checkpoint / "__0_0.distcp")
+    for damaged in checkpoints_of(run):
+        flip(damaged / "__0_0.distcp")
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
     args = ("mfengine.train", *SMALL, f"--data={digits}", "--steps=3", "--resume=auto")
     code, _, errors = run_in_process(*args, cwd=tmp_path, monkeypatch=monkeypatch, capsys=capsys)
@@ -246,62 +245,79 @@ def test_run_without_a_whole_checkpoint_does_not_begin_anew(two_steps, digits, t
 # Ctrl-C.
 
 
-def start(*args, cwd, until):
-    """A command of its own, once a file or folder matches a pattern."""
-    process = subprocess.Popen(
-        [sys.executable, *args], cwd=cwd, env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+def wait_for(text, log, process):
+    """Until a command has said something; what it has said."""
     deadline = time.monotonic() + 120
-    while not list(cwd.glob(until)) and process.poll() is None:
-        assert time.monotonic() < deadline
+    while text not in (said := log.read_text() if log.exists() else ""):
+        assert process.is_alive(), said
+        assert time.monotonic() < deadline, said
         time.sleep(0.01)
-    return process
+    return said
 
 
-SLOW_SAVE = """
-import sys, time
-from mfengine.engine import checkpoint
-from mfengine import cli, train
-save = checkpoint.dcp.save
-def slow(*args, **kwargs):
-    save(*args, **kwargs)
-    time.sleep(60)
-checkpoint.dcp.save = slow
-cli.run(train.main)
-"""
+def train_with_slow_saves(args, cwd, folder):
+    save = checkpoint.dcp.save
+
+    def slow(*args, **kwargs):
+        save(*args, **kwargs)
+        time.sleep(60)
+
+    checkpoint.dcp.save = slow
+    run_in_fork(args, cwd, 1, dict(os.environ), folder)
 
 
-def test_second_interrupt_leaves_at_once(digits, tmp_path):
+def test_second_interrupt_leaves_at_once(two_steps, digits, tmp_path):
     """While a checkpoint is being written: one line each, no traceback, and the older checkpoint stays whole."""
-    args = [*SMALL, f"--data={digits}", "--steps=100000"]
-    assert run_command("mfengine.train", *args[:-1], "--steps=2", cwd=tmp_path).returncode == 0
-    process = start("-c", SLOW_SAVE, *args, "--resume=auto", "--log-every=1", cwd=tmp_path, until="runs/digits/.lock")
-    said = iter(process.stderr.readline, "")
-    assert any("continuing" in line for line in said)
-    time.sleep(0.3)
-    process.send_signal(signal.SIGINT)
-    assert any(line == "interrupted: writing a checkpoint; Ctrl-C again leaves without it\n" for line in said)
-    while not list(tmp_path.glob("runs/digits/checkpoints/.partial-*")):
+    shutil.copytree(two_steps, tmp_path / "runs/digits")
+    args = ("mfengine.train", *SMALL, f"--data={digits}", "--steps=100000", "--resume=auto")
+    process = forks.Process(target=train_with_slow_saves, args=(args, tmp_path, tmp_path))
+    process.start()
+    log = tmp_path / "stderr"
+    wait_for("samples/s", log, process)
+    os.kill(process.pid, signal.SIGINT)
+    wait_for("\ninterrupted: writing a checkpoint; Ctrl-C again leaves without it\n", log, process)
+    while not list(tmp_path.glob("runs/digits/checkpoints/.partial-*/.metadata")):
         time.sleep(0.01)
     began = time.monotonic()
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=30)
-    assert time.monotonic() - began < 2
-    assert process.returncode == 130
-    assert errors.endswith("interrupted: left without a checkpoint\n")
+    os.kill(process.pid, signal.SIGINT)
+    process.join(60)
+    assert time.monotonic() - began < 10
+    assert process.exitcode == 130
+    errors = log.read_text()
+    assert errors.endswith("\ninterrupted: left without a checkpoint\n")
     assert "Traceback" not in errors
-    assert [step.name for step in checkpoints_of(tmp_path / "runs/digits")] == ["step-00000002"]
-    assert run_command("mfengine.train", *args[:-1], "--steps=3", "--resume=auto", cwd=tmp_path).returncode == 0
+    assert [path.name[-2:] for path in checkpoints_of(tmp_path / "runs/digits")] == ["02", "01"]
+    load_model(tmp_path / "runs/digits")
 
 
 def test_interrupted_command_is_one_line(two_steps, digits, tmp_path):
-    process = start(
-        "-m", "mfengine.evaluate", two_steps, f"--data={digits}", "--num=100000000", "--save=images",
-        cwd=tmp_path, until="images",
-    )  # fmt: skip
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=30)
-    assert process.returncode == 130, errors
-    assert errors.endswith("\ninterrupted\n")
-    assert "Traceback" not in errors
+    args = ("mfengine.evaluate", str(two_steps), f"--data={digits}", "--num=100000000")
+    process = forks.Process(target=run_in_fork, args=(args, tmp_path, 1, dict(os.environ), tmp_path))
+    process.start()
+    wait_for("samples/s", tmp_path / "stderr", process)
+    os.kill(process.pid, signal.SIGINT)
+    process.join(60)
+    assert process.exitcode == 130
+    assert (tmp_path / "stderr").read_text().endswith("\ninterrupted\n")
+    assert "Traceback" not in (tmp_path / "stderr").read_text()
+    assert not (two_steps / "metrics.json").exists()
+
+
+@pytest.mark.parametrize(("rank", "line"), [("0", "\ninterrupted\n"), ("1", "")])
+def test_interrupt_while_a_checkpoint_is_read(rank, line, two_steps, tmp_path, monkeypatch, capsys):
+    """DCP takes it for an error of the checkpoint."""
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    usual = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(checkpoint.Reader, "read_data", interrupted)
+    monkeypatch.setenv("RANK", rank)
+    try:
+        code, _, errors = run_in_process(
+            "mfengine.export", two_steps, "out.safetensors", cwd=tmp_path, monkeypatch=monkeypatch, capsys=capsys
+        )
+    finally:
+        signal.signal(signal.SIGINT, usual)
+    assert (code, errors) == (130, line)
+    assert not list(tmp_path.iterdir())
