@@ -6,12 +6,15 @@ import contextlib
 import dataclasses
 import difflib
 import io
+import json
 import os
 import re
 import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
 from itertools import groupby
+from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
@@ -98,8 +101,12 @@ def run(command: Callable[[Sequence[str]], int | None]) -> None:
     except (InputError, TrainingError) as error:
         # What is wrong is wrong on every rank alike and the first one says it, unless only one rank can know.
         rank = int(os.environ.get("RANK", 0))
-        if rank == 0 or isinstance(error, (RankError, RankTrainingError)):
-            print(f"error: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr)
+        own = isinstance(error, (RankError, RankTrainingError))
+        line = f"error: {f'rank {rank}: ' if rank and own else ''}{error}"
+        if rank == 0 or own:
+            print(line, file=sys.stderr)
+        if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # torchrun ends with its own report, which quotes this
+            Path(report).write_text(json.dumps({"message": line, "timestamp": int(time.time())}))
         code = 2 if isinstance(error, InputError) else 1
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # again, while threads are ending: no traceback

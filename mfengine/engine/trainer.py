@@ -371,9 +371,9 @@ def _answer(reading: int, speaks: bool) -> None:
         if number[0] != signal.SIGINT:
             continue
         if speaks:
-            said = (
-                "left without a checkpoint" if interrupted else "writing a checkpoint; Ctrl-C again leaves without it"
-            )
+            # torchrun hands on the first one alone.
+            again = "" if "TORCHELASTIC_RUN_ID" in os.environ else "; Ctrl-C again leaves without it"
+            said = "left without a checkpoint" if interrupted else f"writing a checkpoint{again}"
             os.write(2, f"\ninterrupted: {said}\n".encode())
         if interrupted:
             os._exit(128 + signal.SIGINT)
