@@ -68,6 +68,7 @@ EXECUTING = {
     + b"\x85R.",
 }
 OTHERS = {
+    "another type": dumps(7),
     "a persistent id": b"\x80\x02X\x01\0\0\0xQ.",
     "an extension": b"\x80\x02\x82\x01.",
     "a change of a class": b"\x80\x02ctorch.distributed.checkpoint.metadata\nMetadata\nN}X\x05\0\0\0stateK\x01s\x86b.",

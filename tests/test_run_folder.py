@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
@@ -16,6 +17,7 @@ from conftest import SMALL, checkpoint_contents, forks, run_command, run_in_fork
 
 from mfengine.engine import checkpoint, lock
 from mfengine.engine.checkpoint import checkpoints_of, load_model, newest_checkpoint
+from mfengine.engine.telemetry import METRICS
 from mfengine.errors import InputError
 
 
@@ -84,6 +86,31 @@ def test_orphan_of_torchrun_is_named(holder):
         lock.hold(run),
     ):
         pass
+
+
+@pytest.mark.slow
+def test_orphans_of_a_killed_torchrun(digits, tmp_path):
+    """They train on and hold the folder; the line says how to end them, and then they leave a checkpoint."""
+    train = ("mfengine.train", *SMALL, f"--data={digits}", "--steps=100000")
+    torchrun = subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "-m", *train],
+        cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    run = tmp_path / "runs/digits"
+    deadline = time.monotonic() + 120
+    while not ((run / METRICS).exists() and (run / METRICS).read_text()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    torchrun.kill()
+    torchrun.wait()
+    second = run_command(*train, "--resume=auto", cwd=tmp_path)
+    assert (second.returncode, second.stderr.count("\n")) == (2, 1), second.stderr
+    end = re.search(rf"whose torchrun \(process {torchrun.pid}\) has ended: end it with kill (\d+)$", second.stderr)
+    os.kill(int(end[1]), signal.SIGTERM)
+    while (run / lock.LOCK).exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert newest_checkpoint(run) is not None
 
 
 def test_lock_that_is_removed_while_it_is_awaited(tmp_path, monkeypatch):

@@ -119,12 +119,14 @@ class Reader(dcp.FileSystemReader):
 
 
 class Planner(dcp.DefaultLoadPlanner):
-    """DCP's planner, which unpickles values that are no tensors with `weights_only`."""
+    """DCP's planner; what is no tensor has to be bytes, and is unpickled with `weights_only`."""
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         # DCP unpickles whatever it gets here: so it gets what this process has pickled.
-        harmless = io.BytesIO()
-        torch.save(load_tensors(value), harmless)
+        content, harmless = load_tensors(value), io.BytesIO()
+        if not isinstance(content, bytes):
+            raise ValueError(f"{read_item.dest_index.fqn} is of type {type(content).__name__}, not bytes")
+        torch.save(content, harmless)
         harmless.seek(0)
         super().load_bytes(read_item, harmless)
 
