@@ -268,6 +268,18 @@ def test_run_without_a_whole_checkpoint_does_not_begin_anew(two_steps, digits, t
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
 
 
+def test_unfinished_checkpoints_are_not_resumed_and_go(two_steps, digits, tmp_path, monkeypatch, capsys):
+    run = tmp_path / "runs/digits"
+    shutil.copytree(two_steps, run)
+    shutil.copytree(run / "checkpoints/step-00000002", run / "checkpoints/.partial-step-00000003")
+    shutil.copytree(run / "checkpoints/step-00000001", run / "checkpoints/.removed-step-00000000")
+    args = ("mfengine.train", *SMALL, f"--data={digits}", "--steps=3", "--resume=auto")
+    code, _, errors = run_in_process(*args, cwd=tmp_path, monkeypatch=monkeypatch, capsys=capsys)
+    assert code == 0, errors
+    assert "continuing runs/digits/checkpoints/step-00000002" in errors
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [f"step-0000000{i}" for i in (1, 2, 3)]
+
+
 # ----------------------------------------------------------------------------
 # Ctrl-C.
 
