@@ -6,12 +6,14 @@ A checkpoint is a folder `checkpoints/step-00001000` with the shards of `torch.d
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pickle
 import re
 import shutil
 import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,11 +24,11 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
-from mfengine.configs import from_json
+from mfengine.configs import check_at_least, from_json, parse_json, read_json
 from mfengine.data.format import LatentSpace
 from mfengine.engine.flops import meta_network
 from mfengine.errors import InputError, TrainingError
-from mfengine.files import sync, write_atomic
+from mfengine.files import sync, write_atomic, writing
 from mfengine.methods import OBJECTIVES, Objective
 from mfengine.networks import NETWORKS, Network
 from mfengine.ranks import World
@@ -140,12 +142,49 @@ def newest_checkpoint(run: Path) -> Path | None:
     return found[-1] if found else None
 
 
+@dataclass(frozen=True)
+class _Progress:
+    """What checkpoint.json says beside the network, the objective and the latent space; an export has the step alone."""
+
+    step: int
+    parts: int = 1
+    skipped_steps: int = 0
+    ema_decays: tuple[float, ...] = (0.0,)
+
+    def __post_init__(self) -> None:
+        check_at_least(0, step=self.step, skipped_steps=self.skipped_steps)
+        check_at_least(1, parts=self.parts)
+        if not self.ema_decays:
+            raise ValueError("ema_decays must be one or more numbers")
+
+
 def read_description(checkpoint: Path) -> dict[str, Any]:
-    """What checkpoint.json says; InputError if it cannot be read."""
-    try:
-        return json.loads((checkpoint / DESCRIPTION).read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot read {checkpoint / DESCRIPTION}: {error}") from None
+    """What checkpoint.json says; InputError if it cannot be read or is not valid."""
+    path = checkpoint / DESCRIPTION
+    description = read_json(path)
+    for name in ("parts", "skipped_steps", "ema_decays"):
+        if name not in description:
+            raise InputError(f"{path}: {name} is missing")
+    return _checked(description, path)
+
+
+def _checked(description: dict[str, Any], where: Path) -> dict[str, Any]:
+    """The description of a checkpoint or an export, once all of it is valid; otherwise InputError."""
+    names = [field.name for field in dataclasses.fields(_Progress)]
+    from_json(_Progress, {name: description[name] for name in names if name in description}, where)
+    model = NETWORKS.read(description, "model", where)
+    OBJECTIVES.read(description, "method", where)
+    space = _space(description, where)
+    if (space.shape, space.num_classes) != (model.latent_shape, model.num_classes):
+        raise InputError(
+            f"{where}: space.shape {space.shape} with {space.num_classes} classes does not fit the model, which takes "
+            f"{model.latent_shape} with {model.num_classes}"
+        )
+    return description
+
+
+def _space(description: dict[str, Any], where: Path) -> LatentSpace:
+    return from_json(LatentSpace, description.get("space"), where, "space.")
 
 
 def load_state(checkpoint: Path, state: dict[str, Any], world: World) -> None:
@@ -194,21 +233,31 @@ def load_model(path: Path, ema_decay: float | None = None) -> Trained:
         path = _find_checkpoint(path)
         description = read_description(path)
         weights = _read_average(path, description, ema_decay, sampling=True)
-    model = NETWORKS.build(NETWORKS.read(description, "model")).for_sampling()
-    model.load_state_dict(weights)
-    objective = OBJECTIVES.build(OBJECTIVES.read(description, "method"))
-    return Trained(model.eval(), from_json(LatentSpace, description["space"]), path, objective)
+    model = NETWORKS.build(NETWORKS.read(description, "model", path)).for_sampling()
+    _load_weights(model, weights, path)
+    objective = OBJECTIVES.build(OBJECTIVES.read(description, "method", path))
+    return Trained(model.eval(), _space(description, path), path, objective)
+
+
+def _load_weights(model: Network, weights: dict[str, Tensor], path: Path) -> None:
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise InputError(f"{path} is of another architecture: {str(error).splitlines()[1].strip():.200}") from None
 
 
 def export_model(checkpoint: Path, out: Path, ema_decay: float | None = None) -> Path:
     """Write a moving average of what sampling needs, with its description, as safetensors; the checkpoint read."""
     from safetensors.torch import save_file  # here, since `make gpu` runs without it
 
+    if checkpoint.suffix == ".safetensors":
+        raise InputError(f"{checkpoint} is an export already: give a checkpoint or a run folder")
     checkpoint = _find_checkpoint(checkpoint)
     description = read_description(checkpoint)
     weights = _read_average(checkpoint, description, ema_decay, sampling=True)
     kept = {key: value for key, value in description.items() if key not in ("parts", "skipped_steps", "ema_decays")}
-    write_atomic(out, lambda partial: save_file(weights, partial, metadata={"mfengine": json.dumps(kept)}))
+    with writing(out):
+        write_atomic(out, lambda partial: _save(weights, partial, {"mfengine": json.dumps(kept)}))
     return checkpoint
 
 
@@ -232,6 +281,8 @@ def load_initial_weights(model: Network, path: Path, reverse_time: bool) -> list
             weights, fresh, _ = model.convert(torch.load(path, map_location="cpu", weights_only=True), reverse_time)
         except (OSError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
             raise InputError(f"cannot read {path}: {str(error).splitlines()[0]}") from None
+        except (AttributeError, EOFError, KeyError, TypeError) as error:
+            raise InputError(f"cannot read {path}: it is not a state dict of tensors: {error!r:.100}") from None
     elif path.suffix == ".safetensors":
         weights, _ = _read_export(path)
         sampled = meta_network(model.config).for_sampling().state_dict()
@@ -241,10 +292,7 @@ def load_initial_weights(model: Network, path: Path, reverse_time: bool) -> list
     else:
         checkpoint = _find_checkpoint(path)
         weights = _read_average(checkpoint, read_description(checkpoint), None, sampling=False)
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        raise InputError(f"{path} is of another architecture: {str(error).splitlines()[1].strip()}") from None
+    _load_weights(model, weights, path)
     return fresh
 
 
@@ -265,7 +313,7 @@ def _read_average(
     decay = decays[0] if decay is None else decay
     if decay not in decays:
         raise InputError(f"{checkpoint} has no moving average of decay {decay}; it has {decays}")
-    model = meta_network(NETWORKS.read(description, "model"))
+    model = meta_network(NETWORKS.read(description, "model", checkpoint))
     shapes = (model.for_sampling() if sampling else model).state_dict()
     state = {"ema": {str(decay): {name: torch.empty(value.shape) for name, value in shapes.items()}}}
     load_state(checkpoint, state, World(0, 1, torch.device("cpu")))
@@ -284,4 +332,4 @@ def _read_export(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise InputError(f"cannot read {path}: {error}") from None
     if "mfengine" not in metadata:
         raise InputError(f"{path} was not written by mfengine.export: it has no configuration")
-    return weights, json.loads(metadata["mfengine"])
+    return weights, _checked(parse_json(metadata["mfengine"], path), path)
