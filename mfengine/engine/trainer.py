@@ -120,12 +120,13 @@ class Trainer:
         # Nothing is written before here, so that wrong input leaves nothing behind.
         world.on_main(lambda: write_config(config, dataset))
         self.checkpointer = Checkpointer(config.folder, world, config.keep, asynchronous=world.device.type == "cuda")
-        peak = 0.0
-        if world.main:
-            if device_memory(world.device) is not None:
-                notes += make_plan(config, world).warnings(world.device)
+        if world.main and device_memory(world.device) is not None:
+            notes += make_plan(config, world).warnings(world.device)
+
+        def peak() -> float:
             flops = step_flops(config.model, config.method, config.local_batch(world.size))
-            peak = world.size * peak_rate(world.device, model.compute_dtype) / flops
+            return world.size * peak_rate(world.device, model.compute_dtype) / flops
+
         self.telemetry = Telemetry(config.folder, world.main, self.step, self.total_steps, config.batch_size, peak)
         for note in notes:
             self.telemetry.say(note)
