@@ -23,6 +23,7 @@ from mfengine.errors import InputError, RankError, RankTrainingError, TrainingEr
 
 T = TypeVar("T")
 
+POSITIONAL = get_args(tyro.conf.Positional[int])[1]
 
 Checkpoint = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="CHECKPOINT")]
 Source = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="SRC")]
@@ -48,7 +49,8 @@ def parse(arguments: type[T], args: Sequence[str], prog: str, default: T | None 
     names = [name for name, _ in _options(default or arguments)]
     try:
         with contextlib.redirect_stderr(report):
-            parsed = tyro.cli(arguments, args=args, prog=prog, **({} if default is None else {"default": default}))
+            options: dict[str, Any] = {} if default is None else {"default": default}
+            parsed: T = tyro.cli(arguments, args=args, prog=prog, **options)
         _check_finite(parsed)
         return parsed
     except SystemExit as stop:
@@ -91,7 +93,7 @@ def _options(arguments: Any, prefix: str = "--") -> Iterator[tuple[str, Any]]:
         if dataclasses.is_dataclass(kind if value is None else value):
             unnamed = any(getattr(mark, "name", None) == "" for mark in marks)
             yield from _options(kind if value is None else value, prefix if unnamed else f"{name}.")
-        elif tyro.conf.Positional[int].__metadata__[0] not in marks:
+        elif POSITIONAL not in marks:
             yield name, value
 
 
@@ -118,9 +120,7 @@ def _nearest(option: str, names: list[str]) -> str | None:
 def _with_options(message: str, names: list[str]) -> str:
     """A message about fields, with the names of their options: of the first word, and of each that has a hyphen."""
     fields = {name.rpartition(".")[2].removeprefix("--").replace("-", "_"): name for name in reversed(names)}
-    return re.sub(
-        r"^[a-z_]+\b|(?<![\w.-])[a-z]+(_[a-z]+)+\b", lambda word: fields.get(word[0], word[0]), message
-    )
+    return re.sub(r"^[a-z_]+\b|(?<![\w.-])[a-z]+(_[a-z]+)+\b", lambda word: fields.get(word[0], word[0]), message)
 
 
 def run(command: Callable[[Sequence[str]], int | None]) -> None:
@@ -144,6 +144,11 @@ def run(command: Callable[[Sequence[str]], int | None]) -> None:
         if isinstance(error, OSError):
             _discard_output()
         code = 1 if isinstance(error, TrainingError) else 2
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # again, while threads are ending: no traceback
+        if int(os.environ.get("RANK", 0)) == 0:
+            print("\ninterrupted", file=sys.stderr)
+        code = 128 + signal.SIGINT
     sys.exit(code)
 
 

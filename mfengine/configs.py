@@ -110,12 +110,14 @@ def _typed(kind: Any, value: Any, where: object, path: str) -> Any:
         return tuple(_typed(k, v, where, f"{path}[{i}]") for i, (k, v) in enumerate(zip(kinds, value, strict=True)))
     if origin is Literal and value not in kinds:
         raise InputError(f"{where}: {path} is {_brief(value)}, not one of {', '.join(map(str, kinds))}")
-    accepted = {int: (int,), float: (int, float), str: (str,), bool: (bool,), dict: (dict,)}.get(origin or kind)
-    if accepted is None:
+    plain = origin or kind
+    if plain not in NAMES:
         return value
-    if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
-        raise InputError(f"{where}: {path} is {_brief(value)}, not {NAMES[origin or kind]}")
-    if kind is float and not math.isfinite(value):
+    if not isinstance(value, (int, float) if plain is float else plain) or (
+        isinstance(value, bool) and plain is not bool
+    ):
+        raise InputError(f"{where}: {path} is {_brief(value)}, not {NAMES[plain]}")
+    if isinstance(value, float) and not math.isfinite(value):
         raise InputError(f"{where}: {path} must be finite, not {value}")
     return value
 

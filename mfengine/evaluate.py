@@ -48,6 +48,8 @@ class EvaluateArgs:
     """noise and label of a sample derive from it and the sample's number"""
     ema_decay: float | None = None
     """which moving average; the run's first if not given"""
+    skip_checksums: bool = False
+    """read a checkpoint without comparing the checksums of its files; their sizes are compared anyway"""
     batch_size: int = 64
     """samples per call of the network, on one rank"""
 
@@ -96,7 +98,7 @@ def main(args: Sequence[str]) -> None:
     dataset = Dataset.open(config.data) if config.data is not None else None
     reference = Reference(config.reference) if config.reference is not None else None
     with world(config.device) as here:
-        model, space, path, objective = load_model(config.checkpoint, config.ema_decay)
+        model, space, path, objective = load_model(config.checkpoint, config.ema_decay, config.skip_checksums)
         sampler = objective.sampler(config.conditions)
         out = config.out
         if out is None and (dataset is not None or reference is not None) and path.parent.name == "checkpoints":

@@ -21,6 +21,8 @@ class ExportArgs:
     """a new file, NAME.safetensors"""
     ema_decay: float | None = None
     """which moving average; the run's first if not given"""
+    skip_checksums: bool = False
+    """read a checkpoint without comparing the checksums of its files; their sizes are compared anyway"""
 
 
 def main(args: Sequence[str]) -> None:
@@ -30,7 +32,8 @@ def main(args: Sequence[str]) -> None:
     if config.out.exists():
         raise InputError(f"{config.out} exists: choose another name")
     check_file(config.out)
-    print(f"{config.out}: weights of {export_model(config.checkpoint, config.out, config.ema_decay)}")
+    read = export_model(config.checkpoint, config.out, config.ema_decay, config.skip_checksums)
+    print(f"{config.out}: weights of {read}")
 
 
 if __name__ == "__main__":

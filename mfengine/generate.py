@@ -39,6 +39,8 @@ class SampleArgs:
     """of the noise"""
     ema_decay: float | None = None
     """which moving average; the run's first if not given"""
+    skip_checksums: bool = False
+    """read a checkpoint without comparing the checksums of its files; their sizes are compared anyway"""
     vae: str | None = None
     """decode latents with this VAE: a folder or hub name that diffusers loads. Without it they are drawn as they are"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -57,7 +59,7 @@ def main(args: Sequence[str]) -> None:
         raise InputError(f"--out {config.out} is a folder: name a file in it")
     check_writable(config.out)
     with world(config.device) as here:
-        model, space, path, objective = load_model(config.checkpoint, config.ema_decay)
+        model, space, path, objective = load_model(config.checkpoint, config.ema_decay, config.skip_checksums)
         sampler = objective.sampler(config.conditions)
         classes = config.labels or tuple(range(min(10, space.num_classes)))
         for label in classes:

@@ -9,8 +9,6 @@ import os
 import shlex
 import shutil
 import subprocess
-import tarfile
-import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -349,8 +347,12 @@ OPTIONS = [
     case("evaluate runs/digits --reference x.npz", put("x.npz", "x"), says="x.npz"),
     case("evaluate runs/digits --reference x.npz", array("x.npz", mu=np.zeros(3), sigma=np.eye(3)), says="mu is (3,)"),
     case("evaluate runs/digits --reference x.npz", array("x.npz", a=np.zeros(3)), says="x.npz has a"),
-    case("evaluate runs/digits --reference x.npz", array("x.npz", arr_0=np.zeros((5, 8, 8, 3))), says="arr_0 is float64"),
-    case("evaluate runs/digits --reference references", put("references/0.png", "x"), says="cannot read references/0.png"),
+    case(
+        "evaluate runs/digits --reference x.npz", array("x.npz", arr_0=np.zeros((5, 8, 8, 3))), says="arr_0 is float64"
+    ),
+    case(
+        "evaluate runs/digits --reference references", put("references/0.png", "x"), says="cannot read references/0.png"
+    ),
     case("export", says="CHECKPOINT"),
     case("export runs/digits", says="OUT"),
     case("export runs/digits x.bin", says="x.bin must end in .safetensors"),
@@ -554,7 +556,9 @@ DAMAGE = [
     case("generate sit.pt", says="sit.pt"),
     case("generate nowhere.safetensors", says="nowhere.safetensors"),
     # Sources of images and latents.
-    case(IMAGES, *(put(f"images/{c}/{i}.png", "x") for c in "ab" for i in range(4)), says="broken", new=(".partial-out",)),
+    case(
+        IMAGES, *(put(f"images/{c}/{i}.png", "x") for c in "ab" for i in range(4)), says="broken", new=(".partial-out",)
+    ),
     case(IMAGES, remove("images/b"), make("images/b"), says="images/b has no images"),
     case(IMAGES.replace("images out", "x.tar out"), put("x.tar", "x"), says="x.tar"),
     case(IMAGES.replace("images out", "x.tar out"), put("x.tar", ""), says="x.tar"),
@@ -569,7 +573,12 @@ DAMAGE = [
     case("prepare import npy out", put("npy/dataset.json", b"\xff"), says="npy/dataset.json"),
     case("prepare import npy out", put("npy/dataset.json", '{"labels": []}'), says="no samples"),
     case("prepare import npy out", put("npy/dataset.json", '{"labels": [["0.npy", "a"]]}'), says="labels"),
-    case("prepare import npy out", put("npy/dataset.json", '{"labels": [["0.npy", -1]]}'), says="label", new=(".partial-out",)),
+    case(
+        "prepare import npy out",
+        put("npy/dataset.json", '{"labels": [["0.npy", -1]]}'),
+        says="label",
+        new=(".partial-out",),
+    ),
     case("prepare import npy out", put("npy/0.npy", "x"), put("npy/1.npy", "x"), says="0.npy"),
     case("prepare import npy.zip out", put("npy.zip", "x"), says="npy.zip"),
     case("prepare import pt out --num-classes=2", put("pt/0.pt", "x"), says="0.pt", new=(".partial-out",)),

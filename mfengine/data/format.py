@@ -151,7 +151,9 @@ class Dataset:
         if latent_shape != self.space.shape:
             raise InputError(f"{self.folder} holds latents of {self.space.shape}; the model takes {latent_shape}")
         if num_classes != self.space.num_classes:
-            raise InputError(f"{self.folder} has {self.space.num_classes} classes; --model.num-classes is {num_classes}")
+            raise InputError(
+                f"{self.folder} has {self.space.num_classes} classes; --model.num-classes is {num_classes}"
+            )
 
     def check_labels(self, lowest: int, highest: int) -> None:
         """RankError unless labels that were read from the shards are of the classes."""

@@ -112,6 +112,8 @@ class TrainConfig:
     """steps with a loss that is not finite to skip before giving up"""
     resume: Literal["never", "auto"] = "never"
     """auto continues the run folder's newest whole checkpoint, if there is one"""
+    skip_checksums: bool = False
+    """read checkpoints without comparing the checksums of their files; their sizes are compared anyway"""
 
     def __post_init__(self) -> None:
         names = ("batch_size", "accumulation", "replicas", "log_every", "checkpoint_every", "keep", "steps")

@@ -1,22 +1,46 @@
-"""Reads pickled dicts of arrays without executing anything that the pickle says.
+"""Reads pickles without executing anything that they say: what `torch.save` wrote, and dicts of numpy's arrays.
 
-A pickle is a program: it names functions, by module and name, and calls them. Here no name is looked up. The few by
-which numpy pickles arrays and numbers stand for functions of this file, every other is refused; and nothing that
-pickle hands out can be changed or derived from, so one record leaves no trace for the next.
+A pickle is a program: it names functions, by module and name, and calls them. For files of `torch.save` PyTorch has a
+restricted unpickler. For dicts of arrays, here no name is looked up. The few by which numpy pickles arrays and numbers
+stand for functions of this file, every other is refused; and nothing that pickle hands out can be changed or derived
+from, so one record leaves no trace for the next.
 """
 
 from __future__ import annotations
 
 import pickle
+import re
 from collections.abc import Callable
 from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 
 class Refused(pickle.UnpicklingError):
     """The pickle asks for something other than arrays and plain values; the message names it."""
+
+
+def load_tensors(source: Path | BytesIO) -> Any:
+    """What `torch.save` wrote, on the host: tensors, containers and plain values.
+
+    Raises:
+        Refused: there is something else in it.
+        OSError: the file cannot be read.
+        ValueError: it is no whole file of `torch.save`.
+    """
+    try:
+        return torch.load(source, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # of the unpickler and the zip reader, which break in many ways on what is no such file
+        if named := re.search(r"GLOBAL (\S+)", str(error)):
+            raise Refused(named[1]) from None
+        # PyTorch's first line recommends to execute the file.
+        reason = re.search(r"WeightsUnpickler error: (.*)", str(error))
+        raise ValueError(reason[1] if reason else str(error).partition("\n")[0] or type(error).__name__) from None
 
 
 def load_record(data: bytes) -> dict[Any, Any]:
