@@ -39,7 +39,7 @@ def load_tensors(source: Path | BytesIO) -> Any:
         if named := re.search(r"GLOBAL (\S+)", str(error)):
             raise Refused(named[1]) from None
         # PyTorch's first line recommends to execute the file.
-        reason = re.search(r"WeightsUnpickler error: (.*)", str(error))
+        reason = re.search(r"WeightsUnpickler error:\s*(.*)", str(error))
         raise ValueError(reason[1] if reason else str(error).partition("\n")[0] or type(error).__name__) from None
 
 

@@ -220,7 +220,7 @@ DESCRIPTION = f"{NEWEST}/checkpoint.json"
 OPTIONS = [
     case("train xl3", says="there is no preset xl3; the nearest is xl2"),
     case("train digits xl2", says="unexpected argument xl2"),
-    case("train --steps 5 digits", says="the preset comes first"),
+    case("train --steps 5 digits", says="one preset comes first"),
     case("train qqqqqq", says="there is no preset qqqqqq; there are digits, b4"),
     case("train ''"),
     case("train --lr 1", says="the nearest is --optim.lr"),
@@ -458,7 +458,7 @@ DAMAGE = [
         )
         for command in (TRAIN, EVALUATE, "prepare check data")
     ),
-    case(f"{TRAIN} --steps=200", label(77), says="label"),
+    case(f"{TRAIN} --steps=200", label(77), says="label", new=("new",)),
     case(EVALUATE, label(77), says="label"),
     case(EVALUATE, label(-1), says="label"),
     case("prepare check data", label(77), says="damaged"),
@@ -478,8 +478,14 @@ DAMAGE = [
     case(RESUME, remove("runs/digits/config.json"), says="is not a run folder"),
     case(RESUME, put("runs/digits/metrics.jsonl", b"\xff\xfe\n"), says="metrics.jsonl"),
     case(RESUME, remove("runs/digits/metrics.jsonl"), make("runs/digits/metrics.jsonl"), says="metrics.jsonl"),
-    case(f"{RESUME} --dry-run --device=cpu", edit(DESCRIPTION, step="x"), says="step"),
-    case(RESUME, edit(DESCRIPTION, step="x"), says="step"),
+    *(
+        case(
+            f"{RESUME}{dry}",
+            *(edit(f"runs/digits/checkpoints/step-0000000{i}/checkpoint.json", step="x") for i in (2, 4)),
+            says="step is",
+        )
+        for dry in ("", " --dry-run --device=cpu")
+    ),
     case(TRAIN, put("runs/new"), says="runs/new"),
     case(TRAIN, put("runs"), says="runs"),
     case(TRAIN, put("runs/new/other", "x"), says="runs/new is not a run folder"),
@@ -504,7 +510,7 @@ DAMAGE = [
         )
     ),
     case(f"{TRAIN} --init=model.safetensors --model.hidden-size=64", says="another architecture"),
-    case(f"{TRAIN} --init=runs/digits --model.hidden-size=64", says="cannot read"),
+    case(f"{TRAIN} --init=runs/digits --model.hidden-size=64", says="another architecture"),
     case(f"{TRAIN} --init=sit.pt --model.depth=2", says="another architecture"),
     case(f"{TRAIN} --init=model.safetensors --init-reverse-time", says="--init-reverse-time"),
     # Checkpoints and exports.
@@ -544,13 +550,13 @@ DAMAGE = [
             (metadata("{}"), "model.safetensors"),
             (metadata(None), "was not written by mfengine.export"),
             (described(model__depth=True), "model.depth"),
-            (described(model__depth=3), "model.safetensors"),
             (described(space__bias=None), "space.bias"),
             (described(network="unet"), "there is no network unet"),
             (cut("model.safetensors", 1000), "model.safetensors"),
             (cut("model.safetensors", 0), "model.safetensors"),
         )
     ),
+    case("generate model.safetensors", described(model__depth=3), says="another architecture"),
     case("generate nowhere", says="nowhere"),
     case("generate images", says="images is neither a checkpoint"),
     case("generate sit.pt", says="sit.pt"),
@@ -585,9 +591,9 @@ DAMAGE = [
     case("prepare import pt out", says="--num-classes"),
     case("prepare import pt out --num-classes=1", says="label 1", new=(".partial-out",)),
     case("prepare import x.lmdb out", put("x.lmdb", "x"), says="x.lmdb"),
-    case(f"{IMAGES}", put(".partial-out/plan.json", "x"), says=".partial-out/plan.json"),
-    case(f"{IMAGES}", put(".partial-out/plan.json", "[]"), says=".partial-out/plan.json"),
-    case(f"{IMAGES}", put(".partial-out/plan.json", "{}"), says="was begun with"),
+    case(f"{IMAGES}", put(".partial-out/plan.json", "x"), says=".partial-out/plan.json", new=(".partial-out",)),
+    case(f"{IMAGES}", put(".partial-out/plan.json", "[]"), says=".partial-out/plan.json", new=(".partial-out",)),
+    case(f"{IMAGES}", put(".partial-out/plan.json", "{}"), says="was begun with", new=(".partial-out",)),
     case(f"{IMAGES}", put(".partial-out", ""), says=".partial-out"),
 ]
 
@@ -620,7 +626,7 @@ DISKS = [
             "prepare import npy /proc/out",
         )
     ),
-    case(RESUME, filled("runs"), code=1, says="cannot write"),
+    case(RESUME, filled("runs"), says="cannot write"),
     case(RESUME, read_only("runs"), says="runs/digits"),
     case(EVALUATE, read_only("runs"), says="runs/digits"),
     case(EVALUATE, filled("runs"), says="metrics.json"),
@@ -629,7 +635,7 @@ DISKS = [
     case(f"{EVALUATE} --save=x.npz", make("x.npz"), says="x.npz"),
     case("export runs/digits x.safetensors", make("x.safetensors"), says="x.safetensors exists"),
     *(
-        case(f"{command} > /dev/full", says="standard output", code=2, new=new)
+        case(f"{command} > /dev/full", says="No space left", new=new)
         for command, new in (
             ("info", ()),
             ("train --help", ()),

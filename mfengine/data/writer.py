@@ -35,7 +35,7 @@ import torch.distributed as dist
 
 from mfengine.configs import check_at_least, check_seed, flatten, read_json
 from mfengine.data.format import BROKEN, DESCRIPTION, INDEX_VERSION, Dataset, LatentSpace, Shard
-from mfengine.errors import InputError
+from mfengine.errors import InputError, reason
 from mfengine.files import check_writable, sync, write_atomic
 from mfengine.progress import progress
 from mfengine.ranks import World
@@ -255,6 +255,7 @@ class _Writer:
         self.order = order(len(samples), seed)
         self.num_shards = math.ceil(len(samples) / shard_samples)
         self.lock: IO[str] | None = None  # on the first rank, from `begin` on
+        self.made = False  # the partial folder, on the first rank
         self.plan = {
             "name": samples.name,
             "count": len(samples),
@@ -269,6 +270,7 @@ class _Writer:
     def begin(self) -> dict[int, tuple[int, int]]:
         """Make or find the partial folder: {shard: (samples, broken ones)} of those that are whole in it."""
         check_vacant(self.folder)
+        self.made = not self.partial.exists()
         with self._disk():
             self.data.mkdir(parents=True, exist_ok=True)
             self.lock = (self.partial / "lock").open("w")
@@ -319,7 +321,9 @@ class _Writer:
         return f"{path} lists them, the first is {broken[0]['name']}: {broken[0]['reason']}"
 
     def close(self) -> None:
-        """Let another process write."""
+        """Let another process write; of what was begun here nothing is left if none of it helps to go on."""
+        if self.made and not any(self.partial.glob("[0b]*.json*")):  # neither whole shards nor a list of broken samples
+            shutil.rmtree(self.partial, ignore_errors=True)
         if self.lock:
             self.lock.close()
 
@@ -429,13 +433,13 @@ class _Writer:
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 total = _tar_bytes(self.samples) * len(self.samples) / 1e9
-                reason = f"the disk is full ({error.strerror}); the whole data set needs {total:.3g} GB"
+                why = f"the disk is full ({error.strerror}); the whole data set needs {total:.3g} GB"
             else:
-                reason = error.strerror or str(error)
+                why = reason(error)
             remain = ""
             if any(self.partial.glob("0*.json")):
                 remain = f". The shards that are whole remain in {self.partial}, and the same command continues them"
-            raise InputError(f"cannot write {self.folder}: {reason}{remain}") from None
+            raise InputError(f"cannot write {self.folder}: {why}{remain}") from None
 
 
 def _add(tar: tarfile.TarFile, number: int, moments: np.ndarray, label: int) -> str:

@@ -20,7 +20,7 @@ from mfengine.engine.flops import meta_network
 from mfengine.engine.lock import LOCK
 from mfengine.engine.optim import adamw_ema
 from mfengine.engine.plan import make_plan
-from mfengine.engine.telemetry import METRICS
+from mfengine.engine.telemetry import METRICS, kept_metrics
 from mfengine.errors import InputError
 from mfengine.evaluation.frechet import check_dimensions
 from mfengine.files import write_atomic, writing
@@ -99,6 +99,7 @@ def check_run_folder(config: TrainConfig, dataset: Dataset) -> list[Path]:
                 f"{folder} has a run with {name} {before.get(name)}, not {value}: "
                 "it cannot be continued so; start another run from its weights with --init"
             )
+    kept_metrics(folder / METRICS)  # which refuses a damaged file
     return checkpoints
 
 

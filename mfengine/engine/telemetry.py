@@ -172,18 +172,31 @@ def _leave_to_caller(failed: threading.ExceptHookArgs) -> None:
         threading.__excepthook__(failed)
 
 
+def kept_metrics(path: Path, step: int = 0) -> tuple[list[bytes], bool]:
+    """The lines of metrics.jsonl that stay when a run continues at `step`, and whether these are all.
+
+    Raises:
+        InputError: it cannot be read, or a line other than one that a killed run left half-written is damaged.
+    """
+    try:
+        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from None
+    kept = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (ValueError, KeyError, TypeError):
+            if line.endswith(b"\n"):
+                raise InputError(f"{path} is damaged at line {number}: repair it, or move it away") from None
+    return kept, kept == lines
+
+
 def _continue_metrics(path: Path, step: int) -> Any:
     """Open metrics.jsonl for appending, without the lines of steps that will be done again."""
+    kept, unchanged = kept_metrics(path, step)
     with writing(path):
-        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-        kept = []
-        for number, line in enumerate(lines, start=1):
-            try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line)
-            except (ValueError, KeyError, TypeError):
-                if number < len(lines):  # the last one may be half-written
-                    raise InputError(f"{path} is damaged at line {number}: repair it, or move it away") from None
-        if kept != lines:
+        if not unchanged:
             write_atomic(path, b"".join(kept))
         return path.open("ab", buffering=0)
