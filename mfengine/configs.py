@@ -54,7 +54,7 @@ def parse_json(text: str | bytes, where: object) -> dict[str, Any]:
     try:
         values = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{where} is not JSON: {error}") from None
+        raise InputError(f"cannot read {where}: it is not JSON: {error}") from None
     if not isinstance(values, dict):
         raise InputError(f"{where} holds {_brief(values)}, not a JSON object")
     return values

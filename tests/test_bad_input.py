@@ -451,7 +451,7 @@ DAMAGE = [
             ({"shards__0__count": -1}, "shards[0].count"),
             ({"shards__0__file": 3}, "shards[0].file"),
             ({"shards__0__bytes": None}, "shards[0].bytes"),
-            ({"class_counts": [1]}, "class_counts"),
+            ({"class_counts": ["x"]}, "class_counts[0]"),
             ({"class_names": [3]}, "class_names"),
             ({"name": None}, "name"),
             ({"colour": "red"}, "colour"),
