@@ -4,23 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-
-import tyro
 
 from mfengine import cli
 from mfengine.engine.checkpoint import export_model
 from mfengine.errors import InputError
-from mfengine.files import check_writable
+from mfengine.files import check_file
 
 
 @dataclass(frozen=True)
 class ExportArgs:
     """Write the moving average of a checkpoint's weights as safetensors, with its configuration as metadata."""
 
-    checkpoint: tyro.conf.Positional[Path]
+    checkpoint: cli.Checkpoint
     """a checkpoint, or a run folder, whose newest checkpoint is taken"""
-    out: tyro.conf.Positional[Path]
+    out: cli.Out
     """a new file, NAME.safetensors"""
     ema_decay: float | None = None
     """which moving average; the run's first if not given"""
@@ -34,9 +31,7 @@ def main(args: Sequence[str]) -> None:
         raise InputError(f"{config.out} must end in .safetensors")
     if config.out.exists():
         raise InputError(f"{config.out} exists: choose another name")
-    if not config.out.parent.is_dir():
-        raise InputError(f"folder {config.out.parent} does not exist")
-    check_writable(config.out)
+    check_file(config.out)
     read = export_model(config.checkpoint, config.out, config.ema_decay, config.skip_checksums)
     print(f"{config.out}: weights of {read}")
 

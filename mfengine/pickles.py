@@ -46,7 +46,7 @@ def explained(error: BaseException) -> ValueError | Refused:
     """An error of `torch.load`, with what is wrong alone: PyTorch's text recommends to execute the file."""
     if named := re.search(r"GLOBAL (\S+)", str(error)):
         return Refused(named[1])
-    if reason := re.search(r"WeightsUnpickler error: (.+)", str(error)):
+    if reason := re.search(r"WeightsUnpickler error:\s*(.+)", str(error)):
         return ValueError(reason[1])
     if str(error).startswith("Weights only load failed"):
         return ValueError("it holds more than tensors and plain values")

@@ -7,6 +7,7 @@ got it. How files are written and read is in `storage.py`.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pickle
 import re
@@ -15,6 +16,7 @@ import warnings
 import zlib
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -25,11 +27,11 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
-from mfengine.configs import from_json
+from mfengine.configs import check_at_least, from_json, parse_json, read_json
 from mfengine.data.format import LatentSpace
 from mfengine.engine.flops import meta_network
 from mfengine.engine.storage import Planner, Reader, Sum, Writer, intact
-from mfengine.errors import InputError, TrainingError
+from mfengine.errors import InputError
 from mfengine.files import sync, write_atomic, writing
 from mfengine.methods import OBJECTIVES, Objective
 from mfengine.networks import NETWORKS, Network
@@ -56,13 +58,16 @@ class Checkpointer:
             allocates once (torch 2.11 does for each save), pinned if it comes from a GPU. `poll` and `wait` tell how
             the writing ended.
 
-    `save`, `poll` and `wait` raise TrainingError if a checkpoint could not be written.
+    Attributes:
+        newest: whole checkpoint.
+        failed: why the last checkpoint could not be written; None if it could, or is still being written.
+        notes: what failed since the reader emptied the list.
     """
 
     def __init__(self, folder: Path, world: World, keep: int, asynchronous: bool) -> None:
         self._folder, self._world, self._keep = folder / "checkpoints", world, keep
         self._writer: ThreadPoolExecutor | None = None
-        self._writing: Future[Path] | None = None
+        self._writing: Future[None] | None = None
         self._group: dist.ProcessGroup | None = None
         if asynchronous:
             cuda = world.device.type == "cuda"
@@ -79,10 +84,8 @@ class Checkpointer:
             # Ranks talk in the background too, and must not be heard by those that train meanwhile.
             self._group = dist.new_group(backend="gloo") if world.sharded else None
         self.newest = world.on_main(lambda: newest_checkpoint(folder))
-        if world.main:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            for leftover in (*self._folder.glob(".partial-*"), *self._folder.glob(".removed-*")):
-                shutil.rmtree(leftover)
+        self.failed: str | None = None
+        self.notes: list[str] = []
 
     def save(self, step: int, state: dict[str, Any], description: dict[str, Any]) -> None:
         """Write a checkpoint of `step`; every rank calls it.
@@ -95,7 +98,7 @@ class Checkpointer:
         self.wait()
         description = {"step": step, **description}
         if self._writer is None:
-            self.newest = self._write(step, state, description)
+            self._write(step, state, description)
         else:
             staged = self._stager.stage(state)
             assert isinstance(staged, dict)
@@ -110,14 +113,12 @@ class Checkpointer:
         """Wait for the write in the background, if there is one."""
         if self._writing:
             writing, self._writing = self._writing, None
-            self.newest = writing.result()
+            writing.result()
 
-    def _write(self, step: int, state: dict[str, Any], description: dict[str, Any]) -> Path:
+    def _write(self, step: int, state: dict[str, Any], description: dict[str, Any]) -> None:
         """Write a folder under another name, rename it when it is whole, and remove old ones."""
         unfinished, whole = (self._folder / f"{name}-{step:08d}" for name in (".partial-step", "step"))
         try:
-            if self._world.main:
-                unfinished.mkdir(exist_ok=True)  # the other ranks may be ahead
             writer = Writer(unfinished)
             dcp.save(state, storage_writer=writer, process_group=self._group, no_dist=not self._world.sharded)
             sums = self._gather(writer.sums)
@@ -128,16 +129,22 @@ class Checkpointer:
                 sync(unfinished)
                 unfinished.rename(whole)
                 sync(self._folder)
+        except (dcp.CheckpointException, OSError) as error:
+            if self._world.main:
+                shutil.rmtree(unfinished, ignore_errors=True)  # the disk may be full of it
+            self.failed = f"cannot write {whole}: {_reason(error)}; last whole checkpoint: {self.newest or 'none'}"
+            self.notes.append(self.failed)
+            return
+        self.newest, self.failed = whole, None
+        if self._world.main:
+            try:
                 for old in _whole_checkpoints(self._folder)[: -self._keep]:
                     # Renamed first: a kill in the midst of the removal must not leave a folder that looks whole.
                     doomed = old.with_name(f".removed-{old.name}")
                     old.rename(doomed)
                     shutil.rmtree(doomed)
-        except (dcp.CheckpointException, OSError) as error:
-            raise TrainingError(
-                f"cannot write {whole}: {_reason(error)}; last whole checkpoint: {self.newest or 'none'}"
-            ) from None
-        return whole
+            except OSError as error:  # in use, say
+                self.notes.append(f"cannot remove {old}: {error.strerror}")
 
     def _gather(self, sums: dict[str, Sum]) -> dict[str, Sum]:
         """On rank 0, those of all ranks."""
@@ -146,6 +153,15 @@ class Checkpointer:
         everyones: list[dict[str, Sum]] | None = [{} for _ in range(self._world.size)] if self._world.main else None
         dist.gather_object(sums, everyones, group=self._group)
         return {name: each for part in everyones or () for name, each in part.items()}
+
+
+def remove_leftovers(run: Path) -> None:
+    """Remove what a job that was killed left unfinished in a run folder: it may fill the disk."""
+    for leftover in (*run.rglob(".partial-*"), *run.glob("checkpoints/.removed-*")):
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
 
 
 def _whole_checkpoints(folder: Path) -> list[Path]:
@@ -193,19 +209,55 @@ def set_aside(damaged: list[Path]) -> None:
             checkpoint.rename(aside)
 
 
+@dataclass(frozen=True)
+class _Progress:
+    """What checkpoint.json says beside network, objective and latent space; an export has the step alone."""
+
+    step: int
+    parts: int = 1
+    skipped_steps: int = 0
+    ema_decays: tuple[float, ...] = (0.0,)
+
+    def __post_init__(self) -> None:
+        check_at_least(0, step=self.step, skipped_steps=self.skipped_steps)
+        check_at_least(1, parts=self.parts)
+        if not self.ema_decays:
+            raise ValueError("ema_decays must be one or more numbers")
+
+
 def read_description(checkpoint: Path) -> dict[str, Any]:
-    """What checkpoint.json says; InputError if it cannot be read, or a file that it names has not the size it says."""
-    try:
-        description = json.loads((checkpoint / DESCRIPTION).read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot read {checkpoint / DESCRIPTION}: {error}") from None
+    """What checkpoint.json says; InputError if it is not valid, or a file that it names has not the size it says."""
+    path = checkpoint / DESCRIPTION
+    description = read_json(path)
+    for name in ("parts", "skipped_steps", "ema_decays"):
+        if name not in description:
+            raise InputError(f"{path}: {name} is missing")
     for name, expected in _files(checkpoint, description).items():
-        path = checkpoint / name
-        if not path.is_file():
+        file = checkpoint / name
+        if not file.is_file():
             raise InputError(f"{checkpoint} is damaged: {name} is missing")
-        if (size := path.stat().st_size) != expected.bytes:
+        if (size := file.stat().st_size) != expected.bytes:
             raise InputError(f"{checkpoint} is damaged: {name} has {size} bytes, not {expected.bytes}")
+    return _checked(description, path)
+
+
+def _checked(description: dict[str, Any], where: Path) -> dict[str, Any]:
+    """The description of a checkpoint or an export, once all of it is valid; otherwise InputError."""
+    names = [field.name for field in dataclasses.fields(_Progress)]
+    from_json(_Progress, {name: description[name] for name in names if name in description}, where)
+    model = NETWORKS.read(description, "model", where)
+    OBJECTIVES.read(description, "method", where)
+    space = _space(description, where)
+    if (space.shape, space.num_classes) != (model.latent_shape, model.num_classes):
+        raise InputError(
+            f"{where}: space.shape {space.shape} with {space.num_classes} classes does not fit the model, which takes "
+            f"{model.latent_shape} with {model.num_classes}"
+        )
     return description
+
+
+def _space(description: dict[str, Any], where: Path) -> LatentSpace:
+    return from_json(LatentSpace, description.get("space"), where, "space.")
 
 
 def _files(checkpoint: Path, description: dict[str, Any]) -> dict[str, Sum]:
@@ -277,7 +329,14 @@ def load_state(
 
 
 def _reason(error: BaseException) -> str:
-    """The last line of an error: DCP's begin with the tracebacks of all ranks."""
+    """The error of the disk behind it, or its last line: DCP's begin with the tracebacks of all ranks."""
+    cause: BaseException | None = error
+    if isinstance(error, dcp.CheckpointException):
+        cause = next(iter(error.failures.values()))[0]
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__context__
+    if cause is not None and cause.strerror:
+        return cause.strerror
     return (str(error).strip() or type(error).__name__).splitlines()[-1]
 
 
@@ -312,22 +371,36 @@ def load_model(path: Path, ema_decay: float | None = None, skip_checksums: bool 
         path = _find_checkpoint(path)
         description = read_description(path)
         weights = _read_average(path, description, ema_decay, True, skip_checksums)
-    model = NETWORKS.build(NETWORKS.read(description, "model")).for_sampling()
-    model.load_state_dict(weights)
-    objective = OBJECTIVES.build(OBJECTIVES.read(description, "method"))
-    return Trained(model.eval(), from_json(LatentSpace, description["space"]), path, objective)
+    model = NETWORKS.build(NETWORKS.read(description, "model", path)).for_sampling()
+    _load_weights(model, weights, path)
+    objective = OBJECTIVES.build(OBJECTIVES.read(description, "method", path))
+    return Trained(model.eval(), _space(description, path), path, objective)
+
+
+def _load_weights(model: Network, weights: dict[str, Tensor], path: Path) -> None:
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise InputError(f"{path} is of another architecture: {str(error).splitlines()[1].strip():.200}") from None
 
 
 def export_model(checkpoint: Path, out: Path, ema_decay: float | None = None, skip_checksums: bool = False) -> Path:
     """Write a moving average of what sampling needs, with its description, as safetensors; the checkpoint read."""
-    from safetensors.torch import save_file  # here, since `make gpu` runs without it
+    from safetensors import SafetensorError  # here, since `make gpu` runs without it
+    from safetensors.torch import save_file
 
+    if checkpoint.suffix == ".safetensors":
+        raise InputError(f"{checkpoint} is an export already: give a checkpoint or a run folder")
     checkpoint = _find_checkpoint(checkpoint)
     description = read_description(checkpoint)
     weights = _read_average(checkpoint, description, ema_decay, True, skip_checksums)
     of_the_run = ("parts", "skipped_steps", "ema_decays", "files", "crc32")
     kept = {key: value for key, value in description.items() if key not in of_the_run}
-    write_atomic(out, lambda partial: save_file(weights, partial, metadata={"mfengine": json.dumps(kept)}))
+    try:
+        with writing(out):
+            write_atomic(out, lambda partial: save_file(weights, partial, metadata={"mfengine": json.dumps(kept)}))
+    except SafetensorError as error:
+        raise InputError(f"cannot write {out}: {error}") from None
     return checkpoint
 
 
@@ -354,6 +427,8 @@ def load_initial_weights(model: Network, path: Path, reverse_time: bool, skip_ch
             raise InputError(f"{path} would run {name}, if it were unpickled: refused") from None
         except (OSError, RuntimeError, ValueError) as error:
             raise InputError(f"cannot read {path}: {str(error).splitlines()[0]}") from None
+        except (AttributeError, EOFError, KeyError, TypeError) as error:
+            raise InputError(f"cannot read {path}: it is not a state dict of tensors: {error!r:.100}") from None
     elif path.suffix == ".safetensors":
         weights, _ = _read_export(path)
         sampled = meta_network(model.config).for_sampling().state_dict()
@@ -363,10 +438,7 @@ def load_initial_weights(model: Network, path: Path, reverse_time: bool, skip_ch
     else:
         checkpoint = _find_checkpoint(path)
         weights = _read_average(checkpoint, read_description(checkpoint), None, False, skip_checksums)
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        raise InputError(f"{path} is of another architecture: {str(error).splitlines()[1].strip()}") from None
+    _load_weights(model, weights, path)
     return fresh
 
 
@@ -387,7 +459,7 @@ def _read_average(
     decay = decays[0] if decay is None else decay
     if decay not in decays:
         raise InputError(f"{checkpoint} has no moving average of decay {decay}; it has {decays}")
-    model = meta_network(NETWORKS.read(description, "model"))
+    model = meta_network(NETWORKS.read(description, "model", checkpoint))
     shapes = (model.for_sampling() if sampling else model).state_dict()
     state = {"ema": {str(decay): {name: torch.empty(value.shape) for name, value in shapes.items()}}}
     load_state(checkpoint, description, state, World(0, 1, torch.device("cpu")), skip_checksums)
@@ -406,4 +478,4 @@ def _read_export(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise InputError(f"cannot read {path}: {error}") from None
     if "mfengine" not in metadata:
         raise InputError(f"{path} was not written by mfengine.export: it has no configuration")
-    return weights, json.loads(metadata["mfengine"])
+    return weights, _checked(parse_json(metadata["mfengine"], path), path)

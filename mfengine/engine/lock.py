@@ -46,7 +46,7 @@ def hold(folder: Path) -> Iterator[str | None]:
         launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         since = f"{datetime.now():%Y-%m-%d %H:%M:%S}"
         owner = {"host": socket.gethostname(), "pid": os.getpid(), "torchrun": launcher, "since": since}
-        with writing(path):
+        with suppress(OSError):  # on a full disk nobody knows whose it is, but it is held
             os.ftruncate(handle, 0)
             os.write(handle, json.dumps(owner).encode())
         yield warning

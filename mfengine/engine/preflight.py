@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mfengine.configs import flatten, to_json
+from mfengine.configs import flatten, read_json, to_json
 from mfengine.data.format import Dataset
 from mfengine.data.loader import Loader
 from mfengine.engine.checkpoint import checkpoints_of, first_whole, load_initial_weights, read_description
@@ -20,10 +20,10 @@ from mfengine.engine.flops import meta_network
 from mfengine.engine.lock import LOCK
 from mfengine.engine.optim import adamw_ema
 from mfengine.engine.plan import make_plan
-from mfengine.engine.telemetry import METRICS
+from mfengine.engine.telemetry import METRICS, kept_metrics
 from mfengine.errors import InputError
 from mfengine.evaluation.frechet import check_dimensions
-from mfengine.files import write_atomic
+from mfengine.files import write_atomic, writing
 from mfengine.kernels.multi_tensor import LIBRARY
 from mfengine.methods import OBJECTIVES
 from mfengine.networks import NETWORKS
@@ -92,16 +92,14 @@ def check_run_folder(config: TrainConfig, dataset: Dataset) -> list[Path]:
         return []  # a run that ended before it had done anything: the next one may be of other settings
     if config.resume == "never":
         raise InputError(f"{folder} holds a run: continue it with --resume auto, or choose another --name")
-    try:
-        before = {**NETWORKS.unnamed, **OBJECTIVES.unnamed, **flatten(json.loads(path.read_text()))}
-    except ValueError as error:
-        raise InputError(f"{path} cannot be read: {error}") from None
+    before = {**NETWORKS.unnamed, **OBJECTIVES.unnamed, **flatten(read_json(path))}
     for name, value in flatten(_config_values(config, dataset)).items():
         if before.get(name) != value and name.startswith(FIXED):
             raise InputError(
                 f"{folder} has a run with {name} {before.get(name)}, not {value}: "
                 "it cannot be continued so; start another run from its weights with --init"
             )
+    kept_metrics(folder / METRICS)  # which refuses a damaged file
     return checkpoints
 
 
@@ -116,8 +114,10 @@ def _size(path: Path) -> int:
 
 def write_config(config: TrainConfig, dataset: Dataset) -> None:
     """Write the resolved configuration into the run's folder."""
-    config.folder.mkdir(parents=True, exist_ok=True)
-    write_atomic(config.folder / CONFIG, json.dumps(_config_values(config, dataset), indent=1) + "\n")
+    path = config.folder / CONFIG
+    with writing(path):
+        config.folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, json.dumps(_config_values(config, dataset), indent=1) + "\n")
 
 
 def _config_values(config: TrainConfig, dataset: Dataset) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from mfengine.engine.checkpoint import (
     load_initial_weights,
     load_state,
     read_description,
+    remove_leftovers,
     set_aside,
 )
 from mfengine.engine.config import TrainConfig
@@ -136,15 +137,17 @@ class Trainer:
         self.data = fit_data(dataset, world) if config.evaluate_every else None
 
         # Nothing is written before here, so that wrong input leaves nothing behind.
+        world.on_main(lambda: remove_leftovers(config.folder))
         world.on_main(lambda: write_config(config, dataset))
         world.on_main(lambda: set_aside(checkpoints[: len(damaged)]))
         self.checkpointer = Checkpointer(config.folder, world, config.keep, asynchronous=world.device.type == "cuda")
-        peak = 0.0
-        if world.main:
-            if device_memory(world.device) is not None:
-                notes += make_plan(config, world).warnings(world.device)
+        if world.main and device_memory(world.device) is not None:
+            notes += make_plan(config, world).warnings(world.device)
+
+        def peak() -> float:
             flops = step_flops(config.model, config.method, config.local_batch(world.size))
-            peak = world.size * peak_rate(world.device, model.compute_dtype) / flops
+            return world.size * peak_rate(world.device, model.compute_dtype) / flops
+
         self.telemetry = Telemetry(config.folder, world.main, self.step, self.total_steps, config.batch_size, peak)
         for note in notes:
             self.telemetry.say(note)
@@ -155,9 +158,11 @@ class Trainer:
             while self.step < self.total_steps:
                 signum, overdue = self._train_step(caught)
                 self.checkpointer.poll()
+                self._tell()
                 due = self.step % self.config.checkpoint_every == 0 or self.step == self.total_steps
                 if due or overdue or signum:
                     self._save()
+                    self._tell()
                 if self.config.sample_every and self.step % self.config.sample_every == 0:
                     self._draw_samples()
                 if self.data is not None and self.step % self.config.evaluate_every == 0 and not signum:
@@ -167,6 +172,8 @@ class Trainer:
             else:
                 signum = 0
             self.checkpointer.wait()
+        if self.checkpointer.failed:
+            raise TrainingError(self.checkpointer.failed)
         if self.world.main:  # the last line, below the progress bar
             stopped = f"stopped by {signal.Signals(signum).name}: " if signum else ""
             done = f"step {self.step} of {self.total_steps}, checkpoint {self.checkpointer.newest}"
@@ -296,7 +303,14 @@ class Trainer:
             "ema": {str(d): averages(self.model, self.optimizer, d) for d in self.config.optim.ema_decays},
         }
 
+    def _tell(self) -> None:
+        """Tell of checkpoints that could not be written, or not be removed: the next one is tried all the same."""
+        for note in self.checkpointer.notes:
+            self.telemetry.say(f"warning: {note}; training goes on")
+        self.checkpointer.notes.clear()
+
     def _save(self) -> None:
+        self.telemetry.flush()
         if self.optimizer.skipped:
             self._skipped_gradient()
         # However it came to them, weights that are not finite must not replace good ones.
