@@ -32,7 +32,8 @@ class Life:
     def __init__(self, ranks, args, cwd, folder):
         self.folder = folder
         folder.mkdir()
-        self.process = forks.Process(target=run_in_fork, args=(args, cwd, ranks, dict(os.environ), folder))
+        files = folder / "stdout", folder / "stderr"
+        self.process = forks.Process(target=run_in_fork, args=(args, cwd, ranks, dict(os.environ), files))
         self.process.start()
 
     def pids(self):

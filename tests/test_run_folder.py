@@ -294,7 +294,12 @@ def wait_for(text, log, process):
     return said
 
 
-def train_with_slow_saves(args, cwd, folder):
+def fork(*args, cwd):
+    """A command whose stderr is a file in its folder."""
+    run_in_fork(args, cwd, 1, dict(os.environ), (os.devnull, cwd / "stderr"))
+
+
+def train_with_slow_saves(args, cwd):
     save = checkpoint.dcp.save
 
     def slow(*args, **kwargs):
@@ -302,14 +307,14 @@ def train_with_slow_saves(args, cwd, folder):
         time.sleep(60)
 
     checkpoint.dcp.save = slow
-    run_in_fork(args, cwd, 1, dict(os.environ), folder)
+    fork(*args, cwd=cwd)
 
 
 def test_second_interrupt_leaves_at_once(two_steps, digits, tmp_path):
     """While a checkpoint is being written: one line each, no traceback, and the older checkpoint stays whole."""
     shutil.copytree(two_steps, tmp_path / "runs/digits")
     args = ("mfengine.train", *SMALL, f"--data={digits}", "--steps=100000", "--resume=auto")
-    process = forks.Process(target=train_with_slow_saves, args=(args, tmp_path, tmp_path))
+    process = forks.Process(target=train_with_slow_saves, args=(args, tmp_path))
     process.start()
     log = tmp_path / "stderr"
     wait_for("samples/s", log, process)
@@ -331,7 +336,7 @@ def test_second_interrupt_leaves_at_once(two_steps, digits, tmp_path):
 
 def test_interrupted_command_is_one_line(two_steps, digits, tmp_path):
     args = ("mfengine.evaluate", str(two_steps), f"--data={digits}", "--num=100000000")
-    process = forks.Process(target=run_in_fork, args=(args, tmp_path, 1, dict(os.environ), tmp_path))
+    process = forks.Process(target=fork, args=args, kwargs={"cwd": tmp_path})
     process.start()
     wait_for("samples/s", tmp_path / "stderr", process)
     os.kill(process.pid, signal.SIGINT)
