@@ -92,7 +92,7 @@ def damage(checkpoint, rng):
     if how == "missing":
         path.unlink()
     elif how == "cut":
-        os.truncate(path, rng.randrange(path.stat().st_size))
+        os.truncate(path, rng.randrange(path.stat().st_size - 1))  # the last byte of checkpoint.json says nothing
     else:
         content = bytearray(path.read_bytes())
         content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
@@ -203,7 +203,7 @@ def chaos(kills, rng, steps, disk, digits, cwd):
         for checkpoint in broken:
             counts["damaged"] += 1
             if resumed:
-                assert re.search(rf"(cannot read|runs).*{checkpoint.name}.*; set aside", said), said
+                assert re.search(rf"(cannot read|runs).*{checkpoint.name}.*; set aside", said), (events, said)
         if resumed or "M parameters" in said:
             before = int(resumed[1]) if resumed else 0
             for checkpoint in checkpoints_of(run):
