@@ -6,11 +6,13 @@ import contextlib
 import dataclasses
 import difflib
 import io
+import json
 import math
 import os
 import re
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -138,9 +140,14 @@ def run(command: Callable[[Sequence[str]], int | None]) -> None:
     except (InputError, TrainingError, OSError) as error:
         # What is wrong is wrong on every rank alike and the first one says it, unless only one rank can know.
         rank = int(os.environ.get("RANK", 0))
-        if rank == 0 or isinstance(error, (RankError, RankTrainingError, OSError)):
-            text = reason(error) if isinstance(error, OSError) else error
-            print(f"error: {f'rank {rank}: ' if rank else ''}{text}", file=sys.stderr)
+        own = isinstance(error, (RankError, RankTrainingError, OSError))
+        text = reason(error) if isinstance(error, OSError) else error
+        line = f"error: {f'rank {rank}: ' if rank and own else ''}{text}"
+        if rank == 0 or own:
+            print(line, file=sys.stderr)
+        if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # torchrun ends with its own report, which quotes this
+            with contextlib.suppress(OSError):
+                Path(report).write_text(json.dumps({"message": line, "timestamp": int(time.time())}))
         if isinstance(error, OSError):
             _discard_output()
         code = 1 if isinstance(error, TrainingError) else 2

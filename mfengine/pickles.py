@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import warnings
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
@@ -17,6 +18,8 @@ from typing import Any
 
 import numpy as np
 import torch
+
+warnings.filterwarnings("ignore", message="Detected pickle protocol")  # it is read, or refused with a reason
 
 
 class Refused(pickle.UnpicklingError):
@@ -36,11 +39,18 @@ def load_tensors(source: Path | BytesIO) -> Any:
     except OSError:
         raise
     except Exception as error:  # of the unpickler and the zip reader, which break in many ways on what is no such file
-        if named := re.search(r"GLOBAL (\S+)", str(error)):
-            raise Refused(named[1]) from None
-        # PyTorch's first line recommends to execute the file.
-        reason = re.search(r"WeightsUnpickler error:\s*(.*)", str(error))
-        raise ValueError(reason[1] if reason else str(error).partition("\n")[0] or type(error).__name__) from None
+        raise explained(error) from None
+
+
+def explained(error: BaseException) -> ValueError | Refused:
+    """An error of `torch.load`, with what is wrong alone: PyTorch's text recommends to execute the file."""
+    if named := re.search(r"GLOBAL (\S+)", str(error)):
+        return Refused(named[1])
+    if reason := re.search(r"WeightsUnpickler error:\s*(.+)", str(error)):
+        return ValueError(reason[1])
+    if str(error).startswith("Weights only load failed"):
+        return ValueError("it holds more than tensors and plain values")
+    return ValueError(str(error).partition("\n")[0] or type(error).__name__)
 
 
 def load_record(data: bytes) -> dict[Any, Any]:

@@ -1,4 +1,4 @@
-"""When and how checkpoints are written; `test_resume.py` says what is read from them."""
+"""When and how checkpoints are written; `test_run_folder.py` says what is read from them."""
 
 import errno
 import os

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import pickle
 import re
 import shutil
 import warnings
@@ -34,7 +35,7 @@ from mfengine.errors import InputError
 from mfengine.files import sync, write_atomic, writing
 from mfengine.methods import OBJECTIVES, Objective
 from mfengine.networks import NETWORKS, Network
-from mfengine.pickles import Refused, load_tensors
+from mfengine.pickles import Refused, explained, load_tensors
 from mfengine.ranks import World
 
 # A single process has no process group, which is as it should be.
@@ -294,25 +295,35 @@ def load_state(
     files = {} if skip_checksums else _files(checkpoint, description)
     names = sorted(files)
     error: BaseException | None = None
-    with ThreadPoolExecutor(4) as pool:
-        mine = names[world.rank :: world.size]
-        good = pool.map(lambda name: intact(checkpoint / name, files[name]), mine)
-        try:
-            dcp.load(state, storage_reader=Reader(checkpoint), planner=Planner(), no_dist=not world.sharded)
-        except dcp.CheckpointException as failed:
-            error = next(iter(failed.failures.values()))[0]
-            if isinstance(error, KeyboardInterrupt):
-                raise error from None
-        except (RuntimeError, ValueError) as failed:
-            error = failed
-        damaged = [names.index(name) for name, is_good in zip(mine, good, strict=True) if not is_good]
-    # A rank knows only of its own part.
-    ranks = world.gather([min(damaged, default=len(names)), error is not None])
+    try:
+        reader = Reader(checkpoint)
+    except (OSError, ValueError, Refused) as failed:
+        error = failed
+    failures = world.gather([error is not None])  # all ranks read, or none
+    damaged: list[int] = []
+    if not failures.any():
+        with ThreadPoolExecutor(4) as pool:
+            mine = names[world.rank :: world.size]
+            good = pool.map(lambda name: intact(checkpoint / name, files[name]), mine)
+            try:
+                dcp.load(state, storage_reader=reader, planner=Planner(), no_dist=not world.sharded)
+            except dcp.CheckpointException as failed:
+                error = next(iter(failed.failures.values()))[0]
+                if isinstance(error, KeyboardInterrupt):
+                    raise error from None
+            except (RuntimeError, ValueError) as failed:
+                error = failed
+            damaged = [names.index(name) for name, is_good in zip(mine, good, strict=True) if not is_good]
+    ranks = world.gather([min(damaged, default=len(names)), error is not None])  # each knows of its own part
     first = int(ranks[:, 0].min())
-    if files and description.get("crc32") != _own_checksum(description):
-        raise InputError(f"{checkpoint} is damaged: the content of {DESCRIPTION} has changed")
     if first < len(names):
         raise InputError(f"{checkpoint} is damaged: the content of {names[first]} has changed")
+    if files and description.get("crc32") != _own_checksum(description):
+        raise InputError(f"{checkpoint} is damaged: the content of {DESCRIPTION} has changed")
+    if isinstance(error, pickle.UnpicklingError) and not isinstance(error, Refused):
+        error = explained(error)
+    if isinstance(error, Refused):
+        raise InputError(f"{checkpoint} would run {error}, if it were unpickled: refused")
     if ranks[:, 1].any():
         raise InputError(f"cannot read {checkpoint}: {_reason(error) if error else 'another rank could not'}")
 

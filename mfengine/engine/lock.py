@@ -41,7 +41,6 @@ def hold(folder: Path) -> Iterator[str | None]:
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     path = folder / LOCK
     with writing(path):
-        folder.mkdir(parents=True, exist_ok=True)
         handle, warning = _lock(path)
     try:
         launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
@@ -62,6 +61,7 @@ def hold(folder: Path) -> Iterator[str | None]:
 def _lock(path: Path) -> tuple[int, str | None]:
     """The lock file, open and locked, and why it may not keep others out."""
     while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         warning = None
         try:
@@ -75,7 +75,7 @@ def _lock(path: Path) -> tuple[int, str | None]:
                 os.close(handle)
                 raise
             warning = error.strerror
-        if warning is None and _local_locks(path):
+        if warning is None and _local_locks(handle):
             warning = "they are local to this host"
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(handle), path.stat()):
@@ -97,9 +97,9 @@ def _describe(owner: bytes) -> str:
     return f"{described}: wait for it, or choose another --name"
 
 
-def _local_locks(path: Path) -> bool:
+def _local_locks(handle: int) -> bool:
     """Whether the file system is mounted so that other hosts do not see its locks: NFS with nolock."""
-    device = path.stat().st_dev
+    device = os.fstat(handle).st_dev
     number = f"{os.major(device)}:{os.minor(device)}"
     with suppress(OSError):
         for line in Path("/proc/self/mountinfo").read_text().splitlines():

@@ -25,7 +25,7 @@ from mfengine.pickles import Refused, load_tensors
 from mfengine.torch_private import checkpoint_names
 
 METADATA = ".metadata"
-_StorageInfo, _MemoryFormat, _layout = checkpoint_names()
+_Place, _MemoryFormat, _layout = checkpoint_names()
 
 # ----------------------------------------------------------------------------
 # Checksums.
@@ -92,36 +92,41 @@ class Reader(dcp.FileSystemReader):
     """DCP's reader, with a restricted unpickler for the list of what a checkpoint holds.
 
     Raises:
-        Refused: the list names what DCP does not write, or files elsewhere.
+        OSError: the list cannot be read.
+        Refused: it names what DCP does not write.
         ValueError: it is no such list.
     """
 
-    def read_metadata(self, *args: Any, **kwargs: Any) -> records.Metadata:
-        with Path(self.path, METADATA).open("rb") as file:
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        with (folder / METADATA).open("rb") as file:
             try:
-                metadata = _Unpickler(file).load()
+                self._metadata = _Unpickler(file).load()
             except Refused:
                 raise
             except Exception as error:  # of pickle's machine, which breaks in many ways on what is no pickle
-                raise ValueError(f"{METADATA} is not a pickle: {error}") from None
-        if not isinstance(metadata, records.Metadata) or not isinstance(metadata.storage_data, dict):
-            raise ValueError(f"{METADATA} does not say what the checkpoint holds")
-        for place in metadata.storage_data.values():
-            if not isinstance(place, _StorageInfo) or Path(name := str(place.relative_path)).name != name:
-                raise Refused(f"{METADATA} names files that are not in the checkpoint: refused")
-        return metadata
+                raise ValueError(f"{METADATA} is not a pickle of DCP's: {' '.join(str(error).split())}") from None
+        places = getattr(self._metadata, "storage_data", None)
+        if not isinstance(self._metadata, records.Metadata) or not isinstance(places, dict):
+            raise ValueError(f"{METADATA} does not say what there is")
+        for place in places.values():
+            name = getattr(place, "relative_path", None)
+            if not isinstance(name, str) or Path(name).name != name:
+                raise ValueError(f"{METADATA} names files elsewhere")
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> records.Metadata:
+        return self._metadata
 
 
 class Planner(dcp.DefaultLoadPlanner):
-    """DCP's planner, which unpickles values that are no tensors with `weights_only`."""
+    """DCP's planner; what is no tensor has to be bytes, and is unpickled with `weights_only`."""
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         # DCP unpickles whatever it gets here: so it gets what this process has pickled.
-        harmless = io.BytesIO()
-        try:
-            torch.save(load_tensors(value), harmless)
-        except Refused as name:
-            raise Refused(f"{read_item.dest_index.fqn} would run {name}, if it were unpickled: refused") from None
+        content, harmless = load_tensors(value), io.BytesIO()
+        if not isinstance(content, bytes):
+            raise ValueError(f"{read_item.dest_index.fqn} is of type {type(content).__name__}, not bytes")
+        torch.save(content, harmless)
         harmless.seek(0)
         super().load_bytes(read_item, harmless)
 
@@ -131,7 +136,7 @@ class _Unpickler(pickle.Unpickler):
         if module == "torch" and isinstance(dtype := vars(torch).get(name), torch.dtype):
             return dtype
         if (module, name) not in _NAMES:
-            raise Refused(f"{METADATA} would run {module}.{name}, if it were unpickled: refused")
+            raise Refused(f"{module}.{name}")
         return _NAMES[module, name]
 
 
@@ -139,7 +144,7 @@ class _Sealed(type):
     """A name in a pickle. The pickle can call it, and do nothing else to it: a class itself could be changed."""
 
     def __setattr__(cls, name: str, value: Any) -> None:
-        raise Refused(f"{METADATA} would change {cls.__name__}.{name}: refused")
+        raise Refused(f"setattr({cls.__name__}, {name!r})")
 
 
 def _sealed(name: str, call: Callable[..., Any]) -> _Sealed:
@@ -158,7 +163,7 @@ _CLASSES = (
     records.BytesStorageMetadata,
     records.ChunkStorageMetadata,
     records.TensorProperties,
-    _StorageInfo,
+    _Place,
 )
 _NAMES: dict[tuple[str, str], Any] = {
     **{(cls.__module__, cls.__name__): _sealed(cls.__name__, _instance(cls)) for cls in _CLASSES},

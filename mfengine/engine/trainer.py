@@ -131,7 +131,8 @@ class Trainer:
         damaged: list[str] = []
         if checkpoints:
             (positions, resumed), damaged = first_whole(checkpoints, self._resume)
-            notes += [f"{problem}; set aside as damaged-*" for problem in damaged] + resumed
+            aside = (f"set aside as damaged-{path.name}" for path in checkpoints)
+            notes += [f"{problem}; {where}" for problem, where in zip(damaged, aside, strict=False)] + resumed
         self.loaders = self._open_data(positions)
         self.data = fit_data(dataset, world) if config.evaluate_every else None
 
@@ -384,9 +385,9 @@ def _answer(reading: int, speaks: bool) -> None:
         if number[0] != signal.SIGINT:
             continue
         if speaks:
-            said = (
-                "left without a checkpoint" if interrupted else "writing a checkpoint; Ctrl-C again leaves without it"
-            )
+            # torchrun hands on the first one alone.
+            again = "" if "TORCHELASTIC_RUN_ID" in os.environ else "; Ctrl-C again leaves without it"
+            said = "left without a checkpoint" if interrupted else f"writing a checkpoint{again}"
             os.write(2, f"\ninterrupted: {said}\n".encode())
         if interrupted:
             os._exit(128 + signal.SIGINT)
