@@ -8,8 +8,11 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
+import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -133,6 +136,16 @@ def described(**changes):
     return apply
 
 
+def crowd(folder):
+    """Many more images."""
+
+    def apply():
+        for i in range(500):
+            shutil.copy(f"{folder}/0.png", f"{folder}/more{i}.png")
+
+    return apply
+
+
 def mount(path, options):
     def apply():
         Path(path).mkdir(parents=True, exist_ok=True)
@@ -204,10 +217,18 @@ class Case:
     code: int = 2
     new: tuple[str, ...] = field(default=())
     """names of what may be there afterwards that was not before"""
+    signum: int | None = None
+    """sent to the process"""
+    sent: str = ""
+    """when there is this file; after some seconds if none is named"""
 
 
 def case(command, *damage, says="", code=2, new=()):
     return Case(command, damage, says, code, new)
+
+
+def interrupt(command, sent, *damage, signum=signal.SIGINT, says="interrupted", new=()):
+    return Case(command, damage, says, 128 + signum, new, signum, sent)
 
 
 TRAIN = f"train {' '.join(SMALL)} --data=data --steps=2 --name=new"
@@ -649,6 +670,24 @@ DISKS = [
     ),
 ]
 
+INTERRUPTS = [
+    *(
+        interrupt(
+            f"{TRAIN} --steps=99999 --checkpoint-every=9",
+            "runs/new/checkpoints/step-00000009",
+            signum=signum,
+            says="stopped by",
+            new=("new",),
+        )
+        for signum in (signal.SIGINT, signal.SIGTERM)
+    ),
+    interrupt("generate runs/digits --per-label=2000 --steps=1000", ""),
+    interrupt("evaluate runs/digits --data=data --num=200000", ""),
+    interrupt("evaluate runs/digits --save=x --num=200000", ".partial-x", new=(".partial-x",)),
+    interrupt(IMAGES, ".partial-out/data/000000.tar.partial", crowd("images/a")),
+    interrupt(f"{IMAGES} --shard-samples=1", ".partial-out/000000.json", crowd("images/a"), new=(".partial-out",)),
+]
+
 
 # ----------------------------------------------------------------------------
 # The inputs, and the tests.
@@ -708,6 +747,15 @@ def unmount(folder):
                 subprocess.run(["umount", at], check=True)
 
 
+def send(case, process):
+    """Send a signal to the process of a command that is at work."""
+    deadline = time.monotonic() + (60 if case.sent else 3)
+    while process.is_alive() and time.monotonic() < deadline and not (case.sent and Path(case.sent).exists()):
+        time.sleep(0.001)
+    if process.is_alive():
+        os.kill(process.pid, case.signum)
+
+
 def ending(case, inputs, folder):
     """(exit code, last line, what is bad about it) of a command."""
     shutil.copytree(inputs, folder)
@@ -719,7 +767,10 @@ def ending(case, inputs, folder):
         before = contents(folder)
         command, _, stdout = case.command.partition(" > ")
         name, *args = shlex.split(command)
-        done = run_command(f"mfengine.{name}", *args, cwd=folder, timeout=60, stdout=stdout or None)
+        done = run_command(
+            f"mfengine.{name}", *args, cwd=folder, timeout=60, stdout=stdout or None,
+            meanwhile=partial(send, case) if case.signum else None,
+        )  # fmt: skip
         after = contents(folder)
     except subprocess.TimeoutExpired:
         return None, "", ["took more than a minute"]
@@ -728,13 +779,14 @@ def ending(case, inputs, folder):
         unmount(folder)
         shutil.rmtree(folder)
     lines = [line for line in done.stderr.replace("\r", "\n").splitlines() if line.strip()]
-    errors = [line for line in lines if line.startswith("error: ")]
+    begin = "error: " if case.signum is None else case.says
+    errors = [line for line in lines if line.startswith(begin)]
     line = errors[-1] if errors else lines[-1] if lines else ""
     new = {path for path in after if path not in before and not set(Path(path).parts) & {*case.new}}
     bad = {
         "traceback": "Traceback" in done.stderr,
         "exit code": done.returncode != case.code,
-        "no line" if not errors else "several lines": len(errors) != 1 or not lines[-1].startswith("error: "),
+        "no line" if not errors else "several lines": len(errors) != 1 or lines[-1] != line,
         "long line": len(line) > 500,
         "noise": any("etry" in line for line in lines),
         f"does not say {case.says!r}": case.says not in line,
@@ -754,7 +806,13 @@ def check(cases, inputs, tmp_path):
     assert not wrong, "\n" + "\n".join(wrong)
 
 
+def test_a_sample_of_bad_input_ends_with_one_line(inputs, tmp_path):
+    check([*OPTIONS[::90], *DAMAGE[::90], *DISKS[7::20]], inputs, tmp_path)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("cases", [OPTIONS, DAMAGE, DISKS], ids=["options", "damage", "disks"])
+@pytest.mark.parametrize(
+    "cases", [OPTIONS, DAMAGE, DISKS, INTERRUPTS], ids=["options", "damage", "disks", "interrupts"]
+)
 def test_every_bad_input_ends_with_one_line(cases, inputs, tmp_path):
     check(cases, inputs, tmp_path)

@@ -2,7 +2,9 @@
 
 import errno
 import json
+import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -18,7 +20,7 @@ from PIL import Image
 from mfengine import MeanFlow, cli
 from mfengine.data.format import LatentSpace
 from mfengine.data.writer import ArraySamples, order, write_dataset
-from mfengine.engine.checkpoint import load_model, newest_checkpoint
+from mfengine.engine.checkpoint import load_model, newest_checkpoint, read_description
 from mfengine.engine.telemetry import METRICS, Telemetry
 from mfengine.errors import InputError, RankTrainingError
 from mfengine.methods import OBJECTIVES
@@ -380,6 +382,26 @@ def test_weights_that_are_not_finite_are_not_saved(digits, tmp_path):
         (["mfengine.generate", "broken.safetensors"], "cannot read broken.safetensors"),
         (["mfengine.export", "RUN", "out.bin"], "must end in .safetensors"),
         (["mfengine.evaluate", "RUN", "--data=nowhere"], "dataset.json does not exist"),
+        (["mfengine.train", "--steps=5", "digits"], "unexpected argument digits"),
+        (["mfengine.train", "qqqqqq"], "there is no preset qqqqqq; there are digits, b4"),
+        (["mfengine.train", "--zzzzz=1"], "there is no option --zzzzz (`"),
+        (["mfengine.train", "--batch-size=0"], "--batch-size must be at least 1, not 0"),
+        (["mfengine.train", "--model.hidden-size=30"], "--model.hidden-size 30 is not a multiple of --model.num-heads"),
+        (["mfengine.train", "--optim.lr=inf"], "--optim.lr must be finite, not inf"),
+        (
+            ["mfengine.train", "--method.t-start=0.8", "--method.t-end=0.2"],
+            "--method.t-start 0.8 is above --method.t-end",
+        ),
+        (["mfengine.train", "--method.norm-p=-1"], "--method.norm-p must not be negative, not -1.0"),
+        (["mfengine.train", "--init-reverse-time"], "--init-reverse-time needs --init"),
+        (["mfengine.generate", "RUN", "--conditions", "omega", "nan"], "--conditions must be finite, not nan"),
+        (["mfengine.evaluate", "RUN", "--data=DATA", "--vae=x"], "--vae needs --reference or --save"),
+        (["mfengine.export", "RUN"], "OUT must be given"),
+        (["mfengine.export", "x.safetensors", "y.safetensors"], "x.safetensors is an export already"),
+        (["mfengine.prepare", "images", "RUN"], "OUT and --vae must be given"),
+        (["mfengine.prepare", "images", "RUN", "RUN/out", "--vae=x"], "/out is in "),
+        (["mfengine.prepare", "check", "RUN"], "is a run folder, not a data set"),
+        (["mfengine.info", "extra"], "unexpected argument extra"),
     ],
 )
 def test_wrong_input(trained, digits, tmp_path, monkeypatch, capsys, args, message):
@@ -389,7 +411,7 @@ def test_wrong_input(trained, digits, tmp_path, monkeypatch, capsys, args, messa
     torch.save([1], tmp_path / "list.pt")
     places = {"DATA": str(digits), "RUN": str(trained[0])}
     args = [places.get(part, part) for part in args]
-    args = [part.replace("=DATA", f"={digits}") for part in args]
+    args = [part.replace("=DATA", f"={digits}").replace("RUN/", f"{trained[0]}/") for part in args]
     code, _, errors = run_in_process(*args, cwd=tmp_path, monkeypatch=monkeypatch, capsys=capsys)
     assert code == 2
     assert errors.startswith("error: ")
@@ -445,6 +467,31 @@ def test_checkpoint_of_another_architecture(trained, tmp_path, monkeypatch, caps
     assert code == 2
     assert errors.startswith("error: cannot read")
     assert errors.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"step": "x"}, 'step is "x", not an integer'),
+        ({"step": -1}, "step must be at least 0, not -1"),
+        ({"ema_decays": []}, "ema_decays must be one or more numbers"),
+        ({"network": "unet"}, "there is no network unet; there are dit"),
+        ({"network": ["dit"]}, "there is no network"),
+        ({"model": {"depth": None}}, "model.depth is null, not an integer"),
+        ({"model": {"mlp_ratio": math.inf}}, "model.mlp_ratio must be finite, not inf"),
+        ({"model": {"depth": 0}}, "model.depth must be at least 1, not 0"),
+        ({"method": 3}, "method is 3, not an object"),
+        ({"space": None}, "space is null, not an object"),
+        ({"space": {"shape": [4, 8, 8], "num_classes": 10}}, "does not fit the model"),
+    ],
+)
+def test_description_of_a_checkpoint_is_validated(trained, tmp_path, change, message):
+    description = json.loads((newest_checkpoint(trained[0]) / "checkpoint.json").read_text())
+    path = tmp_path / "checkpoint.json"
+    path.write_text(json.dumps({**description, **change, "files": {}}))
+    with pytest.raises(InputError, match=re.escape(message)) as error:
+        read_description(tmp_path)
+    assert str(error.value).startswith(f"{path}: ")
 
 
 def test_help_is_there(tmp_path, monkeypatch, capsys):
