@@ -5,12 +5,18 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 from collections.abc import Collection
-from typing import Any, TypeVar
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from mfengine.errors import InputError
 
 C = TypeVar("C")
+
+ALIKE = 0.6  # from this likeness on, by difflib, one name may be meant by another
+NAMES = {int: "an integer", float: "a number", str: "a text", bool: "true or false", dict: "an object"}
 
 
 def check_seed(seed: int) -> None:
@@ -19,18 +25,105 @@ def check_seed(seed: int) -> None:
         raise InputError(f"seed must be at least 0 and below 2^63, not {seed}")
 
 
+def check_at_least(least: int, **values: int | None) -> None:
+    """ValueError that names the first of the values that is smaller; None is not given."""
+    for name, value in values.items():
+        if value is not None and value < least:
+            raise ValueError(f"{name} must be at least {least}, not {value}")
+
+
+# ----------------------------------------------------------------------------
+# Dataclasses as JSON.
+
+
 def to_json(config: Any) -> dict[str, Any]:
     """A configuration dataclass as plain JSON values."""
     return json.loads(json.dumps(dataclasses.asdict(config), default=str))
 
 
-def from_json(cls: type[C], values: dict[str, Any]) -> C:
-    """A flat configuration dataclass from what `to_json` made; InputError for a field that it has not."""
-    names = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    unknown = sorted(values.keys() - names)
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; InputError if it cannot be read or holds something else."""
+    try:
+        return parse_json(path.read_bytes(), path)
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from None
+
+
+def parse_json(text: str | bytes, where: object) -> dict[str, Any]:
+    """The JSON object in a text; InputError, which names `where` it stands, if it holds something else."""
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"cannot read {where}: it is not JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{where} holds {_brief(values)}, not a JSON object")
+    return values
+
+
+def from_json(cls: type[C], values: Any, where: object, path: str = "") -> C:
+    """A dataclass from JSON values such as `to_json` makes, each of the type that the dataclass says.
+
+    Args:
+        cls: the dataclass. Its fields are numbers, texts, None, dictionaries, tuples and other dataclasses; a type of
+            another kind is not checked.
+        values: of its fields; those with a default may be missing.
+        where: they come from, for messages.
+        path: of the values in there: "space." of those of {"space": {...}}.
+
+    Raises:
+        InputError: a field is unknown or missing, its value has another type or is not finite, or the dataclass
+            itself refuses it.
+    """
+    if not isinstance(values, dict):
+        raise InputError(f"{where}: {path.removesuffix('.')} is {_brief(values)}, not an object")
+    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    unknown = sorted(values.keys() - fields.keys())
     if unknown:
-        raise InputError(f"{cls.__name__} has no {', '.join(unknown)}: written by another version of mfengine")
-    return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+        raise InputError(f"{where}: {path}{unknown[0]} is unknown: written by another version of mfengine")
+    for name, field in fields.items():
+        required = field.default is field.default_factory is dataclasses.MISSING
+        if required and name not in values:
+            raise InputError(f"{where}: {path}{name} is missing")
+    hints = get_type_hints(cls)
+    try:
+        return cls(**{name: _typed(hints[name], value, where, path + name) for name, value in values.items()})
+    except InputError:
+        raise
+    except ValueError as error:
+        raise InputError(f"{where}: {path}{error}") from None
+
+
+def _typed(kind: Any, value: Any, where: object, path: str) -> Any:
+    """A JSON value as a value of a type; InputError if it is none."""
+    origin, kinds = get_origin(kind), get_args(kind)
+    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+        return value if isinstance(value, kind) else from_json(kind, value, where, f"{path}.")
+    if origin in (Union, UnionType):
+        if value is None and NoneType in kinds:
+            return None
+        (kind,) = (kind for kind in kinds if kind is not NoneType)
+        return _typed(kind, value, where, path)
+    if origin is tuple:
+        kinds = kinds[:1] * len(value) if kinds[1:] == (...,) and isinstance(value, (list, tuple)) else kinds
+        if not isinstance(value, (list, tuple)) or len(value) != len(kinds):
+            raise InputError(f"{where}: {path} is {_brief(value)}, not a list{f' of {len(kinds)}' if kinds else ''}")
+        return tuple(_typed(k, v, where, f"{path}[{i}]") for i, (k, v) in enumerate(zip(kinds, value, strict=True)))
+    if origin is Literal and value not in kinds:
+        raise InputError(f"{where}: {path} is {_brief(value)}, not one of {', '.join(map(str, kinds))}")
+    plain = origin or kind
+    if plain not in NAMES:
+        return value
+    if not isinstance(value, (int, float) if plain is float else plain) or (
+        isinstance(value, bool) and plain is not bool
+    ):
+        raise InputError(f"{where}: {path} is {_brief(value)}, not {NAMES[plain]}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise InputError(f"{where}: {path} must be finite, not {value}")
+    return value
+
+
+def _brief(value: Any) -> str:
+    return f"{json.dumps(value, default=str)!s:.60}"
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -41,13 +134,13 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def choose(what: str, name: str, names: Collection[str]) -> str:
-    """`name` if it is among `names`; otherwise InputError that names the nearest `what`."""
-    if name not in names:
-        near = difflib.get_close_matches(name, names, n=1, cutoff=0)
-        others = f"; the nearest is {near[0]}, all are {', '.join(names)}" if near else ""
-        raise InputError(f"there is no {what} {name}{others}")
-    return name
+def choose(what: str, name: Any, names: Collection[str]) -> str:
+    """`name` if it is among `names`; otherwise InputError that gives all of them, and the one that is like it."""
+    if isinstance(name, str) and name in names:
+        return name
+    near = difflib.get_close_matches(str(name), names, n=1, cutoff=ALIKE)
+    others = f"the nearest is {near[0]}, all are" if near else "there are" if names else "there are none"
+    raise InputError(f"there is no {what} {name}; {others} {', '.join(names)}".rstrip())
 
 
 class Registry(dict[str, type[C]]):
@@ -82,7 +175,10 @@ class Registry(dict[str, type[C]]):
         """JSON values from which `read` makes the configuration again: {what: name, key: fields}."""
         return {self.what: self.name_of(config), key: to_json(config)}
 
-    def read(self, description: dict[str, Any], key: str) -> Any:
-        """The configuration that `describe` wrote under this key; InputError for a name that is not known."""
-        name = choose(self.what, {**self.unnamed, **description}[self.what], self)
-        return from_json(self[name].Config, description.get(key, {}))  # type: ignore[attr-defined]
+    def read(self, description: dict[str, Any], key: str, where: object) -> Any:
+        """The configuration that `describe` wrote under this key; InputError, which names `where`, if it is wrong."""
+        try:
+            name = choose(self.what, {**self.unnamed, **description}[self.what], self)
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from None
+        return from_json(self[name].Config, description.get(key, {}), where, f"{key}.")  # type: ignore[attr-defined]

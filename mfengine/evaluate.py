@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 import tyro
 
 from mfengine import cli
-from mfengine.configs import check_seed
+from mfengine.configs import check_at_least, check_seed
 from mfengine.data.format import Dataset
 from mfengine.data.image_files import check_new
 from mfengine.data.pictures import draw_latents
@@ -20,7 +20,7 @@ from mfengine.errors import InputError
 from mfengine.evaluation.fidelity import SPLITS, Reference
 from mfengine.evaluation.metrics import Decode, evaluate, write_metrics
 from mfengine.evaluation.samples import SampleSet
-from mfengine.files import check_writable
+from mfengine.files import check_file
 from mfengine.ranks import world
 
 
@@ -33,7 +33,7 @@ class EvaluateArgs:
     recall.
     """
 
-    checkpoint: tyro.conf.Positional[Path]
+    checkpoint: cli.Checkpoint
     """a run folder, one of its checkpoints, or an export (.safetensors)"""
     steps: tuple[int, ...] = (1, 2)
     """network evaluations per sample; all metrics are taken for each value"""
@@ -48,6 +48,8 @@ class EvaluateArgs:
     """noise and label of a sample derive from it and the sample's number"""
     ema_decay: float | None = None
     """which moving average; the run's first if not given"""
+    skip_checksums: bool = False
+    """read a checkpoint without comparing the checksums of its files; their sizes are compared anyway"""
     batch_size: int = 64
     """samples per call of the network, on one rank"""
 
@@ -67,41 +69,42 @@ class EvaluateArgs:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes a GPU where there is one"""
 
-
-def check(config: EvaluateArgs) -> None:
-    """InputError for what is wrong whatever the model."""
-    if config.num < 2 or config.batch_size < 1:
-        raise InputError("--num-samples must be at least 2 and --batch-size at least 1")
-    check_seed(config.seed)
-    if not config.steps or min(config.steps) < 1 or len(set(config.steps)) < len(config.steps):
-        raise InputError("--steps takes different numbers, at least 1")
-    if config.data is None and config.reference is None and config.save is None:
-        raise InputError("nothing to do: give --data or --reference to measure against, or --save to keep the images")
-    if config.reference is not None and config.num < SPLITS:
-        raise InputError(
-            f"--num-samples must be at least {SPLITS} with --reference: Inception Score splits them in so many"
-        )
-    if config.save is not None:
-        check_new(config.save)
-    if config.out is not None and not config.out.parent.is_dir():
-        raise InputError(f"folder {config.out.parent} does not exist")
-    if config.out is not None and config.out.is_dir():
-        raise InputError(f"--out {config.out} is a folder: name a file in it")
+    def __post_init__(self) -> None:
+        check_at_least(2, num=self.num)
+        check_at_least(1, batch_size=self.batch_size)
+        check_seed(self.seed)
+        if not self.steps or min(self.steps) < 1 or len(set(self.steps)) < len(self.steps):
+            raise ValueError("steps must be different numbers, each at least 1")
+        if self.data is None and self.reference is None and self.save is None:
+            raise ValueError(
+                "nothing to do: give --data or --reference to measure against, or --save to keep the images"
+            )
+        if self.reference is not None and self.num < SPLITS:
+            raise ValueError(
+                f"num must be at least {SPLITS} with --reference: Inception Score splits the samples in so many"
+            )
+        if self.inception is not None and self.reference is None:
+            raise ValueError("inception needs --reference")
+        if self.vae is not None and self.reference is None and self.save is None:
+            raise ValueError("vae needs --reference or --save: nothing else is measured on images")
 
 
 def main(args: Sequence[str]) -> None:
     config = cli.parse(EvaluateArgs, args, "python -m mfengine.evaluate")
-    check(config)
+    if config.save is not None:
+        check_new(config.save)
+    if config.out is not None:
+        check_file(config.out)
     dataset = Dataset.open(config.data) if config.data is not None else None
     reference = Reference(config.reference) if config.reference is not None else None
     with world(config.device) as here:
-        model, space, path, objective = load_model(config.checkpoint, config.ema_decay)
+        model, space, path, objective = load_model(config.checkpoint, config.ema_decay, config.skip_checksums)
         sampler = objective.sampler(config.conditions)
         out = config.out
         if out is None and (dataset is not None or reference is not None) and path.parent.name == "checkpoints":
             out = path.parent.parent / "metrics.json"
         if out is not None:
-            check_writable(out)
+            check_file(out)
         if dataset is not None:
             dataset.check_model(model.config.latent_shape, model.num_classes)
         decode: Decode | None = None

@@ -4,26 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-
-import tyro
 
 from mfengine import cli
 from mfengine.engine.checkpoint import export_model
 from mfengine.errors import InputError
-from mfengine.files import check_writable
+from mfengine.files import check_file
 
 
 @dataclass(frozen=True)
 class ExportArgs:
     """Write the moving average of a checkpoint's weights as safetensors, with its configuration as metadata."""
 
-    checkpoint: tyro.conf.Positional[Path]
+    checkpoint: cli.Checkpoint
     """a checkpoint, or a run folder, whose newest checkpoint is taken"""
-    out: tyro.conf.Positional[Path]
+    out: cli.Out
     """a new file, NAME.safetensors"""
     ema_decay: float | None = None
     """which moving average; the run's first if not given"""
+    skip_checksums: bool = False
+    """read a checkpoint without comparing the checksums of its files; their sizes are compared anyway"""
 
 
 def main(args: Sequence[str]) -> None:
@@ -32,10 +31,9 @@ def main(args: Sequence[str]) -> None:
         raise InputError(f"{config.out} must end in .safetensors")
     if config.out.exists():
         raise InputError(f"{config.out} exists: choose another name")
-    if not config.out.parent.is_dir():
-        raise InputError(f"folder {config.out.parent} does not exist")
-    check_writable(config.out)
-    print(f"{config.out}: weights of {export_model(config.checkpoint, config.out, config.ema_decay)}")
+    check_file(config.out)
+    read = export_model(config.checkpoint, config.out, config.ema_decay, config.skip_checksums)
+    print(f"{config.out}: weights of {read}")
 
 
 if __name__ == "__main__":

@@ -63,6 +63,15 @@ def check_writable(path: Path) -> None:
         raise InputError(f"cannot write {path}: {folder} is not a folder that can be written to")
 
 
+def check_file(path: Path) -> None:
+    """InputError if there is a folder in the place of a file that is to be written, or none to write it in."""
+    if path.is_dir():
+        raise InputError(f"{path} is a folder: name a file in it")
+    if not path.parent.is_dir():
+        raise InputError(f"folder {path.parent} does not exist")
+    check_writable(path)
+
+
 @contextmanager
 def writing(path: Path, kind: Callable[[str], InputError] = InputError) -> Iterator[None]:
     """Turn an OSError inside into one line, as a `kind` of InputError."""

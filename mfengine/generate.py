@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import tyro
 
 from mfengine import cli
-from mfengine.configs import check_seed
+from mfengine.configs import check_at_least, check_seed
 from mfengine.data.pictures import draw_latents, image_grid, save_picture
 from mfengine.data.vae import VAE
 from mfengine.engine.checkpoint import load_model
 from mfengine.errors import InputError
+from mfengine.files import check_writable
 from mfengine.ranks import world
 
 
@@ -23,7 +23,7 @@ from mfengine.ranks import world
 class SampleArgs:
     """Draw samples of a trained model, with its averaged weights, as one picture."""
 
-    checkpoint: tyro.conf.Positional[Path]
+    checkpoint: cli.Checkpoint
     """a run folder, one of its checkpoints, or an export (.safetensors)"""
     out: Path = Path("samples.png")
     """the picture; an existing one is replaced"""
@@ -39,21 +39,27 @@ class SampleArgs:
     """of the noise"""
     ema_decay: float | None = None
     """which moving average; the run's first if not given"""
+    skip_checksums: bool = False
+    """read a checkpoint without comparing the checksums of its files; their sizes are compared anyway"""
     vae: str | None = None
     """decode latents with this VAE: a folder or hub name that diffusers loads. Without it they are drawn as they are"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes a GPU where there is one"""
 
+    def __post_init__(self) -> None:
+        check_at_least(1, steps=self.steps, per_label=self.per_label)
+        check_seed(self.seed)
+
 
 def main(args: Sequence[str]) -> None:
     config = cli.parse(SampleArgs, args, "python -m mfengine.generate")
-    if config.steps < 1 or config.per_label < 1:
-        raise InputError("--steps and --per-label must be at least 1")
-    check_seed(config.seed)
     if config.out.suffix != ".png":
         raise InputError(f"--out {config.out} must end in .png")
+    if config.out.is_dir():
+        raise InputError(f"--out {config.out} is a folder: name a file in it")
+    check_writable(config.out)
     with world(config.device) as here:
-        model, space, path, objective = load_model(config.checkpoint, config.ema_decay)
+        model, space, path, objective = load_model(config.checkpoint, config.ema_decay, config.skip_checksums)
         sampler = objective.sampler(config.conditions)
         classes = config.labels or tuple(range(min(10, space.num_classes)))
         for label in classes:

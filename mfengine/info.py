@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 
 import torch
 
 import mfengine
+from mfengine import cli
 from mfengine.engine.presets import PRESETS
 from mfengine.kernels import multi_tensor
 from mfengine.ops import choice
@@ -92,8 +94,13 @@ def _package(module: str, purpose: str) -> str:
         return f"installed, but does not import: {str(error).partition(chr(10))[0]}"
 
 
-def main() -> None:
-    argparse.ArgumentParser(prog="python -m mfengine.info", description=__doc__).parse_args()
+@dataclass(frozen=True)
+class InfoArgs:
+    """Show what is active in this environment, and why something is not."""
+
+
+def main(args: Sequence[str]) -> None:
+    cli.parse(InfoArgs, args, "python -m mfengine.info")
     table = rows()
     width = max(len(name) for name, _ in table)
     for name, state in table:
@@ -101,4 +108,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

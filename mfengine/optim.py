@@ -96,7 +96,15 @@ class AdamWEMA(torch.optim.Optimizer):
             self._keep_copies(list(copies))
 
     def average(self, p: Tensor, decay: float) -> Tensor:
-        """The moving average of a parameter: float32, laid out as the parameter is."""
+        """The moving average of a parameter: float32, laid out as the parameter is.
+
+        Raises:
+            ValueError: the optimizer does not hold the parameter, or no average of this decay.
+        """
+        if decay not in self.ema_decays:
+            raise ValueError(f"there is no moving average of decay {decay}; the decays are {self.ema_decays}")
+        if p not in self.state:  # which would get an entry if it were asked for one
+            raise ValueError(f"a tensor of {tuple(p.shape)} is not a parameter of this optimizer")
         return self.state[p][_key(decay)]
 
     # ------------------------------------------------------------------------
@@ -362,13 +370,17 @@ def check_settings(
     clip_norm: float | None = None,
 ) -> None:
     """ValueError if a setting of `AdamWEMA` is out of range."""
-    if not lr >= 0 or not eps > 0 or not weight_decay >= 0:
-        raise ValueError(f"lr and weight_decay must not be negative and eps positive, not {lr}, {weight_decay}, {eps}")
+    if not lr >= 0:
+        raise ValueError(f"lr must not be negative, not {lr}")
+    if not eps > 0:
+        raise ValueError(f"eps must be positive, not {eps}")
+    if not weight_decay >= 0:
+        raise ValueError(f"weight_decay must not be negative, not {weight_decay}")
     if not all(0 <= beta < 1 for beta in betas):
         raise ValueError(f"betas must be in [0, 1), not {betas}")
     if len(set(ema_decays)) < len(ema_decays) or not all(0 <= decay < 1 for decay in ema_decays):
         raise ValueError(f"ema_decays must be different numbers in [0, 1), not {ema_decays}")
     if len(ema_decays) > multi_tensor.MAX_AVERAGES:
-        raise ValueError(f"there can be {multi_tensor.MAX_AVERAGES} ema_decays, not {len(ema_decays)}")
+        raise ValueError(f"ema_decays must be at most {multi_tensor.MAX_AVERAGES}, not {len(ema_decays)}")
     if clip_norm is not None and not clip_norm > 0:
         raise ValueError(f"clip_norm must be positive, not {clip_norm}")

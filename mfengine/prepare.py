@@ -6,22 +6,20 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-import tyro
 
 from mfengine import cli
-from mfengine.configs import choose
+from mfengine.configs import check_at_least, check_seed, choose
 from mfengine.data.check import verify
 from mfengine.data.format import Dataset, LatentSpace
 from mfengine.data.images import EncodedImages
 from mfengine.data.importers import ImportedSamples
 from mfengine.data.sources import open_source
 from mfengine.data.vae import VAE, Precision
-from mfengine.data.writer import ArraySamples, check_vacant, write_dataset
+from mfengine.data.writer import ArraySamples, check_settings, check_vacant, write_dataset
 from mfengine.errors import InputError
 from mfengine.ranks import world
 
@@ -32,14 +30,18 @@ PROG = "python -m mfengine.prepare"
 class DigitsArgs:
     """The 1,797 real 8 x 8 images that scikit-learn carries, as one-channel latents without variance."""
 
-    out: tyro.conf.Positional[Path]
+    out: cli.Out
     """an empty or new folder"""
     seed: int = 0
     """of the order in which samples are written"""
 
+    def __post_init__(self) -> None:
+        check_seed(self.seed)
+
 
 def digits(args: DigitsArgs) -> None:
     """Write the digits: moments (1, 2, 1, 8, 8), pixels 0 to 16 and a standard deviation of 0."""
+    check_vacant(args.out)
     try:
         from sklearn.datasets import load_digits
     except ImportError:
@@ -56,9 +58,9 @@ def digits(args: DigitsArgs) -> None:
 class ImagesArgs:
     """Images of any sizes, cropped to squares as ADM does and encoded by a VAE. Goes on where it was killed."""
 
-    src: tyro.conf.Positional[Path]
+    src: cli.Source
     """a folder with a folder per class, WebDataset tars (one, or a folder of them), or an LMDB: see docs/data.md"""
-    out: tyro.conf.Positional[Path]
+    out: cli.Out
     """an empty or new folder"""
     vae: str
     """a folder or hub name that diffusers loads as AutoencoderKL"""
@@ -81,16 +83,19 @@ class ImagesArgs:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes a GPU where there is one"""
 
+    def __post_init__(self) -> None:
+        check_at_least(1, size=self.size, batch_size=self.batch_size, num_classes=self.num_classes)
+        check_settings(self.seed, self.max_broken, self.shard_samples)
+
 
 def images(args: ImagesArgs) -> None:
     """Encode images, on every rank."""
-    if args.batch_size < 1:
-        raise InputError(f"--batch-size {args.batch_size} must be at least 1")
     with world(args.device, timeout=timedelta(hours=1)) as here:  # one rank lists the source, which may take long
-        here.on_main(lambda: check_vacant(args.out))
-        source = here.on_main(lambda: open_source(args.src, args.one_class))
+        here.on_main(lambda: check_vacant(args.out, args.src))
         torch.backends.cudnn.allow_tf32 = False  # PyTorch lets convolutions round float32 to 10 bits of mantissa
         vae = VAE(args.vae, here.device, args.precision)
+        vae.space(args.size, num_classes=1)  # refuses a size before the source is listed, which may take long
+        source = here.on_main(lambda: open_source(args.src, args.one_class))
         samples = EncodedImages(args.out.absolute().name, source, vae, args.size, args.batch_size, args.num_classes)
         if here.main:
             classes = samples.space.num_classes
@@ -121,9 +126,9 @@ class ImportArgs:
     docs/data.md describes them. Pickles are never executed.
     """
 
-    source: tyro.conf.Positional[Path]
+    source: cli.Source
     """folder, LMDB or zip; nothing is written to it"""
-    out: tyro.conf.Positional[Path]
+    out: cli.Out
     """an empty or new folder"""
     num_classes: int | None = None
     """labels are 0 to this less 1; for .npy files the highest label says it if not given"""
@@ -137,16 +142,16 @@ class ImportArgs:
     """share of samples that may be unreadable: those are left out and listed in broken.jsonl"""
 
     def __post_init__(self) -> None:
-        if self.num_classes is not None and self.num_classes < 1:
-            raise ValueError(f"num_classes must be at least 1, not {self.num_classes}")
-        if self.scale is not None and not 0 < self.scale < float("inf"):
+        check_at_least(1, num_classes=self.num_classes)
+        if self.scale is not None and not self.scale > 0:
             raise ValueError(f"scale must be positive, not {self.scale}")
+        check_settings(self.seed, self.max_broken)
 
 
 def import_latents(args: ImportArgs) -> None:
     """Import a source of latents; under torchrun, all ranks share the work."""
     with world("cpu", timeout=timedelta(hours=1)) as here:  # listing a source may take one rank longer than another
-        here.on_main(lambda: check_vacant(args.out))
+        here.on_main(lambda: check_vacant(args.out, args.source))
         samples = ImportedSamples(args.source, args.num_classes, args.scale, args.bias)
         dataset = write_dataset(args.out, samples, here, seed=args.seed, max_broken=args.max_broken)
         if here.main:
@@ -157,7 +162,7 @@ def import_latents(args: ImportArgs) -> None:
 class CheckArgs:
     """Read a data set from end to end: checksums, indices, every sample, statistics."""
 
-    folder: tyro.conf.Positional[Path]
+    folder: cli.Data
     """a data set; nothing is written to it"""
 
 

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mfengine.device import expandable_segments
-from mfengine.errors import InputError, RankError, TrainingError
+from mfengine.errors import InputError, RankError, TrainingError, reason
 
 T = TypeVar("T")
 
@@ -73,13 +73,15 @@ class World:
             dist.all_reduce(x)
 
     def on_main(self, action: Callable[[], T]) -> T:
-        """Run `action` on rank 0; every rank gets its result, or its InputError."""
+        """Run `action` on rank 0; every rank gets its result, or its InputError or OSError as an InputError."""
         outcome: list[Any] = [None, None]
         if self.main:
             try:
                 outcome[0] = action()
             except InputError as error:
                 outcome[1] = str(error)
+            except OSError as error:
+                outcome[1] = reason(error)
         if self.size > 1:
             dist.broadcast_object_list(outcome, src=0)
         if outcome[1] is not None:

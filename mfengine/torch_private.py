@@ -69,6 +69,18 @@ def storage_key(x: Tensor) -> int:
     return x.untyped_storage()._cdata
 
 
+def checkpoint_names() -> tuple[Any, Any, Any]:
+    """What DCP pickles into the list of a checkpoint's contents under private names: where a tensor lies, and how its
+    layout and memory format are told. A restricted unpickler has to know them.
+    """
+    # Here, since it takes a second to import, and operators need none of it.
+    from torch.distributed.checkpoint.filesystem import _StorageInfo
+    from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
+    from torch.serialization import _get_layout
+
+    return _StorageInfo, _MEM_FORMAT_ENCODING, _get_layout
+
+
 def multi_head_attention_forward(attention: Callable[..., Any]) -> Callable[..., Any]:
     """`F.multi_head_attention_forward` on another `scaled_dot_product_attention`.
 

@@ -32,7 +32,7 @@ class Arguments:
 
     def __post_init__(self) -> None:
         if self.ranks is not None and (not self.dry_run or self.ranks < 1):
-            raise ValueError("ranks is for --dry-run, and at least 1; torchrun says how many ranks train")
+            raise ValueError("ranks needs --dry-run, and is at least 1; torchrun says how many ranks train")
 
 
 def parse(args: Sequence[str]) -> Arguments:
@@ -51,7 +51,12 @@ def parse(args: Sequence[str]) -> Arguments:
     preset = "digits"
     if args and not args[0].startswith("-"):
         preset, args = choose("preset", args[0], PRESETS), args[1:]
-    return cli.parse(Arguments, args, f"{PROG} {preset}", default=Arguments(PRESETS[preset][1]))
+    try:
+        return cli.parse(Arguments, args, f"{PROG} {preset}", default=Arguments(PRESETS[preset][1]))
+    except InputError as error:
+        if str(error).startswith("unexpected argument"):
+            raise InputError(f"{error}: one preset comes first, then options") from None
+        raise
 
 
 def main(args: Sequence[str]) -> int:

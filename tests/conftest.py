@@ -30,15 +30,17 @@ ROOT = Path(__file__).parent.parent
 torch.set_num_threads(1)  # tests run in several processes
 
 
-def run_command(*args, cwd, ranks=1, env=None, timeout=300):
+def run_command(*args, cwd, ranks=1, env=None, timeout=300, stdout=None, meanwhile=None):
     """Run `python -m ...`, under torchrun for several ranks, on one thread per rank.
+
+    In a fork, stdout goes to a file if one is given, and `meanwhile` is called with the process while it runs.
 
     Without an environment of its own, by a fork of a process that has imported the commands: to import them takes
     longer than most commands do. Several ranks are then forks that torchrun's own agent starts and watches. CUDA does
     not work in forks.
     """
     if env is None and not torch.cuda.is_available():
-        return fork_command(*map(str, args), cwd=cwd, ranks=ranks, timeout=timeout)
+        return fork_command(*map(str, args), cwd=cwd, ranks=ranks, timeout=timeout, stdout=stdout, meanwhile=meanwhile)
     launch = ["-m"] if ranks == 1 else ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "-m"]
     return subprocess.run(
         [sys.executable, *launch, *map(str, args)],
@@ -58,24 +60,27 @@ forks.set_forkserver_preload(
 )
 
 
-def fork_command(*args, cwd, ranks, timeout):
+def fork_command(*args, cwd, ranks, timeout, stdout=None, meanwhile=None):
     with tempfile.TemporaryDirectory() as folder:
-        process = forks.Process(target=run_in_fork, args=(args, cwd, ranks, dict(os.environ), folder))
+        files = stdout or f"{folder}/stdout", f"{folder}/stderr"
+        process = forks.Process(target=run_in_fork, args=(args, cwd, ranks, dict(os.environ), files))
         process.start()
+        if meanwhile:
+            meanwhile(process)
         process.join(timeout)
         if process.exitcode is None:
             process.kill()
             raise subprocess.TimeoutExpired(args, timeout)
-        texts = [Path(folder, name).read_text() for name in ("stdout", "stderr")]
+        texts = ["" if name == stdout else Path(name).read_text() for name in files]
     return subprocess.CompletedProcess(args, process.exitcode, *texts)
 
 
 MEET = ("--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "--rdzv-id=test")  # as --standalone does
 
 
-def run_in_fork(args, cwd, ranks, environment, folder):
-    for fd, name in ((1, "stdout"), (2, "stderr")):
-        os.dup2(os.open(Path(folder, name), os.O_WRONLY | os.O_CREAT | os.O_APPEND), fd)
+def run_in_fork(args, cwd, ranks, environment, files):
+    for fd, name in enumerate(files, start=1):
+        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), fd)
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update({**environment, "OMP_NUM_THREADS": "1"})

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.torch_version import TorchVersion
 
 from mfengine import DiT, Draws, MeanFlow, MeanFlowConfig, ModelConfig
-from mfengine.engine.checkpoint import Checkpointer, load_state, newest_checkpoint
+from mfengine.engine.checkpoint import Checkpointer, load_state, newest_checkpoint, read_description
 from mfengine.engine.distributed import prepare_model
 from mfengine.errors import TrainingError
 from mfengine.kernels import multi_tensor
@@ -146,7 +146,8 @@ def asynchronous_checkpoint(here):
     dist.barrier()
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step-00000002", "step-00000003"]
     state["note"] = {str(here.rank): b""}
-    load_state(newest_checkpoint(run), state, here)
+    newest = newest_checkpoint(run)
+    load_state(newest, read_description(newest), state, here)
     assert state["note"] == {str(here.rank): b"rank %d" % here.rank}
     for name, p in model.named_parameters():
         assert isinstance(p, DTensor)

@@ -1,6 +1,10 @@
-"""When and how checkpoints are written; `test_resume.py` says what is read from them."""
+"""When and how checkpoints are written; `test_run_folder.py` says what is read from them."""
 
+import errno
+import os
+import shutil
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +14,6 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from mfengine.engine import checkpoint, trainer
 from mfengine.engine.checkpoint import Checkpointer
-from mfengine.errors import TrainingError
 from mfengine.ranks import World
 
 
@@ -78,22 +81,64 @@ def test_the_writer_works_on_its_ranks_gpu_from_pinned_memory_that_is_allocated_
     assert len({address for address, _ in written} - {x.data_ptr()}) == 1
 
 
+def no_space(*args, **kwargs):
+    Path(kwargs["storage_writer"].path).mkdir(parents=True)
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
 @pytest.mark.parametrize("asynchronous", [False, True])
-def test_a_checkpoint_that_cannot_be_written_is_one_line(asynchronous, tmp_path):
+def test_a_checkpoint_that_cannot_be_written_leaves_nothing(asynchronous, tmp_path, monkeypatch):
     checkpointer = Checkpointer(tmp_path, World(0, 1, torch.device("cpu")), keep=2, asynchronous=asynchronous)
-    state = {"x": torch.ones(5)}
-    checkpointer.save(1, state, {})
-    checkpointer.wait()
-    (tmp_path / "checkpoints/.partial-step-00000002").mkdir()
-    (tmp_path / "checkpoints/.partial-step-00000002/__0_0.distcp").mkdir()  # where DCP writes a file
-
-    def save_and_wait():
-        checkpointer.save(2, state, {})
+    for step, save in ((1, dcp.save), (2, no_space), (3, dcp.save)):
+        monkeypatch.setattr(dcp, "save", save)
+        checkpointer.save(step, {"x": torch.ones(5)}, {})
         checkpointer.wait()
+        if step == 2:
+            folder = tmp_path / "checkpoints"
+            assert checkpointer.failed == (
+                f"cannot write {folder}/step-00000002: No space left on device; last whole checkpoint: "
+                f"{folder}/step-00000001"
+            )
+            assert [path.name for path in folder.iterdir()] == ["step-00000001"]
+    assert checkpointer.failed is None
+    assert len(checkpointer.notes) == 1
+    assert checkpointer.newest == folder / "step-00000003"
 
-    with pytest.raises(TrainingError, match=r"cannot write .*step-00000002: .*; last whole .*step-00000001$") as error:
-        save_and_wait()
-    assert "\n" not in str(error.value)
+
+def test_training_goes_on_when_a_checkpoint_does_not_fit(digits, tmp_path, monkeypatch, capsys):
+    save, calls = dcp.save, []
+
+    def save_where_there_is_room(*args, **kwargs):
+        calls.append(kwargs)
+        return no_space(*args, **kwargs) if len(calls) in fails else save(*args, **kwargs)
+
+    monkeypatch.setattr(dcp, "save", save_where_there_is_room)
+    args = ("mfengine.train", *SMALL, f"--data={digits}", "--steps=3", "--checkpoint-every=1")
+    fails = (1,)
+    code, _, err = run_in_process(*args, "--name=first", cwd=tmp_path, monkeypatch=monkeypatch, capsys=capsys)
+    assert code == 0, err
+    warning = "warning: cannot write runs/first/checkpoints/step-00000001: No space left on device"
+    assert f"{warning}; last whole checkpoint: none; training goes on" in err
+    assert sorted(path.name[-1] for path in (tmp_path / "runs/first/checkpoints").iterdir()) == ["2", "3"]
+    fails = (6,)  # the last of the second run
+    code, _, err = run_in_process(*args, "--name=last", cwd=tmp_path, monkeypatch=monkeypatch, capsys=capsys)
+    assert code == 1
+    assert err.splitlines()[-1] == (
+        "error: cannot write runs/last/checkpoints/step-00000003: No space left on device; last whole checkpoint: "
+        "runs/last/checkpoints/step-00000002"
+    )
+
+
+def test_old_checkpoint_that_cannot_be_removed_is_told(tmp_path, monkeypatch):
+    def in_use(path, **_):
+        raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+
+    checkpointer = Checkpointer(tmp_path, World(0, 1, torch.device("cpu")), keep=1, asynchronous=False)
+    checkpointer.save(1, {"x": torch.ones(5)}, {})
+    monkeypatch.setattr(shutil, "rmtree", in_use)
+    checkpointer.save(2, {"x": torch.ones(5)}, {})
+    assert checkpointer.notes == [f"cannot remove {tmp_path}/checkpoints/step-00000001: Device or resource busy"]
+    assert (checkpointer.newest.name, checkpointer.failed) == ("step-00000002", None)
 
 
 def test_checkpoint_minutes(digits, tmp_path, monkeypatch, capsys):

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import re
 import resource
 import subprocess
@@ -134,9 +135,9 @@ def truncate(path, size):
     ("damage", "message"),
     [
         (lambda d: (d.folder / DESCRIPTION).unlink(), "dataset.json does not exist: see docs/data.md"),
-        (lambda d: (d.folder / DESCRIPTION).write_text("{"), "is not a description of a data set"),
-        (lambda d: edit(d, shards=[]), "lists no shards"),
-        (lambda d: edit(d, count=100), "says 100 samples"),
+        (lambda d: (d.folder / DESCRIPTION).write_text("{"), "dataset.json: it is not JSON"),
+        (lambda d: edit(d, shards=[]), "dataset.json: shards must be one or more"),
+        (lambda d: edit(d, count=100), "dataset.json: count is 100 samples, but the shards add up to others"),
         (lambda d: (d.folder / "000001.tar").unlink(), "000001.tar is missing"),
         (lambda d: truncate(d.folder / "000001.tar", 0), "000001.tar has 0 bytes"),
         (lambda d: truncate(d.folder / "000002.tar", 1024), "000002.tar has 1024 bytes, dataset.json says"),
@@ -145,7 +146,15 @@ def truncate(path, size):
         (lambda d: edit(d, space={**json.loads(json.dumps(vars(SPACE))), "shape": [2, 4, 4]}), "bytes per sample"),
         (lambda d: edit(d, flips=2), "bytes per sample"),
         (lambda d: (d.folder / "000000.idx").write_text("v1.2 40\nmoments 512"), "bytes per sample"),
-        (lambda d: edit(d, space={"colour": 1}), "LatentSpace has no colour"),
+        (lambda d: edit(d, space={"colour": 1}), "space.colour is unknown"),
+        (lambda d: edit(d, space={"num_classes": 101}), "space.shape is missing"),
+        (lambda d: edit(d, space={**vars(SPACE), "scale": math.nan}), "space.scale must be finite, not nan"),
+        (lambda d: edit(d, space={**vars(SPACE), "scale": 0}), "space.scale must not be 0"),
+        (lambda d: edit(d, space={**vars(SPACE), "bias": "abc"}), 'space.bias is "abc", not a number'),
+        (lambda d: edit(d, space={**vars(SPACE), "shape": [8]}), "space.shape is .8., not a list of 3"),
+        (lambda d: edit(d, space={**vars(SPACE), "pixel_range": "x"}), 'space.pixel_range is "x", not a list of 2'),
+        (lambda d: edit(d, flips=True), "flips is true, not an integer"),
+        (lambda d: edit(d, class_names=[None]), r"class_names.0. is null, not a text"),
     ],
 )
 def test_damaged_data_set(dataset, damage, message):
@@ -158,7 +167,7 @@ def test_damaged_data_set(dataset, damage, message):
     ("shape", "num_classes", "message"),
     [
         ((4, 3, 3), 101, r"latents of \(2, 3, 3\); the model takes \(4, 3, 3\)"),
-        ((2, 3, 3), 10, "101 classes; model.num_classes is 10"),
+        ((2, 3, 3), 10, "101 classes; --model.num-classes is 10"),
     ],
 )
 def test_data_of_another_model(dataset, shape, num_classes, message):
@@ -353,12 +362,13 @@ def test_writer_on_a_full_disk(tmp_path, dataset):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
     try:
-        with pytest.raises(InputError, match=r"cannot write .*: the disk is full .* the same command continues"):
+        with pytest.raises(
+            InputError, match=r"cannot write .*: the disk is full .*; the whole data set needs [\d.]+ GB$"
+        ):
             write_dataset(tmp_path / "full", numbered(), shard_samples=40)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert not (tmp_path / "full").exists()
-    assert not list((tmp_path / ".partial-full/data").iterdir())
+    assert not list(tmp_path.glob("*full*"))
     write_dataset(tmp_path / "full", numbered(), shard_samples=40)
     assert contents(tmp_path / "full") == contents(dataset.folder)
 

@@ -16,7 +16,7 @@ from conftest import run_command, run_in_process
 from mfengine.data import importers
 from mfengine.data.format import Dataset
 from mfengine.data.importers import ImportedSamples
-from mfengine.data.importers.pickles import Refused, load_record
+from mfengine.pickles import Refused, load_record
 
 COUNT, CLASSES, SHAPE = 23, 5, (4, 6, 6)
 LABELS = [3 * i % CLASSES for i in range(COUNT)]

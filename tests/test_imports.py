@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FLOORS = (
-    {"configs", "device", "errors", "files", "progress", "ranks", "torch_private"},
+    {"configs", "device", "errors", "files", "pickles", "progress", "ranks", "torch_private"},
     {"kernels"},
     {"ops", "optim"},
     {"networks"},

@@ -358,9 +358,9 @@ def test_sum_of_squares(device):
         ({"backend": "fast"}, "no backend fast; accepted are auto, cuda, torch, apex"),
         ({"ema_decays": (1.0,)}, r"ema_decays must be different numbers in \[0, 1\)"),
         ({"ema_decays": (0.9, 0.9)}, "different"),
-        ({"ema_decays": tuple(i / 10 for i in range(9))}, "can be 8 ema_decays, not 9"),
+        ({"ema_decays": tuple(i / 10 for i in range(9))}, "ema_decays must be at most 8, not 9"),
         ({"clip_norm": 0.0}, "clip_norm must be positive, not 0"),
-        ({"lr": -1.0}, "lr and weight_decay must not be negative"),
+        ({"lr": -1.0}, "lr must not be negative, not -1"),
         ({"betas": (0.9, 1.0)}, r"betas must be in \[0, 1\)"),
         ({"copies": []}, "there are 1 parameters, but 0 copies"),
         ({"copies": [torch.zeros(3)]}, "must be bfloat16"),
@@ -374,6 +374,17 @@ def test_wrong_settings(settings, message, monkeypatch):
     monkeypatch.setitem(sys.modules, "amp_C", None)
     with pytest.raises(ValueError, match=message):
         AdamWEMA([nn.Parameter(torch.zeros(3))], **settings)
+
+
+def test_average_that_is_not_there():
+    p, other = (nn.Parameter(torch.zeros(3)) for _ in range(2))
+    optimizer = AdamWEMA([p], ema_decays=(0.9,))
+    with pytest.raises(ValueError, match=r"a tensor of \(3,\) is not a parameter of this optimizer"):
+        optimizer.average(other, 0.9)
+    with pytest.raises(ValueError, match=r"no moving average of decay 0\.5; the decays are \(0\.9,\)"):
+        optimizer.average(p, 0.5)
+    assert list(optimizer.state) == [p]
+    AdamWEMA([other], ema_decays=(0.9,)).load_state_dict(optimizer.state_dict())
 
 
 def missing_library():

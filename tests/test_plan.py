@@ -230,14 +230,14 @@ def test_run_that_can_be_continued(run_folder, digits, where):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--ranks=3"], "batch_size 32 is not a multiple of ranks x accumulation = 3 x 1"),
+        (["--ranks=3"], "--batch-size 32 is not a multiple of ranks x --accumulation = 3 x 1"),
         (["--ranks=2", "--replicas=4"], "replicas 4 does not divide the 2 rank(s)"),
-        (["--optim.ema-decays", "0.9", "0.9"], "ema_decays must be different numbers"),
-        (["--ranks=0"], "ranks is for --dry-run, and at least 1"),
+        (["--optim.ema-decays", "0.9", "0.9"], "--optim.ema-decays must be different numbers"),
+        (["--ranks=0"], "--ranks needs --dry-run, and is at least 1"),
         (["--data=nowhere"], "dataset.json does not exist"),
         (["--data=CUT"], "000000.tar has"),
         (["--data=BROKEN"], "has a label outside of 0 to 9"),
-        (["--model.num-classes=5"], "has 10 classes; model.num_classes is 5"),
+        (["--model.num-classes=5"], "has 10 classes; --model.num-classes is 5"),
         (["--init=nowhere"], "nowhere is neither a checkpoint"),
         (["--init=list.pt"], "no DiT in this checkpoint"),
         (["--init=RUN/digits", "--model.depth=2"], "is of another architecture"),
@@ -307,7 +307,7 @@ def test_training_refuses_what_its_dry_run_does(digits, tmp_path, where, monkeyp
 def test_ranks_are_for_the_dry_run_alone(where):
     code, _, err = run_in_process("mfengine.train", *SMALL, "--ranks=2", **where)
     assert code == 2
-    assert "ranks is for --dry-run" in err
+    assert "--ranks needs --dry-run" in err
 
 
 def test_arguments_carry_the_run():

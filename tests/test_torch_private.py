@@ -3,15 +3,18 @@
 import inspect
 import pkgutil
 import re
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from mfengine import torch_private
+from mfengine.engine.storage import Reader
 
 
 @pytest.mark.parametrize("public", [torch.compiler.assume_constant_result, torch.compiler.disable])
@@ -81,6 +84,16 @@ def test_operations_on_many_tensors_have_no_public_name(name):
 def test_modes_and_fake_tensors_have_no_public_module(module):
     public = {name for place in (torch, torch.utils) for _, name, _ in pkgutil.iter_modules(place.__path__)}
     assert module not in public
+
+
+def test_names_that_dcp_pickles_are_still_private(tmp_path):
+    """And they are all that a restricted unpickler needs beside public ones."""
+    place, memory_format, layout = torch_private.checkpoint_names()
+    assert [name for name in (place.__name__, memory_format.__name__, layout.__name__) if name[0] != "_"] == []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # there is no process group
+        dcp.save({"x": torch.ones(2, 3), "y": {"z": b"bytes"}}, checkpoint_id=tmp_path, no_dist=True)
+    Reader(tmp_path)
 
 
 def test_storages_of_meta_tensors_are_told_apart_by_no_public_name():

@@ -8,7 +8,6 @@ when they are written (`writer.py`), so a reader's shuffle buffer need not hold 
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from mfengine.configs import from_json
+from mfengine.configs import check_at_least, from_json, read_json
 from mfengine.errors import InputError, RankError
 
 DESCRIPTION = "dataset.json"
@@ -40,6 +39,18 @@ class LatentSpace:
     pixel_range: tuple[float, float] | None = None
     """where the unscaled latents are pixels: the values of black and white"""
 
+    def __post_init__(self) -> None:
+        if len(self.shape) != 3 or min(self.shape) < 1:
+            raise ValueError(f"shape must be (channels, height, width), not {self.shape}")
+        check_at_least(1, num_classes=self.num_classes)
+        for name in ("scale", "bias"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{name} must be finite, not {getattr(self, name)}")
+        if self.scale == 0:
+            raise ValueError("scale must not be 0")
+        if self.pixel_range is not None and self.pixel_range[0] == self.pixel_range[1]:
+            raise ValueError(f"pixel_range must be two different values, not {self.pixel_range}")
+
     def unscale(self, latents: Tensor) -> Tensor:
         """Latents as the encoder gave them, from latents as the network sees them."""
         return latents / self.scale + self.bias
@@ -51,6 +62,9 @@ class Shard:
     count: int  # samples
     bytes: int
     sha256: str = ""  # of the tar; not known of those written by mfengine 0.1
+
+    def __post_init__(self) -> None:
+        check_at_least(0, count=self.count, bytes=self.bytes)
 
 
 @dataclass(frozen=True)
@@ -68,6 +82,14 @@ class Dataset:
     class_names: tuple[str, ...] = ()  # in the order of the labels, where they are known
     provenance: dict[str, Any] = field(default_factory=dict)  # the source of the samples, and how they were made
 
+    def __post_init__(self) -> None:
+        if self.flips not in (1, 2):
+            raise ValueError(f"flips must be 1 or 2, not {self.flips}")
+        if not self.shards:
+            raise ValueError("shards must be one or more")
+        if self.count != sum(shard.count for shard in self.shards):
+            raise ValueError(f"count is {self.count} samples, but the shards add up to others")
+
     @classmethod
     def open(cls, folder: Path) -> Dataset:
         """Read `dataset.json` and check that the shards are there and whole.
@@ -84,25 +106,14 @@ class Dataset:
     def read(cls, folder: Path) -> Dataset:
         """Read `dataset.json` alone; InputError unless it describes a data set."""
         path = folder / DESCRIPTION
-        if not path.is_file():
-            hint = (
-                f"`python -m mfengine.prepare digits {folder}` writes it"
-                if folder.name == "digits"
-                else "see docs/data.md"
-            )
+        if not path.exists():
+            hint = "see docs/data.md"
+            if folder.name == "digits":
+                hint = f"`python -m mfengine.prepare digits {folder}` writes it"
+            if (folder / "checkpoints").is_dir():
+                raise InputError(f"{folder} is a run folder, not a data set: it has no {DESCRIPTION}")
             raise InputError(f"{path} does not exist: {hint}")
-        try:
-            values = json.loads(path.read_text())
-            values["space"] = from_json(LatentSpace, values["space"])
-            values["shards"] = [from_json(Shard, shard) for shard in values["shards"]]
-            dataset = from_json(cls, {"folder": folder, **values})
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{path} is not a description of a data set: {error!r}") from None
-        if not dataset.shards:
-            raise InputError(f"{path} lists no shards")
-        if dataset.count != sum(shard.count for shard in dataset.shards):
-            raise InputError(f"{path} says {dataset.count} samples, but its shards add up to others")
-        return dataset
+        return from_json(cls, {**read_json(path), "folder": folder}, path)
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -119,11 +130,14 @@ class Dataset:
         index = path.with_suffix(".idx")
         if not index.is_file():
             raise InputError(f"index {index} is missing")
-        with index.open() as lines:
-            header, first = lines.readline().split(), lines.readline().split()
+        try:
+            with index.open() as lines:
+                header, first = lines.readline().split(), lines.readline().split()
+            found = dict(zip(first[::4], map(int, first[2::4]), strict=False)) if len(first) % 4 == 0 else first
+        except ValueError:
+            raise InputError(f"index {index} is damaged") from None
         if header != [INDEX_VERSION, str(shard.count)]:
             raise InputError(f"index {index} does not list the {shard.count} samples of {DESCRIPTION}")
-        found = dict(zip(first[::4], map(int, first[2::4]), strict=False)) if len(first) % 4 == 0 else first
         if found != self.sizes:
             raise InputError(
                 f"shard {path} holds {found} bytes per sample; shape {self.space.shape} with {self.flips} flip(s) "
@@ -135,7 +149,15 @@ class Dataset:
         if latent_shape != self.space.shape:
             raise InputError(f"{self.folder} holds latents of {self.space.shape}; the model takes {latent_shape}")
         if num_classes != self.space.num_classes:
-            raise InputError(f"{self.folder} has {self.space.num_classes} classes; model.num_classes is {num_classes}")
+            raise InputError(
+                f"{self.folder} has {self.space.num_classes} classes; --model.num-classes is {num_classes}"
+            )
+
+    def check_labels(self, lowest: int, highest: int) -> None:
+        """RankError unless labels that were read from the shards are of the classes."""
+        if lowest < 0 or highest >= self.space.num_classes:
+            classes = f"0 to {self.space.num_classes - 1}, the classes of {DESCRIPTION}"
+            raise RankError(f"{self.folder} has a label outside of {classes}")
 
 
 def read_means(dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
@@ -158,7 +180,7 @@ def iterate_means(
         The position of the first one, means (n, C, H, W) float32 and labels (n,) int32.
 
     Raises:
-        RankError: a shard cannot be read.
+        RankError: a shard cannot be read, or holds a label outside of the classes or means that are not finite.
     """
     start, stop = (dataset.count * i // num_parts for i in (part, part + 1))
     size = 2 * math.prod(dataset.space.shape)  # the mean of the image itself comes first in its moments
@@ -176,12 +198,14 @@ def iterate_means(
                         labels = b"".join(os.pread(file.fileno(), 4, offset) for _, offset in chosen)
                         if (len(means), len(labels)) != (size * len(chosen), 4 * len(chosen)):
                             raise ValueError("it ends before samples that its index lists")
-                        shape = (len(chosen), *dataset.space.shape)
-                        yield (
-                            before + first,
-                            np.frombuffer(means, "<f2").reshape(shape).astype(np.float32),
-                            np.frombuffer(labels, "<i4").reshape(len(chosen)),
-                        )
+                        x = np.frombuffer(means, "<f2").reshape(len(chosen), *dataset.space.shape).astype(np.float32)
+                        y = np.frombuffer(labels, "<i4").reshape(len(chosen))
+                        dataset.check_labels(int(y.min()), int(y.max()))
+                        if not np.isfinite(x).all():
+                            raise ValueError("means that are not finite; `python -m mfengine.prepare check` finds them")
+                        yield before + first, x, y
+            except RankError:
+                raise
             except (OSError, ValueError, KeyError) as error:
                 raise RankError(f"cannot read {path}: {error}") from None
         before += shard.count

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shutil
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
@@ -130,7 +131,7 @@ class ImageWriter:
 
         def begin() -> int:
             """Bytes before the first image of the array."""
-            with writing(path):
+            with self._writing():
                 if self._partial.exists():
                     shutil.rmtree(self._partial)  # of a writer that was killed
                 self._partial.mkdir(parents=True)
@@ -146,7 +147,7 @@ class ImageWriter:
     def write(self, rows: range, images: Tensor) -> None:
         """Write images (n, 3, H, W) uint8 as those of the numbers `rows`; RankError where that fails."""
         pixels = images.permute(0, 2, 3, 1).cpu().numpy()
-        with writing(self._path, RankError):
+        with self._writing(RankError):
             if self._array is not None:
                 # Not through memory maps: those of several machines overwrite each other in the pages that they share.
                 with self._array.open("r+b") as file:
@@ -162,7 +163,7 @@ class ImageWriter:
         self._world.on_main(self._rename)
 
     def _rename(self) -> None:
-        with writing(self._path):
+        with self._writing():
             if self._array is not None:
                 archive = self._partial / self._path.name
                 with zipfile.ZipFile(archive, "w") as file:  # not compressed, as np.savez does it
@@ -173,6 +174,16 @@ class ImageWriter:
                 if self._path.exists():
                     self._path.rmdir()
                 self._partial.rename(self._path)
+
+    @contextmanager
+    def _writing(self, kind: Callable[[str], InputError] = InputError) -> Iterator[None]:
+        """As `writing`; nothing is left of the images where that fails."""
+        try:
+            with writing(self._path, kind):
+                yield
+        except InputError:
+            shutil.rmtree(self._partial, ignore_errors=True)
+            raise
 
 
 def check_new(path: Path) -> None:

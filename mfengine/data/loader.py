@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mfengine.data.format import DESCRIPTION, Dataset
+from mfengine.data.format import Dataset
 from mfengine.device import device_generator, to_device
 from mfengine.errors import InputError, RankError
 
@@ -79,11 +79,7 @@ class Loader:
         with self._readable():
             batch = next(self._batches)[0]
         y = batch["labels"].flatten().long()
-        classes = self._dataset.space.num_classes
-        if int(y.min()) < 0 or int(y.max()) >= classes:
-            raise RankError(
-                f"{self._dataset.folder} has a label outside of 0 to {classes - 1}, the classes of {DESCRIPTION}"
-            )
+        self._dataset.check_labels(int(y.min()), int(y.max()))
         return batch["moments"], y
 
     def position(self) -> bytes:

@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from mfengine.configs import from_json
 from mfengine.data.format import LatentSpace
 from mfengine.errors import InputError, RankError
 
@@ -38,9 +39,11 @@ class VAE:
         if not folder.is_dir() and (folder.is_absolute() or str(name).startswith(".") or len(folder.parts) > 2):
             raise InputError(f"there is no folder {name} with a VAE in it")
         try:
+            if not folder.is_dir():
+                _ask_hub(str(name))
             vae = AutoencoderKL.from_pretrained(str(name), torch_dtype=torch.float32, low_cpu_mem_usage=False)
             self._vae = vae.to(device).eval()
-        except (OSError, ValueError, RuntimeError) as error:
+        except Exception as error:  # of many kinds: of the network, of JSON, of safetensors
             where = "" if folder.is_dir() else ", which is no folder, from the hub"
             reason = " ".join(str(error).split())  # of one line or many
             raise InputError(f"cannot load the VAE {name}{where}: {reason:.300}") from None
@@ -66,8 +69,9 @@ class VAE:
         if size < self.factor or size % self.factor:
             raise InputError(f"size {size} is not a multiple of {self.factor}, the pixels per latent of {self.name}")
         side = size // self.factor
-        return LatentSpace(
-            (self.channels, side, side), num_classes, scale=config.scaling_factor, bias=config.shift_factor or 0.0
+        values = {"scale": config.scaling_factor, "bias": config.shift_factor or 0.0}
+        return from_json(
+            LatentSpace, {"shape": (self.channels, side, side), "num_classes": num_classes, **values}, self.name
         )
 
     def sha256(self) -> str:
@@ -116,3 +120,11 @@ class VAE:
             raise RankError(
                 f"the GPU's memory is too small to {task} at a time: choose fewer, as by --batch-size"
             ) from None
+
+
+def _ask_hub(name: str) -> None:
+    """Fail at once where the hub has no such model or does not answer: diffusers tries for half a minute."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+
+    if not isinstance(try_to_load_from_cache(name, "config.json"), str):
+        get_hf_file_metadata(hf_hub_url(name, "config.json"))

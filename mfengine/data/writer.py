@@ -33,10 +33,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from mfengine.configs import check_seed, flatten
+from mfengine.configs import check_at_least, check_seed, flatten, read_json
 from mfengine.data.format import BROKEN, DESCRIPTION, INDEX_VERSION, Dataset, LatentSpace, Shard
-from mfengine.errors import InputError
-from mfengine.files import sync, write_atomic
+from mfengine.errors import InputError, reason
+from mfengine.files import check_writable, sync, write_atomic
 from mfengine.progress import progress
 from mfengine.ranks import World
 
@@ -132,8 +132,15 @@ def order(count: int, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).permutation(count)
 
 
-def check_vacant(folder: Path) -> None:
-    """InputError if there is something at a data set's future place, or it cannot be given a name."""
+def check_vacant(folder: Path, source: Path | None = None) -> None:
+    """InputError if there is something at a data set's future place, or it cannot be given a name.
+
+    Args:
+        folder: the place.
+        source: a folder that nothing is written into.
+    """
+    if source is not None and folder.resolve().is_relative_to(source.resolve()):
+        raise InputError(f"{folder} is in {source}, the source: write the data set to another place")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} is not an empty folder: choose another one, or remove it first")
     if folder.is_symlink() or folder.is_mount() or folder.resolve() == Path.cwd():
@@ -141,6 +148,15 @@ def check_vacant(folder: Path) -> None:
             f"{folder} is a link, a mount point or the current folder, which a data set written beside it cannot "
             "replace: name a new folder in it"
         )
+    check_writable(folder)
+
+
+def check_settings(seed: int, max_broken: float, shard_samples: int | None = None) -> None:
+    """ValueError if a setting of `write_dataset` is out of range."""
+    check_seed(seed)
+    check_at_least(1, shard_samples=shard_samples)
+    if not 0 <= max_broken < 1:
+        raise ValueError(f"max_broken must be at least 0 and less than 1, not {max_broken:g}")
 
 
 def write_dataset(
@@ -174,11 +190,7 @@ def write_dataset(
         raise InputError(f"{samples.name} has no samples")
     if shard_samples is None:
         shard_samples = max(1, SHARD_BYTES // _tar_bytes(samples))
-    elif shard_samples < 1:
-        raise InputError(f"{shard_samples} samples per shard: at least 1 is needed")
-    check_seed(seed)
-    if not 0 <= max_broken < 1:
-        raise InputError(f"a share of {max_broken:g} broken samples: it must be at least 0 and less than 1")
+    check_settings(seed, max_broken, shard_samples)
     with closing(_Writer(folder, samples, shard_samples, seed)) as writer:
         _share_out(writer, world, max_broken)
         return world.on_main(writer.finish)
@@ -243,6 +255,7 @@ class _Writer:
         self.order = order(len(samples), seed)
         self.num_shards = math.ceil(len(samples) / shard_samples)
         self.lock: IO[str] | None = None  # on the first rank, from `begin` on
+        self.made = False  # the partial folder, on the first rank
         self.plan = {
             "name": samples.name,
             "count": len(samples),
@@ -257,6 +270,7 @@ class _Writer:
     def begin(self) -> dict[int, tuple[int, int]]:
         """Make or find the partial folder: {shard: (samples, broken ones)} of those that are whole in it."""
         check_vacant(self.folder)
+        self.made = not self.partial.exists()
         with self._disk():
             self.data.mkdir(parents=True, exist_ok=True)
             self.lock = (self.partial / "lock").open("w")
@@ -268,8 +282,7 @@ class _Writer:
                 pass  # a file system without locks
         path, plan = self.partial / PLAN, json.loads(json.dumps(self.plan))
         if path.exists():
-            begun = json.loads(path.read_text())
-            was, now = flatten(begun), flatten(plan)
+            was, now = flatten(read_json(path)), flatten(plan)
             for name in now | was:
                 # The same encoder may be found elsewhere: its checksum is compared.
                 if was.get(name) == now.get(name) or name == "provenance.vae.name":
@@ -294,7 +307,7 @@ class _Writer:
             with tar.with_suffix(".idx").open() as index:
                 indexed = index.readline().split() == [INDEX_VERSION, str(record["count"])]
             return record if indexed and tar.stat().st_size == record["bytes"] else None
-        except (FileNotFoundError, ValueError, KeyError):  # not there, or not whole after a power cut
+        except (OSError, ValueError, KeyError, TypeError):  # not there, or not whole after a power cut
             return None
 
     def report(self, found: list[Broken]) -> str:
@@ -308,7 +321,9 @@ class _Writer:
         return f"{path} lists them, the first is {broken[0]['name']}: {broken[0]['reason']}"
 
     def close(self) -> None:
-        """Let another process write."""
+        """Let another process write; of what was begun here nothing is left if none of it helps to go on."""
+        if self.made and not any(self.partial.glob("[0b]*.json*")):  # neither whole shards nor a list of broken samples
+            shutil.rmtree(self.partial, ignore_errors=True)
         if self.lock:
             self.lock.close()
 
@@ -418,13 +433,13 @@ class _Writer:
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 total = _tar_bytes(self.samples) * len(self.samples) / 1e9
-                reason = f"the disk is full ({error.strerror}); the whole data set needs {total:.3g} GB"
+                why = f"the disk is full ({error.strerror}); the whole data set needs {total:.3g} GB"
             else:
-                reason = str(error)
-            raise InputError(
-                f"cannot write {self.folder}: {reason}. The shards that are whole remain in {self.partial}, and the "
-                f"same command continues them"
-            ) from None
+                why = reason(error)
+            remain = ""
+            if any(self.partial.glob("0*.json")):
+                remain = f". The shards that are whole remain in {self.partial}, and the same command continues them"
+            raise InputError(f"cannot write {self.folder}: {why}{remain}") from None
 
 
 def _add(tar: tarfile.TarFile, number: int, moments: np.ndarray, label: int) -> str:

@@ -1,20 +1,25 @@
 """Checkpoints: written aside and renamed when whole, read into a run or as a model to sample from.
 
 A checkpoint is a folder `checkpoints/step-00001000` with the shards of `torch.distributed.checkpoint` and
-`checkpoint.json`, which says what is in them. A folder of that name is always whole.
+`checkpoint.json`, which says what is in them, with their sizes and checksums. A folder of that name was whole when it
+got it. How files are written and read is in `storage.py`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pickle
 import re
 import shutil
 import warnings
+import zlib
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,17 +27,21 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
-from mfengine.configs import from_json
+from mfengine.configs import check_at_least, from_json, parse_json, read_json
 from mfengine.data.format import LatentSpace
 from mfengine.engine.flops import meta_network
-from mfengine.errors import InputError, TrainingError
-from mfengine.files import sync, write_atomic
+from mfengine.engine.storage import Planner, Reader, Sum, Writer, intact
+from mfengine.errors import InputError
+from mfengine.files import sync, write_atomic, writing
 from mfengine.methods import OBJECTIVES, Objective
 from mfengine.networks import NETWORKS, Network
+from mfengine.pickles import Refused, explained, load_tensors
 from mfengine.ranks import World
 
 # A single process has no process group, which is as it should be.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+
+T = TypeVar("T")
 
 DESCRIPTION = "checkpoint.json"
 _WHOLE = re.compile(r"step-(\d{8})")
@@ -49,13 +58,16 @@ class Checkpointer:
             allocates once (torch 2.11 does for each save), pinned if it comes from a GPU. `poll` and `wait` tell how
             the writing ended.
 
-    `save`, `poll` and `wait` raise TrainingError if a checkpoint could not be written.
+    Attributes:
+        newest: whole checkpoint.
+        failed: why the last checkpoint could not be written; None if it could, or is still being written.
+        notes: what failed since the reader emptied the list.
     """
 
     def __init__(self, folder: Path, world: World, keep: int, asynchronous: bool) -> None:
         self._folder, self._world, self._keep = folder / "checkpoints", world, keep
         self._writer: ThreadPoolExecutor | None = None
-        self._writing: Future[Path] | None = None
+        self._writing: Future[None] | None = None
         self._group: dist.ProcessGroup | None = None
         if asynchronous:
             cuda = world.device.type == "cuda"
@@ -72,10 +84,8 @@ class Checkpointer:
             # Ranks talk in the background too, and must not be heard by those that train meanwhile.
             self._group = dist.new_group(backend="gloo") if world.sharded else None
         self.newest = world.on_main(lambda: newest_checkpoint(folder))
-        if world.main:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            for leftover in (*self._folder.glob(".partial-*"), *self._folder.glob(".removed-*")):
-                shutil.rmtree(leftover)
+        self.failed: str | None = None
+        self.notes: list[str] = []
 
     def save(self, step: int, state: dict[str, Any], description: dict[str, Any]) -> None:
         """Write a checkpoint of `step`; every rank calls it.
@@ -88,7 +98,7 @@ class Checkpointer:
         self.wait()
         description = {"step": step, **description}
         if self._writer is None:
-            self.newest = self._write(step, state, description)
+            self._write(step, state, description)
         else:
             staged = self._stager.stage(state)
             assert isinstance(staged, dict)
@@ -103,30 +113,55 @@ class Checkpointer:
         """Wait for the write in the background, if there is one."""
         if self._writing:
             writing, self._writing = self._writing, None
-            self.newest = writing.result()
+            writing.result()
 
-    def _write(self, step: int, state: dict[str, Any], description: dict[str, Any]) -> Path:
+    def _write(self, step: int, state: dict[str, Any], description: dict[str, Any]) -> None:
         """Write a folder under another name, rename it when it is whole, and remove old ones."""
         unfinished, whole = (self._folder / f"{name}-{step:08d}" for name in (".partial-step", "step"))
         try:
-            if self._world.main:
-                unfinished.mkdir(exist_ok=True)  # the other ranks may be ahead
-                write_atomic(unfinished / DESCRIPTION, json.dumps(description, indent=1) + "\n")
-            dcp.save(state, checkpoint_id=unfinished, process_group=self._group, no_dist=not self._world.sharded)
+            writer = Writer(unfinished)
+            dcp.save(state, storage_writer=writer, process_group=self._group, no_dist=not self._world.sharded)
+            sums = self._gather(writer.sums)
             if self._world.main:  # all ranks have written: rank 0 ends with the metadata
+                description["files"] = {name: each._asdict() for name, each in sorted(sums.items())}
+                description["crc32"] = _own_checksum(description)
+                write_atomic(unfinished / DESCRIPTION, json.dumps(description, indent=1) + "\n")
                 sync(unfinished)
                 unfinished.rename(whole)
                 sync(self._folder)
+        except (dcp.CheckpointException, OSError) as error:
+            if self._world.main:
+                shutil.rmtree(unfinished, ignore_errors=True)  # the disk may be full of it
+            self.failed = f"cannot write {whole}: {_reason(error)}; last whole checkpoint: {self.newest or 'none'}"
+            self.notes.append(self.failed)
+            return
+        self.newest, self.failed = whole, None
+        if self._world.main:
+            try:
                 for old in _whole_checkpoints(self._folder)[: -self._keep]:
                     # Renamed first: a kill in the midst of the removal must not leave a folder that looks whole.
                     doomed = old.with_name(f".removed-{old.name}")
                     old.rename(doomed)
                     shutil.rmtree(doomed)
-        except (dcp.CheckpointException, OSError) as error:
-            raise TrainingError(
-                f"cannot write {whole}: {_reason(error)}; last whole checkpoint: {self.newest or 'none'}"
-            ) from None
-        return whole
+            except OSError as error:  # in use, say
+                self.notes.append(f"cannot remove {old}: {error.strerror}")
+
+    def _gather(self, sums: dict[str, Sum]) -> dict[str, Sum]:
+        """On rank 0, those of all ranks."""
+        if not self._world.sharded:
+            return sums
+        everyones: list[dict[str, Sum]] | None = [{} for _ in range(self._world.size)] if self._world.main else None
+        dist.gather_object(sums, everyones, group=self._group)
+        return {name: each for part in everyones or () for name, each in part.items()}
+
+
+def remove_leftovers(run: Path) -> None:
+    """Remove what a job that was killed left unfinished in a run folder: it may fill the disk."""
+    for leftover in (*run.rglob(".partial-*"), *run.glob("checkpoints/.removed-*")):
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
 
 
 def _whole_checkpoints(folder: Path) -> list[Path]:
@@ -135,34 +170,175 @@ def _whole_checkpoints(folder: Path) -> list[Path]:
 
 
 def newest_checkpoint(run: Path) -> Path | None:
-    """The newest whole checkpoint of a run folder."""
-    found = _whole_checkpoints(run / "checkpoints")
-    return found[-1] if found else None
+    """The newest checkpoint of a run folder."""
+    return next(iter(checkpoints_of(run)), None)
+
+
+def checkpoints_of(run: Path) -> list[Path]:
+    """A run folder's checkpoints, the newest first."""
+    return _whole_checkpoints(run / "checkpoints")[::-1]
+
+
+def first_whole(checkpoints: list[Path], read: Callable[[Path], T]) -> tuple[T, list[str]]:
+    """What `read` makes of the first checkpoint that it can read, and what is wrong with each one before.
+
+    Args:
+        checkpoints: at least one.
+        read: of a checkpoint; raises InputError, on all ranks alike.
+
+    Raises:
+        InputError: none can be read.
+    """
+    problems: list[str] = []
+    for checkpoint in checkpoints:
+        try:
+            return read(checkpoint), problems
+        except InputError as error:
+            problems.append(str(error))
+    older = f"; none of the {len(problems) - 1} older one(s) can be read either" if problems[1:] else ""
+    raise InputError(problems[0] + older)
+
+
+def set_aside(damaged: list[Path]) -> None:
+    """Rename checkpoints to `damaged-...`, so that they are not in the way of new ones of their steps."""
+    for checkpoint in damaged:
+        aside = checkpoint.with_name(f"damaged-{checkpoint.name}")
+        with writing(aside):
+            if aside.exists():
+                shutil.rmtree(aside)
+            checkpoint.rename(aside)
+
+
+@dataclass(frozen=True)
+class _Progress:
+    """What checkpoint.json says beside network, objective and latent space; an export has the step alone."""
+
+    step: int
+    parts: int = 1
+    skipped_steps: int = 0
+    ema_decays: tuple[float, ...] = (0.0,)
+
+    def __post_init__(self) -> None:
+        check_at_least(0, step=self.step, skipped_steps=self.skipped_steps)
+        check_at_least(1, parts=self.parts)
+        if not self.ema_decays:
+            raise ValueError("ema_decays must be one or more numbers")
 
 
 def read_description(checkpoint: Path) -> dict[str, Any]:
-    """What checkpoint.json says; InputError if it cannot be read."""
+    """What checkpoint.json says; InputError if it is not valid, or a file that it names has not the size it says."""
+    path = checkpoint / DESCRIPTION
+    description = read_json(path)
+    for name in ("parts", "skipped_steps", "ema_decays"):
+        if name not in description:
+            raise InputError(f"{path}: {name} is missing")
+    for name, expected in _files(checkpoint, description).items():
+        file = checkpoint / name
+        if not file.is_file():
+            raise InputError(f"{checkpoint} is damaged: {name} is missing")
+        if (size := file.stat().st_size) != expected.bytes:
+            raise InputError(f"{checkpoint} is damaged: {name} has {size} bytes, not {expected.bytes}")
+    return _checked(description, path)
+
+
+def _checked(description: dict[str, Any], where: Path) -> dict[str, Any]:
+    """The description of a checkpoint or an export, once all of it is valid; otherwise InputError."""
+    names = [field.name for field in dataclasses.fields(_Progress)]
+    from_json(_Progress, {name: description[name] for name in names if name in description}, where)
+    model = NETWORKS.read(description, "model", where)
+    OBJECTIVES.read(description, "method", where)
+    space = _space(description, where)
+    if (space.shape, space.num_classes) != (model.latent_shape, model.num_classes):
+        raise InputError(
+            f"{where}: space.shape {space.shape} with {space.num_classes} classes does not fit the model, which takes "
+            f"{model.latent_shape} with {model.num_classes}"
+        )
+    return description
+
+
+def _space(description: dict[str, Any], where: Path) -> LatentSpace:
+    return from_json(LatentSpace, description.get("space"), where, "space.")
+
+
+def _files(checkpoint: Path, description: dict[str, Any]) -> dict[str, Sum]:
+    """The files of a checkpoint by name; empty if it is of version 0.1, which wrote none down."""
     try:
-        return json.loads((checkpoint / DESCRIPTION).read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot read {checkpoint / DESCRIPTION}: {error}") from None
+        return {name: Sum(**values) for name, values in description.get("files", {}).items()}
+    except (AttributeError, TypeError):
+        raise InputError(f"{checkpoint / DESCRIPTION} does not say sizes and checksums of files") from None
 
 
-def load_state(checkpoint: Path, state: dict[str, Any], world: World) -> None:
+def _own_checksum(description: dict[str, Any]) -> int:
+    """Of what checkpoint.json says itself, in whatever layout."""
+    content = {name: value for name, value in description.items() if name != "crc32"}
+    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
+
+
+def load_state(
+    checkpoint: Path, description: dict[str, Any], state: dict[str, Any], world: World, skip_checksums: bool = False
+) -> None:
     """Fill `state` in place with what the checkpoint has under the same keys.
 
+    Files are checked against their checksums while they are read, each by one rank. Nothing in them is executed.
+
+    Args:
+        checkpoint: where.
+        description: of it; those before version 0.2 have no checksums.
+        state: nested dict of tensors and values.
+        world: the ranks that read, each its part of the state; every one calls this.
+        skip_checksums: do not check.
+
     Raises:
-        InputError: the checkpoint has not all of it, or in other shapes.
+        InputError: the checkpoint is damaged, or has not all of the state, or in other shapes. Then `state` may hold
+            parts of it.
     """
+    files = {} if skip_checksums else _files(checkpoint, description)
+    names = sorted(files)
+    error: BaseException | None = None
     try:
-        dcp.load(state, checkpoint_id=checkpoint, no_dist=not world.sharded)
-    except (dcp.CheckpointException, RuntimeError, ValueError) as error:
-        raise InputError(f"cannot read {checkpoint}: {_reason(error)}") from None
+        reader = Reader(checkpoint)
+    except (OSError, ValueError, Refused) as failed:
+        error = failed
+    failures = world.gather([error is not None])  # all ranks read, or none
+    damaged: list[int] = []
+    if not failures.any():
+        with ThreadPoolExecutor(4) as pool:
+            mine = names[world.rank :: world.size]
+            good = pool.map(lambda name: intact(checkpoint / name, files[name]), mine)
+            try:
+                dcp.load(state, storage_reader=reader, planner=Planner(), no_dist=not world.sharded)
+            except dcp.CheckpointException as failed:
+                error = next(iter(failed.failures.values()))[0]
+                if isinstance(error, KeyboardInterrupt):
+                    raise error from None
+            except (RuntimeError, ValueError) as failed:
+                error = failed
+            damaged = [names.index(name) for name, is_good in zip(mine, good, strict=True) if not is_good]
+    ranks = world.gather([min(damaged, default=len(names)), error is not None])  # each knows of its own part
+    first = int(ranks[:, 0].min())
+    if first < len(names):
+        raise InputError(f"{checkpoint} is damaged: the content of {names[first]} has changed")
+    summed = description.keys() & {"files", "crc32"}  # damage of one of these names must not pass for an old version
+    if summed and not skip_checksums and description.get("crc32") != _own_checksum(description):
+        raise InputError(f"{checkpoint} is damaged: the content of {DESCRIPTION} has changed")
+    if isinstance(error, pickle.UnpicklingError) and not isinstance(error, Refused):
+        error = explained(error)
+    if isinstance(error, Refused):
+        raise InputError(f"{checkpoint} would run {error}, if it were unpickled: refused")
+    if ranks[:, 1].any():
+        raise InputError(f"cannot read {checkpoint}: {_reason(error) if error else 'another rank could not'}")
 
 
 def _reason(error: BaseException) -> str:
-    """The last line of an error: DCP's begin with the tracebacks of all ranks."""
-    return str(error).strip().splitlines()[-1]
+    """The error of the disk behind it, or its last line: DCP's begin with the tracebacks of all ranks."""
+    cause: BaseException | None = error
+    if isinstance(error, dcp.CheckpointException):
+        cause = next(iter(error.failures.values()))[0]
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__context__
+    if cause is not None and cause.strerror:
+        return cause.strerror
+    return (str(error).strip() or type(error).__name__).splitlines()[-1]
 
 
 # ----------------------------------------------------------------------------
@@ -178,47 +354,65 @@ class Trained(NamedTuple):
     objective: Objective  # how to sample from it
 
 
-def load_model(path: Path, ema_decay: float | None = None) -> Trained:
+def load_model(path: Path, ema_decay: float | None = None, skip_checksums: bool = False) -> Trained:
     """A model to sample from, computing in float32.
 
     Args:
         path: a run folder (its newest checkpoint is taken), a checkpoint folder, or an export (.safetensors).
         ema_decay: which moving average; the first if None. An export holds one.
+        skip_checksums: do not check the files of a checkpoint.
 
     Raises:
-        InputError: there is no such thing, or it is of another architecture, or its network or objective is unknown.
+        InputError: there is no such thing, or it is damaged, or it is of another architecture, or its network or
+            objective is unknown.
     """
     if path.suffix == ".safetensors":
         weights, description = _read_export(path)
     else:
         path = _find_checkpoint(path)
         description = read_description(path)
-        weights = _read_average(path, description, ema_decay, sampling=True)
-    model = NETWORKS.build(NETWORKS.read(description, "model")).for_sampling()
-    model.load_state_dict(weights)
-    objective = OBJECTIVES.build(OBJECTIVES.read(description, "method"))
-    return Trained(model.eval(), from_json(LatentSpace, description["space"]), path, objective)
+        weights = _read_average(path, description, ema_decay, True, skip_checksums)
+    model = NETWORKS.build(NETWORKS.read(description, "model", path)).for_sampling()
+    _load_weights(model, weights, path)
+    objective = OBJECTIVES.build(OBJECTIVES.read(description, "method", path))
+    return Trained(model.eval(), _space(description, path), path, objective)
 
 
-def export_model(checkpoint: Path, out: Path, ema_decay: float | None = None) -> Path:
+def _load_weights(model: Network, weights: dict[str, Tensor], path: Path) -> None:
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise InputError(f"{path} is of another architecture: {str(error).splitlines()[1].strip():.200}") from None
+
+
+def export_model(checkpoint: Path, out: Path, ema_decay: float | None = None, skip_checksums: bool = False) -> Path:
     """Write a moving average of what sampling needs, with its description, as safetensors; the checkpoint read."""
-    from safetensors.torch import save_file  # here, since `make gpu` runs without it
+    from safetensors import SafetensorError  # here, since `make gpu` runs without it
+    from safetensors.torch import save_file
 
+    if checkpoint.suffix == ".safetensors":
+        raise InputError(f"{checkpoint} is an export already: give a checkpoint or a run folder")
     checkpoint = _find_checkpoint(checkpoint)
     description = read_description(checkpoint)
-    weights = _read_average(checkpoint, description, ema_decay, sampling=True)
-    kept = {key: value for key, value in description.items() if key not in ("parts", "skipped_steps", "ema_decays")}
-    write_atomic(out, lambda partial: save_file(weights, partial, metadata={"mfengine": json.dumps(kept)}))
+    weights = _read_average(checkpoint, description, ema_decay, True, skip_checksums)
+    of_the_run = ("parts", "skipped_steps", "ema_decays", "files", "crc32")
+    kept = {key: value for key, value in description.items() if key not in of_the_run}
+    try:
+        with writing(out):
+            write_atomic(out, lambda partial: save_file(weights, partial, metadata={"mfengine": json.dumps(kept)}))
+    except SafetensorError as error:
+        raise InputError(f"cannot write {out}: {error}") from None
     return checkpoint
 
 
-def load_initial_weights(model: Network, path: Path, reverse_time: bool) -> list[str]:
+def load_initial_weights(model: Network, path: Path, reverse_time: bool, skip_checksums: bool = False) -> list[str]:
     """Start `model` from other weights.
 
     Args:
         model: on the host.
         path: what `load_model` takes, or another project's checkpoint (.pt, .pth) as `Network.convert` takes it.
         reverse_time: of `Network.convert`.
+        skip_checksums: do not check the files of a checkpoint.
 
     Returns:
         The parameters that it left fresh: an export has none that only training uses.
@@ -229,9 +423,13 @@ def load_initial_weights(model: Network, path: Path, reverse_time: bool) -> list
     fresh: list[str] = []
     if path.suffix in (".pt", ".pth"):
         try:
-            weights, fresh, _ = model.convert(torch.load(path, map_location="cpu", weights_only=True), reverse_time)
-        except (OSError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
+            weights, fresh, _ = model.convert(load_tensors(path), reverse_time)
+        except Refused as name:
+            raise InputError(f"{path} would run {name}, if it were unpickled: refused") from None
+        except (OSError, RuntimeError, ValueError) as error:
             raise InputError(f"cannot read {path}: {str(error).splitlines()[0]}") from None
+        except (AttributeError, EOFError, KeyError, TypeError) as error:
+            raise InputError(f"cannot read {path}: it is not a state dict of tensors: {error!r:.100}") from None
     elif path.suffix == ".safetensors":
         weights, _ = _read_export(path)
         sampled = meta_network(model.config).for_sampling().state_dict()
@@ -240,11 +438,8 @@ def load_initial_weights(model: Network, path: Path, reverse_time: bool) -> list
         weights = own | weights
     else:
         checkpoint = _find_checkpoint(path)
-        weights = _read_average(checkpoint, read_description(checkpoint), None, sampling=False)
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        raise InputError(f"{path} is of another architecture: {str(error).splitlines()[1].strip()}") from None
+        weights = _read_average(checkpoint, read_description(checkpoint), None, False, skip_checksums)
+    _load_weights(model, weights, path)
     return fresh
 
 
@@ -258,17 +453,17 @@ def _find_checkpoint(path: Path) -> Path:
 
 
 def _read_average(
-    checkpoint: Path, description: dict[str, Any], decay: float | None, sampling: bool
+    checkpoint: Path, description: dict[str, Any], decay: float | None, sampling: bool, skip_checksums: bool
 ) -> dict[str, Tensor]:
     """A moving average of all weights, or of those that sampling needs."""
     decays = description["ema_decays"]
     decay = decays[0] if decay is None else decay
     if decay not in decays:
         raise InputError(f"{checkpoint} has no moving average of decay {decay}; it has {decays}")
-    model = meta_network(NETWORKS.read(description, "model"))
+    model = meta_network(NETWORKS.read(description, "model", checkpoint))
     shapes = (model.for_sampling() if sampling else model).state_dict()
     state = {"ema": {str(decay): {name: torch.empty(value.shape) for name, value in shapes.items()}}}
-    load_state(checkpoint, state, World(0, 1, torch.device("cpu")))
+    load_state(checkpoint, description, state, World(0, 1, torch.device("cpu")), skip_checksums)
     return state["ema"][str(decay)]
 
 
@@ -284,4 +479,4 @@ def _read_export(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise InputError(f"cannot read {path}: {error}") from None
     if "mfengine" not in metadata:
         raise InputError(f"{path} was not written by mfengine.export: it has no configuration")
-    return weights, json.loads(metadata["mfengine"])
+    return weights, _checked(parse_json(metadata["mfengine"], path), path)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-from mfengine.configs import check_seed
+from mfengine.configs import check_at_least, check_seed
 from mfengine.errors import InputError
 from mfengine.methods import OBJECTIVES, ObjectiveConfig
 from mfengine.networks import NETWORKS, NetworkConfig
@@ -16,6 +16,8 @@ from mfengine.ops.backend import Backend
 from mfengine.ops.choice import Attention
 from mfengine.optim import Backend as OptimBackend
 from mfengine.optim import check_settings
+
+OTHERS = (".pt", ".pth")  # how files with weights of other projects are named
 
 
 @dataclass(frozen=True)
@@ -110,18 +112,21 @@ class TrainConfig:
     """steps with a loss that is not finite to skip before giving up"""
     resume: Literal["never", "auto"] = "never"
     """auto continues the run folder's newest whole checkpoint, if there is one"""
+    skip_checksums: bool = False
+    """read checkpoints without comparing the checksums of their files; their sizes are compared anyway"""
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "accumulation", "replicas", "log_every", "checkpoint_every", "keep"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if not self.name or "/" in self.name:
+        names = ("batch_size", "accumulation", "replicas", "log_every", "checkpoint_every", "keep", "steps")
+        check_at_least(1, **{name: getattr(self, name) for name in names})
+        if self.name in ("", ".", "..") or "/" in self.name:
             raise ValueError(f"name must be the name of a folder, not '{self.name}'")
         for name in ("sample_every", "evaluate_every", "max_skipped_steps", "checkpoint_minutes"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, not {getattr(self, name)}")
-        if not 0 < self.epochs < float("inf") or (self.steps is not None and self.steps < 1):
-            raise ValueError("epochs must be positive and steps at least 1")
+        if not 0 < self.epochs < float("inf"):
+            raise ValueError(f"epochs must be positive, not {self.epochs}")
+        if self.init_reverse_time and (self.init is None or self.init.suffix not in OTHERS):
+            raise ValueError(f"init_reverse_time needs --init with another project's weights ({' or '.join(OTHERS)})")
         check_seed(self.seed)
 
     @property
@@ -146,12 +151,12 @@ class TrainConfig:
         parts = world_size * self.accumulation
         if self.batch_size % parts:
             raise InputError(
-                f"batch_size {self.batch_size} is not a multiple of ranks x accumulation = "
+                f"--batch-size {self.batch_size} is not a multiple of ranks x --accumulation = "
                 f"{world_size} x {self.accumulation}"
             )
         local = self.batch_size // parts
         try:
             self.method.check_batch(local)
         except ValueError as error:
-            raise InputError(f"{error}; change batch_size, accumulation or the method's options") from None
+            raise InputError(f"{error}; change --batch-size, --accumulation or an option --method.*") from None
         return local

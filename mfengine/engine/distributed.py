@@ -25,7 +25,7 @@ warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a v
 def num_shards(ranks: int, replicas: int) -> int:
     """Into how many shards each parameter is divided; InputError unless `replicas` divides the ranks."""
     if ranks % replicas:
-        raise InputError(f"replicas {replicas} does not divide the {ranks} rank(s)")
+        raise InputError(f"--replicas {replicas} does not divide the {ranks} rank(s)")
     return ranks // replicas
 
 

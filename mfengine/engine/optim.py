@@ -29,7 +29,7 @@ def adamw_ema(model: nn.Module, config: OptimConfig) -> AdamWEMA:
             backend=config.backend,
         )
     except ValueError as error:
-        raise InputError(f"optim.{error}") from None
+        raise InputError(f"--optim.{error}") from None
 
 
 def averages(model: nn.Module, optimizer: AdamWEMA, decay: float) -> dict[str, Tensor]:

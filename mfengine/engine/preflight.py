@@ -11,17 +11,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from mfengine.configs import flatten, to_json
+from mfengine.configs import flatten, read_json, to_json
 from mfengine.data.format import Dataset
 from mfengine.data.loader import Loader
-from mfengine.engine.checkpoint import load_initial_weights, newest_checkpoint, read_description
+from mfengine.engine.checkpoint import checkpoints_of, first_whole, load_initial_weights, read_description
 from mfengine.engine.config import TrainConfig
 from mfengine.engine.flops import meta_network
+from mfengine.engine.lock import LOCK
 from mfengine.engine.optim import adamw_ema
 from mfengine.engine.plan import make_plan
+from mfengine.engine.telemetry import METRICS, kept_metrics
 from mfengine.errors import InputError
 from mfengine.evaluation.frechet import check_dimensions
-from mfengine.files import write_atomic
+from mfengine.files import write_atomic, writing
 from mfengine.kernels.multi_tensor import LIBRARY
 from mfengine.methods import OBJECTIVES
 from mfengine.networks import NETWORKS
@@ -73,39 +75,49 @@ def absent(device: torch.device) -> bool:
 # The run folder.
 
 
-def check_run_folder(config: TrainConfig, dataset: Dataset) -> Path | None:
-    """The checkpoint that a run in this folder continues from, if any.
+def check_run_folder(config: TrainConfig, dataset: Dataset) -> list[Path]:
+    """The checkpoints that a run in this folder may continue from, the newest first; empty if it has to begin.
 
     Raises:
         InputError: the folder holds something else, a run that is not to be continued, or one of another
             architecture.
     """
     folder, path = config.folder, config.folder / CONFIG
-    # A run that was killed as it began has left a half-written configuration at most.
-    if not folder.exists() or (folder.is_dir() and all(p.name.startswith(".partial-") for p in folder.iterdir())):
-        return None
+    if not folder.exists() or (folder.is_dir() and all(_leftover(p) for p in folder.iterdir())):
+        return []
     if not path.is_file():
         raise InputError(f"{folder} is not a run folder: choose another --name")
+    checkpoints = checkpoints_of(folder)
+    if not checkpoints and not _size(folder / METRICS):
+        return []  # a run that ended before it had done anything: the next one may be of other settings
     if config.resume == "never":
         raise InputError(f"{folder} holds a run: continue it with --resume auto, or choose another --name")
-    try:
-        before = {**NETWORKS.unnamed, **OBJECTIVES.unnamed, **flatten(json.loads(path.read_text()))}
-    except ValueError as error:
-        raise InputError(f"{path} cannot be read: {error}") from None
-    newest = newest_checkpoint(folder)
+    before = {**NETWORKS.unnamed, **OBJECTIVES.unnamed, **flatten(read_json(path))}
     for name, value in flatten(_config_values(config, dataset)).items():
         if before.get(name) != value and name.startswith(FIXED):
             raise InputError(
                 f"{folder} has a run with {name} {before.get(name)}, not {value}: "
                 "it cannot be continued so; start another run from its weights with --init"
             )
-    return newest
+    kept_metrics(folder / METRICS)  # which refuses a damaged file
+    return checkpoints
+
+
+def _leftover(path: Path) -> bool:
+    """Whether it is what a run leaves that is killed as it begins, at most."""
+    return path.name == LOCK or path.name.startswith(".partial-")
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
 
 
 def write_config(config: TrainConfig, dataset: Dataset) -> None:
     """Write the resolved configuration into the run's folder."""
-    config.folder.mkdir(parents=True, exist_ok=True)
-    write_atomic(config.folder / CONFIG, json.dumps(_config_values(config, dataset), indent=1) + "\n")
+    path = config.folder / CONFIG
+    with writing(path):
+        config.folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, json.dumps(_config_values(config, dataset), indent=1) + "\n")
 
 
 def _config_values(config: TrainConfig, dataset: Dataset) -> dict[str, Any]:
@@ -146,16 +158,21 @@ def dry_run(config: TrainConfig, here: World, ranks: int) -> None:
         raise refused
     assert dataset is not None
     check_run(config, dataset, plan.world)
-    newest = here.on_main(lambda: check_run_folder(config, dataset))
-    step = read_description(newest)["step"] if newest is not None else 0
-    if config.init is not None and newest is None:
+    checkpoints = here.on_main(lambda: check_run_folder(config, dataset))
+    step = 0
+    problems: list[str] = []
+    if checkpoints:
+        step, problems = here.on_main(lambda: first_whole(checkpoints, lambda path: read_description(path)["step"]))
+    elif config.init is not None:
         model = meta_network(config.model)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*copying from a non-meta parameter")  # shapes are what counts
-            load_initial_weights(model, config.init, config.init_reverse_time)
+            load_initial_weights(model, config.init, config.init_reverse_time, config.skip_checksums)
     part, parts = here.rank * config.accumulation, ranks * config.accumulation
     next(Loader(dataset, config.local_batch(ranks), part, parts, config.seed, torch.device("cpu")))
     if here.main:
         if absent(device):
             print("there is no GPU here: that kernels, attention and optimizer run on one was not tried")
-        print(f"ready to {f'continue at step {step:,}' if newest is not None else 'start'}; nothing was written")
+        for problem in problems:
+            print(f"warning: {problem}")
+        print(f"ready to {f'continue at step {step:,}' if checkpoints else 'start'}; nothing was written")

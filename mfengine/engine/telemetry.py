@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,7 +18,8 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from mfengine.data.pictures import image_grid, save_picture
-from mfengine.files import write_atomic
+from mfengine.errors import InputError
+from mfengine.files import write_atomic, writing
 from mfengine.progress import progress
 
 METRICS = "metrics.jsonl"
@@ -29,19 +33,31 @@ class Telemetry:
         enabled: whether this rank reports.
         step, total_steps: where the run starts and ends.
         batch_size: samples per step.
-        peak: samples per second if all of the step's arithmetic ran at the devices' `peak_rate`; speed is told as a
-            share of it, the MFU.
+        peak: measures the samples per second if all of the step's arithmetic ran at the devices' `peak_rate`; speed is
+            told as a share of it, the MFU. Called again when a step was faster.
+
+    A disk that fails later does not end the run: it is told once, and what can wait is written when the disk works
+    again.
+
+    Raises:
+        InputError: metrics.jsonl cannot be continued.
     """
 
-    def __init__(self, folder: Path, enabled: bool, step: int, total_steps: int, batch_size: int, peak: float) -> None:
-        self._enabled, self._batch_size, self._peak = enabled, batch_size, peak
+    def __init__(
+        self, folder: Path, enabled: bool, step: int, total_steps: int, batch_size: int, peak: Callable[[], float]
+    ) -> None:
+        self._enabled, self._batch_size, self._measure_peak = enabled, batch_size, peak
         self._last = (step, time.monotonic())
         self._scalars: dict[str, list[float]] = {}  # of the steps since the last line
         if not enabled:
             return
+        self._peak = peak()
         self._folder = folder
+        self._failing: set[str] = set()  # what could not be written when it was last tried
+        self._unwritten = b""  # lines of metrics
         self._metrics = _continue_metrics(folder / METRICS, step)
-        self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=step)
+        self._tensorboard: SummaryWriter | None = None
+        self._excepthook, threading.excepthook = threading.excepthook, _leave_to_caller
         self._bar = progress(total_steps * batch_size, "samples", initial=step * batch_size, scale=True)
 
     def __enter__(self) -> Telemetry:
@@ -49,9 +65,13 @@ class Telemetry:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if self._enabled:
+            self.flush()
             self._bar.close()
             self._metrics.close()
-            self._tensorboard.close()
+            with suppress(OSError):
+                if self._tensorboard is not None:
+                    self._tensorboard.close()
+            threading.excepthook = self._excepthook
 
     def step(self, scalars: dict[str, float]) -> None:
         """One more step, with its metrics, the means over all ranks whose loss is finite; nan if none has one."""
@@ -62,7 +82,7 @@ class Telemetry:
                     values.append(value)
             shown = {name: f"{value:.4g}" for name, value in scalars.items()}
             if rate := self._bar.format_dict["rate"]:
-                shown["mfu"] = f"{rate / self._peak:.0%}"
+                shown["mfu"] = f"{min(1, rate / self._peak):.0%}"
             self._bar.set_postfix(shown, refresh=False)
             self._bar.update(self._batch_size)
 
@@ -73,53 +93,110 @@ class Telemetry:
         now = time.monotonic()
         since, started = self._last
         speed = (step - since) * self._batch_size / (now - started)
+        if speed > self._peak:  # measured while the device was busy otherwise
+            self._peak = max(self._peak, self._measure_peak())
         line = {
             "step": step,
             "epoch": round(epoch, 4),
             **{name: float(np.mean(values)) if values else None for name, values in self._scalars.items()},
             "samples_per_second": round(speed, 1),
-            "mfu": round(speed / self._peak, 4),
+            "mfu": round(min(1, speed / self._peak), 4),
             "memory_gb": round(torch.cuda.max_memory_allocated() / 1e9, 3) if torch.cuda.is_initialized() else None,
             "skipped_steps": skipped_steps,
         }
         self._scalars.clear()
         self._last = (step, now)
-        self._metrics.write(json.dumps(line) + "\n")
-        self._metrics.flush()
-        for name, value in line.items():
-            if name != "step" and value is not None:
-                self._tensorboard.add_scalar(name, value, step)
+        self._write(line)
+        with self._events(step) as events:
+            for name, value in line.items():
+                if name != "step" and value is not None:
+                    events.add_scalar(name, value, step)
 
     def figure(self, step: int, name: str, value: float) -> None:
         """Write a figure that is not taken at every step: a line of its own, and printed."""
         if self._enabled:
-            self._metrics.write(json.dumps({"step": step, name: value if np.isfinite(value) else None}) + "\n")
-            self._metrics.flush()
-            self._tensorboard.add_scalar(name, value, step)
+            self._write({"step": step, name: value if np.isfinite(value) else None})
+            with self._events(step) as events:
+                events.add_scalar(name, value, step)
             self.say(f"step {step}: {name} {value:.4g}")
 
     def picture(self, step: int, images: Tensor) -> None:
         """Write a grid of images (B, 3, H, W) in [0, 1] as samples/STEP.png and to TensorBoard."""
         if self._enabled:
-            grid = image_grid(images)
-            save_picture(grid, self._folder / "samples" / f"{step:08d}.png")
-            self._tensorboard.add_image("samples", grid, step)
+            grid, path = image_grid(images), self._folder / "samples" / f"{step:08d}.png"
+            with self._tried("pictures"):
+                save_picture(grid, path)
+            with self._events(step) as events:
+                events.add_image("samples", grid, step)
 
     def say(self, message: str) -> None:
         """Print a line without breaking the progress bar."""
         if self._enabled:
             self._bar.write(message, file=sys.stderr)
 
+    def flush(self) -> None:
+        """Write the lines of metrics.jsonl that a full disk did not take."""
+        if self._enabled:
+            with self._tried(METRICS):
+                while self._unwritten:
+                    self._unwritten = self._unwritten[self._metrics.write(self._unwritten) :]
+
+    def _write(self, line: dict[str, Any]) -> None:
+        self._unwritten += (json.dumps(line) + "\n").encode()
+        self.flush()
+
+    @contextmanager
+    def _events(self, step: int) -> Iterator[SummaryWriter]:
+        """TensorBoard's writer; another one after it has failed."""
+        with self._tried("TensorBoard's events"):
+            writer, self._tensorboard = self._tensorboard, None
+            yield (writer := writer or SummaryWriter(str(self._folder / "tensorboard"), purge_step=step))
+            self._tensorboard = writer
+
+    @contextmanager
+    def _tried(self, what: str) -> Iterator[None]:
+        """Tell of a disk that fails inside, once until it works again."""
+        try:
+            yield
+        except (OSError, InputError) as error:
+            if what not in self._failing:
+                self.say(f"warning: {what} cannot be written: {error}; training goes on")
+            self._failing.add(what)
+        else:
+            self._failing.discard(what)
+
+
+def _leave_to_caller(failed: threading.ExceptHookArgs) -> None:
+    """Say nothing of a disk that fails in TensorBoard's thread: its next call raises the error."""
+    if not issubclass(failed.exc_type, OSError):
+        threading.__excepthook__(failed)
+
+
+def kept_metrics(path: Path, step: int = 0) -> tuple[list[bytes], bool]:
+    """The lines of metrics.jsonl that stay when a run continues at `step`, and whether these are all.
+
+    Raises:
+        InputError: it cannot be read, or a line other than one that a killed run left half-written is damaged.
+    """
+    try:
+        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from None
+    kept = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (ValueError, KeyError, TypeError):
+            if line.endswith(b"\n"):
+                raise InputError(f"{path} is damaged at line {number}: repair it, or move it away") from None
+    return kept, kept == lines
+
 
 def _continue_metrics(path: Path, step: int) -> Any:
     """Open metrics.jsonl for appending, without the lines of steps that will be done again."""
-    kept = []
-    if path.exists():
-        for line in path.read_text().splitlines(keepends=True):
-            try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line)
-            except (ValueError, KeyError):
-                break  # a line that a killed run left half-written, always the last
-    write_atomic(path, "".join(kept))
-    return path.open("a")
+    kept, unchanged = kept_metrics(path, step)
+    with writing(path):
+        if not unchanged:
+            write_atomic(path, b"".join(kept))
+        return path.open("ab", buffering=0)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any, NoReturn
 
 import numpy as np
@@ -23,10 +25,19 @@ from mfengine.data.format import Dataset
 from mfengine.data.loader import Loader
 from mfengine.data.pictures import draw_latents
 from mfengine.device import HostCopy, step_generator, to_device
-from mfengine.engine.checkpoint import Checkpointer, load_initial_weights, load_state, read_description
+from mfengine.engine.checkpoint import (
+    Checkpointer,
+    first_whole,
+    load_initial_weights,
+    load_state,
+    read_description,
+    remove_leftovers,
+    set_aside,
+)
 from mfengine.engine.config import TrainConfig
 from mfengine.engine.distributed import prepare_model, reduce_gradients
 from mfengine.engine.flops import step_flops
+from mfengine.engine.lock import hold
 from mfengine.engine.optim import adamw_ema, averaged, averages
 from mfengine.engine.plan import device_memory, make_plan
 from mfengine.engine.preflight import check_run, check_run_folder, write_config
@@ -62,9 +73,15 @@ def train(config: TrainConfig, world: World) -> int:
     config.local_batch(world.size)
     dataset = world.on_main(lambda: Dataset.open(config.data))
     check_run(config, dataset, world)
+    world.on_main(lambda: check_run_folder(config, dataset))  # a folder that is none of ours is not locked either
     try:
-        with use_backend(config.ops), use_attention(config.attention), caught_signals() as caught:
-            return Trainer(config, world, dataset).run(caught)
+        with ExitStack() as held, use_backend(config.ops), use_attention(config.attention):
+            unlocked = world.on_main(lambda: held.enter_context(hold(config.folder)))
+            trainer = Trainer(config, world, dataset)
+            if unlocked is not None:
+                trainer.telemetry.say(f"warning: {unlocked}")
+            with caught_signals(world.main) as caught:
+                return trainer.run(caught)
     except torch.OutOfMemoryError as error:
         asked = ". ".join(str(error).split(". ")[:2])  # what PyTorch says then depends on its version
         peak = torch.cuda.max_memory_allocated() / 1e9
@@ -88,7 +105,7 @@ class Trainer:
         self.skipped = 0
         self.saved_at = time.monotonic()
 
-        newest = world.on_main(lambda: check_run_folder(config, dataset))
+        checkpoints = world.on_main(lambda: check_run_folder(config, dataset))
         torch.manual_seed(config.seed)
         model = NETWORKS.build(config.model, config.compute_dtype(world.device))
         notes = [
@@ -97,8 +114,8 @@ class Trainer:
             f"{self.total_steps} steps of {config.batch_size} samples, "
             f"{world.size} x {world.device.type} in {str(model.compute_dtype).removeprefix('torch.')}"
         ]
-        if config.init is not None and newest is None:
-            fresh = load_initial_weights(model, config.init, config.init_reverse_time)
+        if config.init is not None and not checkpoints:
+            fresh = load_initial_weights(model, config.init, config.init_reverse_time, config.skip_checksums)
             if fresh:
                 notes.append(f"{config.init} leaves {', '.join(fresh)} as initialised")
         self.model = prepare_model(
@@ -111,21 +128,26 @@ class Trainer:
         )
         self.optimizer = adamw_ema(self.model, config.optim)
         positions: dict[int, bytes] = {}
-        if newest is not None:
-            positions, resumed = self._resume(newest)
-            notes += resumed
+        damaged: list[str] = []
+        if checkpoints:
+            (positions, resumed), damaged = first_whole(checkpoints, self._resume)
+            aside = (f"set aside as damaged-{path.name}" for path in checkpoints)
+            notes += [f"{problem}; {where}" for problem, where in zip(damaged, aside, strict=False)] + resumed
         self.loaders = self._open_data(positions)
         self.data = fit_data(dataset, world) if config.evaluate_every else None
 
         # Nothing is written before here, so that wrong input leaves nothing behind.
+        world.on_main(lambda: remove_leftovers(config.folder))
         world.on_main(lambda: write_config(config, dataset))
+        world.on_main(lambda: set_aside(checkpoints[: len(damaged)]))
         self.checkpointer = Checkpointer(config.folder, world, config.keep, asynchronous=world.device.type == "cuda")
-        peak = 0.0
-        if world.main:
-            if device_memory(world.device) is not None:
-                notes += make_plan(config, world).warnings(world.device)
+        if world.main and device_memory(world.device) is not None:
+            notes += make_plan(config, world).warnings(world.device)
+
+        def peak() -> float:
             flops = step_flops(config.model, config.method, config.local_batch(world.size))
-            peak = world.size * peak_rate(world.device, model.compute_dtype) / flops
+            return world.size * peak_rate(world.device, model.compute_dtype) / flops
+
         self.telemetry = Telemetry(config.folder, world.main, self.step, self.total_steps, config.batch_size, peak)
         for note in notes:
             self.telemetry.say(note)
@@ -136,9 +158,11 @@ class Trainer:
             while self.step < self.total_steps:
                 signum, overdue = self._train_step(caught)
                 self.checkpointer.poll()
+                self._tell()
                 due = self.step % self.config.checkpoint_every == 0 or self.step == self.total_steps
                 if due or overdue or signum:
                     self._save()
+                    self._tell()
                 if self.config.sample_every and self.step % self.config.sample_every == 0:
                     self._draw_samples()
                 if self.data is not None and self.step % self.config.evaluate_every == 0 and not signum:
@@ -148,7 +172,12 @@ class Trainer:
             else:
                 signum = 0
             self.checkpointer.wait()
-            self.telemetry.say(f"step {self.step} of {self.total_steps}, checkpoint {self.checkpointer.newest}")
+        if self.checkpointer.failed:
+            raise TrainingError(self.checkpointer.failed)
+        if self.world.main:  # the last line, below the progress bar
+            stopped = f"stopped by {signal.Signals(signum).name}: " if signum else ""
+            done = f"step {self.step} of {self.total_steps}, checkpoint {self.checkpointer.newest}"
+            print(stopped + done, file=sys.stderr, flush=True)
         return signum
 
     def _train_step(self, caught: list[int]) -> tuple[int, bool]:
@@ -274,7 +303,14 @@ class Trainer:
             "ema": {str(d): averages(self.model, self.optimizer, d) for d in self.config.optim.ema_decays},
         }
 
+    def _tell(self) -> None:
+        """Tell of checkpoints that could not be written, or not be removed: the next one is tried all the same."""
+        for note in self.checkpointer.notes:
+            self.telemetry.say(f"warning: {note}; training goes on")
+        self.checkpointer.notes.clear()
+
     def _save(self) -> None:
+        self.telemetry.flush()
         if self.optimizer.skipped:
             self._skipped_gradient()
         # However it came to them, weights that are not finite must not replace good ones.
@@ -296,8 +332,7 @@ class Trainer:
 
     def _resume(self, path: Path) -> tuple[dict[int, bytes], list[str]]:
         """Continue from a checkpoint; returns the data's positions, if they still apply, and what to tell."""
-        description = read_description(path)
-        self.step, self.skipped = description["step"], description["skipped_steps"]
+        description = self.world.on_main(lambda: read_description(path))
         notes = [f"continuing {path}"]
         state = self._state()
         same_parts = description["parts"] == self._num_parts
@@ -308,29 +343,52 @@ class Trainer:
                 f"the data was dealt in {description['parts']} part(s), now in {self._num_parts}: "
                 "its position restarts at the beginning of the epoch"
             )
-        load_state(path, state, self.world)
+        load_state(path, description, state, self.world, self.config.skip_checksums)
         set_model_state_dict(self.model, state["model"])  # the optimizer's state was filled in place
+        self.step, self.skipped = description["step"], description["skipped_steps"]
         return {int(part): position for part, position in state.get("data", {}).items()}, notes
 
 
 @contextmanager
-def caught_signals() -> Iterator[list[int]]:
+def caught_signals(speaks: bool) -> Iterator[list[int]]:
     """A list that SIGTERM or SIGINT is put on.
 
-    A second SIGINT acts as usual; SIGTERM may come twice, from a scheduler and through torchrun.
+    The first SIGINT is answered at once, and a second one ends the process at once with exit code 130, whatever the
+    main thread does meanwhile: it may be waiting for a device, a disk or another rank. SIGTERM may come twice, from a
+    scheduler and through torchrun.
+
+    Args:
+        speaks: whether this rank answers.
     """
     caught: list[int] = []
-    usual = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
-
-    def catch(signum: int, frame: FrameType | None) -> None:
-        caught.append(signum)
-        if signum == signal.SIGINT:
-            signal.signal(signum, usual[signal.SIGINT])
-
-    for signum in usual:
-        signal.signal(signum, catch)
+    usual = {s: signal.signal(s, lambda signum, _: caught.append(signum)) for s in (signal.SIGTERM, signal.SIGINT)}
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    usual_fd = signal.set_wakeup_fd(writing)
+    thread = threading.Thread(target=_answer, args=(reading, speaks), daemon=True)
+    thread.start()
     try:
         yield caught
     finally:
+        signal.set_wakeup_fd(usual_fd)
+        os.close(writing)
+        thread.join()
+        os.close(reading)
         for signum, handler in usual.items():
             signal.signal(signum, handler)
+
+
+def _answer(reading: int, speaks: bool) -> None:
+    """Read numbers of signals from a pipe until it is closed."""
+    interrupted = False
+    while number := os.read(reading, 1):
+        if number[0] != signal.SIGINT:
+            continue
+        if speaks:
+            # torchrun hands on the first one alone.
+            again = "" if "TORCHELASTIC_RUN_ID" in os.environ else "; Ctrl-C again leaves without it"
+            said = "left without a checkpoint" if interrupted else f"writing a checkpoint{again}"
+            os.write(2, f"\ninterrupted: {said}\n".encode())
+        if interrupted:
+            os._exit(128 + signal.SIGINT)
+        interrupted = True

@@ -33,7 +33,7 @@ class LabelReader:
     """Reads the label of small images by logistic regression on their pixels, which it learns from the data itself.
 
     Raises:
-        InputError: scikit-learn is not installed.
+        InputError: scikit-learn is not installed, or the data is of one class.
     """
 
     def __init__(self, dataset: Dataset) -> None:
@@ -42,6 +42,8 @@ class LabelReader:
         except ImportError:
             raise InputError("reading labels needs scikit-learn: pip install 'mfengine[digits]'") from None
         means, labels = read_means(dataset)
+        if len(np.unique(labels)) < 2:
+            raise InputError(f"{dataset.folder} has samples of one class: there are no labels to tell apart")
         pixels = means.reshape(len(means), -1).astype(np.float64)
         self._spread = pixels.std()
         self._regression = LogisticRegression(max_iter=2000).fit(pixels / self._spread, labels)
@@ -104,7 +106,7 @@ def evaluate(
                     "compares only with that of as many",
                     world,
                 )
-        if space.pixel_range is not None:
+        if space.pixel_range is not None and space.num_classes > 1:
             reader = world.on_main(lambda: LabelReader(dataset))
     if reference is not None:
         fidelity = Fidelity(reference, inception, samples.batch, world)

@@ -56,10 +56,14 @@ class MeanFlowConfig(ObjectiveConfig):
         for name in ("interval_share", "label_dropout", "t_start", "t_end"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be between 0 and 1, not {getattr(self, name)}")
-        if self.kappa < 0:
-            raise ValueError(f"kappa must not be negative, not {self.kappa}")
-        if self.logit_std <= 0 or self.norm_eps <= 0:
-            raise ValueError("logit_std and norm_eps must be positive")
+        if self.t_start > self.t_end:
+            raise ValueError(f"t_start {self.t_start} is above t_end {self.t_end}: nothing would be guided")
+        for name in ("kappa", "norm_p"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must not be negative, not {getattr(self, name)}")
+        for name in ("logit_std", "norm_eps"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
 
     @property
     def guided(self) -> bool:

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from mfengine.data.importers.base import Importer, SampleError, float_array
-from mfengine.data.importers.pickles import Refused, load_record
 from mfengine.data.sources.lmdb import lmdb_errors, open_lmdb
 from mfengine.errors import InputError
+from mfengine.pickles import Refused, load_record
 
 LOG_VARIANCE_RANGE = (-30.0, 20.0)  # as diffusers' DiagonalGaussianDistribution clamps it
 

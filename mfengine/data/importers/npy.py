@@ -35,8 +35,9 @@ class NPYImporter(Importer):
             if "shards" in content:
                 raise InputError(f"{path} is a data set of mfengine already")
             self._labels = [(str(name), label) for name, label in content["labels"]]
-            if not all(isinstance(label, int) for _, label in self._labels):
-                raise InputError(f"{path / DESCRIPTION} has labels that are not integers, as {self._labels[0][1]}")
+            wrong = [label for _, label in self._labels if not isinstance(label, int) or label < 0]
+            if wrong:
+                raise InputError(f"{path / DESCRIPTION} has labels that are not integers from 0, as {wrong[0]}")
         except InputError:
             raise
         except (ValueError, KeyError, TypeError) as error:

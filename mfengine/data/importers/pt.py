@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import pickle
-import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ import torch
 
 from mfengine.data.importers.base import Importer, SampleError, first_line, float_array
 from mfengine.errors import InputError
+from mfengine.pickles import Refused, load_tensors
 
 
 class PTImporter(Importer):
@@ -38,16 +37,13 @@ class PTImporter(Importer):
 
     def load(self, index: int) -> tuple[list[np.ndarray], Any]:
         try:
-            record = torch.load(self._files[index], map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError as error:
-            refused = re.search(r"GLOBAL (\S+)", str(error))
-            if refused:
-                raise InputError(
-                    f"{self._files[index]} would run {refused[1]}, if it were unpickled: refused. Only tensors, "
-                    "numbers and text are read; do not open this file with torch.load(weights_only=False)"
-                ) from None
-            raise SampleError(first_line(error)) from None
-        except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
+            record = load_tensors(self._files[index])
+        except Refused as refused:
+            raise InputError(
+                f"{self._files[index]} would run {refused}, if it were unpickled: refused. Only tensors, "
+                "numbers and text are read; do not open this file with torch.load(weights_only=False)"
+            ) from None
+        except (OSError, ValueError) as error:
             raise SampleError(first_line(error)) from None
         if not isinstance(record, dict) or not isinstance(record.get("image"), torch.Tensor):
             raise SampleError("it is not a dict with a tensor image")

@@ -1,22 +1,56 @@
-"""Reads pickled dicts of arrays without executing anything that the pickle says.
+"""Reads pickles without executing anything that they say: what `torch.save` wrote, and dicts of numpy's arrays.
 
-A pickle is a program: it names functions, by module and name, and calls them. Here no name is looked up. The few by
-which numpy pickles arrays and numbers stand for functions of this file, every other is refused; and nothing that
-pickle hands out can be changed or derived from, so one record leaves no trace for the next.
+A pickle is a program: it names functions, by module and name, and calls them. For files of `torch.save` PyTorch has a
+restricted unpickler. For dicts of arrays, here no name is looked up. The few by which numpy pickles arrays and numbers
+stand for functions of this file, every other is refused; and nothing that pickle hands out can be changed or derived
+from, so one record leaves no trace for the next.
 """
 
 from __future__ import annotations
 
 import pickle
+import re
+import warnings
 from collections.abc import Callable
 from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+
+warnings.filterwarnings("ignore", message="Detected pickle protocol")  # it is read, or refused with a reason
 
 
 class Refused(pickle.UnpicklingError):
     """The pickle asks for something other than arrays and plain values; the message names it."""
+
+
+def load_tensors(source: Path | BytesIO) -> Any:
+    """What `torch.save` wrote, on the host: tensors, containers and plain values.
+
+    Raises:
+        Refused: there is something else in it.
+        OSError: the file cannot be read.
+        ValueError: it is no whole file of `torch.save`.
+    """
+    try:
+        return torch.load(source, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # of the unpickler and the zip reader, which break in many ways on what is no such file
+        raise explained(error) from None
+
+
+def explained(error: BaseException) -> ValueError | Refused:
+    """An error of `torch.load`, with what is wrong alone: PyTorch's text recommends to execute the file."""
+    if named := re.search(r"GLOBAL (\S+)", str(error)):
+        return Refused(named[1])
+    if reason := re.search(r"WeightsUnpickler error:\s*(.+)", str(error)):
+        return ValueError(reason[1])
+    if str(error).startswith("Weights only load failed"):
+        return ValueError("it holds more than tensors and plain values")
+    return ValueError(str(error).partition("\n")[0] or type(error).__name__)
 
 
 def load_record(data: bytes) -> dict[Any, Any]:

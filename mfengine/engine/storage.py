@@ -1,0 +1,173 @@
+"""The files of a checkpoint: DCP's, with checksums as they are written, and read without executing anything.
+
+A pickle is a program, and DCP reads pickles: the list of what a checkpoint holds (`.metadata`), and every value that is
+no tensor. Here the list is unpickled with the names alone that DCP writes into it, and values as weights are
+(`weights_only`).
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import metadata as records
+from torch.distributed.checkpoint.filesystem import FileSystem
+from torch.distributed.checkpoint.planner import ReadItem
+
+from mfengine.pickles import Refused, load_tensors
+from mfengine.torch_private import checkpoint_names
+
+METADATA = ".metadata"
+_Place, _MemoryFormat, _layout = checkpoint_names()
+
+# ----------------------------------------------------------------------------
+# Checksums.
+
+
+class Sum(NamedTuple):
+    """Size in bytes and CRC-32 of a file."""
+
+    bytes: int
+    crc32: int
+
+
+def intact(path: Path, expected: Sum) -> bool:
+    """Whether a file can be read and has the expected checksum."""
+    crc = 0
+    try:
+        with path.open("rb") as file:
+            while block := file.read(1 << 24):
+                crc = zlib.crc32(block, crc)
+    except OSError:
+        return False
+    return crc == expected.crc32
+
+
+class Writer(dcp.FileSystemWriter):
+    """DCP's writer; `sums` has the size and checksum of each file that this rank has written, by name.
+
+    They are of what was to be written, not of what the disk made of it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.sums: dict[str, Sum] = {}
+        self.fs = _SummedFiles(self.sums)
+
+
+class _SummedFiles(FileSystem):
+    def __init__(self, sums: dict[str, Sum]) -> None:
+        self._sums = sums
+
+    @contextmanager
+    def create_stream(self, path: Any, mode: str) -> Iterator[Any]:
+        with _Summed(io.FileIO(path, mode)) as stream:
+            yield stream
+        # DCP renames the list of the contents when it is whole.
+        self._sums[Path(path).name.removesuffix(".tmp")] = Sum(Path(path).stat().st_size, stream.crc)
+
+
+class _Summed(io.BufferedWriter):
+    """A file that is written from front to back."""
+
+    crc = 0
+
+    def write(self, data: Any) -> int:
+        self.crc = zlib.crc32(data, self.crc)
+        return super().write(data)
+
+
+# ----------------------------------------------------------------------------
+# Reading.
+
+
+class Reader(dcp.FileSystemReader):
+    """DCP's reader, with a restricted unpickler for the list of what a checkpoint holds.
+
+    Raises:
+        OSError: the list cannot be read.
+        Refused: it names what DCP does not write.
+        ValueError: it is no such list.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        with (folder / METADATA).open("rb") as file:
+            try:
+                self._metadata = _Unpickler(file).load()
+            except Refused:
+                raise
+            except Exception as error:  # of pickle's machine, which breaks in many ways on what is no pickle
+                raise ValueError(f"{METADATA} is not a pickle of DCP's: {' '.join(str(error).split())}") from None
+        places = getattr(self._metadata, "storage_data", None)
+        if not isinstance(self._metadata, records.Metadata) or not isinstance(places, dict):
+            raise ValueError(f"{METADATA} does not say what there is")
+        for place in places.values():
+            name = getattr(place, "relative_path", None)
+            if not isinstance(name, str) or Path(name).name != name:
+                raise ValueError(f"{METADATA} names files elsewhere")
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> records.Metadata:
+        return self._metadata
+
+
+class Planner(dcp.DefaultLoadPlanner):
+    """DCP's planner; what is no tensor has to be bytes, and is unpickled with `weights_only`."""
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        # DCP unpickles whatever it gets here: so it gets what this process has pickled.
+        content, harmless = load_tensors(value), io.BytesIO()
+        if not isinstance(content, bytes):
+            raise ValueError(f"{read_item.dest_index.fqn} is of type {type(content).__name__}, not bytes")
+        torch.save(content, harmless)
+        harmless.seek(0)
+        super().load_bytes(read_item, harmless)
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if module == "torch" and isinstance(dtype := vars(torch).get(name), torch.dtype):
+            return dtype
+        if (module, name) not in _NAMES:
+            raise Refused(f"{module}.{name}")
+        return _NAMES[module, name]
+
+
+class _Sealed(type):
+    """A name in a pickle. The pickle can call it, and do nothing else to it: a class itself could be changed."""
+
+    def __setattr__(cls, name: str, value: Any) -> None:
+        raise Refused(f"setattr({cls.__name__}, {name!r})")
+
+
+def _sealed(name: str, call: Callable[..., Any]) -> _Sealed:
+    return _Sealed(name, (), {"__new__": lambda _, *args: call(*args)})
+
+
+def _instance(cls: type) -> Callable[..., Any]:
+    return lambda *args: cls.__new__(cls, *args)
+
+
+_CLASSES = (
+    records.Metadata,
+    records.MetadataIndex,
+    records.StorageMeta,
+    records.TensorStorageMetadata,
+    records.BytesStorageMetadata,
+    records.ChunkStorageMetadata,
+    records.TensorProperties,
+    _Place,
+)
+_NAMES: dict[tuple[str, str], Any] = {
+    **{(cls.__module__, cls.__name__): _sealed(cls.__name__, _instance(cls)) for cls in _CLASSES},
+    **{(call.__module__, call.__name__): _sealed(call.__name__, call) for call in (torch.Size, _MemoryFormat, _layout)},
+    # Where the checkpoint was written, which nobody asks; Python 3.13 has paths in a module of their own.
+    **{(module, "PosixPath"): _sealed("PosixPath", lambda *_: None) for module in ("pathlib", "pathlib._local")},
+}

@@ -1,0 +1,240 @@
+"""A run on a hostile machine: killed, damaged, out of disk, started twice, on other numbers of ranks.
+
+`pytest tests/test_chaos.py --kills 50 -s` is the whole, and PYTEST_SEED chooses another course of events.
+"""
+
+import contextlib
+import json
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SMALL, checkpoint_contents, forks, run_command, run_in_fork
+
+from mfengine.engine.checkpoint import checkpoints_of, newest_checkpoint
+from mfengine.engine.telemetry import METRICS
+
+EVERY = 5  # steps between checkpoints
+PARTS = 4  # ranks x accumulation: the same batches on any number of ranks
+
+
+class Life:
+    """One start of the run, to be killed."""
+
+    def __init__(self, ranks, args, cwd, folder):
+        self.folder = folder
+        folder.mkdir()
+        files = folder / "stdout", folder / "stderr"
+        self.process = forks.Process(target=run_in_fork, args=(args, cwd, ranks, dict(os.environ), files))
+        self.process.start()
+
+    def pids(self):
+        with contextlib.suppress(FileNotFoundError):
+            pid = self.process.pid
+            return [pid, *map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())]
+        return []
+
+    def kill(self):
+        """SIGKILL to torchrun's agent, then to its ranks, which would live on."""
+        pids = self.pids()
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.process.join()
+        while any(Path(f"/proc/{pid}").exists() for pid in pids):
+            time.sleep(0.01)
+
+    def said(self):
+        return (self.folder / "stderr").read_text() if (self.folder / "stderr").exists() else ""
+
+
+class Disk:
+    """A small file system of its own where one may be mounted; elsewhere files that may not grow."""
+
+    def __init__(self, folder):
+        folder.mkdir()
+        mount = ["mount", "-t", "tmpfs", "-o", "size=96m", "tmpfs", str(folder)]
+        self.folder, self.mounted = folder, subprocess.run(mount, capture_output=True, check=False).returncode == 0
+
+    def fill(self, life, room):
+        """Leave so many bytes."""
+        if not self.mounted:
+            for pid in life.pids():
+                with contextlib.suppress(ProcessLookupError):
+                    resource.prlimit(pid, resource.RLIMIT_FSIZE, (room, room))
+            return
+        with contextlib.suppress(OSError), (self.folder / "filler").open("wb", buffering=0) as file:
+            while True:
+                file.write(bytes(1 << 16))
+        size = (self.folder / "filler").stat().st_size
+        os.truncate(self.folder / "filler", max(0, size - room))
+
+    def free(self):
+        (self.folder / "filler").unlink(missing_ok=True)
+
+    def unmount(self):
+        if self.mounted:
+            subprocess.run(["umount", str(self.folder)], check=True)
+
+
+def damage(checkpoint, rng):
+    """Flip a bit, cut a file short, or remove it; says which."""
+    path = rng.choice(sorted(checkpoint.iterdir()))
+    how = rng.choice(("flipped", "cut", "missing"))
+    if how == "missing":
+        path.unlink()
+    elif how == "cut":
+        os.truncate(path, rng.randrange(path.stat().st_size - 1))  # the last byte of checkpoint.json says nothing
+    else:
+        content = bytearray(path.read_bytes())
+        content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+        path.write_bytes(content)
+    return f"{checkpoint.name}/{path.name} {how}"
+
+
+def step_of(checkpoint):
+    return int(checkpoint.name[-8:])
+
+
+def losses(run):
+    """Of the lines of metrics.jsonl, which are of the steps from 1 on, each once; a kill may cut the last."""
+    if not (run / METRICS).exists():
+        return []
+    text = (run / METRICS).read_text()
+    lines = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+    return [line["loss"] for line in lines]
+
+
+def assert_identical(checkpoint, expected):
+    actual, right = checkpoint_contents(checkpoint), checkpoint_contents(expected)
+    assert actual.keys() == right.keys()
+    for name, value in right.items():
+        assert torch.equal(actual[name], value) if isinstance(value, torch.Tensor) else actual[name] == value, name
+
+
+@pytest.mark.slow
+def test_chaos(digits, tmp_path, pytestconfig):
+    kills, rng = pytestconfig.getoption("--kills"), random.Random(os.environ.get("PYTEST_SEED", "0"))
+    steps = 24 * max(kills, 4)  # more than it does between two kills
+    disk = Disk(tmp_path / "runs")
+    try:
+        chaos(kills, rng, steps, disk, digits, tmp_path)
+    finally:
+        disk.unmount()
+
+
+def chaos(kills, rng, steps, disk, digits, cwd):
+    def command(name, ranks):
+        return [
+            "mfengine.train", *SMALL, f"--data={digits}", f"--steps={steps}", "--log-every=1", f"--name={name}",
+            f"--checkpoint-every={EVERY}", "--resume=auto", f"--accumulation={PARTS // ranks}",
+        ]  # fmt: skip
+
+    def train(name, *args):
+        return run_command(*command(name, 1), *args, cwd=cwd)
+
+    alone = cwd / "alone/run"
+    done = train("run", "--runs=alone", f"--keep={steps}")
+    assert done.returncode == 0, done.stderr
+    expected = losses(alone)
+    assert len(expected) == steps
+
+    run = cwd / "runs/chaos"
+    lineage = {0: frozenset()}  # the numbers of ranks that took the steps up to a checkpoint
+    counts = dict.fromkeys(("identical checkpoints", "damaged", "full disks", "second jobs", "amid writing"), 0)
+    compared = set()
+    for kill in range(kills):
+        events = []
+        checkpoints, broken = checkpoints_of(run), []
+        mixed = [c for c in checkpoints if not lineage[step_of(c)] <= {1}]
+        if len(checkpoints) > 1 and rng.random() < 0.4:
+            # Where steps of other numbers of ranks can be undone, they are, half of the time.
+            undo = mixed if mixed and len(mixed) < len(checkpoints) and rng.random() < 0.7 else checkpoints[:1]
+            events += [damage(checkpoint, rng) for checkpoint in undo]
+            broken = undo
+        ranks = rng.choice((1, 1, 1, 2, 4)) if kill else 1
+        start = len(losses(run))
+        life = Life(ranks, [*command("chaos", ranks), "--keep=6"], cwd, cwd / f"life-{kill}")
+        if kill and rng.random() < 0.15:
+            time.sleep(rng.uniform(0, 3))
+            events.append("as it starts")
+        else:
+            deadline = time.monotonic() + 120
+            while "continuing" not in life.said() and "M parameters" not in life.said() and life.process.is_alive():
+                assert time.monotonic() < deadline, life.said()
+                time.sleep(0.01)
+            if rng.random() < 0.3:
+                second = run_command(*command("chaos", 1), cwd=cwd)
+                if life.process.is_alive():
+                    assert second.returncode == 2, second.stderr
+                    assert re.fullmatch(r"error: runs/chaos is in use by process \d+ on .*\n", second.stderr)
+                counts["second jobs"] += 1
+                events.append("second job")
+            if rng.random() < 0.2:
+                time.sleep(rng.uniform(0, 0.3))
+                disk.fill(life, rng.randrange(400_000))
+                counts["full disks"] += 1
+                events.append("full disk")
+            begun, target = len(losses(run)), rng.randrange(1, 12)
+            deadline = time.monotonic() + 60
+            while life.process.is_alive() and len(losses(run)) < begun + target and time.monotonic() < deadline:
+                time.sleep(0.005)
+            time.sleep(rng.uniform(0, 0.1))
+            if rng.random() < 0.3:
+                deadline = time.monotonic() + 2
+                while not list(run.glob("checkpoints/.partial-*")) and time.monotonic() < deadline:
+                    pass
+        counts["amid writing"] += bool(list(run.glob("checkpoints/.partial-*")))
+        ended = not life.process.is_alive()
+        life.kill()
+        disk.free()
+
+        said = life.said()
+        resumed = re.search(r"continuing runs/chaos/checkpoints/step-(\d+)", said)
+        for checkpoint in broken:
+            counts["damaged"] += 1
+            if resumed:
+                assert re.search(rf"(cannot read|runs).*{checkpoint.name}.*; set aside", said), (events, said)
+        if resumed or "M parameters" in said:
+            before = int(resumed[1]) if resumed else 0
+            for checkpoint in checkpoints_of(run):
+                if step_of(checkpoint) > before:
+                    lineage[step_of(checkpoint)] = lineage[before] | {ranks}
+                    compared.discard(step_of(checkpoint))
+        unreadable = {c.name for c in broken} if not resumed else set()
+        for checkpoint in checkpoints_of(run):
+            step = step_of(checkpoint)
+            if checkpoint.name not in unreadable and lineage[step] == {1} and step not in compared:
+                assert_identical(checkpoint, alone / "checkpoints" / checkpoint.name)
+                compared.add(step)
+                counts["identical checkpoints"] += 1
+        so_far = losses(run)
+        assert so_far == pytest.approx(expected[: len(so_far)], rel=1e-5)
+        newest = newest_checkpoint(run)
+        if newest and not unreadable:
+            assert len(so_far) >= step_of(newest)
+        for damaged in run.glob("checkpoints/damaged-*"):
+            shutil.rmtree(damaged)
+        where = f"steps {start} to {len(so_far)}, newest {newest.name if newest else 'none'}"
+        last = said.strip().splitlines()[-1:] if ended else []
+        print(f"kill {kill + 1}: {ranks} rank(s), {where}; {', '.join(events)} {last}", flush=True)
+    done = train("chaos", "--keep=6")
+    assert done.returncode == 0, done.stderr
+    actual = losses(run)
+    assert len(actual) == steps
+    worst = max(abs(a / b - 1) for a, b in zip(actual, expected, strict=True))
+    resumed = int(re.search(r"continuing runs/chaos/checkpoints/step-(\d+)", done.stderr)[1])
+    if lineage[resumed] == {1}:
+        assert_identical(newest_checkpoint(run), newest_checkpoint(alone))
+    print(f"{kills} kills, {counts}; {steps} lines of metrics, losses within {worst:.1e} of the uninterrupted run's")
+    print(f"ranks of the last checkpoint resumed from: {sorted(lineage[resumed])}")
+    assert worst <= 1e-5
