@@ -27,7 +27,7 @@ from mfengine.engine.plan import Phase, parameter_groups
 from mfengine.kernels import multi_tensor
 from mfengine.methods import OBJECTIVES, ObjectiveConfig
 from mfengine.networks import NetworkConfig
-from mfengine.ops import use_backend
+from mfengine.ops import fixed_weights, use_backend
 from mfengine.ops.flops import flop_registry
 from mfengine.ranks import World
 
@@ -230,7 +230,7 @@ def step_operators(
     Args:
         model, method, optim: what is trained, and how.
         rows: of the rank.
-        gathered: parameters come in the dtype that FSDP2 gathers them in; one rank casts them as it goes.
+        gathered: parameters come in the dtype that FSDP2 gathers them in; if not, the optimizer writes copies.
 
     Returns:
         The operators of the step; and those of its forward without tangents, which is run beside it.
@@ -238,7 +238,7 @@ def step_operators(
     recorder, primal = Recorder(), Counter[Operator]()
     with use_backend("triton"), patch.object(multi_tensor, "library", lambda: _CudaLibrary(recorder)):
         network = prepare_model(meta_network(model, torch.bfloat16), World(0, 1, META))
-        objective, optimizer = OBJECTIVES.build(method), adamw_ema(network, optim)
+        objective, optimizer = OBJECTIVES.build(method), adamw_ema(network, optim, whole=not gathered)
         shape = (rows, *model.latent_shape)
         draws = objective.draw(shape, torch.Generator().manual_seed(0), META)
         latents, labels = torch.empty(shape, device=META), torch.empty(rows, dtype=torch.int64, device=META)
@@ -262,11 +262,12 @@ def step_operators(
                 for p in parameters:
                     p.data = p.data.to(unit.dtype)
         with recorder:
-            loss, _ = objective.loss(network, latents, labels, draws)
+            with fixed_weights(optimizer.copies):
+                loss, _ = objective.loss(network, latents, labels, draws)
             recorder.phase = "backward"
             loss.backward()
         for p, data in whole.items():
-            p.data, p.grad = data, torch.empty_like(data)
+            p.data, p.grad = data, torch.empty_like(data, dtype=p.grad_dtype)
         recorder.phase = "optimizer"
         with recorder:
             optimizer.step()

@@ -30,6 +30,7 @@ from mfengine.engine.config import OptimConfig
 from mfengine.engine.distributed import prepare_model
 from mfengine.engine.optim import adamw_ema
 from mfengine.engine.presets import PRESETS
+from mfengine.ops import fixed_weights
 from mfengine.ranks import World, world
 
 PASSES = ("data wait", "guidance", "primal", "tangent", "backward", "optimizer", "communication", "rest")
@@ -71,7 +72,7 @@ def split(
     """
     device = world.device
     model = prepare_model(make_model(config, torch.device("cpu"), dtype), world)
-    optimizer = adamw_ema(model, OptimConfig())
+    optimizer = adamw_ema(model, OptimConfig(), whole=not world.sharded)
     method, labelled = MeanFlow(objective), Labelled(model)
     generator = torch.Generator().manual_seed(0)
 
@@ -79,7 +80,8 @@ def split(
         with record_function("data wait"):
             latents, labels = next(batches)
         draws = method.draw(latents.shape, generator, device)
-        loss, _ = method.loss(labelled, latents, labels, draws)
+        with fixed_weights(optimizer.copies):
+            loss, _ = method.loss(labelled, latents, labels, draws)
         with record_function("backward"):
             loss.backward()
         with record_function("optimizer"):

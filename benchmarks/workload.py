@@ -18,6 +18,7 @@ from mfengine import DiT, Draws, MeanFlow, MeanFlowConfig, ModelConfig
 from mfengine.engine.config import OptimConfig
 from mfengine.engine.optim import adamw_ema
 from mfengine.engine.presets import PRESETS
+from mfengine.ops import fixed_weights
 
 OBJECTIVES: dict[str, MeanFlowConfig] = {
     "flow matching": MeanFlowConfig(interval_share=0.0),
@@ -31,12 +32,13 @@ Update = Callable[[Tensor, Tensor, Draws], None]  # latents (B, C, H, W), labels
 
 
 def engine_update(model: DiT, objective: MeanFlowConfig) -> Update:
-    """mfengine's step."""
-    optimizer = adamw_ema(model, OptimConfig())
+    """mfengine's step on one device."""
+    optimizer = adamw_ema(model, OptimConfig(), whole=True)
     method = MeanFlow(objective)
 
     def update(latents: Tensor, labels: Tensor, draws: Draws) -> None:
-        loss, _ = method.loss(model, latents, labels, draws)
+        with fixed_weights(optimizer.copies):
+            loss, _ = method.loss(model, latents, labels, draws)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -41,7 +41,8 @@ class AdamWEMA(torch.optim.Optimizer):
         skip_nonfinite: leave out steps with gradients that are not finite. False saves the reading, unless `clip_norm`
             needs it.
         copies: bfloat16 tensors, one like each parameter (its local part), that hold the rounded parameters from now
-            on: for networks that compute in bfloat16. Filled here and by each step, not when weights are loaded.
+            on: for networks that compute in bfloat16. Filled here, by each step, and by `refresh_copies` when weights
+            were loaded.
         backend: "cuda", all of a step in one pass over memory, by mfengine's CUDA library; "torch", PyTorch's fused
             AdamW and foreach functions; "apex", NVIDIA's AdamW; "auto", the first if it can be used, else the second.
 
@@ -60,6 +61,8 @@ class AdamWEMA(torch.optim.Optimizer):
         torch.Size([2, 4])
     """
 
+    copies: dict[Tensor, Tensor]
+    """of each parameter, its copy"""
     skipped: Tensor
     """() float32 on the device: 1 if the last step was left out because of a gradient that is not finite, else 0"""
     grad_norm: Tensor
@@ -84,7 +87,7 @@ class AdamWEMA(torch.optim.Optimizer):
             raise ValueError(f"there is no backend {backend}; accepted are {', '.join(get_args(Backend))}")
         check_settings(lr, betas, eps, weight_decay, ema_decays, clip_norm)
         self.ema_decays, self.clip_norm, self.skip_nonfinite = tuple(ema_decays), clip_norm, skip_nonfinite
-        self._copies: dict[Tensor, Tensor] = {}
+        self.copies = {}
         # "fused" is for load_state_dict: it keeps `step` on the device.
         settings = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "fused": True}
         super().__init__(params, settings)
@@ -164,8 +167,14 @@ class AdamWEMA(torch.optim.Optimizer):
                     f"the copy of a parameter of {tuple(part.shape)} on {part.device} must be bfloat16 and alike, also "
                     f"in its strides, not {copy.dtype} of {tuple(copy.shape)} on {copy.device}"
                 )
-            copy.copy_(part)
-        self._copies = dict(zip(parameters, copies, strict=True))
+        self.copies = dict(zip(parameters, copies, strict=True))
+        self.refresh_copies()
+
+    @torch.no_grad()
+    def refresh_copies(self) -> None:
+        """Fill the copies anew, after parameters were changed otherwise than by a step."""
+        for p, copy in self.copies.items():
+            copy.copy_(local(p))
 
     # ------------------------------------------------------------------------
     # A step.
@@ -214,7 +223,7 @@ class AdamWEMA(torch.optim.Optimizer):
                     grad = torch.empty_like(part).copy_(grad)
                 averages = [local(state[_key(decay)]) for decay in self.ema_decays]
                 moments = local(state["exp_avg"]), local(state["exp_avg_sq"])
-                rows.append(Row(part, grad, *moments, state["step"], averages, self._copies.get(p)))
+                rows.append(Row(part, grad, *moments, state["step"], averages, self.copies.get(p)))
             groups.append(rows)
         return groups
 

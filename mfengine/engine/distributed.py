@@ -76,6 +76,15 @@ def prepare_model(
     return model.to(world.device)  # buffers; the parameters are there already
 
 
+def parameter_groups(model: Network) -> list[tuple[ShardUnit, list[nn.Parameter]]]:
+    """What FSDP gathers and reduces together, as `prepare_model` divides it."""
+    groups, taken = [], set[nn.Parameter]()
+    for unit in (*model.shard_units(), ShardUnit(model, model.compute_dtype)):
+        groups.append((unit, [p for p in unit.module.parameters() if p not in taken]))
+        taken.update(unit.module.parameters())
+    return groups
+
+
 def reduce_gradients(model: nn.Module, enabled: bool, reshard: bool) -> None:
     """Whether the next backward reduces gradients over the ranks, or only accumulates them.
 

@@ -10,13 +10,32 @@ from torch import Tensor, nn
 
 from mfengine import torch_private
 from mfengine.engine.config import OptimConfig
-from mfengine.engine.distributed import free_gathered
+from mfengine.engine.distributed import free_gathered, parameter_groups
 from mfengine.errors import InputError
+from mfengine.networks import Network
 from mfengine.optim import AdamWEMA, local
 
 
-def adamw_ema(model: nn.Module, config: OptimConfig) -> AdamWEMA:
-    """The optimizer that `config` describes; InputError if its backend cannot be used here."""
+def adamw_ema(model: Network, config: OptimConfig, *, whole: bool = False, accumulation: int = 1) -> AdamWEMA:
+    """The optimizer that `config` describes.
+
+    Args:
+        model: what it trains.
+        config: its settings.
+        whole: the model is on one device and without a mesh. One that computes in bfloat16 gets what FSDP2 would give
+            it: copies of the weights in bfloat16, and gradients in bfloat16 of all that computes in it.
+        accumulation: passes of a step; gradients of several are added up in float32.
+
+    Raises:
+        InputError: the backend cannot be used here.
+    """
+    copies = None
+    if whole and model.compute_dtype == torch.bfloat16:
+        copies = [torch.empty_like(p, dtype=torch.bfloat16, requires_grad=False) for p in model.parameters()]
+        if accumulation == 1:
+            for unit, parameters in parameter_groups(model):
+                for p in parameters:
+                    p.grad_dtype = unit.dtype
     try:
         return AdamWEMA(
             model.parameters(),
@@ -26,6 +45,7 @@ def adamw_ema(model: nn.Module, config: OptimConfig) -> AdamWEMA:
             weight_decay=config.weight_decay,
             ema_decays=config.ema_decays,
             clip_norm=config.clip_norm,
+            copies=copies,
             backend=config.backend,
         )
     except ValueError as error:

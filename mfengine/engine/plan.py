@@ -15,15 +15,15 @@ from functools import cache, cached_property
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mfengine.data.format import Dataset
 from mfengine.engine.config import TrainConfig
-from mfengine.engine.distributed import num_shards, prepare_model
+from mfengine.engine.distributed import num_shards, parameter_groups, prepare_model
 from mfengine.engine.flops import META, meta_network, step_flops
 from mfengine.engine.optim import adamw_ema
 from mfengine.methods import OBJECTIVES, ObjectiveConfig
-from mfengine.networks import Network, NetworkConfig, ShardUnit
+from mfengine.networks import NetworkConfig
 from mfengine.ops import use_attention, use_backend
 from mfengine.ranks import World
 from mfengine.torch_private import TorchDispatchMode, storage_key, tree_leaves
@@ -152,12 +152,15 @@ def make_plan(config: TrainConfig, world: World) -> Plan:
     padded = [sum(_padded(p, shards) for p in parameters) for _, parameters in groups]  # elements, of each group
     gathered = [n * unit.dtype.itemsize for n, (unit, _) in zip(padded, groups, strict=True)]
     shard = SINGLE * sum(padded) // shards
+    copied = dtype == torch.bfloat16 and not world.sharded and not config.compile  # by `adamw_ema`
     memory = {
         "weights": shard,
-        "gradients": shard,
+        "gradients": sum(gathered) if copied and config.accumulation == 1 else shard,
         "optimizer state": 2 * shard,
         "averages": len(config.optim.ema_decays) * shard,
     }
+    if copied:
+        memory["bfloat16 copies"] = dtype.itemsize * parameters
     if world.sharded:
         # What is freed after each use is there twice: in use, and gathered or reduced ahead.
         memory["gathered parameters"] = 2 * max(gathered) if config.reshard else sum(gathered)
@@ -166,7 +169,13 @@ def make_plan(config: TrainConfig, world: World) -> Plan:
             memory["accumulated gradients"] = SINGLE * parameters
     fused = config.ops == "triton" or (config.ops == "auto" and world.device.type == "cuda")
     memory["activations"], passes = meta_pass(
-        config.model, config.method, local, dtype, fused=fused, recompute=config.recompute, gathered=world.sharded
+        config.model,
+        config.method,
+        local,
+        dtype,
+        fused=fused,
+        recompute=config.recompute,
+        gathered=world.sharded or copied,
     )
     collectives: list[Collective] = []
     if world.size > 1:
@@ -179,15 +188,6 @@ def make_plan(config: TrainConfig, world: World) -> Plan:
                 collectives.append(Collective("backward", "all-reduce", config.replicas, SINGLE * n // shards))
         collectives.append(Collective("optimizer", "all-reduce", shards, NORM))
     return Plan(config, world, dtype, parameters, memory, tuple(collectives))
-
-
-def parameter_groups(model: Network) -> list[tuple[ShardUnit, list[nn.Parameter]]]:
-    """What FSDP gathers and reduces together, as `prepare_model` divides it."""
-    groups, taken = [], set[nn.Parameter]()
-    for unit in (*model.shard_units(), ShardUnit(model, model.compute_dtype)):
-        groups.append((unit, [p for p in unit.module.parameters() if p not in taken]))
-        taken.update(unit.module.parameters())
-    return groups
 
 
 def _padded(p: Tensor, shards: int) -> int:
@@ -252,7 +252,7 @@ def meta_pass(
         model, method, batch, dtype: network, objective, rows, and the dtype of matrix products.
         fused: by the fused ops.
         recompute: activation checkpointing.
-        gathered: parameters come in the dtype that they are gathered in; one rank casts them as it goes.
+        gathered: parameters come in the dtype that they are gathered or copied in; else they are cast as it goes.
 
     Returns:
         The peak of all tensors but parameters and their gradients, in bytes; and for each group of parameters how

@@ -48,7 +48,7 @@ from mfengine.evaluation.frechet import Gaussian, fit_data, latent_distance
 from mfengine.evaluation.samples import SampleSet
 from mfengine.methods import OBJECTIVES
 from mfengine.networks import NETWORKS
-from mfengine.ops import use_attention, use_backend
+from mfengine.ops import fixed_weights, use_attention, use_backend
 from mfengine.optim import local
 from mfengine.ranks import World
 
@@ -126,7 +126,8 @@ class Trainer:
             compile=config.compile,
             recompute=config.recompute,
         )
-        self.optimizer = adamw_ema(self.model, config.optim)
+        whole = not world.sharded and not config.compile
+        self.optimizer = adamw_ema(self.model, config.optim, whole=whole, accumulation=config.accumulation)
         positions: dict[int, bytes] = {}
         damaged: list[str] = []
         if checkpoints:
@@ -190,7 +191,8 @@ class Trainer:
             generator = step_generator(config.seed, self.step, self._part(i))
             latents, labels = loader.draw(generator)
             draws = self.objective.draw(latents.shape, generator, world.device)
-            loss, metrics = self.objective.loss(self.model, latents, to_device(labels, world.device), draws)
+            with fixed_weights(self.optimizer.copies):
+                loss, metrics = self.objective.loss(self.model, latents, to_device(labels, world.device), draws)
             passes.append(torch.stack([loss.detach(), *(metrics[name].mean() for name in scalars[1:])]))
             if last:
                 # Copied before the backward is queued: reading it later waits for the forward only.
@@ -345,6 +347,7 @@ class Trainer:
             )
         load_state(path, description, state, self.world, self.config.skip_checksums)
         set_model_state_dict(self.model, state["model"])  # the optimizer's state was filled in place
+        self.optimizer.refresh_copies()
         self.step, self.skipped = description["step"], description["skipped_steps"]
         return {int(part): position for part, position in state.get("data", {}).items()}, notes
 
