@@ -119,6 +119,7 @@ def assert_identical(checkpoint, expected):
     assert actual.keys() == right.keys()
     for name, value in right.items():
         assert torch.equal(actual[name], value) if isinstance(value, torch.Tensor) else actual[name] == value, name
+    (checkpoint / "merged.pt").unlink()  # which is not to be damaged
 
 
 @pytest.mark.slow
