@@ -46,8 +46,8 @@ SHARED_MEMORY = {80: 166912, 90: 232448, 100: 232448}  # bytes that a program ma
 LOADS, STORES = re.compile(r"\bLDG\.[\w.]*128\b"), re.compile(r"\bSTG\.[\w.]*128\b")  # of 16 bytes
 TENSOR_CORES = re.compile(r"\b(?:HMMA|HGMMA|UTC\w*MMA)\b")
 INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\s*(.*?);", re.MULTILINE)
-ROW_STATISTICS = {"delta_kernel": 1, "backward_kv_kernel": 4}
-"""Accesses of 4 bytes per row and lane, of 128 bytes per warp: log-sum-exp and rowsum(O * gradient of O).
+ROW_STATISTICS = {"delta_kernel": 1}
+"""Accesses of 4 bytes per row and lane, of 128 bytes per warp: the log-sum-exp.
 
 An odd number of rows has twice as many: where it is even, some of them are read in pairs."""
 

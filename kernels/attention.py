@@ -673,9 +673,10 @@ def tile_class(dim: int, dtype: torch.dtype) -> str:
     return "narrow" if columns <= 80 else "medium" if columns <= 96 else "wide"
 
 
-# No stack on sm_80, sm_90, sm_100 by `python -m benchmarks.static`. For sm_90 tiles were searched that leave room for
-# several programs per multiprocessor and keep the tensor cores busy for 80 % or more of a main loop's modelled cycles,
-# but for "medium", 88 and 96 columns. Times: not measured yet.
+# No stack on sm_80, sm_90, sm_100 by `python -m benchmarks.static`. For sm_90 tiles were searched that keep the tensor
+# cores busy for 80 % or more of a main loop's modelled cycles and leave room for two or more programs of four warps per
+# multiprocessor; of the dual for "medium", 88 and 96 columns, one of eight. `maxnreg` stands where the assembler would
+# rather spill than take more registers. Times: not measured yet.
 CONFIGS: dict[str, dict[str, Config]] = {
     "forward": {
         "narrow": Config(BLOCK_M=64, BLOCK_N=128, num_warps=4, num_stages=2),
@@ -685,14 +686,14 @@ CONFIGS: dict[str, dict[str, Config]] = {
     },
     "dual": {
         "narrow": Config(BLOCK_M=64, BLOCK_N=32, num_warps=4, num_stages=2),
-        "medium": Config(BLOCK_M=64, BLOCK_N=32, num_warps=4, num_stages=2),
+        "medium": Config(BLOCK_M=128, BLOCK_N=32, num_warps=8, num_stages=2, maxnreg=255),
         "wide": Config(BLOCK_M=64, BLOCK_N=16, num_warps=4, num_stages=2),
         "float32": Config(BLOCK_M=16, BLOCK_N=16, num_warps=4, num_stages=1),
     },
     "delta": dict.fromkeys(("narrow", "medium", "wide", "float32"), Config(BLOCK_M=32, num_warps=4, num_stages=1)),
     "backward_kv": {
         "narrow": Config(BLOCK_M=32, BLOCK_N=64, num_warps=4, num_stages=2),
-        "medium": Config(BLOCK_M=16, BLOCK_N=64, num_warps=4, num_stages=2),
+        "medium": Config(BLOCK_M=16, BLOCK_N=64, num_warps=4, num_stages=2, maxnreg=168),
         "wide": Config(BLOCK_M=32, BLOCK_N=64, num_warps=4, num_stages=2),
         "float32": Config(BLOCK_M=16, BLOCK_N=16, num_warps=4, num_stages=1),
     },

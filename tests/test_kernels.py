@@ -82,6 +82,7 @@ def check(op, primals, tangents, weights):
 ATTENTION = [
     *((dim, 1, 17, dtype) for dim in (8, 72, 128) for dtype in BOUNDS),
     *((dim, 64, 64, torch.float16) for dim in (8, 24, 64, 72, 96, 120, 128)),
+    (72, 64, 128, torch.float16),
     *((dim, 100, 37, torch.float16) for dim in (72, 128)),
     (24, 33, 20, torch.float32),
 ]
@@ -343,6 +344,17 @@ def test_adaln(batch, tokens, width, rows, dtype):
     check(ops.gated_residual_adaln, primals, tangents, weights)
     first = [0, 3, 4]
     check(ops.adaln_modulate, [primals[i] for i in first], [tangents[i] for i in first], weights[1:])
+
+
+@pytest.mark.parametrize("kernel", adaln.ELEMENTS)
+@pytest.mark.parametrize("width", [8, 72, 384, 768, 1024, 1152, 1920, 8192])
+def test_adaln_rows_occupy_few_lanes(kernel, width):
+    """A row of XL/2 takes 1152 columns or, where two warps share it, 1280; a lane takes four columns at a time."""
+    tile = adaln.tile(kernel, width)
+    columns, lanes = tile["HEAD"] + tile["TAIL"], 32 * tile["num_warps"]
+    assert width <= columns <= max(1.15 * width, width + 4 * lanes)
+    assert columns <= lanes * adaln.ELEMENTS[kernel]
+    assert tile["TAIL"] == 0 or tile["TAIL"] >= 4 * lanes
 
 
 def test_sums_over_tokens_do_not_vary():
