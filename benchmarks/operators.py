@@ -261,8 +261,9 @@ def step_operators(
             for unit, parameters in parameter_groups(network):
                 for p in parameters:
                     p.data = p.data.to(unit.dtype)
+        weights = fixed_weights(optimizer.copies)
         with recorder:
-            with fixed_weights(optimizer.copies):
+            with weights:
                 loss, _ = objective.loss(network, latents, labels, draws)
             recorder.phase = "backward"
             loss.backward()

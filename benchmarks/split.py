@@ -73,6 +73,7 @@ def split(
     device = world.device
     model = prepare_model(make_model(config, torch.device("cpu"), dtype), world)
     optimizer = adamw_ema(model, OptimConfig(), whole=not world.sharded)
+    weights = fixed_weights(optimizer.copies)
     method, labelled = MeanFlow(objective), Labelled(model)
     generator = torch.Generator().manual_seed(0)
 
@@ -80,7 +81,7 @@ def split(
         with record_function("data wait"):
             latents, labels = next(batches)
         draws = method.draw(latents.shape, generator, device)
-        with fixed_weights(optimizer.copies):
+        with weights:
             loss, _ = method.loss(labelled, latents, labels, draws)
         with record_function("backward"):
             loss.backward()

@@ -34,10 +34,11 @@ Update = Callable[[Tensor, Tensor, Draws], None]  # latents (B, C, H, W), labels
 def engine_update(model: DiT, objective: MeanFlowConfig) -> Update:
     """mfengine's step on one device."""
     optimizer = adamw_ema(model, OptimConfig(), whole=True)
+    weights = fixed_weights(optimizer.copies)
     method = MeanFlow(objective)
 
     def update(latents: Tensor, labels: Tensor, draws: Draws) -> None:
-        with fixed_weights(optimizer.copies):
+        with weights:
             loss, _ = method.loss(model, latents, labels, draws)
         loss.backward()
         optimizer.step()

@@ -16,21 +16,21 @@ from mfengine.networks import Network
 from mfengine.optim import AdamWEMA, local
 
 
-def adamw_ema(model: Network, config: OptimConfig, *, whole: bool = False, accumulation: int = 1) -> AdamWEMA:
+def adamw_ema(model: nn.Module, config: OptimConfig, *, whole: bool = False, accumulation: int = 1) -> AdamWEMA:
     """The optimizer that `config` describes.
 
     Args:
         model: what it trains.
         config: its settings.
-        whole: the model is on one device and without a mesh. One that computes in bfloat16 gets what FSDP2 would give
-            it: copies of the weights in bfloat16, and gradients in bfloat16 of all that computes in it.
+        whole: the model is a network on one device, without a mesh. One that computes in bfloat16 gets what FSDP2 would
+            give it: copies of the weights in bfloat16, and gradients in bfloat16 of all that computes in it.
         accumulation: passes of a step; gradients of several are added up in float32.
 
     Raises:
         InputError: the backend cannot be used here.
     """
     copies = None
-    if whole and model.compute_dtype == torch.bfloat16:
+    if whole and isinstance(model, Network) and model.compute_dtype == torch.bfloat16:
         copies = [torch.empty_like(p, dtype=torch.bfloat16, requires_grad=False) for p in model.parameters()]
         if accumulation == 1:
             for unit, parameters in parameter_groups(model):

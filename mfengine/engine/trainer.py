@@ -128,6 +128,7 @@ class Trainer:
         )
         whole = not world.sharded and not config.compile
         self.optimizer = adamw_ema(self.model, config.optim, whole=whole, accumulation=config.accumulation)
+        self.weights = fixed_weights(self.optimizer.copies)
         positions: dict[int, bytes] = {}
         damaged: list[str] = []
         if checkpoints:
@@ -191,7 +192,7 @@ class Trainer:
             generator = step_generator(config.seed, self.step, self._part(i))
             latents, labels = loader.draw(generator)
             draws = self.objective.draw(latents.shape, generator, world.device)
-            with fixed_weights(self.optimizer.copies):
+            with self.weights:
                 loss, metrics = self.objective.loss(self.model, latents, to_device(labels, world.device), draws)
             passes.append(torch.stack([loss.detach(), *(metrics[name].mean() for name in scalars[1:])]))
             if last:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import ContextDecorator
 from typing import Any
 
 import torch
@@ -14,7 +14,8 @@ from torch import Tensor
 from mfengine.ops.dual import A, Dual, linear_map, primal_of, push
 from mfengine.ops.node import Tape, recording
 
-_fixed: dict[int, tuple[Tensor, Tensor, Tensor]] | None = None
+_Fixed = dict[int, tuple[Tensor, Tensor, Tensor]]
+_fixed: _Fixed | None = None  # by id: a parameter, its copy, and that transposed
 
 
 def linear(x: A, weight: Any, bias: Any = None) -> A:
@@ -41,22 +42,33 @@ def linear(x: A, weight: Any, bias: Any = None) -> A:
     return product if bias is None else push(torch.add, _sum_tangent, product, bias, parameters=1)
 
 
-@contextmanager
-def fixed_weights(copies: Mapping[Tensor, Tensor] | None = None) -> Iterator[None]:
+class fixed_weights(ContextDecorator):  # noqa: N801 - as `torch.no_grad`
     """Parameters do not change inside: in a block that is `one_node`, linear layers cast each only once.
 
+    A context manager or decorator, which may be entered again and again.
+
     Args:
-        copies: of parameters, in the dtype of the products, for those that need not be cast at all.
+        copies: of parameters, in the dtype of the products, for those that need not be cast at all. They hold what the
+            parameters hold whenever it is entered.
     """
-    global _fixed
-    if _fixed is not None:
-        yield
-        return
-    _fixed = {id(p): (p, copy, copy.t() if copy.ndim == 2 else copy) for p, copy in (copies or {}).items()}
-    try:
-        yield
-    finally:
-        _fixed = None
+
+    def __init__(self, copies: Mapping[Tensor, Tensor] | None = None) -> None:
+        self._copies = {id(p): (p, copy, _transposed(copy)) for p, copy in (copies or {}).items()}
+        self._outer: list[_Fixed | None] = []
+
+    def __enter__(self) -> None:
+        global _fixed
+        self._outer.append(_fixed)
+        if _fixed is None:
+            _fixed = self._copies.copy()
+
+    def __exit__(self, *_: object) -> None:
+        global _fixed
+        _fixed = self._outer.pop()
+
+
+def _transposed(weight: Tensor) -> Tensor:
+    return weight.t() if weight.ndim == 2 else weight
 
 
 def _cast(p: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -64,7 +76,7 @@ def _cast(p: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     found = None if _fixed is None else _fixed.get(id(p))
     if found is None or found[1].dtype != dtype:
         copy = p.to(dtype)
-        found = p, copy, copy.t() if copy.ndim == 2 else copy
+        found = p, copy, _transposed(copy)
         if _fixed is not None:
             _fixed[id(p)] = found
     return found[1:]
