@@ -92,7 +92,7 @@ def damage(checkpoint, rng):
     if how == "missing":
         path.unlink()
     elif how == "cut":
-        os.truncate(path, rng.randrange(path.stat().st_size))
+        os.truncate(path, rng.randrange(path.stat().st_size - 1))  # the last byte of checkpoint.json says nothing
     else:
         content = bytearray(path.read_bytes())
         content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
@@ -150,17 +150,20 @@ def chaos(kills, rng, steps, disk, digits, cwd):
 
     run = cwd / "runs/chaos"
     lineage = {0: frozenset()}  # the numbers of ranks that took the steps up to a checkpoint
-    counts = dict.fromkeys(("identical checkpoints", "damaged", "full disks", "second jobs", "amid writing"), 0)
+    kinds = ("identical checkpoints", "came back", "damaged", "full disks", "second jobs", "amid writing")
+    counts = dict.fromkeys(kinds, 0)
     compared = set()
     for kill in range(kills):
         events = []
-        checkpoints, broken = checkpoints_of(run), []
+        checkpoints = checkpoints_of(run)
+        broken = []
         mixed = [c for c in checkpoints if not lineage[step_of(c)] <= {1}]
-        if len(checkpoints) > 1 and rng.random() < 0.4:
-            # Where steps of other numbers of ranks can be undone, they are, half of the time.
-            undo = mixed if mixed and len(mixed) < len(checkpoints) and rng.random() < 0.7 else checkpoints[:1]
-            events += [damage(checkpoint, rng) for checkpoint in undo]
-            broken = undo
+        if 0 < len(mixed) < len(checkpoints) and rng.random() < 0.9:
+            broken = mixed  # the steps of another number of ranks are undone: one rank comes back
+            counts["came back"] += 1
+        elif len(checkpoints) > 1 and rng.random() < 0.4:
+            broken = checkpoints[:1]
+        events += [damage(checkpoint, rng) for checkpoint in broken]
         ranks = rng.choice((1, 1, 1, 2, 4)) if kill else 1
         start = len(losses(run))
         life = Life(ranks, [*command("chaos", ranks), "--keep=6"], cwd, cwd / f"life-{kill}")
@@ -203,7 +206,7 @@ def chaos(kills, rng, steps, disk, digits, cwd):
         for checkpoint in broken:
             counts["damaged"] += 1
             if resumed:
-                assert re.search(rf"(cannot read|runs).*{checkpoint.name}.*; set aside", said), said
+                assert re.search(rf"(cannot read|runs).*{checkpoint.name}.*; set aside", said), (events, said)
         if resumed or "M parameters" in said:
             before = int(resumed[1]) if resumed else 0
             for checkpoint in checkpoints_of(run):

@@ -185,9 +185,14 @@ def change_step(path):
     path.write_text(path.read_text().replace('"step": 2', '"step": 3'))
 
 
+def rename_files(path):
+    path.write_text(path.read_text().replace('"files"', '"fhles"'))
+
+
 DAMAGES = {
     "flipped bit": (lambda folder: flip(folder / "__0_0.distcp"), "content of __0_0.distcp has changed"),
     "other description": (lambda folder: change_step(folder / "checkpoint.json"), "checkpoint.json has changed"),
+    "damaged name": (lambda folder: rename_files(folder / "checkpoint.json"), "checkpoint.json has changed"),
     "cut file": (lambda folder: os.truncate(folder / "__0_0.distcp", 1000), "__0_0.distcp has 1000 bytes, not "),
     "missing file": (lambda folder: (folder / ".metadata").unlink(), ".metadata is missing"),
     "missing description": (lambda folder: (folder / "checkpoint.json").unlink(), "No such file"),
