@@ -153,6 +153,7 @@ def run(command: Callable[[Sequence[str]], int | None]) -> None:
         code = 1 if isinstance(error, TrainingError) else 2
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # again, while threads are ending: no traceback
+        sys.unraisablehook = lambda _: None  # objects that were half made say nothing as they go
         if int(os.environ.get("RANK", 0)) == 0:
             print("\ninterrupted", file=sys.stderr)
         code = 128 + signal.SIGINT

@@ -20,6 +20,7 @@ from PIL import Image
 from mfengine import MeanFlow, cli
 from mfengine.data.format import LatentSpace
 from mfengine.data.writer import ArraySamples, order, write_dataset
+from mfengine.engine import telemetry
 from mfengine.engine.checkpoint import load_model, newest_checkpoint, read_description
 from mfengine.engine.telemetry import METRICS, Telemetry
 from mfengine.errors import InputError, RankTrainingError
@@ -151,21 +152,20 @@ def test_a_failure_that_only_one_rank_knows_of_is_told_by_it(monkeypatch, capsys
 def test_metrics_hold_the_peak_of_the_gpus_memory(initialized, expected, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: initialized)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 12_345_678_901)
-    with Telemetry(tmp_path, True, 0, 1, 32, lambda: 1.0) as telemetry:
-        telemetry.log(1, 0.5, 0)
+    with Telemetry(tmp_path, True, 0, 1, 32, lambda: 1.0) as reports:
+        reports.log(1, 0.5, 0)
     assert json.loads((tmp_path / METRICS).read_text())["memory_gb"] == expected
 
 
 def test_ceiling_is_measured_again_when_a_step_beats_it(tmp_path):
     """A rate that was measured while the device was busy: no share of it exceeds 100 %."""
     rates = [1e-6, 1e9]
-    with Telemetry(tmp_path, True, 0, 2, 32, lambda: rates.pop(0)) as telemetry:
-        telemetry.log(1, 0.5, 0)
-        telemetry.log(2, 1.0, 0)
+    with Telemetry(tmp_path, True, 0, 2, 32, lambda: rates.pop(0)) as reports:
+        reports.log(1, 0.5, 0)
+        reports.log(2, 1.0, 0)
     first, second = map(json.loads, (tmp_path / METRICS).read_text().splitlines())
     assert rates == []
-    assert 0 < first["mfu"] < 1
-    assert 0 < second["mfu"] < 1
+    assert max(first["mfu"], second["mfu"]) < 1
 
 
 def test_full_disk_keeps_metrics_until_there_is_room(tmp_path, capsys):
@@ -184,14 +184,33 @@ def test_full_disk_keeps_metrics_until_there_is_room(tmp_path, capsys):
         def close(self):
             pass
 
-    with Telemetry(tmp_path, True, 0, 3, 32, lambda: 1e9) as telemetry:
-        telemetry._metrics = disk = Disk()
-        telemetry.log(1, 0.5, 0)
-        telemetry.log(2, 1.0, 0)
+    with Telemetry(tmp_path, True, 0, 3, 32, lambda: 1e9) as reports:
+        reports._metrics = disk = Disk()
+        reports.log(1, 0.5, 0)
+        reports.log(2, 1.0, 0)
         disk.room = 1 << 20
-        telemetry.log(3, 1.5, 0)
+        reports.log(3, 1.5, 0)
     assert [json.loads(line)["step"] for line in disk.content.splitlines()] == [1, 2, 3]
     assert capsys.readouterr().err.count("warning: metrics.jsonl cannot be written: ") == 1
+
+
+def test_tensorboard_that_cannot_write_does_not_end_the_run(tmp_path, monkeypatch, capsys):
+    tried = []
+
+    class Writer:
+        def __init__(self, *_, **__):
+            tried.append(1)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(telemetry, "SummaryWriter", Writer)
+    with Telemetry(tmp_path, True, 0, 2, 32, lambda: 1e9) as reports:
+        reports.log(1, 0.5, 0)
+        reports.log(2, 1.0, 0)
+        reports._retry_at = 0.0
+        reports.picture(2, torch.zeros(4, 3, 8, 8))
+    assert len(tried) == 2
+    assert capsys.readouterr().err.count("warning: TensorBoard's events cannot be written: ") == 1
+    assert len((tmp_path / METRICS).read_text().splitlines()) == 2
 
 
 def test_damaged_metrics_are_not_overwritten(tmp_path):

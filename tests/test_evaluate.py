@@ -23,7 +23,7 @@ from mfengine.data.image_files import ImageArchive, ImageFolder
 from mfengine.data.vae import VAE
 from mfengine.data.writer import ArraySamples, order, write_dataset
 from mfengine.engine.checkpoint import load_model, newest_checkpoint
-from mfengine.errors import RankError
+from mfengine.errors import InputError, RankError
 from mfengine.evaluation.frechet import Moments, data_moments, fit_data, frechet_distance, latent_distance
 from mfengine.evaluation.metrics import SAMPLES, LabelReader, write_metrics
 from mfengine.evaluation.samples import SampleSet
@@ -193,6 +193,27 @@ def test_means_that_cannot_be_read(tmp_path):
         index.write_text(wrong)
         with pytest.raises(RankError, match=rf"cannot read .*000000.tar: {message}"):
             list(iterate_means(dataset))
+
+
+@pytest.mark.parametrize(
+    ("values", "labels", "message"),
+    [(0.0, [0, 1, 7], "a label outside of 0 to 3"), (np.nan, [0, 1, 2], "means that are not finite")],
+)
+def test_data_that_training_refuses_is_not_measured(tmp_path, values, labels, message):
+    space = LatentSpace((1, 2, 2), num_classes=8)
+    moments = np.full((3, 1, 2, *space.shape), values)
+    dataset = write_dataset(tmp_path / "data", ArraySamples("x", space, moments, np.array(labels)))
+    path = dataset.folder / "dataset.json"
+    path.write_text(path.read_text().replace('"num_classes": 8', '"num_classes": 4'))
+    with pytest.raises(InputError, match=message):
+        read_means(Dataset.read(dataset.folder))
+
+
+def test_labels_of_one_class_cannot_be_read(tmp_path):
+    moments = np.zeros((3, 1, 2, 1, 2, 2))
+    samples = ArraySamples("x", LatentSpace((1, 2, 2), num_classes=4), moments, np.array([1, 1, 1]))
+    with pytest.raises(InputError, match="samples of one class"):
+        LabelReader(write_dataset(tmp_path / "data", samples))
 
 
 def test_halves_of_the_data(digits):

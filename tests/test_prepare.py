@@ -196,6 +196,19 @@ def prepare(tmp_path, monkeypatch, capsys):
     )
 
 
+def test_hub_that_does_not_answer_is_asked_once(pictures, tmp_path, monkeypatch, prepare):
+    asked = []
+
+    def refuse(url):
+        asked.append(url)
+        raise ConnectionError("no route to the hub")
+
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", refuse)
+    code, _, err = prepare(pictures, "out", "--vae=mistyped/name")
+    assert (code, len(asked)) == (2, 1)
+    assert err == ("error: cannot load the VAE mistyped/name, which is no folder, from the hub: no route to the hub\n")
+
+
 def test_broken_images_are_left_out(whole, pictures, arguments, tmp_path, prepare):
     source = tmp_path / "train"
     gif = io.BytesIO()

@@ -23,6 +23,7 @@ from mfengine.files import write_atomic, writing
 from mfengine.progress import progress
 
 METRICS = "metrics.jsonl"
+RETRY_S = 60.0  # after which TensorBoard is tried again
 
 
 class Telemetry:
@@ -57,6 +58,7 @@ class Telemetry:
         self._unwritten = b""  # lines of metrics
         self._metrics = _continue_metrics(folder / METRICS, step)
         self._tensorboard: SummaryWriter | None = None
+        self._retry_at = 0.0
         self._excepthook, threading.excepthook = threading.excepthook, _leave_to_caller
         self._bar = progress(total_steps * batch_size, "samples", initial=step * batch_size, scale=True)
 
@@ -107,17 +109,19 @@ class Telemetry:
         self._scalars.clear()
         self._last = (step, now)
         self._write(line)
-        with self._events(step) as events:
+
+        def add(writer: SummaryWriter) -> None:
             for name, value in line.items():
                 if name != "step" and value is not None:
-                    events.add_scalar(name, value, step)
+                    writer.add_scalar(name, value, step)
+
+        self._events(step, add)
 
     def figure(self, step: int, name: str, value: float) -> None:
         """Write a figure that is not taken at every step: a line of its own, and printed."""
         if self._enabled:
             self._write({"step": step, name: value if np.isfinite(value) else None})
-            with self._events(step) as events:
-                events.add_scalar(name, value, step)
+            self._events(step, lambda writer: writer.add_scalar(name, value, step))
             self.say(f"step {step}: {name} {value:.4g}")
 
     def picture(self, step: int, images: Tensor) -> None:
@@ -126,8 +130,7 @@ class Telemetry:
             grid, path = image_grid(images), self._folder / "samples" / f"{step:08d}.png"
             with self._tried("pictures"):
                 save_picture(grid, path)
-            with self._events(step) as events:
-                events.add_image("samples", grid, step)
+            self._events(step, lambda writer: writer.add_image("samples", grid, step))
 
     def say(self, message: str) -> None:
         """Print a line without breaking the progress bar."""
@@ -145,13 +148,15 @@ class Telemetry:
         self._unwritten += (json.dumps(line) + "\n").encode()
         self.flush()
 
-    @contextmanager
-    def _events(self, step: int) -> Iterator[SummaryWriter]:
-        """TensorBoard's writer; another one after it has failed."""
+    def _events(self, step: int, write: Callable[[SummaryWriter], object]) -> None:
+        """Write to TensorBoard; some time after a failure, by another writer, which begins another file."""
+        if time.monotonic() < self._retry_at:
+            return
+        writer, self._tensorboard, self._retry_at = self._tensorboard, None, time.monotonic() + RETRY_S
         with self._tried("TensorBoard's events"):
-            writer, self._tensorboard = self._tensorboard, None
-            yield (writer := writer or SummaryWriter(str(self._folder / "tensorboard"), purge_step=step))
-            self._tensorboard = writer
+            writer = writer or SummaryWriter(str(self._folder / "tensorboard"), purge_step=step)
+            write(writer)
+            self._tensorboard, self._retry_at = writer, 0.0
 
     @contextmanager
     def _tried(self, what: str) -> Iterator[None]:
