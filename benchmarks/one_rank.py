@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from mfengine import DiT, MeanFlow, MeanFlowConfig, ModelConfig
-from mfengine.engine.checkpoint import Checkpointer, load_state, read_description
+from mfengine.configs import read_json
+from mfengine.engine.checkpoint import DESCRIPTION, Checkpointer, load_state
 from mfengine.engine.distributed import prepare_model
 from mfengine.optim import AdamWEMA, local
 from mfengine.ranks import World, world
@@ -83,5 +84,5 @@ def _lost_in_checkpoint(written: DiT, read: DiT, mesh: World) -> int:
         checkpointer.wait()
         assert checkpointer.newest is not None
         newest = checkpointer.newest
-        load_state(newest, read_description(newest), state(read), World(0, 1, mesh.device))
+        load_state(newest, read_json(newest / DESCRIPTION), state(read), World(0, 1, mesh.device))
     return sum(not torch.equal(p, value) for p, value in zip(read.parameters(), values, strict=True))

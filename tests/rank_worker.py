@@ -17,7 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.torch_version import TorchVersion
 
 from mfengine import DiT, Draws, MeanFlow, MeanFlowConfig, ModelConfig
-from mfengine.engine.checkpoint import Checkpointer, load_state, newest_checkpoint, read_description
+from mfengine.configs import read_json
+from mfengine.engine.checkpoint import DESCRIPTION, Checkpointer, load_state, newest_checkpoint
 from mfengine.engine.distributed import prepare_model
 from mfengine.errors import TrainingError
 from mfengine.kernels import multi_tensor
@@ -147,7 +148,7 @@ def asynchronous_checkpoint(here):
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step-00000002", "step-00000003"]
     state["note"] = {str(here.rank): b""}
     newest = newest_checkpoint(run)
-    load_state(newest, read_description(newest), state, here)
+    load_state(newest, read_json(newest / DESCRIPTION), state, here)
     assert state["note"] == {str(here.rank): b"rank %d" % here.rank}
     for name, p in model.named_parameters():
         assert isinstance(p, DTensor)

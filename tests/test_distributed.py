@@ -125,7 +125,7 @@ def test_one_rank_mesh_and_no_mesh_continue_each_other(digits, tmp_path, monkeyp
 def test_error_on_every_rank_is_told_once(digits, tmp_path):
     done = run_command("mfengine.train", *SMALL, f"--data={digits}", "--batch-size=33", cwd=tmp_path, ranks=2)
     assert done.returncode != 0
-    line = "error: batch_size 33 is not a multiple of ranks x accumulation = 2 x 1"
+    line = "error: --batch-size 33 is not a multiple of ranks x --accumulation = 2 x 1"
     assert done.stderr.splitlines().count(line) == 1
     assert done.stderr.splitlines()[-2].endswith(f"traceback : {line}")  # torchrun's own report, which comes last
 
