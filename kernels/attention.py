@@ -692,7 +692,7 @@ CONFIGS: dict[str, dict[str, Config]] = {
     },
     "delta": dict.fromkeys(("narrow", "medium", "wide", "float32"), Config(BLOCK_M=32, num_warps=4, num_stages=1)),
     "backward_kv": {
-        "narrow": Config(BLOCK_M=32, BLOCK_N=64, num_warps=4, num_stages=2),
+        "narrow": Config(BLOCK_M=32, BLOCK_N=64, num_warps=4, num_stages=1),
         "medium": Config(BLOCK_M=16, BLOCK_N=64, num_warps=4, num_stages=2, maxnreg=168),
         "wide": Config(BLOCK_M=32, BLOCK_N=64, num_warps=4, num_stages=2),
         "float32": Config(BLOCK_M=16, BLOCK_N=16, num_warps=4, num_stages=1),
