@@ -84,9 +84,7 @@ def parse(words):
     if module == "mfengine.prepare":
         return module, cli.parse(prepare.COMMANDS[args[0]][1], args[1:], module)
     assert module == "mfengine.evaluate"
-    config = cli.parse(evaluate.EvaluateArgs, args, module)
-    evaluate.check(config)
-    return module, config
+    return module, cli.parse(evaluate.EvaluateArgs, args, module)
 
 
 @pytest.mark.parametrize(
