@@ -268,7 +268,8 @@ def step_operators(
             recorder.phase = "backward"
             loss.backward()
         for p, data in whole.items():
-            p.data, p.grad = data, torch.empty_like(data, dtype=p.grad_dtype)
+            p.data = data
+            p.grad = torch.empty_like(data, dtype=p.grad_dtype)
         recorder.phase = "optimizer"
         with recorder:
             optimizer.step()

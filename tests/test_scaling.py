@@ -131,7 +131,7 @@ def test_command(tmp_path, monkeypatch, capsys):
     [
         (("--gpus", "12"), "a multiple of it, not 12"),
         (("--gpus", "0"), "at least 1"),
-        (("--hardware.matrix-share=0",), "matrix_share must be positive"),
+        (("--hardware.matrix-share=0",), "--hardware.matrix-share must be positive"),
         (("--measured=nowhere.json",), "cannot read nowhere.json"),
         (("--measured=other.json",), "has no measured step"),
         (("--json=nowhere/out.json",), "there is no folder nowhere"),

@@ -75,9 +75,7 @@ def complete(primals: Sequence[Tensor], tangents: Sequence[Tensor | None], param
     whole, part = next(((len(x), len(t)) for x, t in pairs if t is not None), (1, 1))
     for x, t in pairs:
         if t is not None and len(t) * whole != len(x) * part:
-            raise ValueError(
-                f"tangents must be of one number of rows, not of {part} of {whole} and {len(t)} of {len(x)}"
-            )
+            raise ValueError(f"tangents must be of one number of rows, not of {part} and {len(t)}")
 
     def zeros(x: Tensor) -> Tensor:
         return x.new_zeros(len(x) * part // max(whole, 1), *x.shape[1:])

@@ -61,6 +61,13 @@ def recording() -> Tape | None:
     return _tape
 
 
+def eager(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether launchers may be called: all tensors have values, and nothing must see what runs."""
+    if torch.compiler.is_compiling() or intercepted():
+        return False
+    return all(x is None or (type(x) in (Tensor, nn.Parameter) and not x.is_meta) for x in tensors)
+
+
 class _Entry(NamedTuple):
     backward: Callable[..., Sequence[Tensor | None]]
     options: tuple[Any, ...]
@@ -79,7 +86,7 @@ class Tape:
 
     def __init__(self, inputs: Sequence[Tensor], records: bool) -> None:
         self.records = records
-        self.eager = not intercepted()
+        self.eager = eager(inputs)
         self.entries: list[_Entry] = []
         self.saved: list[Tensor] = []
         self.leaves: list[Tensor] = []  # what gradients are handed to

@@ -17,12 +17,11 @@ from typing import Any
 import torch
 import torch.autograd.forward_ad as fwad
 from torch import Tensor
-from torch.nn import Parameter
 
 from mfengine.ops.backend import fused
 from mfengine.ops.dual import Dual, complete, primal_of, tangent_of
-from mfengine.ops.node import Tape, recording
-from mfengine.torch_private import intercepted, uncompiled
+from mfengine.ops.node import Tape, eager, recording
+from mfengine.torch_private import uncompiled
 
 _SCHEMA_TYPES = {"int": "int", "float": "float", "float | None": "float?"}
 DECLARED: list[Op] = []
@@ -150,7 +149,7 @@ class Op:
     ) -> tuple[Tensor, ...]:
         """What `forward` or `dual` returns, with its graph. Constant tangents have none."""
         inputs = primals if tangents is None else (*primals, *tangents)
-        if not _eager(inputs):
+        if not eager(inputs):
             forward, dual, _ = self._operators
             return _tuple(forward(*inputs, *options) if tangents is None else dual(*inputs, *options, constant))
         if torch.is_grad_enabled():
@@ -190,8 +189,8 @@ class Op:
     def _gradients(self, *inputs: Any) -> tuple[Tensor, ...]:
         """What `backward` returns."""
         # With create_graph, the operator: it refuses second derivatives, where a launcher would give none.
-        eager = not torch.is_grad_enabled() and _eager(inputs[: len(self.saved) + len(self.outputs)])
-        return _tuple((self.backward if eager else self._operators[2])(*inputs))
+        direct = not torch.is_grad_enabled() and eager(inputs[: len(self.saved) + len(self.outputs)])
+        return _tuple((self.backward if direct else self._operators[2])(*inputs))
 
     def _refuse(self, *_: Any) -> None:
         raise RuntimeError(
@@ -282,13 +281,6 @@ class _Node(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> Any:
         return (None, None, None, *ctx.op._differentiate(ctx, gradients), *[None] * ctx.others)
-
-
-def _eager(tensors: Sequence[Tensor | None]) -> bool:
-    """Whether launchers may be called: all tensors have values, and nothing must see what runs."""
-    if torch.compiler.is_compiling() or intercepted():
-        return False
-    return all(x is None or (type(x) in (Tensor, Parameter) and not x.is_meta) for x in tensors)
 
 
 def _operator(name: str, arguments: list[str], results: int, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:
