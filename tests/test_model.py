@@ -5,7 +5,7 @@ import torch
 from golden_cases import relative_error
 from torch.utils import _pytree as pytree
 
-from mfengine import DiT, ModelConfig
+from mfengine import DiT, MeanFlow, MeanFlowConfig, ModelConfig
 from mfengine.engine.presets import PRESETS
 
 
@@ -154,3 +154,26 @@ def test_initial_network_is_zero_and_its_weights_have_the_reference_scale():
 def test_bad_architecture(changes, message):
     with pytest.raises(ValueError, match=message):
         small_model(**changes)
+
+
+def test_blocks_are_compiled_for_many_rows_and_for_one():
+    """However many rows are guided: first for one number, then for any, and once more for a single row."""
+    compiled, objective = [], MeanFlow(MeanFlowConfig(omega=0.2, kappa=0.9, t_end=0.75))
+    model = small_model(torch.float32)
+    for block in model.blocks:
+        block.forward = torch.compile(
+            block.forward, backend=lambda graph, _: (compiled.append(graph), graph.forward)[1]
+        )
+    latents, labels = torch.randn(8, 3, 6, 6), torch.zeros(8, dtype=torch.int64)
+    draws = objective.draw(latents.shape, torch.Generator().manual_seed(0))
+
+    def train(guided):
+        t = torch.full((8,), 0.9)
+        t[:guided] = 0.5
+        r = torch.cat([t[:6], t[6:] / 2])
+        objective.loss(model, latents, labels, draws._replace(t=t, r=r, num_dropped=0))[0].backward()
+        return len(compiled)
+
+    warm = [train(guided) for guided in (4, 3, 1)][-1]
+    assert warm <= 8  # two blocks are one code; guidance and the main pass, then any number of rows, then a single row
+    assert [train(guided) for guided in (5, 0, 8, 2, 1, 6)] == [warm] * 6
