@@ -322,9 +322,10 @@ class AdamWEMA(torch.optim.Optimizer):
                     averages, away, [], weight_decay=0, momentum=0, lr=1 - decay, dampening=0, nesterov=False,
                     maximize=False, is_first_step=False, found_inf=skip,
                 )  # fmt: skip
-        for row in rows:
-            if row.copy is not None:
-                row.copy.copy_(row.param if skip is None else torch.where(skip != 0, row.copy, row.param.bfloat16()))
+        copied = [(row.copy, row.param) for row in rows if row.copy is not None]
+        if copied:  # of a step that was left out, parameters are what they were, and so are their copies
+            copies, parameters = map(list, zip(*copied, strict=True))
+            torch_private.foreach_copy(copies, parameters)
 
     def _choose(self, wish: Backend) -> Backend:
         why = None

@@ -681,7 +681,7 @@ def test_wrong_tangents_on_the_fused_path():
         (ops.attention, [(heads, heads[:, :2]), (heads, heads), (heads, heads)], r"dq must be of shape \(2, 3, 5, 1"),
         (ops.attention, [(heads.double(), heads.double())] * 3, "q is torch.float64; accepted are"),
         (ops.adaln_modulate, [(x, x[:, :4]), (row, row), (row, row)], r"dx must be \(K, 5, 16\) with K at most 2"),
-        (ops.adaln_modulate, [(x, x), (row, row[:1]), (row, row)], "tangents must be of one number of rows, not of 2 and 1"),
+        (ops.adaln_modulate, [(x, x), (row, row[:1]), (row, row)], "of one number of rows, not of 2 and 1"),
         (ops.gated_residual_adaln, [(x, x), (x, x[..., :1])] + [(row, row)] * 3, r"dy must be of shape \(2, 5, 16\)"),
         (ops.gelu, [(x, torch.zeros(3, 5, 16))], r"dx must be \(K, ...\) like x"),
     )  # fmt: skip

@@ -147,11 +147,13 @@ def test_modes_see_forward_and_backward():
 
 
 class Casts(TorchDispatchMode):
+    """Counts those of parameters."""
+
     count = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        if function is torch.ops.aten._to_copy.default and result.dtype == torch.float16:
+        if function is torch.ops.aten._to_copy.default and isinstance(args[0], nn.Parameter):
             self.count += 1
         return result
 
@@ -175,6 +177,12 @@ def test_fixed_weights_are_cast_once():
     none, outputs = casts(copies)
     assert none == 0
     assert all(torch.equal(a, b) for x, y in zip(outputs, expected, strict=True) for a, b in zip(x, y, strict=True))
+    for p in block.parameters():  # with a graph of each op, copies serve those that take such gradients
+        p.grad_dtype = torch.float16
+    with Casts() as mode, ops.use_backend("torch"), ops.fixed_weights(copies):
+        each_op(block, *inputs)[1].primal.float().sum().backward()
+    assert mode.count == 0
+    assert {p.grad.dtype for p in block.parameters()} == {torch.float16}
     with torch.no_grad():  # outside, weights are those of the moment
         block.mlp.fc2.bias.add_(1)
         with ops.use_backend("triton"):

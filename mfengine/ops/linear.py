@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mfengine.ops.dual import A, Dual, linear_map, primal_of, push
 from mfengine.ops.node import Tape, recording
+from mfengine.torch_private import traced
 
 _Fixed = dict[int, tuple[Tensor, Tensor, Tensor]]
 _fixed: _Fixed | None = None  # by id: a parameter, its copy, and that transposed
@@ -31,7 +32,7 @@ def linear(x: A, weight: Any, bias: Any = None) -> A:
     dtype = primal_of(x).dtype
     if (tape := recording()) is not None:
         return _in_block(tape, x, weight, bias, dtype)
-    weight, bias = (p if p is None else linear_map(lambda p: p.to(dtype), p) for p in (weight, bias))
+    weight, bias = (p if p is None else linear_map(lambda p: _cast_with_graph(p, dtype), p) for p in (weight, bias))
     if not isinstance(weight, Dual) and not isinstance(bias, Dual):  # the usual case, and the cheapest
         output = F.linear(primal_of(x), weight, bias)
         if not isinstance(x, Dual):
@@ -80,6 +81,26 @@ def _cast(p: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         if _fixed is not None:
             _fixed[id(p)] = found
     return found[1:]
+
+
+def _cast_with_graph(p: Tensor, dtype: torch.dtype) -> Tensor:
+    """A parameter in another dtype; one that takes gradients in that dtype and has a copy need not be cast."""
+    found = None if _fixed is None else _fixed.get(id(p))
+    if found is None or found[1].dtype != dtype or p.grad_dtype != dtype or traced():
+        return p.to(dtype)
+    return _Copied.apply(p, found[1])
+
+
+class _Copied(torch.autograd.Function):
+    """The copy of a parameter, whose gradient is the parameter's."""
+
+    @staticmethod
+    def forward(ctx: Any, p: Tensor, copy: Tensor) -> Tensor:
+        return copy.detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
 
 
 def _in_block(tape: Tape, x: A, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> A:
