@@ -82,11 +82,12 @@ class Launch:
 
     def _look_at(self, tensors: Sequence[Tensor | None]) -> None:
         starts = (*self.starts, *[0] * (len(tensors) - len(self.starts)))
-        self._bytes = [0 if x is None else start * x.element_size() for x, start in zip(tensors, starts, strict=True)]
         like = next(x for x in tensors if x is not None)
         self._device = like.device if like.is_cuda else None
         names = self.kernel.arg_names[len(tensors) + len(self.scalars) :]
         self._rest = (*self.scalars, *(self.constants[name] for name in names))
+        # Last: another thread may have begun to launch as soon as it is there.
+        self._bytes = [0 if x is None else start * x.element_size() for x, start in zip(tensors, starts, strict=True)]
 
     def _launch(self, odd: int, pointers: Sequence[int | None], tensors: Sequence[Tensor | None]) -> None:
         run = self._runs.get(odd)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -43,6 +44,11 @@ def traced() -> bool:
     """
     compiler = torch._C._dynamo.eval_frame.get_eval_frame_callback()
     return torch._C._are_functorch_transforms_active() or bool(compiler)
+
+
+def in_forward_mode() -> bool:
+    """Whether tensors may be duals of `torch.autograd.forward_ad`, which does not tell."""
+    return forward_ad._current_level >= 0
 
 
 def intercepted() -> bool:

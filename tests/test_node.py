@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.autograd.forward_ad as fwad
 from golden_cases import relative_error
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -133,6 +134,23 @@ def test_second_derivatives_are_refused():
         o = new_block()(*inputs)[0].primal
         with pytest.raises(RuntimeError, match="create_graph needs plain PyTorch"):
             torch.autograd.grad(o.square().sum(), inputs[0].primal, create_graph=True)
+
+
+@pytest.mark.parametrize("of", ["an argument", "a parameter"])
+def test_tangents_of_forward_mode_are_not_lost(of):
+    block = new_block()
+    x, branch, gate, c = (x.primal.detach() for x in arguments())
+    weight = block.attn.proj.weight.detach().clone()
+    del block.attn.proj.weight
+    with fwad.dual_level(), torch.no_grad():
+        if of == "an argument":
+            branch = fwad.make_dual(branch, torch.ones_like(branch))
+        block.attn.proj.weight = fwad.make_dual(weight, torch.ones_like(weight)) if of == "a parameter" else weight
+        found = []
+        for backend in ("triton", "torch"):
+            with ops.use_backend(backend):
+                found.append(fwad.unpack_dual(block(x, branch, gate, c)[0]).tangent)
+    assert relative_error(*found) <= 1e-5
 
 
 def test_modes_see_forward_and_backward():

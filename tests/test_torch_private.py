@@ -25,6 +25,15 @@ def test_the_public_way_still_imports_the_compiler(public):
 def test_active_transforms_and_modes_cannot_be_asked_for():
     assert not [name for name in dir(torch.func) if not name.startswith("_") and ("active" in name or "level" in name)]
     assert not hasattr(torch.utils, "python_dispatch")
+    forward_mode = [name for name in dir(torch.autograd.forward_ad) if not name.startswith("_")]
+    assert not [name for name in forward_mode if "active" in name or "current" in name]
+
+
+def test_forward_mode_is_noticed():
+    found = [torch_private.in_forward_mode()]
+    with torch.autograd.forward_ad.dual_level():
+        found.append(torch_private.in_forward_mode())
+    assert [*found, torch_private.in_forward_mode()] == [False, True, False]
 
 
 def test_transforms_and_modes_are_noticed():

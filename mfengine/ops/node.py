@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mfengine.ops.backend import fused
 from mfengine.ops.dual import Dual, primal_of
-from mfengine.torch_private import intercepted, traced
+from mfengine.torch_private import in_forward_mode, intercepted, traced
 
 _tape: Tape | None = None
 
@@ -24,9 +24,9 @@ _tape: Tape | None = None
 def one_node(forward: Callable[..., Any]) -> Callable[..., Any]:
     """Decorate the `forward` of a block: one node of autograd's graph where fused kernels compute duals of it.
 
-    Its arguments are tensors, duals or None, at least one of them a dual; it computes with ops of `mfengine.ops` and
-    parameters alone, and returns one tensor or dual or a tuple of them. Without a dual that has a gradient, on plain
-    PyTorch and under torch.compile it runs as it is. Modules inside have no backward hooks.
+    Its arguments are tensors, duals or None. It computes with ops of `mfengine.ops` and parameters alone, and returns
+    one tensor or dual or a tuple of them. With a graph but no dual, on plain PyTorch, in forward mode and under
+    torch.compile it runs as it is. Backward hooks of modules inside do not run.
 
     Raises:
         RuntimeError: from ops inside, for a tensor that is neither an argument, a parameter nor the output of an op:
@@ -36,7 +36,7 @@ def one_node(forward: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(forward)
     def call(self: nn.Module, *args: Any) -> Any:
         records = torch.is_grad_enabled()
-        if _tape is not None or torch.compiler.is_compiling() or traced():
+        if _tape is not None or torch.compiler.is_compiling() or traced() or in_forward_mode():
             return forward(self, *args)
         if records and not any(isinstance(a, Dual) for a in args):
             return forward(self, *args)
