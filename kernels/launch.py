@@ -81,7 +81,7 @@ class Launch:
                 self._launch(odd, pointers, tensors)
 
     def _look_at(self, tensors: Sequence[Tensor | None]) -> None:
-        starts = (*self.starts, *[0] * (len(tensors) - len(self.starts)))
+        self.starts = starts = (*self.starts, *[0] * (len(tensors) - len(self.starts)))
         like = next(x for x in tensors if x is not None)
         self._device = like.device if like.is_cuda else None
         names = self.kernel.arg_names[len(tensors) + len(self.scalars) :]
@@ -94,8 +94,7 @@ class Launch:
         if run is not None:
             run(*pointers, *self._rest)
             return
-        starts = (*self.starts, *[0] * (len(tensors) - len(self.starts)))
-        arguments = [_at(x, start) for x, start in zip(tensors, starts, strict=True)]
+        arguments = [_at(x, start) for x, start in zip(tensors, self.starts, strict=True)]
         compiled = self.kernel[self.grid](*arguments, *self.scalars, **self.constants)
         if compiled is not None:  # None: interpreted
             self._runs[odd] = compiled[self.grid]

@@ -314,7 +314,7 @@ def test_addresses_that_are_no_multiples_of_16_have_code_of_their_own():
 
 
 def test_plans_follow_configurations(monkeypatch):
-    """Whoever searches tiles changes them between calls."""
+    """A search for the best tiles changes configurations between calls."""
     grids = []
     monkeypatch.setattr(Launch, "__call__", lambda self, *tensors: grids.append(self.grid[0]))
     q = torch.empty(1, 1, 256, 64, device="meta", dtype=torch.float16)
