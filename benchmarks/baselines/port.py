@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from mfengine import Draws, MeanFlowConfig, ModelConfig
 from mfengine.device import to_device
 from mfengine.methods.meanflow import column
-from mfengine.networks.dit import TIME_FEATURES, sincos_positions
+from mfengine.networks.dit import sincos_positions
+from mfengine.networks.layers import TIME_FEATURES
 
 # ----------------------------------------------------------------------------
 # Attention of queries, keys and values (B, H, N, d).

@@ -2,9 +2,22 @@
 
 from mfengine.configs import Registry
 from mfengine.methods.base import Objective, ObjectiveConfig, Sampler
+from mfengine.methods.improved_meanflow import ImprovedDraws, ImprovedMeanFlow, ImprovedMeanFlowConfig
 from mfengine.methods.meanflow import Draws, MeanFlow, MeanFlowConfig
 from mfengine.methods.sampling import sample
 
-OBJECTIVES: Registry[Objective] = Registry("objective", meanflow=MeanFlow)
+OBJECTIVES: Registry[Objective] = Registry("objective", meanflow=MeanFlow, **{"improved-meanflow": ImprovedMeanFlow})
 
-__all__ = ["OBJECTIVES", "Draws", "MeanFlow", "MeanFlowConfig", "Objective", "ObjectiveConfig", "Sampler", "sample"]
+__all__ = [
+    "OBJECTIVES",
+    "Draws",
+    "ImprovedDraws",
+    "ImprovedMeanFlow",
+    "ImprovedMeanFlowConfig",
+    "MeanFlow",
+    "MeanFlowConfig",
+    "Objective",
+    "ObjectiveConfig",
+    "Sampler",
+    "sample",
+]

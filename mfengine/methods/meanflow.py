@@ -21,14 +21,15 @@ import torch
 from torch import Tensor
 
 from mfengine.device import device_generator, to_device
-from mfengine.methods.base import Objective, ObjectiveConfig
+from mfengine.methods.base import Objective
+from mfengine.methods.intervals import IntervalConfig, check_shares, column
 from mfengine.methods.sampling import sample
 from mfengine.networks.velocity import AnyNetwork, null_class, velocity, velocity_and_jvp
 from mfengine.ops import fixed_weights
 
 
 @dataclass(frozen=True)
-class MeanFlowConfig(ObjectiveConfig):
+class MeanFlowConfig(IntervalConfig):
     """The objective's settings, in the paper's symbols."""
 
     omega: float = 1.0
@@ -39,45 +40,18 @@ class MeanFlowConfig(ObjectiveConfig):
     """guidance applies to t in [t_start, t_end]"""
     t_end: float = 1.0
     """guidance applies to t in [t_start, t_end]"""
-    interval_share: float = 0.25
-    """share of each local batch with r < t; 0 is plain flow matching"""
-    label_dropout: float = 0.1
-    """probability that a label becomes the null class"""
-    logit_mean: float = -0.4
-    """times are sigmoid of a normal with this mean"""
-    logit_std: float = 1.0
-    """and this standard deviation"""
-    norm_p: float = 1.0
-    """power of the adaptive weight 1 / (error + norm_eps)^norm_p"""
-    norm_eps: float = 0.01
-    """offset in the adaptive weight"""
 
     def __post_init__(self) -> None:
-        for name in ("interval_share", "label_dropout", "t_start", "t_end"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be between 0 and 1, not {getattr(self, name)}")
+        super().__post_init__()
+        check_shares(t_start=self.t_start, t_end=self.t_end)
         if self.t_start > self.t_end:
             raise ValueError(f"t_start {self.t_start} is above t_end {self.t_end}: nothing would be guided")
-        for name in ("kappa", "norm_p"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must not be negative, not {getattr(self, name)}")
-        for name in ("logit_std", "norm_eps"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
+        if not self.kappa >= 0:
+            raise ValueError(f"kappa must not be negative, not {self.kappa}")
 
     @property
     def guided(self) -> bool:
         return self.omega != 1 or self.kappa != 0
-
-    def check_batch(self, rows: int) -> None:
-        self.num_interval(rows)
-
-    def num_interval(self, batch: int) -> int:
-        """Interval rows of a local batch; ValueError if the share does not divide it."""
-        rows = batch * self.interval_share
-        if abs(rows - round(rows)) > 1e-6:
-            raise ValueError(f"an interval share of {self.interval_share} does not divide a local batch of {batch}")
-        return round(rows)
 
 
 class Draws(NamedTuple):
@@ -113,12 +87,7 @@ class MeanFlow(Objective):
         Raises:
             ValueError: the interval share does not divide B.
         """
-        cfg, batch = self.config, shape[0]
-        num_instant = batch - cfg.num_interval(batch)
-        times = torch.sigmoid(torch.randn(2, batch, generator=generator) * cfg.logit_std + cfg.logit_mean)
-        t, r = times.amax(0), times.amin(0)
-        r[:num_instant] = t[:num_instant]
-        num_dropped = int((torch.rand(batch, generator=generator) < cfg.label_dropout).sum())
+        t, r, num_dropped = self.config.draw_rows(shape[0], generator)
         noise = torch.randn(shape, generator=device_generator(generator, device), device=device)
         return Draws(t, r, noise, num_dropped)
 
@@ -197,16 +166,10 @@ class MeanFlow(Objective):
             u_tgt = v_g.clone()
             u_tgt[num_instant:] -= column(h[num_instant:]) * du_dt
 
-        error = (u - u_tgt).square().flatten(1).sum(1)  # (B,)
-        loss = (error / (error.detach() + cfg.norm_eps) ** cfg.norm_p).mean()
+        loss = cfg.weighted((u - u_tgt).square().flatten(1).sum(1)).mean()
         with torch.no_grad():
             v_loss = (u - v).square().flatten(1).sum(1)
         return loss, {"loss": loss.detach(), "v_loss": v_loss, "v_g": v_g, "u": u.detach(), "du_dt": du_dt}
 
     def sample(self, model: AnyNetwork, noise: Tensor, labels: Tensor, steps: int = 1) -> Tensor:
         return sample(model, noise, labels, steps)
-
-
-def column(t: Tensor) -> Tensor:
-    """(B,) to (B, 1, 1, 1)."""
-    return t[:, None, None, None]

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from mfengine.networks.velocity import AnyNetwork
+from mfengine.methods.intervals import column
 
 
 @torch.no_grad()
-def sample(model: AnyNetwork, noise: Tensor, labels: Tensor, steps: int = 1) -> Tensor:
-    """z <- z - (t - r) u(z, t, t - r, y), from t = 1 to 0 in equal steps.
+def sample(model: Any, noise: Tensor, labels: Tensor, steps: int = 1, **conditions: float) -> Tensor:
+    """z <- z - (t - r) u, from t = 1 to 0 in equal steps.
 
     Args:
-        model: u(z, t, h, y).
+        model: u(z, t, h, y), as `DiT`; or, where there are conditions, u(z, h, y, **conditions, heads="u"), as `IMFDiT`.
         noise: (B, C, H, W) float32, standard normal.
         labels: (B,) int64.
         steps: network evaluations, at least 1.
+        conditions: what the model takes beside: of an `IMFDiT` omega, t_min and t_max.
 
     Returns:
         (B, C, H, W) float32 latents.
@@ -26,8 +29,16 @@ def sample(model: AnyNetwork, noise: Tensor, labels: Tensor, steps: int = 1) -> 
     """
     if steps < 1:
         raise ValueError(f"steps must be at least 1, not {steps}")
-    z, h = noise, noise.new_full((noise.shape[0],), 1 / steps)
+
+    def rows(value: float) -> Tensor:
+        return noise.new_full((noise.shape[0],), value)
+
+    z, h = noise, rows(1 / steps)
+    columns = {name: rows(value) for name, value in conditions.items()}
     for step in range(steps):
-        t = noise.new_full((noise.shape[0],), 1 - step / steps)
-        z = z - h[:, None, None, None] * model(z, t, h, labels)
+        if conditions:
+            u = model(z, h, labels, **columns, heads="u")
+        else:
+            u = model(z, rows(1 - step / steps), h, labels)
+        z = z - column(h) * u
     return z

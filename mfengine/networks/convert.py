@@ -1,4 +1,4 @@
-"""Parameters of other code bases as a state dict of `mfengine.DiT`."""
+"""Parameters of other code bases as a state dict of `mfengine.DiT` or `mfengine.IMFDiT`, and back."""
 
 from __future__ import annotations
 
@@ -27,22 +27,49 @@ def from_jax(params: Mapping[str, Any]) -> dict[str, Tensor]:
     Raises:
         ValueError: a leaf whose place is not known.
     """
+    return _from_flax(params)
+
+
+def from_jax_imf(params: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Parameters of the improved MeanFlow authors' JAX code as a state dict.
+
+    Args:
+        params: as `from_jax` takes them. Where the code keeps averages, they are a tree like that of the weights.
+
+    Returns:
+        A state dict for `IMFDiT.load_state_dict`, float32.
+
+    Raises:
+        ValueError: a leaf whose place is not known.
+    """
+    return _from_flax(params)
+
+
+def _from_flax(params: Mapping[str, Any]) -> dict[str, Tensor]:
     state = {}
     for path, leaf in _flatten(params):
         names = [name for name in path if name not in ("params", "net", "_flax_linear", "_flax_embedding")]
         kind = names.pop()
-        key = re.sub(r"\blayers_(\d+)", r"\1", ".".join(names))
+        key = re.sub(r"\b(?:layers_|(shared_blocks|u_heads|v_heads)_)(\d+)", _numbered, ".".join(names))
         value = torch.from_numpy(np.array(leaf, dtype=np.float32))
-        if kind == "kernel":
+        if kind == "kernel":  # of a norm, too
             key, value = f"{key}.weight", value.permute(3, 2, 0, 1) if value.ndim == 4 else value.T
         elif kind == "bias":
             key = f"{key}.bias"
         elif kind == "embedding":
             key = f"{key}.weight"
+        elif kind.endswith(("_scale", "_tokens")):
+            key = f"{key}.{kind}" if key else kind
         else:
-            raise ValueError(f"unknown parameter {'/'.join(path)}: expected a kernel, bias or embedding")
+            raise ValueError(
+                f"unknown parameter {'/'.join(path)}: expected a kernel, bias, embedding, scale or tokens"
+            )
         state[key] = value.contiguous()
     return state
+
+
+def _numbered(match: re.Match[str]) -> str:
+    return f"{match[1]}.{match[2]}" if match[1] else match[2]
 
 
 def _flatten(tree: Mapping[str, Any], prefix: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], Any]]:
@@ -70,12 +97,7 @@ def from_sit(checkpoint: Mapping[str, Any], reverse_time: bool = False) -> Conve
     Raises:
         ValueError: there is no DiT in the checkpoint.
     """
-    if not isinstance(checkpoint, Mapping):
-        raise ValueError(f"no DiT in this checkpoint: it is a {type(checkpoint).__name__}, not a state dict")
-    for key in ("ema", "model", "state_dict"):
-        if isinstance(checkpoint.get(key), Mapping):
-            checkpoint = checkpoint[key]
-            break
+    checkpoint = _state_dict(checkpoint, "DiT")
     state, unused = {}, []
     for key, value in checkpoint.items():
         name = key.removeprefix("module.").replace("r_embedder.", "h_embedder.")
@@ -116,3 +138,57 @@ def from_sit(checkpoint: Mapping[str, Any], reverse_time: bool = False) -> Conve
         for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
             state[name] = -state[name]
     return Converted(state, fresh, unused)
+
+
+def from_imf(checkpoint: Mapping[str, Any]) -> tuple[dict[str, Tensor], list[str]]:
+    """Parameters of the improved MeanFlow authors' PyTorch code (.pth), which may lack the blocks of the v-head.
+
+    Args:
+        checkpoint: a state dict, or a mapping that holds one under "ema", "model" or "state_dict".
+
+    Returns:
+        A state dict for `IMFDiT`, float32, without what the checkpoint lacks, and the entries not used.
+
+    Raises:
+        ValueError: there is no such network in the checkpoint.
+    """
+    state, unused = {}, []
+    for key, value in _state_dict(checkpoint, "improved MeanFlow").items():
+        name = re.sub(r"^(module\.)?(net\.)?|(?<=\.)_flax_(linear|embedding)\.", "", key)
+        if re.match(r"(x_embedder\.proj|\w+_(embedder|heads|blocks|tokens|final_layer)\b)", name):
+            state[name] = value.detach().float().clone()
+        else:
+            unused.append(key)
+    if "u_final_layer.linear.weight" not in state or "time_tokens" not in state:
+        raise ValueError("no improved MeanFlow in this checkpoint: it has no u_final_layer.linear.weight or time_tokens")
+    return state, unused
+
+
+def to_imf(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict of `IMFDiT` as the authors' PyTorch code loads it for inference: without the blocks of the v-head.
+
+    Args:
+        state: with the head of v or without.
+
+    Returns:
+        What `torch.save` writes into a .pth. The output layer of v, which that code has and does not use, is that of u
+        if the state has none.
+    """
+    outputs = {name.replace("u_", "v_", 1): value for name, value in state.items() if name.startswith("u_final_layer.")}
+    state = {**outputs, **{name: value for name, value in state.items() if not name.startswith("v_heads.")}}
+    pattern = re.compile(r"(_proj|\.w[123]|mlp\.\d|final_layer\.linear|(embedding_table))\.(?=weight|bias)")
+
+    def named(match: re.Match[str]) -> str:
+        return f"{match[1]}._flax_{'embedding' if match[2] else 'linear'}."
+
+    return {"net." + pattern.sub(named, name): value for name, value in state.items()}
+
+
+def _state_dict(checkpoint: Any, what: str) -> Mapping[str, Any]:
+    """The state dict in a checkpoint; ValueError, which calls the network so, if it is something else."""
+    if not isinstance(checkpoint, Mapping):
+        raise ValueError(f"no {what} in this checkpoint: it is a {type(checkpoint).__name__}, not a state dict")
+    for key in ("ema", "model", "state_dict"):
+        if isinstance(checkpoint.get(key), Mapping):
+            return checkpoint[key]
+    return checkpoint

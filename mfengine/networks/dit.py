@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,117 +17,37 @@ import torch
 from torch import Tensor, nn
 
 from mfengine import ops
-from mfengine.networks.base import Converted, Network, NetworkConfig, ShardUnit
+from mfengine.networks.base import Converted, Network, ShardUnit
 from mfengine.networks.convert import from_sit
+from mfengine.networks.layers import (
+    LabelEmbedder,
+    Linear,
+    PatchEmbed,
+    SiLU,
+    TimestepEmbedder,
+    TransformerConfig,
+    unpatchify,
+)
 from mfengine.ops.dual import A, Dual
-
-TIME_FEATURES = 256  # sinusoidal features of a time, before its MLP
 
 
 @dataclass(frozen=True)
-class ModelConfig(NetworkConfig):
-    """Architecture of a `DiT`."""
+class ModelConfig(TransformerConfig):
+    """Architecture of a `DiT`. Its hidden_size is a multiple of 4, too."""
 
-    input_size: int = 32
-    """height and width of a latent"""
-    patch_size: int = 2
-    """height and width of a patch; it divides input_size"""
-    in_channels: int = 4
-    """channels of a latent"""
-    hidden_size: int = 1152
-    """width of the residual stream; num_heads divides it, and so does 4"""
-    depth: int = 28
-    """number of blocks"""
-    num_heads: int = 16
-    """attention heads"""
     mlp_ratio: float = 4.0
     """hidden width of a block's MLP over hidden_size"""
-    num_classes: int = 1000
-    """labels; the null class is index num_classes"""
 
     def __post_init__(self) -> None:
-        for name in ("input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads", "num_classes"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        super().__post_init__()
         if not self.mlp_ratio * self.hidden_size >= 1:
             raise ValueError(f"mlp_ratio must be positive, not {self.mlp_ratio}")
-        if self.input_size % self.patch_size:
-            raise ValueError(f"input_size {self.input_size} is not a multiple of patch_size {self.patch_size}")
-        if self.hidden_size % self.num_heads:
-            raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
         if self.hidden_size % 4:
             raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of 4, which positions need")
 
-    @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        return (self.in_channels, self.input_size, self.input_size)
-
-    @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_heads
-
-    @property
-    def num_tokens(self) -> int:
-        return (self.input_size // self.patch_size) ** 2
-
 
 # ----------------------------------------------------------------------------
-# Layers that take tensors or duals.
-
-
-class Linear(nn.Linear):
-    """A linear layer computed in the dtype of its input; parameters keep their own."""
-
-    def forward(self, x: A) -> A:
-        return ops.linear(x, self.weight, self.bias)
-
-
-class SiLU(nn.Module):
-    def forward(self, x: A) -> A:
-        return ops.silu(x)
-
-
-class PatchEmbed(nn.Module):
-    """Latents to tokens: a convolution whose stride is its kernel, done as one matrix product."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        patch = config.patch_size
-        self.proj = nn.Conv2d(config.in_channels, config.hidden_size, kernel_size=patch, stride=patch)
-        self.patch_size = patch
-
-    def forward(self, z: A) -> A:
-        patches = ops.linear_map(self._patchify, z)  # (B, N, C * p * p)
-        return ops.linear(patches, self.proj.weight.flatten(1), self.proj.bias)  # (B, N, D)
-
-    def _patchify(self, z: Tensor) -> Tensor:
-        batch, channels, size, _ = z.shape
-        p = self.patch_size
-        grid = size // p
-        z = z.view(batch, channels, grid, p, grid, p).permute(0, 2, 4, 1, 3, 5)  # (B, g, g, C, p, p)
-        return z.reshape(batch, grid * grid, channels * p * p)
-
-
-class TimestepEmbedder(nn.Module):
-    """A time in [0, 1] to a vector, always in float32: bf16 cannot tell neighbouring times apart."""
-
-    def __init__(self, hidden_size: int) -> None:
-        super().__init__()
-        self.mlp = nn.Sequential(Linear(TIME_FEATURES, hidden_size), SiLU(), Linear(hidden_size, hidden_size))
-
-    def forward(self, t: A) -> A:
-        return self.mlp(ops.sinusoid(t, TIME_FEATURES))
-
-
-class LabelEmbedder(nn.Module):
-    """A label, or the null class, to a vector."""
-
-    def __init__(self, num_classes: int, hidden_size: int) -> None:
-        super().__init__()
-        self.embedding_table = nn.Embedding(num_classes + 1, hidden_size)
-
-    def forward(self, y: Tensor) -> Tensor:
-        return self.embedding_table(y)
+# Blocks.
 
 
 class Attention(nn.Module):
@@ -267,17 +188,11 @@ class DiT(Network):
         branch = gate = None
         for block in self.blocks:
             x, branch, gate = block(x, branch, gate, c)
-        return ops.linear_map(self._unpatchify, self.final_layer(x, branch, gate, c))  # (B, C, H, W)
+        patches = self.final_layer(x, branch, gate, c)
+        return ops.linear_map(partial(unpatchify, config=self.config, dtype=self.pos_embed.dtype), patches)  # (B, C, H, W)
 
     def _to_compute(self, x: Tensor) -> Tensor:
         return x.to(self.compute_dtype)
-
-    def _unpatchify(self, patches: Tensor) -> Tensor:
-        p, channels, size = self.config.patch_size, self.config.in_channels, self.config.input_size
-        grid = size // p
-        batch = len(patches) // grid**2
-        x = patches.view(batch, grid, grid, p, p, channels).permute(0, 5, 1, 3, 2, 4)  # (B, C, g, p, g, p)
-        return x.reshape(batch, channels, size, size).to(self.pos_embed.dtype)
 
     @torch.no_grad()
     def initialize_weights(self) -> None:

@@ -1,0 +1,72 @@
+"""What the objectives of the MeanFlow family share: times r <= t, the order of rows, and the adaptive weight."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mfengine.methods.base import ObjectiveConfig
+
+
+@dataclass(frozen=True)
+class IntervalConfig(ObjectiveConfig):
+    """Settings that the objectives share, in the symbols of arXiv 2505.13447."""
+
+    interval_share: float = 0.25
+    """share of each local batch with r < t; 0 is plain flow matching"""
+    label_dropout: float = 0.1
+    """probability that a label becomes the null class"""
+    logit_mean: float = -0.4
+    """times are sigmoid of a normal with this mean"""
+    logit_std: float = 1.0
+    """and this standard deviation"""
+    norm_p: float = 1.0
+    """power of the adaptive weight 1 / (error + norm_eps)^norm_p"""
+    norm_eps: float = 0.01
+    """offset in the adaptive weight"""
+
+    def __post_init__(self) -> None:
+        check_shares(interval_share=self.interval_share, label_dropout=self.label_dropout)
+        if not self.norm_p >= 0:
+            raise ValueError(f"norm_p must not be negative, not {self.norm_p}")
+        for name in ("logit_std", "norm_eps"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
+
+    def check_batch(self, rows: int) -> None:
+        self.num_interval(rows)
+
+    def num_interval(self, batch: int) -> int:
+        """Interval rows of a local batch; ValueError if the share does not divide it."""
+        rows = batch * self.interval_share
+        if abs(rows - round(rows)) > 1e-6:
+            raise ValueError(f"an interval share of {self.interval_share} does not divide a local batch of {batch}")
+        return round(rows)
+
+    def draw_rows(self, batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor, int]:
+        """Times t and r (B,), float32 on the host, r < t in the trailing rows alone, and the number of rows, from the
+        first on, whose label becomes the null class.
+        """
+        num_instant = batch - self.num_interval(batch)
+        times = torch.sigmoid(torch.randn(2, batch, generator=generator) * self.logit_std + self.logit_mean)
+        t, r = times.amax(0), times.amin(0)
+        r[:num_instant] = t[:num_instant]
+        return t, r, int((torch.rand(batch, generator=generator) < self.label_dropout).sum())
+
+    def weighted(self, error: Tensor) -> Tensor:
+        """Squared errors (B,) over a power of themselves, which is a constant to the gradient."""
+        return error / (error.detach() + self.norm_eps) ** self.norm_p
+
+
+def check_shares(**shares: float) -> None:
+    """ValueError that names the first which is not between 0 and 1."""
+    for name, share in shares.items():
+        if not 0 <= share <= 1:
+            raise ValueError(f"{name} must be between 0 and 1, not {share}")
+
+
+def column(t: Tensor) -> Tensor:
+    """(B,) to (B, 1, 1, 1)."""
+    return t[:, None, None, None]

@@ -1,0 +1,314 @@
+"""The network of improved MeanFlow (Geng et al., arXiv 2512.02012): two velocities, and guidance as an input.
+
+A trunk of transformer blocks ends in two heads of blocks: one for the average velocity u, one for the velocity v.
+Conditions are tokens before those of the patches, and times are known by h = t - r alone. Blocks have RMSNorm, rotary
+positions, normalised queries and keys, SwiGLU, and a learned gate for each channel of their branches.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor, nn
+
+from mfengine import ops
+from mfengine.networks.base import Converted, Network, ShardUnit
+from mfengine.networks.convert import from_imf
+from mfengine.networks.layers import (
+    LabelEmbedder,
+    Linear,
+    PatchEmbed,
+    TimestepEmbedder,
+    TransformerConfig,
+    unpatchify,
+)
+from mfengine.ops.dual import A, Dual, primal_of, push
+
+# Tokens before those of the patches, in their order: label, omega, t_min, t_max, h.
+CLASS_TOKENS, OMEGA_TOKENS, INTERVAL_TOKENS, TIME_TOKENS = 8, 4, 2, 4
+PREFIX = CLASS_TOKENS + OMEGA_TOKENS + 2 * INTERVAL_TOKENS + TIME_TOKENS
+MULTIPLE = 64  # hidden widths of a SwiGLU are padded to it in products: 2730 is no multiple of 8
+GAIN = 0.32  # of the initialisation of blocks
+
+Heads = Literal["uv", "u", "v"]
+
+
+@dataclass(frozen=True)
+class IMFDiTConfig(TransformerConfig):
+    """Architecture of an `IMFDiT`. Its head dim is even."""
+
+    hidden_size: int = 1024
+    """width of the residual stream; num_heads divides it"""
+    depth: int = 48
+    """number of blocks that a velocity passes: of the trunk and of one head"""
+    head_depth: int = 8
+    """number of blocks of each head, less than depth"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 1 <= self.head_depth < self.depth:
+            raise ValueError(f"head_depth must be at least 1 and less than the depth {self.depth}, not {self.head_depth}")
+        if self.head_dim % 2:
+            raise ValueError(f"hidden_size / num_heads is {self.head_dim}; rotary positions need an even one")
+
+    @property
+    def num_tokens(self) -> int:
+        return PREFIX + super().num_tokens
+
+    @property
+    def mlp_size(self) -> int:
+        """Hidden width of a block's SwiGLU."""
+        return int(self.hidden_size * 8 / 3)
+
+
+# ----------------------------------------------------------------------------
+# Blocks.
+
+
+class RMSNorm(nn.Module):
+    """The weight of a norm; whoever owns it computes the norm together with what is next to it."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+
+class Attention(nn.Module):
+    def __init__(self, config: IMFDiTConfig) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.num_heads, self.num_tokens = config.num_heads, config.num_tokens
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (Linear(width, width, bias=False) for _ in range(4))
+        self.q_norm, self.k_norm = RMSNorm(config.head_dim), RMSNorm(config.head_dim)
+
+    def forward(self, x: A) -> A:
+        qkv = ops.packed_linear(x, (self.q_proj.weight, self.k_proj.weight, self.v_proj.weight))
+        o = ops.rotary_attention(qkv, self.q_norm.weight, self.k_norm.weight, self.num_heads, self.num_tokens)
+        return self.out_proj(o)
+
+
+class SwiGLU(nn.Module):
+    """w2(silu(w1 x) * w3 x)."""
+
+    def __init__(self, config: IMFDiTConfig) -> None:
+        super().__init__()
+        self.w1 = Linear(config.hidden_size, config.mlp_size, bias=False)
+        self.w3 = Linear(config.hidden_size, config.mlp_size, bias=False)
+        self.w2 = Linear(config.mlp_size, config.hidden_size, bias=False)
+
+    def forward(self, x: A) -> A:
+        hidden = ops.swiglu(ops.packed_linear(x, (self.w1.weight, self.w3.weight), MULTIPLE))
+        return ops.packed_linear(hidden, (self.w2.weight,))
+
+
+class Block(nn.Module):
+    """Transformer block: x + g1 * attention(norm(x)), then x + g2 * SwiGLU(norm(x)).
+
+    As in `mfengine.networks.dit.Block`, its last branch and its gate are handed on, and the next norm adds them.
+    """
+
+    def __init__(self, config: IMFDiTConfig, compute_dtype: torch.dtype) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.compute_dtype = compute_dtype
+        self.norm1, self.norm2 = RMSNorm(width), RMSNorm(width)
+        self.attn, self.mlp = Attention(config), SwiGLU(config)
+        self.attn_scale, self.mlp_scale = nn.Parameter(torch.zeros(width)), nn.Parameter(torch.zeros(width))
+
+    @ops.one_node
+    def forward(self, x: A, branch: A | None, gate: Tensor | None) -> tuple[A, A, Tensor]:
+        """Residual stream x (B * N, D), with branch (B * N, D) times gate (D,) yet to be added."""
+        if branch is None or gate is None:  # in the first block
+            o = ops.rms_norm(x, self.norm1.weight, dtype=self.compute_dtype)
+        else:
+            x, o = ops.gated_residual_rms_norm(x, branch, gate, self.norm1.weight)
+        x, o = ops.gated_residual_rms_norm(x, self.attn(o), self.attn_scale, self.norm2.weight)
+        return x, self.mlp(o), ops.clone(self.mlp_scale)  # a gathered parameter is freed after the block
+
+
+class FinalLayer(nn.Module):
+    """Residual stream, with a gated branch still to be added, to patches (B, N - prefix, p * p * C)."""
+
+    def __init__(self, config: IMFDiTConfig) -> None:
+        super().__init__()
+        self.norm = RMSNorm(config.hidden_size)
+        self.linear = Linear(config.hidden_size, config.patch_size**2 * config.in_channels)
+        self.num_tokens = config.num_tokens
+
+    def forward(self, x: A, branch: A, gate: Tensor) -> A:
+        _, o = ops.gated_residual_rms_norm(x, branch, gate, self.norm.weight)
+        return self.linear(ops.linear_map(self._patches, o))
+
+    def _patches(self, o: Tensor) -> Tensor:
+        return o.unflatten(0, (-1, self.num_tokens))[:, PREFIX:]
+
+
+# ----------------------------------------------------------------------------
+# The network.
+
+
+class IMFDiT(Network):
+    """Average velocity u and velocity v of z at h = t - r, under guidance omega for times in [t_min, t_max].
+
+    Args:
+        config: the architecture.
+        compute_dtype: dtype of the matrix products of blocks and patches. Parameters, residual stream, norms,
+            softmax and embeddings of conditions are float32 whatever it is.
+    """
+
+    Config = IMFDiTConfig
+    takes_tangents = True
+    config: IMFDiTConfig
+
+    def __init__(self, config: IMFDiTConfig, compute_dtype: torch.dtype = torch.float32) -> None:
+        super().__init__(config, compute_dtype)
+        width = config.hidden_size
+        self.x_embedder = PatchEmbed(config)
+        self.h_embedder, self.omega_embedder = TimestepEmbedder(width), TimestepEmbedder(width)
+        self.cfg_t_start_embedder, self.cfg_t_end_embedder = TimestepEmbedder(width), TimestepEmbedder(width)
+        self.y_embedder = LabelEmbedder(config.num_classes, width)
+        self.class_tokens = nn.Parameter(torch.empty(CLASS_TOKENS, width))
+        self.omega_tokens = nn.Parameter(torch.empty(OMEGA_TOKENS, width))
+        self.t_min_tokens = nn.Parameter(torch.empty(INTERVAL_TOKENS, width))
+        self.t_max_tokens = nn.Parameter(torch.empty(INTERVAL_TOKENS, width))
+        self.time_tokens = nn.Parameter(torch.empty(TIME_TOKENS, width))
+
+        def blocks(depth: int) -> nn.ModuleList:
+            return nn.ModuleList(Block(config, compute_dtype) for _ in range(depth))
+
+        self.shared_blocks = blocks(config.depth - config.head_depth)
+        self.u_heads, self.v_heads = blocks(config.head_depth), blocks(config.head_depth)
+        self.u_final_layer, self.v_final_layer = FinalLayer(config), FinalLayer(config)
+        self.initialize_weights()
+
+    def shard_units(self) -> list[ShardUnit]:
+        embedders = [
+            *(self.h_embedder, self.omega_embedder, self.cfg_t_start_embedder, self.cfg_t_end_embedder),
+            self.y_embedder,
+        ]
+        return [
+            *(ShardUnit(embedder, torch.float32, block=False) for embedder in embedders),
+            *(ShardUnit(block, self.compute_dtype) for block in (*self.shared_blocks, *self.u_heads, *self.v_heads)),
+        ]
+
+    def for_sampling(self) -> Self:
+        """Without the head of v."""
+        self.v_heads = nn.ModuleList()
+        self.v_final_layer = None
+        return self
+
+    @classmethod
+    def convert(cls, checkpoint: Mapping[str, Any], reverse_time: bool) -> Converted:
+        if reverse_time:
+            raise ValueError("improved MeanFlow has data at t = 0: there is no time to reverse")
+        state, unused = from_imf(checkpoint)
+        fresh = []
+        if not any(name.startswith("v_heads.") for name in state):  # published without what only training uses
+            for name, value in [*state.items()]:
+                if name.startswith("u_heads."):
+                    fresh.append(name.replace("u_heads", "v_heads"))
+                    initialize(fresh[-1], state.setdefault(fresh[-1], torch.empty_like(value)))
+        return Converted(state, fresh, unused)
+
+    def forward(
+        self,
+        z: Tensor,
+        h: Tensor,
+        y: Tensor,
+        *,
+        omega: Tensor,
+        t_min: Tensor,
+        t_max: Tensor,
+        tangents: tuple[Tensor, Tensor] | None = None,
+        heads: Heads = "uv",
+    ) -> Any:
+        """u and v of (z, h, y, omega, t_min, t_max), and the JVP of u where tangents are given.
+
+        Args:
+            z: (B, C, H, W) float, noisy latents.
+            h: (B,) float, interval length t - r in [0, 1]; 0 where v is wanted as in flow matching.
+            y: (B,) int64 labels in [0, num_classes]; num_classes is the null class.
+            omega: (B,) float, guidance weight, at least 1; it applies to times in [t_min, t_max], (B,) float each.
+            tangents: (dz, dh) of the last K <= B rows: (K, C, H, W), (K,). Only with both heads.
+            heads: the velocities to compute.
+
+        Returns:
+            (u, v), each (B, C, H, W) float, or the one that is asked for; with tangents (u, v, du), du (K, C, H, W)
+            without a graph. v has no tangent.
+
+        Raises:
+            ValueError: v is asked for, but `for_sampling` dropped its head; or tangents for one head alone.
+        """
+        if "v" in heads and self.v_final_layer is None:
+            raise ValueError('this network has no head for v: it is one for sampling, which takes heads="u"')
+        if tangents is not None and heads != "uv":
+            raise ValueError(f"tangents need both heads, not {heads}")
+        pair = (z, h) if tangents is None else tuple(map(Dual, (z, h), tangents))
+        trunk = self._tokens(*pair, y, omega, t_min, t_max), None, None
+        for block in self.shared_blocks:
+            trunk = block(*trunk)
+        u: Any = self._head(trunk, self.u_heads, self.u_final_layer) if "u" in heads else None
+        if heads == "u":
+            return u
+        x, branch, gate = trunk
+        if tangents is not None:
+            x, branch = x.primal, branch.primal
+        v = self._head((x, branch, gate), self.v_heads, self.v_final_layer)
+        if heads == "v":
+            return v
+        return (u, v) if tangents is None else (u.primal, v, u.tangent)
+
+    def _tokens(self, z: A, h: A, y: Tensor, omega: Tensor, t_min: Tensor, t_max: Tensor) -> A:
+        """Residual stream (B * N, D) at its beginning, in the dtype of the conditions."""
+        conditions = (
+            (self.class_tokens, self.y_embedder(y)),
+            (self.omega_tokens, self.omega_embedder(1 - 1 / omega)),
+            (self.t_min_tokens, self.cfg_t_start_embedder(t_min)),
+            (self.t_max_tokens, self.cfg_t_end_embedder(t_max)),
+        )
+        fixed = torch.cat([tokens + embedding[:, None] for tokens, embedding in conditions], 1)
+        time = ops.add(ops.linear_map(_repeat_time, self.h_embedder(h)), self.time_tokens)
+        x = self.x_embedder(ops.linear_map(lambda z: z.to(self.compute_dtype), z))
+        x = ops.linear_map(lambda x: x.to(fixed.dtype), x)
+        return ops.linear_map(lambda x: x.flatten(0, 1), push(_join, _join_tangents, fixed, time, x))
+
+    def _head(self, trunk: tuple[Any, ...], blocks: nn.ModuleList, final: nn.Module) -> A:
+        for block in blocks:
+            trunk = block(*trunk)
+        dtype = primal_of(trunk[0]).dtype
+        return ops.linear_map(partial(unpatchify, config=self.config, dtype=dtype), final(*trunk))
+
+    def initialize_weights(self) -> None:
+        for name, p in self.named_parameters():
+            initialize(name, p)
+
+
+@torch.no_grad()
+def initialize(name: str, p: Tensor) -> None:
+    """A parameter by its name, as the authors' code: zero gates, outputs and biases, and normal weights."""
+    module, _, kind = name.rpartition(".")
+    if module.endswith(("norm", "norm1", "norm2")):
+        nn.init.ones_(p)
+    elif kind == "bias" or kind.endswith("_scale") or module.endswith("final_layer.linear"):
+        nn.init.zeros_(p)
+    elif module == "x_embedder.proj":
+        nn.init.xavier_uniform_(p.view(len(p), -1))
+    else:
+        nn.init.normal_(p, std=(GAIN if "attn" in module or "mlp.w" in module else 1) / math.sqrt(p.shape[-1]))
+
+
+def _repeat_time(embedding: Tensor) -> Tensor:
+    return embedding[:, None].expand(-1, TIME_TOKENS, -1)
+
+
+def _join(*parts: Tensor) -> Tensor:
+    return torch.cat(parts, 1)
+
+
+def _join_tangents(*parts: Tensor) -> Tensor:
+    return torch.cat(parts[len(parts) // 2 :], 1)
