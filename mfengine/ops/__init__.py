@@ -8,16 +8,16 @@ elsewhere, in float64, and under `torch.func.vmap`, `grad` and nested transforms
 Attention without a tangent is PyTorch's, unless `use_attention` names another. `OPS` lists all ops.
 """
 
-from mfengine.ops.activations import gelu, silu
+from mfengine.ops.activations import gelu, silu, swiglu
 from mfengine.ops.adaln import adaln_modulate, gated_residual_adaln
-from mfengine.ops.attention import attention, attention_packed
+from mfengine.ops.attention import attention, attention_packed, rotary_attention
 from mfengine.ops.backend import use_backend
 from mfengine.ops.choice import use_attention
-from mfengine.ops.chunk import chunk
+from mfengine.ops.chunk import chunk, clone
 from mfengine.ops.dual import Dual, add, linear_map
-from mfengine.ops.linear import fixed_weights, linear, sinusoid
+from mfengine.ops.linear import fixed_weights, linear, packed_linear, sinusoid
 from mfengine.ops.node import one_node
-from mfengine.ops.rmsnorm import rms_norm
+from mfengine.ops.rmsnorm import gated_residual_rms_norm, rms_norm
 from mfengine.ops.table import OPS
 
 __all__ = [
@@ -28,15 +28,20 @@ __all__ = [
     "attention",
     "attention_packed",
     "chunk",
+    "clone",
     "fixed_weights",
     "gated_residual_adaln",
+    "gated_residual_rms_norm",
     "gelu",
     "linear",
     "linear_map",
     "one_node",
+    "packed_linear",
     "rms_norm",
+    "rotary_attention",
     "silu",
     "sinusoid",
+    "swiglu",
     "use_attention",
     "use_backend",
 ]

@@ -1,6 +1,7 @@
-"""Pointwise activations: GELU (tanh form) with a bias, and SiLU, computed in float32.
+"""Pointwise activations: GELU (tanh form) with a bias, SiLU, and SwiGLU (Shazeer, arXiv 2002.05202), in float32.
 
-o = gelu(w) with w = x + b.  Tangent: do = gelu'(w) * (dx + db).
+GELU: o = gelu(w) with w = x + b.  Tangent: do = gelu'(w) * (dx + db).
+SwiGLU: o = silu(g) * w.  Tangent: do = silu'(g) * dg * w + silu(g) * dw.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ from mfengine.ops.op import Op
 
 if TYPE_CHECKING:
     from mfengine.kernels import gelu as kernel
+    from mfengine.kernels import swiglu as swiglu_kernel
 else:
     kernel = Lazy("mfengine.kernels.gelu")
+    swiglu_kernel = Lazy("mfengine.kernels.swiglu")
 
 
 def gelu(x: A, bias: Tensor | Dual | None = None) -> A:
@@ -48,6 +51,23 @@ def gelu(x: A, bias: Tensor | Dual | None = None) -> A:
     return GELU(x, bias)[0]
 
 
+def swiglu(x: A) -> A:
+    """silu(g) * w of two packed halves, x = [g, w].
+
+    Args:
+        x: (B, ..., 2 * F) float; or a dual, with a tangent (K, ..., 2 * F) of its last K rows.
+
+    Returns:
+        (B, ..., F) in the dtype of x; of a dual the same with a tangent. Computed in float32, of float64 in float64.
+
+    Raises:
+        ValueError: the last dimension of x is odd; on the fused path, a dtype other than float16, bfloat16 and float32.
+    """
+    if primal_of(x).shape[-1] % 2:
+        raise ValueError(f"the last dimension of x must be two halves, not {primal_of(x).shape[-1]} channels")
+    return SWIGLU(x)[0]
+
+
 def silu(x: A) -> A:
     """SiLU, x * sigmoid(x), of any shape, in the dtype of x."""
     return push(F.silu, _silu_tangent, x)
@@ -72,6 +92,21 @@ def _gelu_tangent(x: Tensor, bias: Tensor, dx: Tensor, dbias: Tensor | None) -> 
     w, dw = x.to(wide) + bias.to(wide), dx.to(wide)
     dw = dw if dbias is None else dw + dbias.to(wide)
     return torch.ops.aten.gelu_backward(dw, w, approximate="tanh").to(x.dtype)
+
+
+def _plain_swiglu(x: A) -> tuple[A]:
+    return (push(_swiglu, _swiglu_tangent, x),)
+
+
+def _swiglu(x: Tensor) -> Tensor:
+    g, w = x.to(accumulation_dtype(x)).chunk(2, -1)
+    return (F.silu(g) * w).to(x.dtype)
+
+
+def _swiglu_tangent(x: Tensor, dx: Tensor) -> Tensor:
+    wide = accumulation_dtype(x)
+    (g, w), (dg, dw) = x.to(wide).chunk(2, -1), dx.to(wide).chunk(2, -1)
+    return torch.addcmul(torch.ops.aten.silu_backward(dg * w, g), F.silu(g), dw).to(x.dtype)
 
 
 def _silu_tangent(x: Tensor, dx: Tensor) -> Tensor:
@@ -107,4 +142,28 @@ GELU = Op(
     outputs=("o",),
     saved=("x", "bias"),
     parameters=1,
+)
+
+
+def _swiglu_forward(x: Tensor) -> tuple[Tensor]:
+    return (swiglu_kernel.forward(x.contiguous()),)
+
+
+def _swiglu_dual(x: Tensor, dx: Tensor) -> tuple[Tensor, Tensor]:
+    return swiglu_kernel.forward_dual(x.contiguous(), dx.contiguous())
+
+
+def _swiglu_backward(x: Tensor, go: Tensor) -> tuple[Tensor]:
+    return (swiglu_kernel.backward(x.contiguous(), go),)
+
+
+SWIGLU = Op(
+    "swiglu",
+    forward=_swiglu_forward,
+    dual=_swiglu_dual,
+    backward=_swiglu_backward,
+    plain=_plain_swiglu,
+    shapes=lambda x: (x.new_empty(*x.shape[:-1], x.shape[-1] // 2),),
+    outputs=("o",),
+    saved=("x",),
 )

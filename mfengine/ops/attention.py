@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +18,8 @@ from mfengine.ops.choice import choose
 from mfengine.ops.dual import A, Dual, accumulation_dtype, linear_map, primal_of
 from mfengine.ops.lazy import Lazy
 from mfengine.ops.op import Op
+from mfengine.ops.rmsnorm import EPS
+from mfengine.ops.rope import norm_rope
 from mfengine.torch_private import softmax_backward
 
 if TYPE_CHECKING:
@@ -86,17 +89,49 @@ def attention_packed(qkv: A, num_heads: int, num_tokens: int | None = None) -> A
     return _call(ATTENTION_PACKED, name, (qkv,), (num_heads, tokens))
 
 
+def rotary_attention(
+    qkv: A, q_weight: A, k_weight: A, num_heads: int, num_tokens: int | None = None, eps: float = EPS
+) -> A:
+    """Self-attention over the packed output of one query-key-value projection, with RMSNorm and RoPE on queries and
+    keys.
+
+    Each head's queries and keys are normalised by their root mean square and multiplied by a weight; then the channels
+    (2i, 2i + 1) of the token at position m = 0 ... N - 1 are rotated by the angle m * 10,000^(-2i / d). The scale of
+    the scores is 1 / sqrt(d).
+
+    Args:
+        qkv, num_heads, num_tokens: as `attention_packed`.
+        q_weight, k_weight: (d,) float; or duals, with tangents (d,).
+        eps: added to the mean square.
+
+    Returns:
+        As `attention_packed`.
+
+    Raises:
+        ValueError: d is odd, or the weights are not of shape (d,); as `attention`.
+    """
+    x = primal_of(qkv)
+    dim = x.shape[-1] // (3 * num_heads)
+    if dim % 2:
+        raise ValueError(f"RoPE rotates pairs of channels, and heads of {dim} have an odd number")
+    for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
+        if tuple(primal_of(weight).shape) != (dim,):
+            raise ValueError(f"{name} must be of shape ({dim},), not {tuple(primal_of(weight).shape)}")
+    tokens = x.shape[-2] if num_tokens is None else num_tokens
+    return _plain_rotary(qkv, q_weight, k_weight, num_heads, tokens, eps)[0]
+
+
 def _call(op: Op, name: str, args: tuple[Any, ...], options: tuple[Any, ...]) -> Any:
     if name == "auto":
         return op(*args, options=options)[0]
     return op.by_kernels(*args, options=options)[0] if name == "triton" else op.plain(*args, *options)[0]
 
 
-def _split_heads(qkv: Tensor, num_heads: int, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
-    batch = len(qkv) if qkv.ndim == 3 else len(qkv) // tokens
-    qkv = qkv.view(batch, tokens, 3, num_heads, qkv.shape[-1] // (3 * num_heads))  # (B, N, 3, H, d)
-    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, H, N, d)
-    return q, k, v
+def _split_heads(x: Tensor, num_heads: int, tokens: int, parts: int = 3) -> tuple[Tensor, ...]:
+    """Parts (B, H, N, d) of x (B, N, parts * H * d) or (B * N, parts * H * d)."""
+    batch = len(x) if x.ndim == 3 else len(x) // tokens
+    x = x.view(batch, tokens, parts, num_heads, x.shape[-1] // (parts * num_heads))  # (B, N, parts, H, d)
+    return x.permute(2, 0, 3, 1, 4).unbind(0)
 
 
 def _merge_heads(o: Any, ndim: int) -> Any:
@@ -129,6 +164,22 @@ def _plain_packed(qkv: Any, heads: int, tokens: int) -> tuple[Any]:
         q, k, v = map(Dual, _split_heads(qkv.primal, heads, tokens), _split_heads(qkv.tangent, heads, tokens))
         return (linear_map(merge, _plain(q, k, v, None)[0]),)
     return (merge(_plain(*_split_heads(qkv, heads, tokens), None)[0]),)
+
+
+def _plain_rotary(qkv: A, q_weight: A, k_weight: A, heads: int, tokens: int, eps: float) -> tuple[A]:
+    qk = norm_rope(linear_map(_queries_and_keys, qkv), q_weight, k_weight, tokens, eps)
+    o = _plain(*_rotated_heads(qk, qkv, heads, tokens), None)[0]
+    return (linear_map(partial(_merge_heads, ndim=primal_of(qkv).ndim), o),)
+
+
+def _queries_and_keys(qkv: Tensor) -> Tensor:
+    return qkv[..., : qkv.shape[-1] // 3 * 2]
+
+
+def _rotated_heads(qk: A, qkv: A, heads: int, tokens: int) -> tuple[A, A, A]:
+    """Queries and keys of qk, and values of qkv."""
+    q, k = (linear_map(lambda x, i=i: _split_heads(x, heads, tokens, 2)[i], qk) for i in range(2))
+    return q, k, linear_map(lambda x: _split_heads(x, heads, tokens, 3)[2], qkv)
 
 
 def _probabilities(q: Tensor, k: Tensor, scale: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""Equal parts of a tensor or a dual."""
+"""Equal parts of a tensor or a dual, and copies of parameters."""
 
 from __future__ import annotations
 
@@ -17,6 +17,21 @@ def chunk(x: A, chunks: int) -> tuple[A, ...]:
     if isinstance(x, Dual):
         return tuple(map(Dual, parts, x.tangent.chunk(chunks, -1)))
     return parts
+
+
+def clone(p: Tensor) -> Tensor:
+    """A copy of a parameter, whose gradient is the parameter's: for what a block returns.
+
+    FSDP2 frees the parameter itself when the block has ended.
+    """
+    copy = p.clone()
+    if (tape := recording()) is not None:
+        tape.record(_same, (p,), (copy,), ())
+    return copy
+
+
+def _same(gradient: Tensor) -> tuple[Tensor]:
+    return (gradient,)
 
 
 def _gradient(*gradients: Tensor | None) -> tuple[Tensor]:

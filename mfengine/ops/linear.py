@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ContextDecorator
 from typing import Any
 
@@ -11,12 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mfengine.ops.dual import A, Dual, linear_map, primal_of, push
+from mfengine.ops.dual import A, Dual, linear_map, primal_of, push, tangent_of
 from mfengine.ops.node import Tape, recording
-from mfengine.torch_private import traced
+from mfengine.torch_private import in_forward_mode, traced
 
-_Fixed = dict[int, tuple[Tensor, Tensor, Tensor]]
-_fixed: _Fixed | None = None  # by id: a parameter, its copy, and that transposed
+_Fixed = dict[Any, tuple[Any, Tensor, Tensor]]
+_fixed: _Fixed | None = None
+"""By id, a parameter, its copy, and that transposed; or, by ids and padded sizes, several and their packed copy."""
 
 
 def linear(x: A, weight: Any, bias: Any = None) -> A:
@@ -41,6 +42,54 @@ def linear(x: A, weight: Any, bias: Any = None) -> A:
             return Dual(output, F.linear(x.tangent, weight))
     product = push(F.linear, _product_tangent, x, weight, parameters=1)
     return product if bias is None else push(torch.add, _sum_tangent, product, bias, parameters=1)
+
+
+def packed_linear(x: A, weights: Sequence[Any], multiple: int = 1) -> A:
+    """x W^T of several linear layers without bias, side by side, by one product.
+
+    The rows of each weight are padded with zeros to a multiple, and the columns to the width of x. Gradients are those
+    of the parameters in their own shapes. The packed weight is made once inside `fixed_weights`.
+
+    Args:
+        x: (B, ..., in) float; or a dual, with a tangent (K, ..., in) of its last K rows.
+        weights: parameters (out_i, in_i), cast to the dtype of x; or duals, with tangents of the same shapes. in is
+            in_i, or in_i rounded up to `multiple`.
+        multiple: each layer has its out_i rounded up to this, the last ones zero.
+
+    Returns:
+        (B, ..., sum of the rounded out_i) in the dtype of x; of duals the same with a tangent.
+
+    Raises:
+        ValueError: x is not of such a width.
+
+    Example:
+        >>> import torch
+        >>> from mfengine.ops import packed_linear
+        >>> packed_linear(torch.ones(2, 8), [torch.ones(3, 6), torch.ones(4, 6)], multiple=4)[0].tolist()
+        [6.0, 6.0, 6.0, 0.0, 6.0, 6.0, 6.0, 6.0]
+    """
+    primal = primal_of(x)
+    weights, width = tuple(weights), primal.shape[-1]
+    for weight in weights:
+        columns = primal_of(weight).shape[1]
+        if width not in (columns, _round_up(columns, multiple)):
+            raise ValueError(f"x is {width} wide, and a weight has {columns} columns (rounded to {multiple})")
+    if (tape := recording()) is not None:
+        w, w_t = _packed(weights, width, multiple, primal.dtype)
+        output = primal @ w_t if primal.ndim == 2 else F.linear(primal, w)
+        tape.record(_packed_gradients, (primal, *weights), (output,), (primal, w), (_shapes(weights), multiple))
+        return Dual(output, x.tangent @ w_t) if isinstance(x, Dual) else output
+    primals = tuple(map(primal_of, weights))
+    if torch.compiler.is_compiling() or traced() or in_forward_mode() or any(isinstance(w, Dual) for w in weights):
+        w: Any = _pack([p.to(primal.dtype) for p in primals], width, multiple)
+        if any(isinstance(weight, Dual) for weight in weights):
+            tangents = [
+                torch.zeros_like(p) if t is None else t for p, t in zip(primals, map(tangent_of, weights), strict=True)
+            ]
+            w = Dual(w, _pack(tangents, width, multiple))
+    else:
+        w = _Packed.apply(width, multiple, primal.dtype, *primals)
+    return linear(x, w)
 
 
 class fixed_weights(ContextDecorator):  # noqa: N801 - as `torch.no_grad`
@@ -101,6 +150,61 @@ class _Copied(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return gradient, None
+
+
+def _round_up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
+
+
+def _shapes(weights: Sequence[Tensor]) -> tuple[torch.Size, ...]:
+    return tuple(w.shape for w in weights)
+
+
+def _pack(weights: Sequence[Tensor], width: int, multiple: int) -> Tensor:
+    """Weights below each other, padded with zeros to `width` columns and to a multiple of rows each."""
+    padded = []
+    for w in weights:
+        rows, columns = (_round_up(len(w), multiple) - len(w), width - w.shape[1])
+        padded.append(F.pad(w, (0, columns, 0, rows)) if rows or columns else w)
+    return padded[0] if len(padded) == 1 else torch.cat(padded)
+
+
+def _packed(weights: tuple[Tensor, ...], width: int, multiple: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """`_pack` in a dtype, without autograd, and its transpose."""
+    key = (*map(id, weights), width, multiple)
+    found = None if _fixed is None else _fixed.get(key)
+    if found is None or found[1].dtype != dtype:
+        packed = _pack([_cast(p, dtype)[0] for p in weights], width, multiple)
+        found = weights, packed, packed.t()
+        if _fixed is not None:
+            _fixed[key] = found
+    return found[1:]
+
+
+def _unpack(gradient: Tensor, shapes: Sequence[torch.Size], multiple: int) -> list[Tensor]:
+    """Of the gradient of a packed weight, that of each."""
+    parts = gradient.split([_round_up(rows, multiple) for rows, _ in shapes])
+    return [part[:rows, :columns] for part, (rows, columns) in zip(parts, shapes, strict=True)]
+
+
+class _Packed(torch.autograd.Function):
+    """The packed copy of parameters, whose gradient is theirs."""
+
+    @staticmethod
+    def forward(ctx: Any, width: int, multiple: int, dtype: torch.dtype, *weights: Tensor) -> Tensor:
+        ctx.shapes, ctx.multiple = _shapes(weights), multiple
+        return _packed(weights, width, multiple, dtype)[0].detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return (None, None, None, *_unpack(gradient, ctx.shapes, ctx.multiple))
+
+
+def _packed_gradients(
+    x: Tensor, packed: Tensor, go: Tensor, shapes: Sequence[torch.Size], multiple: int
+) -> list[Tensor]:
+    gx, gw, _ = _gradients(x, packed, go, None)
+    return [gx, *_unpack(gw, shapes, multiple)]
 
 
 def _in_block(tape: Tape, x: A, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> A:

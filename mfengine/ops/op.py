@@ -23,7 +23,7 @@ from mfengine.ops.dual import Dual, complete, primal_of, tangent_of
 from mfengine.ops.node import Tape, eager, recording
 from mfengine.torch_private import uncompiled
 
-_SCHEMA_TYPES = {"int": "int", "float": "float", "float | None": "float?"}
+_SCHEMA_TYPES = {"int": "int", "float": "float", "float | None": "float?", "torch.dtype | None": "ScalarType?"}
 DECLARED: list[Op] = []
 
 
@@ -32,7 +32,7 @@ class Op:
 
     Args:
         forward: the launcher of the primal, (*primals, *options) -> (*outputs, *auxiliary). The names of its parameters
-            are those of the arguments; options are those annotated as int or float.
+            are those of the arguments; options are those annotated as int, float or dtype.
         dual: (*primals, *tangents, *options) -> (*outputs, *auxiliary, *tangents of the outputs), for the tangents of
             the last K rows. None is the tangent of a parameter that has none.
         backward: (*saved, *gradients of the outputs, *options) -> one gradient for each primal. The gradient of an

@@ -1,7 +1,7 @@
-"""RMSNorm (Zhang and Sennrich, arXiv 1910.07467) with a weight.
+"""RMSNorm (Zhang and Sennrich, arXiv 1910.07467) with a weight, of a residual stream as it is or after a gated update.
 
-n = x / rms with rms = sqrt(mean(x^2) + eps);  o = n * w.
-Tangent: dn = (dx - n * mean(n * dx)) / rms;  do = dn * w + n * dw.
+x' = x + g * y;  n = x' / rms with rms = sqrt(mean(x'^2) + eps);  o = n * w.
+Tangent: dx' = dx + g * dy + dg * y;  dn = (dx' - n * mean(n * dx')) / rms;  do = dn * w + n * dw.
 """
 
 from __future__ import annotations
@@ -9,9 +9,10 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
-from mfengine.ops.dual import A, Dual, accumulation_dtype, push
+from mfengine.ops.dual import A, Dual, accumulation_dtype, primal_of, push
 from mfengine.ops.lazy import Lazy
 from mfengine.ops.op import Op
 
@@ -23,44 +24,83 @@ else:
 EPS = 1e-6
 
 
-def rms_norm(x: A, weight: Tensor | Dual, eps: float = EPS) -> A:
+def rms_norm(x: A, weight: Tensor | Dual, eps: float = EPS, dtype: torch.dtype | None = None) -> A:
     """x / sqrt(mean(x^2) + eps) * weight, over the last dimension.
 
     Args:
         x: (B, ..., D) float; or a dual, with a tangent (K, ..., D) of its last K rows.
         weight: (D,) float; or a dual, with a tangent (D,).
         eps: added to the mean square.
+        dtype: of the output; x's if None.
 
     Returns:
-        Shape and dtype of x; of duals the same with a tangent (K, ..., D). Computed in float32, of float64 in float64.
+        Shape of x; of duals the same with a tangent (K, ..., D). Computed in float32, of float64 in float64.
 
     Raises:
         ValueError: on the fused path, whatever the kernels do not take: D above 8192, a dtype other than float16,
             bfloat16 and float32, shapes or devices that do not go together.
     """
-    return RMS_NORM(x, weight, options=(eps,))[0]
+    return RMS_NORM(x, weight, options=(eps, dtype))[0]
+
+
+def gated_residual_rms_norm(x: A, y: A, gate: Tensor | Dual, weight: Tensor | Dual, eps: float = EPS) -> tuple[A, A]:
+    """x' = x + gate * y and x' / sqrt(mean(x'^2) + eps) * weight.
+
+    Args:
+        x: (B, ..., D) float, the residual stream; y: likewise, what a branch adds to it. Or duals, with tangents
+            (K, ..., D) of their last K rows.
+        gate, weight: (D,) float; or duals, with tangents (D,).
+        eps: added to the mean square.
+
+    Returns:
+        (x', o), each of x's shape: the residual stream in the dtype of x, the normalised one in the dtype of y. Of
+        duals two duals. Computed in float32, of float64 in float64.
+
+    Raises:
+        ValueError: as `rms_norm`.
+    """
+    x, o = RESIDUAL_RMS_NORM(x, y, gate, weight, options=(eps,))
+    return x, o
 
 
 # ----------------------------------------------------------------------------
 # Plain.
 
 
-def _plain(x: A, weight: A, eps: float) -> tuple[A]:
-    return (push(partial(_normalise, eps=eps), partial(_tangent, eps=eps), x, weight, parameters=1),)
+def _plain(x: A, weight: A, eps: float, dtype: torch.dtype | None) -> tuple[A]:
+    options = {"eps": eps, "dtype": dtype or primal_of(x).dtype}
+    return (push(partial(rms_normalise, **options), partial(rms_tangent, **options), x, weight, parameters=1),)
 
 
-def _normalise(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def _plain_residual(x: A, y: A, gate: A, weight: A, eps: float) -> tuple[A, A]:
+    x = push(_residual, _residual_tangent, x, y, gate, parameters=1)
+    return x, _plain(x, weight, eps, primal_of(y).dtype)[0]
+
+
+def rms_normalise(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
     wide = x.to(accumulation_dtype(x))
-    return (wide * _reciprocal_rms(wide, eps) * weight.to(wide.dtype)).to(x.dtype)
+    return (wide * _reciprocal_rms(wide, eps) * weight.to(wide.dtype)).to(dtype)
 
 
-def _tangent(x: Tensor, weight: Tensor, dx: Tensor, dweight: Tensor | None, eps: float) -> Tensor:
-    dtype, wide = x.dtype, accumulation_dtype(x)
+def rms_tangent(
+    x: Tensor, weight: Tensor, dx: Tensor, dweight: Tensor | None, eps: float, dtype: torch.dtype
+) -> Tensor:
+    wide = accumulation_dtype(x)
     x, dx = x.to(wide), dx.to(wide)
     rstd = _reciprocal_rms(x, eps)
     n = x * rstd
     do = (dx - n * (n * dx).mean(-1, keepdim=True)) * rstd * weight.to(wide)
     return (do if dweight is None else do + n * dweight.to(wide)).to(dtype)
+
+
+def _residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+    wide = accumulation_dtype(x)
+    return torch.addcmul(x.to(wide), gate.to(wide), y.to(wide)).to(x.dtype)
+
+
+def _residual_tangent(x: Tensor, y: Tensor, gate: Tensor, dx: Tensor, dy: Tensor, dgate: Tensor | None) -> Tensor:
+    along = _residual(dx, dy, gate)
+    return along if dgate is None else _residual(along, y, dgate)
 
 
 def _reciprocal_rms(x: Tensor, eps: float) -> Tensor:
@@ -71,17 +111,25 @@ def _reciprocal_rms(x: Tensor, eps: float) -> Tensor:
 # Fused.
 
 
-def _forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor]:
-    return (kernel.forward(x.contiguous(), weight.contiguous(), eps),)
+def _forward(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None) -> tuple[Tensor]:
+    return (kernel.forward(x.contiguous(), None, None, weight.contiguous(), eps, dtype or x.dtype)[1],)
 
 
-def _dual(x: Tensor, weight: Tensor, dx: Tensor, dweight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
-    dweight = None if dweight is None else dweight.contiguous()
-    return kernel.forward_dual(x.contiguous(), weight.contiguous(), dx.contiguous(), dweight, eps)
+def _dual(
+    x: Tensor, weight: Tensor, dx: Tensor, dweight: Tensor | None, eps: float, dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor]:
+    primals, tangents = (x, None, None, weight), (dx, None, None, dweight)
+    _, o, _, do = kernel.forward_dual(*map(_dense, (*primals, *tangents)), eps, dtype or x.dtype)
+    return o, do
 
 
-def _backward(x: Tensor, weight: Tensor, go: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    return kernel.backward(x.contiguous(), weight.contiguous(), go, eps)
+def _backward(x: Tensor, weight: Tensor, go: Tensor, eps: float, dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
+    gx, _, _, gweight = kernel.backward(x.contiguous(), None, None, weight.contiguous(), None, go.contiguous(), eps)
+    return gx, gweight
+
+
+def _dense(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
 
 
 RMS_NORM = Op(
@@ -90,8 +138,39 @@ RMS_NORM = Op(
     dual=_dual,
     backward=_backward,
     plain=_plain,
-    shapes=lambda x, weight, eps: (x.new_empty(x.shape),),
+    shapes=lambda x, weight, eps, dtype: (x.new_empty(x.shape, dtype=dtype),),
     outputs=("o",),
     saved=("x", "weight"),
     parameters=1,
+)
+
+
+def _residual_forward(x: Tensor, y: Tensor, gate: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return kernel.forward(*map(_dense, (x, y, gate, weight)), eps, y.dtype)
+
+
+def _residual_dual(
+    x: Tensor, y: Tensor, gate: Tensor, weight: Tensor,
+    dx: Tensor, dy: Tensor, dgate: Tensor | None, dweight: Tensor | None, eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    return kernel.forward_dual(*map(_dense, (x, y, gate, weight, dx, dy, dgate, dweight)), eps, y.dtype)
+
+
+def _residual_backward(
+    x_out: Tensor, y: Tensor, gate: Tensor, weight: Tensor, gx_out: Tensor | None, go: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return kernel.backward(*map(_dense, (x_out, y, gate, weight, gx_out, go)), eps)
+
+
+RESIDUAL_RMS_NORM = Op(
+    "residual_rms_norm",
+    forward=_residual_forward,
+    dual=_residual_dual,
+    backward=_residual_backward,
+    plain=_plain_residual,
+    shapes=lambda x, y, gate, weight, eps: (x.new_empty(x.shape), y.new_empty(x.shape)),
+    outputs=("x_out", "o"),
+    saved=("x_out", "y", "gate", "weight"),
+    like={"x": "x_out"},
+    parameters=2,
 )

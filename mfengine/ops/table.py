@@ -102,7 +102,7 @@ def _gelu(s: Shape, new: New) -> Example:
 
 def _rms_norm(s: Shape, new: New) -> Example:
     arguments = new(s.batch, s.tokens, s.width), new(s.width, wide=True)
-    return Example(RMS_NORM, rms_norm, arguments, (RMS_EPS,), parameters=1)
+    return Example(RMS_NORM, rms_norm, arguments, (RMS_EPS, None), parameters=1)
 
 
 def _linear(s: Shape, new: New) -> Example:
