@@ -53,7 +53,7 @@ def _from_flax(params: Mapping[str, Any]) -> dict[str, Tensor]:
         key = re.sub(r"\b(?:layers_|(shared_blocks|u_heads|v_heads)_)(\d+)", _numbered, ".".join(names))
         value = torch.from_numpy(np.array(leaf, dtype=np.float32))
         if kind == "kernel":  # of a norm, too
-            key, value = f"{key}.weight", value.permute(3, 2, 0, 1) if value.ndim == 4 else value.T
+            key, value = f"{key}.weight", value.permute(3, 2, 0, 1) if value.ndim == 4 else value.t()
         elif kind == "bias":
             key = f"{key}.bias"
         elif kind == "embedding":

@@ -103,7 +103,7 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: A) -> A:
         hidden = ops.swiglu(ops.packed_linear(x, (self.w1.weight, self.w3.weight), MULTIPLE))
-        return ops.packed_linear(hidden, (self.w2.weight,))
+        return ops.packed_linear(hidden, (self.w2.weight,), in_multiple=MULTIPLE)
 
 
 class Block(nn.Module):

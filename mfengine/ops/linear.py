@@ -44,7 +44,7 @@ def linear(x: A, weight: Any, bias: Any = None) -> A:
     return product if bias is None else push(torch.add, _sum_tangent, product, bias, parameters=1)
 
 
-def packed_linear(x: A, weights: Sequence[Any], multiple: int = 1) -> A:
+def packed_linear(x: A, weights: Sequence[Any], multiple: int = 1, in_multiple: int = 1) -> A:
     """x W^T of several linear layers without bias, side by side, by one product.
 
     The rows of each weight are padded with zeros to a multiple, and the columns to the width of x. Gradients are those
@@ -52,9 +52,9 @@ def packed_linear(x: A, weights: Sequence[Any], multiple: int = 1) -> A:
 
     Args:
         x: (B, ..., in) float; or a dual, with a tangent (K, ..., in) of its last K rows.
-        weights: parameters (out_i, in_i), cast to the dtype of x; or duals, with tangents of the same shapes. in is
-            in_i, or in_i rounded up to `multiple`.
+        weights: parameters (out_i, in_i), cast to the dtype of x; or duals, with tangents of the same shapes.
         multiple: each layer has its out_i rounded up to this, the last ones zero.
+        in_multiple: in is in_i, or in_i rounded up to this.
 
     Returns:
         (B, ..., sum of the rounded out_i) in the dtype of x; of duals the same with a tangent.
@@ -72,8 +72,8 @@ def packed_linear(x: A, weights: Sequence[Any], multiple: int = 1) -> A:
     weights, width = tuple(weights), primal.shape[-1]
     for weight in weights:
         columns = primal_of(weight).shape[1]
-        if width not in (columns, _round_up(columns, multiple)):
-            raise ValueError(f"x is {width} wide, and a weight has {columns} columns (rounded to {multiple})")
+        if width not in (columns, _round_up(columns, in_multiple)):
+            raise ValueError(f"x is {width} wide, and a weight has {columns} columns (rounded to {in_multiple})")
     if (tape := recording()) is not None:
         w, w_t = _packed(weights, width, multiple, primal.dtype)
         output = primal @ w_t if primal.ndim == 2 else F.linear(primal, w)
