@@ -1,4 +1,4 @@
-"""Cases computed by the paper's own JAX code; `tests/golden/README.md` says what each array is."""
+"""Cases computed by the authors' own JAX code; `tests/golden/README.md` says what each array is."""
 
 import ast
 from pathlib import Path
@@ -6,33 +6,59 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mfengine import DiT, Draws, MeanFlow, MeanFlowConfig, ModelConfig
-from mfengine.convert import from_jax
+from mfengine import (
+    DiT,
+    Draws,
+    IMFDiT,
+    IMFDiTConfig,
+    ImprovedDraws,
+    ImprovedMeanFlow,
+    ImprovedMeanFlowConfig,
+    MeanFlow,
+    MeanFlowConfig,
+    ModelConfig,
+)
+from mfengine.convert import from_jax, from_jax_imf
 
 NAMES = ("guided_kappa", "guided_omega_train", "unguided")
+IMPROVED_NAMES = ("imf_train", "imf_beta")
+
+
+def golden_case(name):
+    return (ImprovedCase if name in IMPROVED_NAMES else GoldenCase)(name)
 
 
 class GoldenCase:
     """One file: the model, the method and the inputs it was computed with."""
 
+    convert = staticmethod(from_jax)
+    intermediate = ("v_g", "u", "du_dt")
+    figures = ("v_loss",)
+
     def __init__(self, name):
         with np.load(Path(__file__).parent / "golden" / f"{name}.npz") as file:
             self.arrays = dict(file)
-        self.cfg = cfg = ast.literal_eval(str(self.arrays["cfg"]))
+        self.cfg = ast.literal_eval(str(self.arrays["cfg"]))
+        self.build()
+        self.model.load_state_dict(self.parameters("params"))
+
+    def build(self):
+        cfg = self.cfg
         self.model = DiT(
             ModelConfig(
                 cfg["size"], cfg["patch"], 4, cfg["hidden"], cfg["depth"], cfg["heads"], num_classes=cfg["classes"]
             )
         )
-        self.model.load_state_dict(self.parameters("params"))
         guidance = {k: cfg[k] for k in ("omega", "kappa", "t_start", "t_end")} if cfg["guidance"] else {}
         self.method = MeanFlow(
             MeanFlowConfig(**guidance, interval_share=1 - cfg["data_proportion"], norm_p=cfg["norm_p"])
         )
+        self.conditions = {}
 
     def parameters(self, prefix):
         """The tree under `prefix` as a state dict."""
-        return from_jax({k.removeprefix(prefix + "/"): v for k, v in self.arrays.items() if k.startswith(prefix + "/")})
+        leaves = {k.removeprefix(prefix + "/"): v for k, v in self.arrays.items() if k.startswith(prefix + "/")}
+        return self.convert(leaves)
 
     def image(self, key):
         """An array (B, H, W, C) as a tensor (B, C, H, W)."""
@@ -40,15 +66,50 @@ class GoldenCase:
 
     def batch(self, prefix):
         """Latents, labels and draws of `in` or `step{i}`."""
-        times = torch.sigmoid(
-            torch.stack([torch.from_numpy(self.arrays[f"{prefix}/{n}"]).flatten() for n in ("n1", "n2")]) - 0.4
-        )
-        t, r = times.amax(0), times.amin(0)
-        instant = int(len(t) * self.cfg["data_proportion"])
-        r[:instant] = t[:instant]
-        num_dropped = int((self.arrays[f"{prefix}/drop"] < 0.1).sum())
         labels = torch.from_numpy(self.arrays[f"{prefix}/y"]).long()
-        return self.image(f"{prefix}/x"), labels, Draws(t, r, self.image(f"{prefix}/e"), num_dropped)
+        return self.image(f"{prefix}/x"), labels, self.draws(prefix)
+
+    def draws(self, prefix):
+        times = torch.sigmoid(torch.stack([self.column(f"{prefix}/{n}") for n in ("n1", "n2")]) - 0.4)
+        t, r = times.amax(0), times.amin(0)
+        r[: self.num_instant] = t[: self.num_instant]
+        return Draws(t, r, self.image(f"{prefix}/e"), int((self.arrays[f"{prefix}/drop"] < 0.1).sum()))
+
+    def column(self, key):
+        return torch.from_numpy(self.arrays[key]).flatten()
+
+    @property
+    def num_instant(self):
+        return int(len(self.arrays["in/y"]) * self.cfg["data_proportion"])
+
+
+class ImprovedCase(GoldenCase):
+    """The same of improved MeanFlow."""
+
+    convert = staticmethod(from_jax_imf)
+    intermediate = ("v_g", "v_c", "u", "v", "du_dt")
+    figures = ("loss_u", "loss_v")
+
+    def build(self):
+        cfg = self.cfg
+        self.model = IMFDiT(
+            IMFDiTConfig(
+                *(cfg["size"], cfg["patch"], 4, cfg["hidden"], cfg["depth"], cfg["heads"]),
+                num_classes=cfg["classes"],
+                head_depth=cfg["aux"],
+            )
+        )
+        share = 1 - cfg["data_proportion"]
+        self.method = ImprovedMeanFlow(
+            ImprovedMeanFlowConfig(interval_share=share, omega_beta=cfg["cfg_beta"], norm_p=cfg["norm_p"])
+        )
+        self.conditions = {name: float(self.arrays[f"sample/{name}"]) for name in ("omega", "t_min", "t_max")}
+
+    def draws(self, prefix):
+        t_min, t_max = 0.5 * self.column(f"{prefix}/u_tmin"), 0.5 + 0.5 * self.column(f"{prefix}/u_tmax")
+        t_min[: self.num_instant], t_max[: self.num_instant] = 0, 1
+        omega = self.method.config.draw_omega(self.column(f"{prefix}/u_omega"))
+        return ImprovedDraws(*super().draws(prefix), omega, t_min, t_max)
 
 
 def relative_error(actual, expected):

@@ -1,10 +1,10 @@
-"""Agreement with the paper's own code: loss, intermediate values, gradients, training steps and samples."""
+"""Agreement with the authors' own code: loss, intermediate values, gradients, training steps and samples."""
 
 import copy
 
 import pytest
 import torch
-from golden_cases import NAMES, GoldenCase, relative_error
+from golden_cases import IMPROVED_NAMES, NAMES, golden_case, relative_error
 
 from mfengine import sample
 from mfengine.engine.config import OptimConfig
@@ -13,9 +13,9 @@ from mfengine.engine.optim import adamw_ema, averages
 TOLERANCE = 1e-5
 
 
-@pytest.fixture(scope="module", params=NAMES)
+@pytest.fixture(scope="module", params=[*NAMES, *IMPROVED_NAMES])
 def case(request):
-    return GoldenCase(request.param)
+    return golden_case(request.param)
 
 
 @pytest.fixture(scope="module")
@@ -30,15 +30,15 @@ def test_loss(case, step):
     assert relative_error(step[0].detach(), case.arrays["out/loss"]) < TOLERANCE
 
 
-@pytest.mark.parametrize("name", ["v_g", "u", "du_dt"])
-def test_intermediate(case, step, name):
-    expected = case.image(f"mid/{name}")
-    actual = step[1][name]
-    assert relative_error(actual, expected[len(expected) - len(actual) :]) < TOLERANCE
+def test_intermediate(case, step):
+    for name in case.intermediate:
+        expected, actual = case.image(f"mid/{name}"), step[1][name]
+        assert relative_error(actual, expected[len(expected) - len(actual) :]) < TOLERANCE, name
 
 
-def test_v_loss(case, step):
-    assert relative_error(step[1]["v_loss"], case.arrays["out/v_loss"]) < TOLERANCE
+def test_figures(case, step):
+    for name in case.figures:
+        assert relative_error(step[1][name], case.arrays[f"out/{name}"]) < TOLERANCE, name
 
 
 def test_every_gradient(case, step):
@@ -56,15 +56,16 @@ def test_samples(case, steps):
     if "train/losses" in case.arrays:
         model.load_state_dict(case.parameters("train/params"))  # the file's last weights
     labels = torch.from_numpy(case.arrays["sample/y"]).long()
-    actual = sample(model, case.image("sample/z"), labels, steps)
+    actual = sample(model, case.image("sample/z"), labels, steps, **case.conditions)
     assert relative_error(actual, case.image(f"sample/nfe{steps}")) < TOLERANCE
 
 
-def test_four_training_steps():
-    case = GoldenCase("guided_omega_train")
+@pytest.mark.parametrize(("name", "steps"), [("guided_omega_train", 4), ("imf_train", 3)])
+def test_training_steps(name, steps):
+    case = golden_case(name)
     optimizer = adamw_ema(case.model, OptimConfig(lr=1e-3, ema_decays=(0.99,)))
     losses = []
-    for step in range(4):
+    for step in range(steps):
         loss, _ = case.method.loss(case.model, *case.batch(f"step{step}"))
         optimizer.zero_grad()
         loss.backward()

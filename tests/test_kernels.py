@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from golden_cases import NAMES, GoldenCase, relative_error
+from golden_cases import IMPROVED_NAMES, NAMES, golden_case, relative_error
 
 pytest.importorskip("triton", reason="the fused kernels need triton")
 
@@ -388,9 +388,9 @@ def test_gelu_gradient_of_the_bias():
 # The network on fused kernels.
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, *IMPROVED_NAMES])
 def test_golden_cases_through_the_fused_path(name):
-    case = GoldenCase(name)
+    case = golden_case(name)
     case.model.to(DEVICE)
     latents, labels, draws = case.batch("in")
     draws = draws._replace(noise=draws.noise.to(DEVICE))
@@ -398,7 +398,7 @@ def test_golden_cases_through_the_fused_path(name):
         loss, metrics = case.method.loss(case.model, latents.to(DEVICE), labels.to(DEVICE), draws)
         loss.backward()
     assert relative_error(loss.detach().cpu(), case.arrays["out/loss"]) < 1e-5
-    for key in ("v_g", "u", "du_dt"):
+    for key in case.intermediate:
         actual, expected = metrics[key].cpu(), case.image(f"mid/{key}")
         assert relative_error(actual, expected[len(expected) - len(actual) :]) < 1e-5, key
     gradients = case.parameters("grads")

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from mfengine.engine.config import OptimConfig, TrainConfig
-from mfengine.methods import MeanFlowConfig
-from mfengine.networks import ModelConfig
+from mfengine.methods import ImprovedMeanFlowConfig, MeanFlowConfig
+from mfengine.networks import IMFDiTConfig, ModelConfig
 
 
 def _imagenet(name: str, patch: int, width: int, depth: int, heads: int, epochs: int, **guidance: float) -> TrainConfig:
@@ -20,6 +20,22 @@ def _imagenet(name: str, patch: int, width: int, depth: int, heads: int, epochs:
     )
 
 
+def _improved(
+    name: str, width: int, depth: int, heads: int, omega: float, t_min: float, t_max: float
+) -> TrainConfig:
+    """A configuration of arXiv 2512.02012: ImageNet latents of 4 x 32 x 32."""
+    return TrainConfig(
+        data=Path("data/imagenet256"),
+        name=name,
+        model=IMFDiTConfig(hidden_size=width, depth=depth, num_heads=heads),
+        method=ImprovedMeanFlowConfig(omega=omega, t_min=t_min, t_max=t_max),
+        batch_size=1024,
+        epochs=640,
+    )
+
+
+_AS_B2 = "640 epochs (training as imf-b2: its own is not published)"
+
 PRESETS: dict[str, tuple[str, TrainConfig]] = {
     "digits": (
         "the 1,797 handwritten digits of scikit-learn, 8 x 8 pixels: minutes on two CPU cores",
@@ -31,6 +47,21 @@ PRESETS: dict[str, tuple[str, TrainConfig]] = {
             optim=OptimConfig(lr=2e-3, ema_decays=(0.995,)),
             batch_size=256,
             epochs=214,
+            log_every=25,
+            sample_every=500,
+            checkpoint_every=250,
+        ),
+    ),
+    "digits-imf": (
+        "the digits by improved MeanFlow: minutes on two CPU cores",
+        TrainConfig(
+            data=Path("data/digits"),
+            name="digits-imf",
+            model=IMFDiTConfig(8, 4, 1, hidden_size=64, depth=4, num_heads=2, num_classes=10, head_depth=2),
+            method=ImprovedMeanFlowConfig(),
+            optim=OptimConfig(lr=2e-3, ema_decays=(0.995,)),
+            batch_size=128,
+            epochs=71,
             log_every=25,
             sample_every=500,
             checkpoint_every=250,
@@ -53,5 +84,18 @@ PRESETS: dict[str, tuple[str, TrainConfig]] = {
     "xl2-plus": (
         "ImageNet 256, 676 M parameters, 1000 epochs (guidance as xl2: the published one is unconfirmed)",
         _imagenet("xl2-plus", 2, 1152, 28, 16, 1000, omega=0.2, kappa=0.92, t_end=0.75),
+    ),
+    "imf-b2": ("ImageNet 256, improved MeanFlow, 146 M parameters, 640 epochs", _improved("imf-b2", 768, 12, 12, 8.0, 0.4, 0.65)),
+    "imf-m2": (
+        f"ImageNet 256, improved MeanFlow, 231 M parameters, {_AS_B2}",
+        _improved("imf-m2", 768, 24, 12, 10.5, 0.4, 0.6),
+    ),
+    "imf-l2": (
+        f"ImageNet 256, improved MeanFlow, 510 M parameters, {_AS_B2}",
+        _improved("imf-l2", 1024, 32, 16, 10.5, 0.4, 0.6),
+    ),
+    "imf-xl2": (
+        f"ImageNet 256, improved MeanFlow, 711 M parameters, {_AS_B2}",
+        _improved("imf-xl2", 1024, 48, 16, 8.0, 0.42, 0.62),
     ),
 }

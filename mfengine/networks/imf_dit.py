@@ -29,9 +29,6 @@ from mfengine.networks.layers import (
 )
 from mfengine.ops.dual import A, Dual, primal_of, push
 
-# Tokens before those of the patches, in their order: label, omega, t_min, t_max, h.
-CLASS_TOKENS, OMEGA_TOKENS, INTERVAL_TOKENS, TIME_TOKENS = 8, 4, 2, 4
-PREFIX = CLASS_TOKENS + OMEGA_TOKENS + 2 * INTERVAL_TOKENS + TIME_TOKENS
 MULTIPLE = 64  # hidden widths of a SwiGLU are padded to it in products: 2730 is no multiple of 8
 GAIN = 0.32  # of the initialisation of blocks
 
@@ -48,17 +45,33 @@ class IMFDiTConfig(TransformerConfig):
     """number of blocks that a velocity passes: of the trunk and of one head"""
     head_depth: int = 8
     """number of blocks of each head, less than depth"""
+    class_tokens: int = 8
+    """tokens of the label, the first of those before the patches"""
+    omega_tokens: int = 4
+    """tokens of the guidance weight"""
+    interval_tokens: int = 2
+    """tokens of each end of the guidance interval"""
+    time_tokens: int = 4
+    """tokens of h"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 1 <= self.head_depth < self.depth:
             raise ValueError(f"head_depth must be at least 1 and less than the depth {self.depth}, not {self.head_depth}")
+        for name in ("class_tokens", "omega_tokens", "interval_tokens", "time_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.head_dim % 2:
             raise ValueError(f"hidden_size / num_heads is {self.head_dim}; rotary positions need an even one")
 
     @property
+    def num_prefix(self) -> int:
+        """Tokens of the conditions, before those of the patches: label, omega, t_min, t_max, h."""
+        return self.class_tokens + self.omega_tokens + 2 * self.interval_tokens + self.time_tokens
+
+    @property
     def num_tokens(self) -> int:
-        return PREFIX + super().num_tokens
+        return self.num_prefix + super().num_tokens
 
     @property
     def mlp_size(self) -> int:
@@ -132,20 +145,20 @@ class Block(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """Residual stream, with a gated branch still to be added, to patches (B, N - prefix, p * p * C)."""
+    """Residual stream, with a gated branch still to be added, to patches (B, N', p * p * C)."""
 
     def __init__(self, config: IMFDiTConfig) -> None:
         super().__init__()
         self.norm = RMSNorm(config.hidden_size)
         self.linear = Linear(config.hidden_size, config.patch_size**2 * config.in_channels)
-        self.num_tokens = config.num_tokens
+        self.num_tokens, self.num_prefix = config.num_tokens, config.num_prefix
 
     def forward(self, x: A, branch: A, gate: Tensor) -> A:
         _, o = ops.gated_residual_rms_norm(x, branch, gate, self.norm.weight)
         return self.linear(ops.linear_map(self._patches, o))
 
     def _patches(self, o: Tensor) -> Tensor:
-        return o.unflatten(0, (-1, self.num_tokens))[:, PREFIX:]
+        return o.unflatten(0, (-1, self.num_tokens))[:, self.num_prefix :]
 
 
 # ----------------------------------------------------------------------------
@@ -172,11 +185,13 @@ class IMFDiT(Network):
         self.h_embedder, self.omega_embedder = TimestepEmbedder(width), TimestepEmbedder(width)
         self.cfg_t_start_embedder, self.cfg_t_end_embedder = TimestepEmbedder(width), TimestepEmbedder(width)
         self.y_embedder = LabelEmbedder(config.num_classes, width)
-        self.class_tokens = nn.Parameter(torch.empty(CLASS_TOKENS, width))
-        self.omega_tokens = nn.Parameter(torch.empty(OMEGA_TOKENS, width))
-        self.t_min_tokens = nn.Parameter(torch.empty(INTERVAL_TOKENS, width))
-        self.t_max_tokens = nn.Parameter(torch.empty(INTERVAL_TOKENS, width))
-        self.time_tokens = nn.Parameter(torch.empty(TIME_TOKENS, width))
+
+        def tokens(count: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(count, width))
+
+        self.class_tokens, self.omega_tokens = tokens(config.class_tokens), tokens(config.omega_tokens)
+        self.t_min_tokens, self.t_max_tokens = tokens(config.interval_tokens), tokens(config.interval_tokens)
+        self.time_tokens = tokens(config.time_tokens)
 
         def blocks(depth: int) -> nn.ModuleList:
             return nn.ModuleList(Block(config, compute_dtype) for _ in range(depth))
@@ -272,7 +287,8 @@ class IMFDiT(Network):
             (self.t_max_tokens, self.cfg_t_end_embedder(t_max)),
         )
         fixed = torch.cat([tokens + embedding[:, None] for tokens, embedding in conditions], 1)
-        time = ops.add(ops.linear_map(_repeat_time, self.h_embedder(h)), self.time_tokens)
+        time = ops.linear_map(lambda h: h[:, None].expand(-1, len(self.time_tokens), -1), self.h_embedder(h))
+        time = ops.add(time, self.time_tokens)
         x = self.x_embedder(ops.linear_map(lambda z: z.to(self.compute_dtype), z))
         x = ops.linear_map(lambda x: x.to(fixed.dtype), x)
         return ops.linear_map(lambda x: x.flatten(0, 1), push(_join, _join_tangents, fixed, time, x))
@@ -300,10 +316,6 @@ def initialize(name: str, p: Tensor) -> None:
         nn.init.xavier_uniform_(p.view(len(p), -1))
     else:
         nn.init.normal_(p, std=(GAIN if "attn" in module or "mlp.w" in module else 1) / math.sqrt(p.shape[-1]))
-
-
-def _repeat_time(embedding: Tensor) -> Tensor:
-    return embedding[:, None].expand(-1, TIME_TOKENS, -1)
 
 
 def _join(*parts: Tensor) -> Tensor:
