@@ -391,16 +391,17 @@ def forward(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> tupl
     return o, lse
 
 
-def forward_packed(qkv: Tensor, heads: int, tokens: int) -> tuple[Tensor, Tensor]:
+def forward_packed(qkv: Tensor, heads: int, tokens: int, qk: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """`forward` of qkv (B, N, 3 * H * d) or (B * N, 3 * H * d), its last dimension ordered (q, k, v), head, channel.
 
-    o is (B, N, H * d) or (B * N, H * d).
+    o is (B, N, H * d) or (B * N, H * d). A qk (B, N, 2 * H * d) or (B * N, 2 * H * d) has queries and keys instead.
     """
-    launch = _plan_forward((qkv,), (heads, tokens), None, *CONFIGS["forward"].values())
-    if launch is None or misaligned(qkv):
-        return forward_packed(qkv.clone(memory_format=torch.contiguous_format), heads, tokens)
+    packed = (qkv,) if qk is None else (qk, qkv)
+    launch = _plan_forward(packed, (heads, tokens), None, *CONFIGS["forward"].values())
+    if launch is None or misaligned(*packed):
+        return forward_packed(_dense(qkv), heads, tokens, None if qk is None else _dense(qk))
     o, lse = _packed_output(qkv), _packed_row_values(qkv, heads, tokens)
-    launch(qkv, qkv, qkv, None, None, None, o, None, lse)
+    launch(packed[0], packed[0], qkv, None, None, None, o, None, lse)
     return o, lse
 
 
@@ -430,16 +431,21 @@ def forward_dual(
     return o, lse, do
 
 
-def forward_dual_packed(qkv: Tensor, dqkv: Tensor, heads: int, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
-    """`forward_dual` of qkv as `forward_packed` takes it, and of dqkv likewise, of the last K samples."""
-    plan = _plan_dual((qkv, dqkv), (heads, tokens), None, *CONFIGS["forward"].values(), *CONFIGS["dual"].values())
-    if plan is None or misaligned(qkv, dqkv):
-        qkv, dqkv = (x.clone(memory_format=torch.contiguous_format) for x in (qkv, dqkv))
-        return forward_dual_packed(qkv, dqkv, heads, tokens)
+def forward_dual_packed(
+    qkv: Tensor, dqkv: Tensor, heads: int, tokens: int, qk: Tensor | None = None, dqk: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`forward_dual` of qkv and qk as `forward_packed` takes them, and of dqkv and dqk likewise, of the last K samples."""
+    packed = (qkv,) if qk is None else (qk, qkv)
+    along = (dqkv,) if dqk is None else (dqk, dqkv)
+    inputs = (*packed, *along)
+    plan = _plan_dual(inputs, (heads, tokens), None, *CONFIGS["forward"].values(), *CONFIGS["dual"].values())
+    if plan is None or misaligned(*inputs):
+        qk, dqk = (None if x is None else _dense(x) for x in (qk, dqk))
+        return forward_dual_packed(_dense(qkv), _dense(dqkv), heads, tokens, qk, dqk)
     o, lse, do = _packed_output(qkv), _packed_row_values(qkv, heads, tokens), _packed_output(dqkv)
     lead, tail = plan
-    lead(qkv, qkv, qkv, None, None, None, o, None, lse)
-    tail(qkv, qkv, qkv, dqkv, dqkv, dqkv, o, do, lse)
+    lead(packed[0], packed[0], qkv, None, None, None, o, None, lse)
+    tail(packed[0], packed[0], qkv, along[0], along[0], dqkv, o, do, lse)
     return o, lse, do
 
 
@@ -457,20 +463,28 @@ def backward(
     return gq, gk, gv
 
 
-def backward_packed(qkv: Tensor, o: Tensor, lse: Tensor, go: Tensor, heads: int, tokens: int) -> Tensor:
-    """`backward`, for `forward_packed`; returns the gradient of qkv."""
-    plan = _plan_backward((qkv, o, go, lse), (heads, tokens), None, *_backward_configs())
-    if plan is None or misaligned(qkv, o, go):
-        qkv, o, go = (x.clone(memory_format=torch.contiguous_format) for x in (qkv, o, go))
-        return backward_packed(qkv, o, lse, go, heads, tokens)
+def backward_packed(
+    qkv: Tensor, o: Tensor, lse: Tensor, go: Tensor, heads: int, tokens: int, qk: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """`backward`, for `forward_packed`; returns the gradients of qkv and of qk.
+
+    Without a qk these are one. With one, the part of the first that belongs to queries and keys is left unwritten.
+    """
+    packed = (qkv,) if qk is None else (qk, qkv)
+    plan = _plan_backward((*packed, o, go, lse), (heads, tokens), None, *_backward_configs())
+    if plan is None or misaligned(*packed, o, go):
+        qkv, o, go = map(_dense, (qkv, o, go))
+        return backward_packed(qkv, o, lse, go, heads, tokens, None if qk is None else _dense(qk))
     gqkv = empty_like(qkv)
-    plan(qkv, qkv, qkv, o, go, lse, gqkv, gqkv, gqkv)
-    return gqkv
+    gqk = gqkv if qk is None else empty_like(qk)
+    plan(packed[0], packed[0], qkv, o, go, lse, gqk, gqk, gqkv)
+    return gqkv, gqk
 
 
 # ----------------------------------------------------------------------------
 # Plans: launches for tensors of one layout, or None if it cannot be read 16 bytes at a time. `packed` is None where
-# queries, keys and values are tensors of their own, and heads and tokens where they are parts of one.
+# queries, keys and values are tensors of their own, and heads and tokens where they are parts of one, or of two: the
+# second has the values, and its other parts are not read.
 
 
 @planned
@@ -601,8 +615,11 @@ def _parts(tensors: Sequence[Tensor], packed: tuple[int, int] | None) -> list[_P
     """Queries, keys and values."""
     if packed is None:
         return [_Part(x, 0) for x in tensors]
-    (x,) = tensors
-    return [_Part(part, int(part.storage_offset() - x.storage_offset())) for part in _heads(x, *packed, 3)]
+    qk, qkv = tensors[0], tensors[-1]
+    *_, v = _heads(qkv, *packed, 3)
+    q, k = _heads(qk, *packed, 3 if qk is qkv else 2)[:2]
+    owners = ((q, qk), (k, qk), (v, qkv))
+    return [_Part(part, int(part.storage_offset() - x.storage_offset())) for part, x in owners]
 
 
 def _heads(x: Tensor, heads: int, tokens: int, parts: int) -> tuple[Tensor, ...]:
@@ -635,6 +652,10 @@ def _output(q: Tensor) -> Tensor:
 
 def _row_values(q: Tensor) -> Tensor:
     return torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+
+
+def _dense(x: Tensor) -> Tensor:
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def _packed_output(qkv: Tensor) -> Tensor:

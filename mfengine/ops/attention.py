@@ -19,7 +19,7 @@ from mfengine.ops.dual import A, Dual, accumulation_dtype, linear_map, primal_of
 from mfengine.ops.lazy import Lazy
 from mfengine.ops.op import Op
 from mfengine.ops.rmsnorm import EPS
-from mfengine.ops.rope import norm_rope
+from mfengine.ops.rope import norm_rope, norm_rope_backward, norm_rope_dual, norm_rope_forward, plain_norm_rope
 from mfengine.torch_private import softmax_backward
 
 if TYPE_CHECKING:
@@ -118,7 +118,11 @@ def rotary_attention(
         if tuple(primal_of(weight).shape) != (dim,):
             raise ValueError(f"{name} must be of shape ({dim},), not {tuple(primal_of(weight).shape)}")
     tokens = x.shape[-2] if num_tokens is None else num_tokens
-    return _plain_rotary(qkv, q_weight, k_weight, num_heads, tokens, eps)[0]
+    name = choose(qkv, q_weight, k_weight, dim=dim)
+    if name in _LIBRARIES:
+        qk = norm_rope(_queries_and_keys(x), q_weight, k_weight, num_heads, tokens, eps)
+        return _merge_heads(_LIBRARIES[name](*_rotated_heads(qk, x, num_heads, tokens), None), x.ndim)
+    return _call(ROTARY_ATTENTION, name, (qkv, q_weight, k_weight), (num_heads, tokens, eps))
 
 
 def _call(op: Op, name: str, args: tuple[Any, ...], options: tuple[Any, ...]) -> Any:
@@ -166,9 +170,15 @@ def _plain_packed(qkv: Any, heads: int, tokens: int) -> tuple[Any]:
     return (merge(_plain(*_split_heads(qkv, heads, tokens), None)[0]),)
 
 
-def _plain_rotary(qkv: A, q_weight: A, k_weight: A, heads: int, tokens: int, eps: float) -> tuple[A]:
-    qk = norm_rope(linear_map(_queries_and_keys, qkv), q_weight, k_weight, tokens, eps)
-    o = _plain(*_rotated_heads(qk, qkv, heads, tokens), None)[0]
+def _plain_rotary(qkv: Any, q_weight: Any, k_weight: Any, heads: int, tokens: int, eps: float) -> tuple[Any]:
+    qk = plain_norm_rope(linear_map(_queries_and_keys, qkv), q_weight, k_weight, heads, tokens, eps)[0]
+    if isinstance(qk, Dual) and not isinstance(qkv, Dual):  # weights alone have tangents
+        qkv = Dual(qkv, torch.zeros_like(qkv))
+    if isinstance(qk, Dual):
+        parts = map(Dual, *(_rotated_heads(a, b, heads, tokens) for a, b in zip(qk, qkv, strict=True)))
+    else:
+        parts = iter(_rotated_heads(qk, qkv, heads, tokens))
+    o = _plain(*parts, None)[0]
     return (linear_map(partial(_merge_heads, ndim=primal_of(qkv).ndim), o),)
 
 
@@ -176,10 +186,10 @@ def _queries_and_keys(qkv: Tensor) -> Tensor:
     return qkv[..., : qkv.shape[-1] // 3 * 2]
 
 
-def _rotated_heads(qk: A, qkv: A, heads: int, tokens: int) -> tuple[A, A, A]:
+def _rotated_heads(qk: Tensor, qkv: Tensor, heads: int, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
     """Queries and keys of qk, and values of qkv."""
-    q, k = (linear_map(lambda x, i=i: _split_heads(x, heads, tokens, 2)[i], qk) for i in range(2))
-    return q, k, linear_map(lambda x: _split_heads(x, heads, tokens, 3)[2], qkv)
+    q, k = _split_heads(qk, heads, tokens, 2)
+    return q, k, _split_heads(qkv, heads, tokens, 3)[2]
 
 
 def _probabilities(q: Tensor, k: Tensor, scale: float) -> Tensor:
@@ -266,7 +276,7 @@ def _packed_dual(qkv: Tensor, dqkv: Tensor, heads: int, tokens: int) -> tuple[Te
 
 
 def _packed_backward(qkv: Tensor, o: Tensor, lse: Tensor, go: Tensor, heads: int, tokens: int) -> tuple[Tensor]:
-    return (kernel.backward_packed(qkv, o, lse, go, heads, tokens),)
+    return kernel.backward_packed(qkv, o, lse, go, heads, tokens)[:1]
 
 
 def _packed_shapes(qkv: Tensor, heads: int, tokens: int) -> tuple[Tensor, Tensor]:
@@ -292,4 +302,52 @@ ATTENTION_PACKED = Op(
     outputs=("o",),
     auxiliary=("lse",),
     saved=("qkv", "o", "lse"),
+)
+
+
+def _rotary_forward(
+    qkv: Tensor, q_weight: Tensor, k_weight: Tensor, heads: int, tokens: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    (qk,) = norm_rope_forward(_queries_and_keys(qkv), q_weight, k_weight, heads, tokens, eps)
+    o, lse = kernel.forward_packed(qkv, heads, tokens, qk)
+    return o, qk, lse
+
+
+def _rotary_dual(
+    qkv: Tensor, q_weight: Tensor, k_weight: Tensor, dqkv: Tensor, dq_weight: Tensor | None, dk_weight: Tensor | None,
+    heads: int, tokens: int, eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    first, dfirst = _queries_and_keys(qkv), _queries_and_keys(dqkv)
+    qk, dqk = norm_rope_dual(first, q_weight, k_weight, dfirst, dq_weight, dk_weight, heads, tokens, eps)
+    o, lse, do = kernel.forward_dual_packed(qkv, dqkv, heads, tokens, qk, dqk)
+    return o, qk, lse, do
+
+
+def _rotary_backward(
+    qkv: Tensor, q_weight: Tensor, k_weight: Tensor, qk: Tensor, o: Tensor, lse: Tensor, go: Tensor,
+    heads: int, tokens: int, eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Attention writes the values' part of the gradient of qkv, and the norm's backward the other two."""
+    gqkv, gqk = kernel.backward_packed(qkv, o, lse, go, heads, tokens, qk)
+    first, gfirst = _queries_and_keys(qkv), _queries_and_keys(gqkv)
+    return gqkv, *norm_rope_backward(first, q_weight, k_weight, gqk, gfirst, heads, tokens, eps)
+
+
+def _rotary_shapes(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, heads: int, tokens: int, eps: float) -> Any:
+    o, lse = _packed_shapes(qkv, heads, tokens)
+    return o, qkv.new_empty(*qkv.shape[:-1], qkv.shape[-1] // 3 * 2), lse
+
+
+ROTARY_ATTENTION = Op(
+    "rotary_attention",
+    forward=_rotary_forward,
+    dual=_rotary_dual,
+    backward=_rotary_backward,
+    plain=_plain_rotary,
+    shapes=_rotary_shapes,
+    flops=lambda qkv, q_weight, k_weight, heads, tokens, eps: _packed_flops(qkv, heads, tokens),
+    outputs=("o",),
+    auxiliary=("qk", "lse"),
+    saved=("qkv", "q_weight", "k_weight", "qk", "o", "lse"),
+    parameters=2,
 )

@@ -159,7 +159,11 @@ def _residual_dual(
 def _residual_backward(
     x_out: Tensor, y: Tensor, gate: Tensor, weight: Tensor, gx_out: Tensor | None, go: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return kernel.backward(*map(_dense, (x_out, y, gate, weight, gx_out, go)), eps)
+    go = torch.zeros_like(y) if go is None else go  # of an output that nothing used
+    gx, gy, ggate, gweight = kernel.backward(*map(_dense, (x_out, y, gate, weight, gx_out, go)), eps)
+    assert gy is not None
+    assert ggate is not None
+    return gx, gy, ggate, gweight
 
 
 RESIDUAL_RMS_NORM = Op(

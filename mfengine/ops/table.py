@@ -10,14 +10,22 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from mfengine.ops.activations import GELU, gelu, silu
+from mfengine.ops.activations import GELU, SWIGLU, gelu, silu, swiglu
 from mfengine.ops.adaln import ADALN, EPS, RESIDUAL_ADALN, adaln_modulate, gated_residual_adaln
-from mfengine.ops.attention import ATTENTION, ATTENTION_PACKED, attention, attention_packed
+from mfengine.ops.attention import (
+    ATTENTION,
+    ATTENTION_PACKED,
+    ROTARY_ATTENTION,
+    attention,
+    attention_packed,
+    rotary_attention,
+)
 from mfengine.ops.dual import add
-from mfengine.ops.linear import linear, sinusoid
+from mfengine.ops.linear import linear, packed_linear, sinusoid
 from mfengine.ops.op import Op
 from mfengine.ops.rmsnorm import EPS as RMS_EPS
-from mfengine.ops.rmsnorm import RMS_NORM, rms_norm
+from mfengine.ops.rmsnorm import RESIDUAL_RMS_NORM, RMS_NORM, gated_residual_rms_norm, rms_norm
+from mfengine.ops.rope import NORM_ROPE, norm_rope
 
 
 class Shape(NamedTuple):
@@ -105,6 +113,38 @@ def _rms_norm(s: Shape, new: New) -> Example:
     return Example(RMS_NORM, rms_norm, arguments, (RMS_EPS, None), parameters=1)
 
 
+def _gated_residual_rms_norm(s: Shape, new: New) -> Example:
+    """A float32 residual stream; gate and weight are parameters."""
+    x, y = new(s.batch, s.tokens, s.width, wide=True), new(s.batch, s.tokens, s.width)
+    arguments = x, y, new(s.width, wide=True), new(s.width, wide=True)
+    return Example(RESIDUAL_RMS_NORM, gated_residual_rms_norm, arguments, (RMS_EPS,), parameters=2)
+
+
+def _rotary_attention(s: Shape, new: New) -> Example:
+    arguments = new(s.batch, s.tokens, 3 * s.width), new(s.dim, wide=True), new(s.dim, wide=True)
+    options = (s.heads, s.tokens, RMS_EPS)
+    return Example(ROTARY_ATTENTION, partial(rotary_attention, num_heads=s.heads), arguments, options, parameters=2)
+
+
+def _norm_rope(s: Shape, new: New) -> Example:
+    """Queries and keys as the first parts of a packed product."""
+    qk = new(s.batch, s.tokens, 3 * s.width)[..., : 2 * s.width]
+    options = (s.heads, s.tokens, RMS_EPS)
+    arguments = qk, new(s.dim, wide=True), new(s.dim, wide=True)
+    return Example(NORM_ROPE, lambda *args: norm_rope(*args, *options), arguments, options, parameters=2)
+
+
+def _swiglu(s: Shape, new: New) -> Example:
+    """Halves of 8/3 of the width, as one packed product."""
+    return Example(SWIGLU, swiglu, (new(s.batch, s.tokens, 2 * (8 * s.width // 3)),))
+
+
+def _packed_linear(s: Shape, new: New) -> Example:
+    """Two layers, padded."""
+    arguments = new(s.batch, s.tokens, s.width), *(new(s.width - 3, s.width, wide=True) for _ in range(2))
+    return Example(None, lambda x, *weights: packed_linear(x, weights, 8), arguments, parameters=2)
+
+
 def _linear(s: Shape, new: New) -> Example:
     arguments = new(s.batch, s.tokens, s.width), new(2 * s.width, s.width, wide=True), new(2 * s.width, wide=True)
     return Example(None, linear, arguments, parameters=2)
@@ -117,14 +157,24 @@ OPS: dict[str, Callable[[Shape, New], Example]] = {
     "gated_residual_adaln": _gated_residual_adaln,
     "gelu": _gelu,
     "rms_norm": _rms_norm,
+    "gated_residual_rms_norm": _gated_residual_rms_norm,
+    "rotary_attention": _rotary_attention,
+    "norm_rope": _norm_rope,
+    "swiglu": _swiglu,
     "linear": _linear,
+    "packed_linear": _packed_linear,
     "silu": lambda s, new: Example(None, silu, (new(s.batch, s.width),)),
     "sinusoid": lambda s, new: Example(None, partial(sinusoid, dim=256), (new(s.batch, wide=True),)),
     "add": lambda s, new: Example(None, add, (new(s.batch, s.width), new(s.batch, s.width))),
 }
 """By name, what makes an example of an op for a shape."""
 
-SHAPES = {"xl2": Shape(32, 256, 16, 72), "b2": Shape(32, 256, 12, 64), "odd": Shape(2, 17, 2, 24)}
+SHAPES = {
+    "xl2": Shape(32, 256, 16, 72),
+    "b2": Shape(32, 256, 12, 64),
+    "imf": Shape(32, 276, 16, 64),
+    "odd": Shape(2, 17, 2, 24),
+}
 
 
 def random_tensors(dtype: torch.dtype, device: torch.device | str, generator: torch.Generator | None = None) -> New:
