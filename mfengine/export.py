@@ -1,4 +1,4 @@
-"""`python -m mfengine.export CHECKPOINT OUT.safetensors`: averaged weights and their configuration in one file."""
+"""`python -m mfengine.export CHECKPOINT OUT`: averaged weights in one file."""
 
 from __future__ import annotations
 
@@ -13,12 +13,16 @@ from mfengine.files import check_file
 
 @dataclass(frozen=True)
 class ExportArgs:
-    """Write the moving average of a checkpoint's weights as safetensors, with its configuration as metadata."""
+    """Write the moving average of a checkpoint's weights into one file.
+
+    As .safetensors with its configuration as metadata, which all commands take; or, of improved MeanFlow, as .pth for the
+    authors' PyTorch code.
+    """
 
     checkpoint: cli.Checkpoint
     """a checkpoint, or a run folder, whose newest checkpoint is taken"""
     out: cli.Out
-    """a new file, NAME.safetensors"""
+    """a new file, NAME.safetensors or NAME.pth"""
     ema_decay: float | None = None
     """which moving average; the run's first if not given"""
     skip_checksums: bool = False
@@ -27,8 +31,8 @@ class ExportArgs:
 
 def main(args: Sequence[str]) -> None:
     config = cli.parse(ExportArgs, args, "python -m mfengine.export")
-    if config.out.suffix != ".safetensors":
-        raise InputError(f"{config.out} must end in .safetensors")
+    if config.out.suffix not in (".safetensors", ".pth"):
+        raise InputError(f"{config.out} must end in .safetensors or .pth")
     if config.out.exists():
         raise InputError(f"{config.out} exists: choose another name")
     check_file(config.out)

@@ -376,7 +376,7 @@ OPTIONS = [
     ),
     case("export", says="CHECKPOINT"),
     case("export runs/digits", says="OUT"),
-    case("export runs/digits x.bin", says="x.bin must end in .safetensors"),
+    case("export runs/digits x.bin", says="x.bin must end in .safetensors or .pth"),
     case("export runs/digits model.safetensors", says="model.safetensors exists"),
     case("export runs/digits nowhere/x.safetensors", says="nowhere does not exist"),
     case("export runs/digits x.safetensors --ema-decay=0.1", says="decay 0.1"),

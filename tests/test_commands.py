@@ -399,7 +399,7 @@ def test_weights_that_are_not_finite_are_not_saved(digits, tmp_path):
         (["mfengine.generate", "RUN", "--out=x.jpg"], "must end in .png"),
         (["mfengine.generate", "RUN", "--ema-decay=0.1"], "no moving average of decay 0.1; it has [0.9, 0.5]"),
         (["mfengine.generate", "broken.safetensors"], "cannot read broken.safetensors"),
-        (["mfengine.export", "RUN", "out.bin"], "must end in .safetensors"),
+        (["mfengine.export", "RUN", "out.bin"], "must end in .safetensors or .pth"),
         (["mfengine.evaluate", "RUN", "--data=nowhere"], "dataset.json does not exist"),
         (["mfengine.train", "--steps=5", "digits"], "unexpected argument digits"),
         (["mfengine.train", "qqqqqq"], "there is no preset qqqqqq; there are digits, b4"),

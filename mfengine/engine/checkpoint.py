@@ -27,7 +27,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
-from mfengine.configs import check_at_least, from_json, parse_json, read_json
+from mfengine.configs import check_at_least, choose, from_json, parse_json, read_json
 from mfengine.data.format import LatentSpace
 from mfengine.engine.flops import meta_network
 from mfengine.engine.storage import Planner, Reader, Sum, Writer, intact
@@ -386,7 +386,17 @@ def _load_weights(model: Network, weights: dict[str, Tensor], path: Path) -> Non
 
 
 def export_model(checkpoint: Path, out: Path, ema_decay: float | None = None, skip_checksums: bool = False) -> Path:
-    """Write a moving average of what sampling needs, with its description, as safetensors; the checkpoint read."""
+    """Write a moving average of what sampling needs into a file; the checkpoint read.
+
+    Args:
+        checkpoint: a checkpoint, or a run folder.
+        out: NAME.safetensors, with the description as metadata, or NAME.pth in the form of `Network.to_original`.
+        ema_decay: which moving average; None takes the run's first.
+        skip_checksums: do not check the files of the checkpoint.
+
+    Raises:
+        InputError: there is no such checkpoint, or it cannot be written so.
+    """
     from safetensors import SafetensorError  # here, since `make gpu` runs without it
     from safetensors.torch import save_file
 
@@ -395,6 +405,15 @@ def export_model(checkpoint: Path, out: Path, ema_decay: float | None = None, sk
     checkpoint = _find_checkpoint(checkpoint)
     description = read_description(checkpoint)
     weights = _read_average(checkpoint, description, ema_decay, True, skip_checksums)
+    if out.suffix == ".pth":
+        network = NETWORKS[choose("network", {**NETWORKS.unnamed, **description}["network"], NETWORKS)]
+        try:
+            original = network.to_original(weights)
+        except ValueError as error:
+            raise InputError(f"cannot write {out}: {error}") from None
+        with writing(out):
+            write_atomic(out, lambda partial: torch.save(original, partial))
+        return checkpoint
     of_the_run = ("parts", "skipped_steps", "ema_decays", "files", "crc32")
     kept = {key: value for key, value in description.items() if key not in of_the_run}
     try:

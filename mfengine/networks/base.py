@@ -87,3 +87,12 @@ class Network(nn.Module):
             ValueError: the network has no place for such weights.
         """
         raise ValueError(f"{cls.__name__} takes no weights of other projects")
+
+    @classmethod
+    def to_original(cls, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A state dict for sampling in the form of the project that publishes such networks: what a .pth holds.
+
+        Raises:
+            ValueError: there is no such form.
+        """
+        raise ValueError(f"{cls.__name__} has no other form than ours: export it as .safetensors")

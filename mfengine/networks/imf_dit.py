@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from mfengine import ops
 from mfengine.networks.base import Converted, Network, ShardUnit
-from mfengine.networks.convert import from_imf
+from mfengine.networks.convert import from_imf, to_imf
 from mfengine.networks.layers import (
     LabelEmbedder,
     Linear,
@@ -229,6 +229,10 @@ class IMFDiT(Network):
                     fresh.append(name.replace("u_heads", "v_heads"))
                     initialize(fresh[-1], state.setdefault(fresh[-1], torch.empty_like(value)))
         return Converted(state, fresh, unused)
+
+    @classmethod
+    def to_original(cls, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return to_imf(state_dict)
 
     def forward(
         self,
