@@ -101,14 +101,14 @@ def test_error_is_at_most_twice_that_of_plain_pytorch(name, dtype, shape, rows):
         assert (a.shape, a.dtype) == (e.shape, p.dtype)
         if e.numel():
             error, allowed = ((x.double() - e).norm() / max(e.norm(), 1) for x in (a, p))
-            error, allowed = ((x.double() - e).norm() / max(e.norm(), 1) for x in (a, p))
             # Kernels compute in float32. Plain PyTorch may be exact where nothing depends on an argument, as on the
             # scores of one token.
-            rounding = torch.finfo(torch.float32).eps if e.norm() > 1e-6 else 4 * torch.finfo(dtype).eps
+            depends = e.norm() > 1e-6 and (shape.tokens > 1 or not any(case.flops))
+            rounding = torch.finfo(torch.float32).eps if depends else 4 * torch.finfo(dtype).eps
             assert error <= 2 * allowed + rounding
 
 
-@pytest.mark.parametrize("name", ["adaln_modulate", "gated_residual_adaln", "rms_norm"])
+@pytest.mark.parametrize("name", ["adaln_modulate", "gated_residual_adaln", "rms_norm", "gated_residual_rms_norm"])
 def test_widest_rows(name):
     case, tangents = (example(name, Shape(2, 1, 1, 8192), seed=seed) for seed in (0, 1))
     actual = results(case, tangents.arguments, 1, "triton")
