@@ -434,7 +434,7 @@ def forward_dual(
 def forward_dual_packed(
     qkv: Tensor, dqkv: Tensor, heads: int, tokens: int, qk: Tensor | None = None, dqk: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`forward_dual` of qkv and qk as `forward_packed` takes them, and of dqkv and dqk likewise, of the last K samples."""
+    """`forward_dual` of qkv and qk as `forward_packed` takes them, with dqkv and dqk likewise of the last K samples."""
     packed = (qkv,) if qk is None else (qk, qkv)
     along = (dqkv,) if dqk is None else (dqk, dqkv)
     inputs = (*packed, *along)

@@ -107,8 +107,9 @@ def backward_kernel(
         kinds = 2
         gate = _load(gate_ptr, cols, inside)
         ggate = tl.zeros((ROWS, BLOCK), tl.float32)
-    for step in range(STEPS):
-        row = ((tl.program_id(0) * STEPS + step) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    first = tl.program_id(0) * STEPS
+    for block in range(first, tl.minimum(first + STEPS, tl.cdiv(rows, ROWS))):
+        row = (block * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
         mask = (row < rows) & inside
         at = row * width + cols
         x = _load(x_ptr, at, mask)

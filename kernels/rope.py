@@ -1,9 +1,9 @@
 """RMSNorm and rotary position embedding of each head's queries and keys in one pass: primal, dual, and backward.
 
 n = x / rms * w with rms = sqrt(mean(x^2) + eps) of a head; o = R n, R the rotation of the channels (2i, 2i + 1) of the
-token at position m by the angle m * 10,000^(-2i / d). Tangent: do = R ((dx - n mean(n dx)) / rms * w + n dw). Everything
-is computed in float32. Queries and keys are read where they lie in the packed product of a query-key-value projection,
-and their gradients are written to the same places of its gradient. Sums over heads have a fixed order.
+token at position m by the angle m * 10,000^(-2i / d). Tangent: do = R ((dx - n mean(n dx)) / rms * w + n dw).
+Everything is computed in float32. Queries and keys are read where they lie in the packed product of a query-key-value
+projection, and their gradients are written to the same places of its gradient. Sums over heads have a fixed order.
 """
 
 from __future__ import annotations
@@ -123,9 +123,9 @@ def backward_kernel(
     weight0, weight1 = _weight(q_weight_ptr, k_weight_ptr, cols, inside, BLOCK)
     gweight0 = tl.zeros((ROWS, BLOCK // 2), tl.float32)
     gweight1 = tl.zeros((ROWS, BLOCK // 2), tl.float32)
-    for step in range(STEPS):
-        at, go_at, angle_at, mask = _heads(part * STEPS + step, tokens, x_row, HEADS, DIM, ROWS, BLOCK)
-        gx_at, _, _, _ = _heads(part * STEPS + step, tokens, gx_row, HEADS, DIM, ROWS, BLOCK)
+    for tile in range(part * STEPS, tl.minimum((part + 1) * STEPS, tl.cdiv(tokens * HEADS, ROWS))):
+        at, go_at, angle_at, mask = _heads(tile, tokens, x_row, HEADS, DIM, ROWS, BLOCK)
+        gx_at, _, _, _ = _heads(tile, tokens, gx_row, HEADS, DIM, ROWS, BLOCK)
         even, odd = _pairs(x_ptr, at, mask, ROWS, BLOCK)
         cos, sin = _pairs(angles_ptr, angle_at, mask, ROWS, BLOCK)
         go0, go1 = _pairs(go_ptr, go_at, mask, ROWS, BLOCK)
@@ -218,9 +218,9 @@ def angles(tokens: int, dim: int, device: torch.device) -> Tensor:
 def _plan_forward(
     tensors: Sequence[Any], heads: int, tokens: int, eps: float, config: Config
 ) -> Callable[..., None]:  # fmt: skip
-    x, *weights = tensors
-    samples = check_arguments(x, *weights, heads, tokens)
-    return _forward(x, x, weights[0].shape[0], heads, tokens, 0, samples, eps, config)
+    x, q_weight, k_weight = tensors
+    samples = check_arguments(x, q_weight, k_weight, heads, tokens)
+    return _forward(x, x, q_weight.shape[0], heads, tokens, 0, samples, eps, config)
 
 
 @planned
@@ -231,10 +231,10 @@ def _plan_dual(
     samples = check_arguments(x, q_weight, k_weight, heads, tokens)
     if (dq_weight is None) != (dk_weight is None):
         raise ValueError("dq_weight and dk_weight go together")
-    dweights = (q_weight, k_weight) if dq_weight is None else (dq_weight, dk_weight)
-    duals = check_arguments(dx, *dweights, heads, tokens, prefix="d")
+    dweight, other = (q_weight, k_weight) if dq_weight is None else (dq_weight, dk_weight)
+    duals = check_arguments(dx, dweight, other, heads, tokens, prefix="d")
     check_device("dx", dx, x)
-    if dx.shape[-1] != x.shape[-1] or dweights[0].shape != q_weight.shape or duals > samples:
+    if dx.shape[-1] != x.shape[-1] or dweight.shape != q_weight.shape or duals > samples:
         raise ValueError(f"dx must be like the last samples of x {tuple(x.shape)}, not of shape {tuple(dx.shape)}")
     first, dim = samples - duals, q_weight.shape[0]
     lead = _forward(x, x, dim, heads, tokens, 0, first, eps, forward)
@@ -308,8 +308,8 @@ def check_arguments(
             )
     if x.ndim not in (2, 3) or x.shape[-1] < 2 * heads * dim or prod(x.shape[:-1]) % max(tokens, 1):
         raise ValueError(
-            f"{prefix}x must be (B, N, W) or (B * N, W) with N = {tokens} and W at least {2 * heads * dim}, not of shape "
-            f"{tuple(x.shape)}"
+            f"{prefix}x must be (B, N, W) or (B * N, W) with N = {tokens} and W at least {2 * heads * dim}, "
+            f"not of shape {tuple(x.shape)}"
         )
     if not evenly_spaced(x):
         raise ValueError(f"rows of {prefix}x must be contiguous and evenly apart, not of strides {x.stride()}")

@@ -77,14 +77,28 @@ def from_projection(x):
     return ops.attention(q, k[:, :, 1:], v[:, :, 1:])
 
 
+def rotary(x, q_weight, k_weight):
+    return ops.rotary_attention(x, q_weight, k_weight, 2)
+
+
+def rotary_rows(x, q_weight, k_weight):
+    """Of tokens as rows."""
+    return ops.rotary_attention(x.flatten(0, 1), q_weight, k_weight, 2, x.shape[1])
+
+
 CASES = {
     "packed": (packed, [(3, 17, 3 * 2 * 24)]),
+    "rotary": (rotary, [(3, 17, 3 * 2 * 24), (24,), (24,)]),
+    "rotary, any head dim": (rotary_rows, [(2, 5, 3 * 2 * 12), (12,), (12,)]),
     "packed, one token": (packed, [(2, 1, 3 * 2 * 16)]),
     "strided": (strided, [(2, 2, 5, 2 * 16), (2, 2, 19, 2 * 16), (2, 2, 19, 2 * 16)]),
     "views": (from_projection, [(3, 9, 3 * 2 * 40)]),
     "any head dim": (ops.attention, [(2, 1, 4, 12), (2, 1, 7, 12), (2, 1, 7, 12)]),
 }
-DIMS = {"packed": 24, "packed, one token": 16, "strided": 16, "views": 40, "any head dim": 12}
+DIMS = {
+    "packed": 24, "packed, one token": 16, "rotary": 24, "rotary, any head dim": 12, "strided": 16, "views": 40,
+    "any head dim": 12,
+}  # fmt: skip
 
 
 def forward_and_gradients(op, arguments):

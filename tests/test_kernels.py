@@ -20,11 +20,14 @@ pytest.importorskip("triton", reason="the fused kernels need triton")
 
 from benchmarks import static
 from mfengine import DiT, ModelConfig, ops
-from mfengine.kernels import adaln, attention, gelu
+from mfengine.kernels import adaln, attention, gelu, rmsnorm, rope, swiglu
 from mfengine.kernels.launch import Config, Launch, aligned
 from mfengine.kernels.multi_tensor import LIBRARY
 from mfengine.ops import Dual
+from mfengine.ops.attention import ROTARY_ATTENTION
 from mfengine.ops.backend import fused
+from mfengine.ops.rope import angles as norm_rope_angles
+from mfengine.ops.rope import norm_rope
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BOUNDS = {torch.float32: 1e-5, torch.float16: 2e-3}
@@ -227,6 +230,15 @@ def test_adaln_of_a_view_that_spans_more_than_32_bits(far_apart):
     assert all(a is b is None or torch.equal(a, b) for a, b in zip(*backward, strict=True))
 
 
+def test_rope_of_rows_that_lie_beyond_32_bits(far_apart):
+    weight, near = randn(1, 4), far_apart.clone()
+    results = []
+    for x in (far_apart, near):
+        o = rope.forward(x, weight, weight, 1, 3, 1e-6)
+        results.append([o, *rope.backward(x, weight, weight, o, gx := torch.empty_like(near), 1, 3, 1e-6), gx])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 def test_grids_take_any_number_of_heads_and_samples(monkeypatch):
     """Axes 1 and 2 of a grid end at 65,535."""
     grids = []
@@ -241,8 +253,14 @@ def test_grids_take_any_number_of_heads_and_samples(monkeypatch):
     adaln.backward(x, x, row, row, x, x, 1e-6)
     gelu.forward(x, row[0])
     gelu.backward(x, row[0], x)
+    rmsnorm.forward(x, x, row[0], row[0], 1e-6, x.dtype)
+    rmsnorm.backward(x, x, row[0], row[0], x, x, 1e-6)
     assert [grid[0] for grid in grids[5:7]] == [70_000] * 2
     assert all(n == 1 for grid in grids[5:] for n in grid[1:])
+    swiglu.forward(torch.empty(70_000, 1, 4, device="meta"))
+    rope.forward(torch.empty(70_000, 8, device="meta"), row[0, :4], row[0, :4], 1, 1, 1e-6)
+    assert grids[-1] == (70_000, 2, 1)
+    assert all(n <= 2 for n in grids[-2][1:])
 
 
 class Compiled:
@@ -385,6 +403,123 @@ def test_gelu_gradient_of_the_bias():
 
 
 # ----------------------------------------------------------------------------
+# RMSNorm with a gated residual, SwiGLU, and RMSNorm with RoPE.
+
+
+@DTYPES
+@pytest.mark.parametrize(("shape", "rows"), [((3, 17, 72), 1), ((37, 100), 37), ((2, 3, 1500), 1), ((4, 7), 0)])
+def test_gated_residual_rms_norm(shape, rows, dtype):
+    """Tokens as rows or not; the residual stream is float32 whatever the rest is."""
+
+    def inputs(seed, n):
+        size = (n, *shape[1:])
+        return [randn(seed, *size), randn(seed + 1, *size, dtype=dtype), *randn(seed + 2, 2, shape[-1], dtype=dtype)]
+
+    weights = [randn(20, *shape), randn(21, *shape, dtype=dtype)]
+    check(ops.gated_residual_rms_norm, inputs(0, shape[0]), inputs(10, rows), weights)
+
+
+@pytest.mark.parametrize("used", [0, 1])
+def test_gradients_of_a_gated_residual_of_which_one_output_is_used(used):
+    arguments = [randn(0, 2, 5, 24), randn(1, 2, 5, 24), randn(2, 24), randn(3, 24)]
+    gradients = []
+    for backend, dtype in (("torch", torch.float64), ("triton", torch.float32)):
+        leaves = [x.to(dtype).requires_grad_() for x in arguments]
+        with ops.use_backend(backend):
+            output = ops.gated_residual_rms_norm(*leaves)[used]
+            gradients.append(torch.autograd.grad(output.square().sum(), leaves, materialize_grads=True))
+    for expected, actual in zip(*gradients, strict=True):
+        assert (actual - expected).norm() <= 1e-5 * expected.norm()
+
+
+@DTYPES
+@pytest.mark.parametrize(
+    ("shape", "rows"), [((3, 17, 2 * 100), 1), ((2, 9, 2 * 344), 2), ((5, 2 * 33), 0), ((1, 1, 2), 1), ((0, 3, 8), 0)]
+)
+def test_swiglu(shape, rows, dtype):
+    primals, tangents = [randn(0, *shape, dtype=dtype) * 2], [randn(1, rows, *shape[1:], dtype=dtype)]
+    check(ops.swiglu, primals, tangents, [randn(2, *shape[:-1], shape[-1] // 2, dtype=dtype)])
+
+
+@DTYPES
+@pytest.mark.parametrize(
+    ("heads", "dim", "tokens", "rows"), [(1, 64, 45, 1), (3, 72, 5, 2), (2, 8, 17, 1), (12, 6, 7, 0)]
+)
+def test_norm_and_rope(heads, dim, tokens, rows, dtype):
+    """Queries and keys lie in a packed product, whose values are not read, and the gradient's are not written."""
+
+    def inputs(seed, batch):
+        return [randn(seed, batch * tokens, 3 * heads * dim, dtype=dtype), *randn(seed + 1, 2, dim)]
+
+    def norm(x, q_weight, k_weight):
+        first = ops.linear_map(lambda x: x[:, : 2 * heads * dim], x)
+        return norm_rope(first, q_weight, k_weight, heads, tokens, 1e-6)
+
+    check(norm, inputs(0, 2), inputs(10, rows), [randn(20, 2 * tokens, 2 * heads * dim, dtype=dtype)])
+
+
+@pytest.mark.parametrize("tokens", [1, 276])
+def test_angles_are_exact_to_float32(tokens):
+    expected = norm_rope_angles(tokens, 64, torch.device("cpu")).flatten(1)
+    assert torch.equal(rope.angles(tokens, 64, torch.device("cpu")), expected.float())
+
+
+def test_rotary_attention_of_odd_sizes():
+    """Blocks that tokens do not fill, at the head dim of the networks."""
+
+    def inputs(seed, batch):
+        return [randn(seed, batch, 65, 3 * 64, dtype=torch.float16), *randn(seed + 1, 2, 64)]
+
+    op = lambda x, q, k: ops.rotary_attention(x, q, k, 1)  # noqa: E731
+    check(op, inputs(0, 2), inputs(10, 1), [randn(20, 2, 65, 64, dtype=torch.float16)])
+
+
+def test_rotary_attention_copies_nothing(monkeypatch):
+    """Attention reads the values in the packed product, and writes their gradient into its gradient."""
+    launches = []
+    monkeypatch.setattr(Launch, "__call__", lambda self, *tensors: launches.append((self.kernel.__name__, tensors)))
+    for f in ("clone", "zero_", "copy_"):
+        monkeypatch.setattr(torch.Tensor, f, lambda *_, **__: pytest.fail("a copy"))
+    monkeypatch.setattr(torch.Tensor, "contiguous", lambda x: x if x.is_contiguous() else pytest.fail("a copy"))
+    qkv, weight = torch.empty(2, 7, 3 * 32, device="meta"), torch.empty(16, device="meta")
+    arguments, options = (qkv, weight, weight), (2, 7, 1e-6)
+    o, qk, lse = ROTARY_ATTENTION.forward(*arguments, *options)
+    ROTARY_ATTENTION.dual(*arguments, qkv[1:], None, None, *options)
+    assert [name for name, _ in launches] == ["forward_kernel"] * 6  # the second of leading rows and of trailing ones
+    assert launches[1][1][:3] == (qk, qk, qkv)
+    assert launches[5][1][5] is not None
+    launches.clear()
+    gqkv, *_ = ROTARY_ATTENTION.backward(*arguments, qk, o, lse, o, *options)
+    names = ["delta_kernel", "backward_kv_kernel", "backward_q_kernel", "backward_kernel", "sum_kernel"]
+    assert [name for name, _ in launches] == names
+    assert launches[1][1][-1] is gqkv
+    assert launches[3][1][5]._base is gqkv
+
+
+def test_sums_over_rows_do_not_vary():
+    x, go, weight = randn(0, 100, 64), randn(1, 100, 64), randn(2, 64)
+    head = weight[:16].clone()
+    runs = [
+        [
+            *rmsnorm.backward(x, x, weight, weight, None, go, 1e-6),
+            *rope.backward(x, head, head, go, torch.empty_like(x), 2, 50, 1e-6),
+        ]
+        for _ in range(2)
+    ]
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@pytest.mark.parametrize("kernel", rmsnorm.ELEMENTS)
+@pytest.mark.parametrize("width", [64, 768, 1024, 1152, 8192])
+def test_a_lane_holds_few_elements_of_rows_of_an_rms_norm(kernel, width):
+    """And one warp, or in the backward two, have the whole of a row of iMF's networks."""
+    tile = rmsnorm.tile(kernel, width)
+    assert width > 1024 or tile["num_warps"] <= (2 if kernel == "backward" else 1)
+    assert tile["ROWS"] * tile["BLOCK"] <= 32 * tile["num_warps"] * rmsnorm.ELEMENTS[kernel]
+    assert width <= tile["BLOCK"] < 2 * width
+
+
+# ----------------------------------------------------------------------------
 # The network on fused kernels.
 
 
@@ -485,6 +620,33 @@ def test_wrong_adaln_and_gelu_arguments():
     ):
         with pytest.raises(ValueError, match=message):
             gelu.forward(*arguments)
+
+
+def test_wrong_rms_norm_swiglu_and_rope_arguments():
+    x, weight = torch.zeros(2, 5, 8, device=DEVICE), torch.zeros(8, device=DEVICE)
+    head = weight[:4]
+    for launch, message in (
+        (lambda: rmsnorm.forward(x, x, None, weight, 1e-6, x.dtype), "y and gate go together"),
+        (lambda: rmsnorm.forward(x, x[:1], weight, weight, 1e-6, x.dtype), r"y must be of shape \(2, 5, 8\)"),
+        (lambda: rmsnorm.forward(x, x, head, weight, 1e-6, x.dtype), r"gate must be of shape \(8,\), not \(4,\)"),
+        (lambda: rmsnorm.forward(x.mT, None, None, weight[:5], 1e-6, x.dtype), "x must be contiguous"),
+        (lambda: rmsnorm.forward(x.double(), None, None, weight, 1e-6, x.dtype), "x is torch.float64"),
+        (lambda: rmsnorm.backward(x, None, None, weight, None, x[:1], 1e-6), "gradients must be contiguous, of shape"),
+        (lambda: swiglu.forward(x[..., :7]), r"x must be contiguous"),
+        (lambda: swiglu.forward(x.view(16, 5)), r"x must be \(..., 2 \* F\)"),
+        (lambda: swiglu.forward_dual(x, x.to("meta")), "dx must be on .*, not meta"),
+        (lambda: swiglu.forward_dual(x[:1], x), r"dx must be \(K, ...\) like x"),
+        (lambda: swiglu.backward(x, x), "the gradient must be of half the width"),
+        (lambda: rope.forward(x, head, weight, 1, 5, 1e-6), r"k_weight must be \(d,\)"),
+        (lambda: rope.forward(x, weight[:3], weight[:3], 1, 5, 1e-6), "with an even d from 2 to 256"),
+        (lambda: rope.forward(x, head, head, 2, 5, 1e-6), "W at least 16, not of shape"),
+        (lambda: rope.forward(x, head, head, 1, 3, 1e-6), "with N = 3"),
+        (lambda: rope.forward(x.mT, head[:2], head[:2], 1, 8, 1e-6), "must be contiguous and evenly apart"),
+        (lambda: rope.forward_dual(x, head, head, x, head, None, 1, 5, 1e-6), "dq_weight and dk_weight go together"),
+        (lambda: rope.backward(x, head, head, x[0], x, 1, 5, 1e-6), "the gradient must be contiguous, of width 8"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            launch()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])

@@ -120,7 +120,8 @@ def rotary_attention(
     tokens = x.shape[-2] if num_tokens is None else num_tokens
     name = choose(qkv, q_weight, k_weight, dim=dim)
     if name in _LIBRARIES:
-        qk = norm_rope(_queries_and_keys(x), q_weight, k_weight, num_heads, tokens, eps)
+        weights = primal_of(q_weight), primal_of(k_weight)
+        qk = norm_rope(_queries_and_keys(x), *weights, num_heads, tokens, eps)
         return _merge_heads(_LIBRARIES[name](*_rotated_heads(qk, x, num_heads, tokens), None), x.ndim)
     return _call(ROTARY_ATTENTION, name, (qkv, q_weight, k_weight), (num_heads, tokens, eps))
 
@@ -164,29 +165,27 @@ def _plain_packed(qkv: Any, heads: int, tokens: int) -> tuple[Any]:
     def merge(o: Tensor) -> Tensor:
         return _merge_heads(o, primal_of(qkv).ndim)
 
+    parts: Any = _split_heads(primal_of(qkv), heads, tokens)
     if isinstance(qkv, Dual):
-        q, k, v = map(Dual, _split_heads(qkv.primal, heads, tokens), _split_heads(qkv.tangent, heads, tokens))
-        return (linear_map(merge, _plain(q, k, v, None)[0]),)
-    return (merge(_plain(*_split_heads(qkv, heads, tokens), None)[0]),)
+        parts = map(Dual, parts, _split_heads(qkv.tangent, heads, tokens))
+    q, k, v = parts
+    return (linear_map(merge, _plain(q, k, v, None)[0]),)
 
 
 def _plain_rotary(qkv: Any, q_weight: Any, k_weight: Any, heads: int, tokens: int, eps: float) -> tuple[Any]:
     qk = plain_norm_rope(linear_map(_queries_and_keys, qkv), q_weight, k_weight, heads, tokens, eps)[0]
-    if isinstance(qk, Dual) and not isinstance(qkv, Dual):  # weights alone have tangents
-        qkv = Dual(qkv, torch.zeros_like(qkv))
+    q, k, v = _rotated_heads(primal_of(qk), primal_of(qkv), heads, tokens)
     if isinstance(qk, Dual):
-        parts = map(Dual, *(_rotated_heads(a, b, heads, tokens) for a, b in zip(qk, qkv, strict=True)))
-    else:
-        parts = iter(_rotated_heads(qk, qkv, heads, tokens))
-    o = _plain(*parts, None)[0]
-    return (linear_map(partial(_merge_heads, ndim=primal_of(qkv).ndim), o),)
+        dqkv = qkv.tangent if isinstance(qkv, Dual) else torch.zeros_like(qkv)
+        q, k, v = map(Dual, (q, k, v), _rotated_heads(qk.tangent, dqkv, heads, tokens))
+    return (linear_map(partial(_merge_heads, ndim=primal_of(qkv).ndim), _plain(q, k, v, None)[0]),)
 
 
 def _queries_and_keys(qkv: Tensor) -> Tensor:
     return qkv[..., : qkv.shape[-1] // 3 * 2]
 
 
-def _rotated_heads(qk: Tensor, qkv: Tensor, heads: int, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+def _rotated_heads(qk: Tensor, qkv: Tensor, heads: int, tokens: int) -> tuple[Any, Any, Any]:
     """Queries and keys of qk, and values of qkv."""
     q, k = _split_heads(qk, heads, tokens, 2)
     return q, k, _split_heads(qkv, heads, tokens, 3)[2]

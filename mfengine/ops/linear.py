@@ -75,20 +75,18 @@ def packed_linear(x: A, weights: Sequence[Any], multiple: int = 1, in_multiple: 
         if width not in (columns, _round_up(columns, in_multiple)):
             raise ValueError(f"x is {width} wide, and a weight has {columns} columns (rounded to {in_multiple})")
     if (tape := recording()) is not None:
-        w, w_t = _packed(weights, width, multiple, primal.dtype)
-        output = primal @ w_t if primal.ndim == 2 else F.linear(primal, w)
-        tape.record(_packed_gradients, (primal, *weights), (output,), (primal, w), (_shapes(weights), multiple))
-        return Dual(output, x.tangent @ w_t) if isinstance(x, Dual) else output
-    primals = tuple(map(primal_of, weights))
-    if torch.compiler.is_compiling() or traced() or in_forward_mode() or any(isinstance(w, Dual) for w in weights):
-        w: Any = _pack([p.to(primal.dtype) for p in primals], width, multiple)
-        if any(isinstance(weight, Dual) for weight in weights):
-            tangents = [
-                torch.zeros_like(p) if t is None else t for p, t in zip(primals, map(tangent_of, weights), strict=True)
-            ]
-            w = Dual(w, _pack(tangents, width, multiple))
-    else:
-        w = _Packed.apply(width, multiple, primal.dtype, *primals)
+        packed, packed_t = _packed(weights, width, multiple, primal.dtype)
+        output = primal @ packed_t if primal.ndim == 2 else F.linear(primal, packed)
+        tape.record(_packed_gradients, (primal, *weights), (output,), (primal, packed), (_shapes(weights), multiple))
+        return Dual(output, x.tangent @ packed_t) if isinstance(x, Dual) else output
+    primals, tangents = [primal_of(w) for w in weights], [tangent_of(w) for w in weights]
+    along = any(t is not None for t in tangents)
+    if not along and not (torch.compiler.is_compiling() or traced() or in_forward_mode()):
+        return linear(x, _Packed.apply(width, multiple, primal.dtype, *primals))
+    w: Any = _pack([p.to(primal.dtype) for p in primals], width, multiple)
+    if along:
+        whole = [torch.zeros_like(p) if t is None else t for p, t in zip(primals, tangents, strict=True)]
+        w = Dual(w, _pack(whole, width, multiple))
     return linear(x, w)
 
 

@@ -7,7 +7,7 @@ Tangent: dx' = dx + g * dy + dg * y;  dn = (dx' - n * mean(n * dx')) / rms;  do 
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -68,8 +68,9 @@ def gated_residual_rms_norm(x: A, y: A, gate: Tensor | Dual, weight: Tensor | Du
 
 
 def _plain(x: A, weight: A, eps: float, dtype: torch.dtype | None) -> tuple[A]:
-    options = {"eps": eps, "dtype": dtype or primal_of(x).dtype}
-    return (push(partial(rms_normalise, **options), partial(rms_tangent, **options), x, weight, parameters=1),)
+    dtype = dtype or primal_of(x).dtype
+    primal, tangent = (partial(f, eps=eps, dtype=dtype) for f in (rms_normalise, rms_tangent))
+    return (push(primal, tangent, x, weight, parameters=1),)
 
 
 def _plain_residual(x: A, y: A, gate: A, weight: A, eps: float) -> tuple[A, A]:
@@ -111,6 +112,10 @@ def _reciprocal_rms(x: Tensor, eps: float) -> Tensor:
 # Fused.
 
 
+def _dense(x: Any) -> Any:
+    return None if x is None else x.contiguous()
+
+
 def _forward(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None) -> tuple[Tensor]:
     return (kernel.forward(x.contiguous(), None, None, weight.contiguous(), eps, dtype or x.dtype)[1],)
 
@@ -118,18 +123,14 @@ def _forward(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None) -
 def _dual(
     x: Tensor, weight: Tensor, dx: Tensor, dweight: Tensor | None, eps: float, dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor]:
-    primals, tangents = (x, None, None, weight), (dx, None, None, dweight)
-    _, o, _, do = kernel.forward_dual(*map(_dense, (*primals, *tangents)), eps, dtype or x.dtype)
+    x, weight, dx, dweight = map(_dense, (x, weight, dx, dweight))
+    _, o, _, do = kernel.forward_dual(x, None, None, weight, dx, None, None, dweight, eps, dtype or x.dtype)
     return o, do
 
 
 def _backward(x: Tensor, weight: Tensor, go: Tensor, eps: float, dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
     gx, _, _, gweight = kernel.backward(x.contiguous(), None, None, weight.contiguous(), None, go.contiguous(), eps)
     return gx, gweight
-
-
-def _dense(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.contiguous()
 
 
 RMS_NORM = Op(
@@ -146,21 +147,24 @@ RMS_NORM = Op(
 
 
 def _residual_forward(x: Tensor, y: Tensor, gate: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    return kernel.forward(*map(_dense, (x, y, gate, weight)), eps, y.dtype)
+    x, y, gate, weight = map(_dense, (x, y, gate, weight))
+    return kernel.forward(x, y, gate, weight, eps, y.dtype)
 
 
 def _residual_dual(
     x: Tensor, y: Tensor, gate: Tensor, weight: Tensor,
     dx: Tensor, dy: Tensor, dgate: Tensor | None, dweight: Tensor | None, eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    return kernel.forward_dual(*map(_dense, (x, y, gate, weight, dx, dy, dgate, dweight)), eps, y.dtype)
+    x, y, gate, weight, dx, dy, dgate, dweight = map(_dense, (x, y, gate, weight, dx, dy, dgate, dweight))
+    return kernel.forward_dual(x, y, gate, weight, dx, dy, dgate, dweight, eps, y.dtype)
 
 
 def _residual_backward(
     x_out: Tensor, y: Tensor, gate: Tensor, weight: Tensor, gx_out: Tensor | None, go: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     go = torch.zeros_like(y) if go is None else go  # of an output that nothing used
-    gx, gy, ggate, gweight = kernel.backward(*map(_dense, (x_out, y, gate, weight, gx_out, go)), eps)
+    x_out, y, gate, weight, gx_out, go = map(_dense, (x_out, y, gate, weight, gx_out, go))
+    gx, gy, ggate, gweight = kernel.backward(x_out, y, gate, weight, gx_out, go, eps)
     assert gy is not None
     assert ggate is not None
     return gx, gy, ggate, gweight

@@ -25,7 +25,6 @@ from mfengine.ops.linear import linear, packed_linear, sinusoid
 from mfengine.ops.op import Op
 from mfengine.ops.rmsnorm import EPS as RMS_EPS
 from mfengine.ops.rmsnorm import RESIDUAL_RMS_NORM, RMS_NORM, gated_residual_rms_norm, rms_norm
-from mfengine.ops.rope import NORM_ROPE, norm_rope
 
 
 class Shape(NamedTuple):
@@ -126,17 +125,10 @@ def _rotary_attention(s: Shape, new: New) -> Example:
     return Example(ROTARY_ATTENTION, partial(rotary_attention, num_heads=s.heads), arguments, options, parameters=2)
 
 
-def _norm_rope(s: Shape, new: New) -> Example:
-    """Queries and keys as the first parts of a packed product."""
-    qk = new(s.batch, s.tokens, 3 * s.width)[..., : 2 * s.width]
-    options = (s.heads, s.tokens, RMS_EPS)
-    arguments = qk, new(s.dim, wide=True), new(s.dim, wide=True)
-    return Example(NORM_ROPE, lambda *args: norm_rope(*args, *options), arguments, options, parameters=2)
-
-
 def _swiglu(s: Shape, new: New) -> Example:
-    """Halves of 8/3 of the width, as one packed product."""
-    return Example(SWIGLU, swiglu, (new(s.batch, s.tokens, 2 * (8 * s.width // 3)),))
+    """Halves of 8/3 of the width, padded to a multiple of 64, as one packed product."""
+    half = -(-8 * s.width // 3 // 64) * 64
+    return Example(SWIGLU, swiglu, (new(s.batch, s.tokens, 2 * half),))
 
 
 def _packed_linear(s: Shape, new: New) -> Example:
@@ -159,7 +151,6 @@ OPS: dict[str, Callable[[Shape, New], Example]] = {
     "rms_norm": _rms_norm,
     "gated_residual_rms_norm": _gated_residual_rms_norm,
     "rotary_attention": _rotary_attention,
-    "norm_rope": _norm_rope,
     "swiglu": _swiglu,
     "linear": _linear,
     "packed_linear": _packed_linear,
