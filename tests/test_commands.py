@@ -153,7 +153,7 @@ def test_metrics_hold_the_peak_of_the_gpus_memory(initialized, expected, tmp_pat
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: initialized)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 12_345_678_901)
     with Telemetry(tmp_path, True, 0, 1, 32, lambda: 1.0) as reports:
-        reports.log(1, 0.5, 0)
+        reports.log(1, 0.5, 1e-4, 0)
     assert json.loads((tmp_path / METRICS).read_text())["memory_gb"] == expected
 
 
@@ -161,8 +161,8 @@ def test_ceiling_is_measured_again_when_a_step_beats_it(tmp_path):
     """A rate that was measured while the device was busy: no share of it exceeds 100 %."""
     rates = [1e-6, 1e9]
     with Telemetry(tmp_path, True, 0, 2, 32, lambda: rates.pop(0)) as reports:
-        reports.log(1, 0.5, 0)
-        reports.log(2, 1.0, 0)
+        reports.log(1, 0.5, 1e-4, 0)
+        reports.log(2, 1.0, 1e-4, 0)
     first, second = map(json.loads, (tmp_path / METRICS).read_text().splitlines())
     assert rates == []
     assert max(first["mfu"], second["mfu"]) < 1
@@ -186,10 +186,10 @@ def test_full_disk_keeps_metrics_until_there_is_room(tmp_path, capsys):
 
     with Telemetry(tmp_path, True, 0, 3, 32, lambda: 1e9) as reports:
         reports._metrics = disk = Disk()
-        reports.log(1, 0.5, 0)
-        reports.log(2, 1.0, 0)
+        reports.log(1, 0.5, 1e-4, 0)
+        reports.log(2, 1.0, 1e-4, 0)
         disk.room = 1 << 20
-        reports.log(3, 1.5, 0)
+        reports.log(3, 1.5, 1e-4, 0)
     assert [json.loads(line)["step"] for line in disk.content.splitlines()] == [1, 2, 3]
     assert capsys.readouterr().err.count("warning: metrics.jsonl cannot be written: ") == 1
 
@@ -204,8 +204,8 @@ def test_tensorboard_that_cannot_write_does_not_end_the_run(tmp_path, monkeypatc
 
     monkeypatch.setattr(telemetry, "SummaryWriter", Writer)
     with Telemetry(tmp_path, True, 0, 2, 32, lambda: 1e9) as reports:
-        reports.log(1, 0.5, 0)
-        reports.log(2, 1.0, 0)
+        reports.log(1, 0.5, 1e-4, 0)
+        reports.log(2, 1.0, 1e-4, 0)
         reports._retry_at = 0.0
         reports.picture(2, torch.zeros(4, 3, 8, 8))
     assert len(tried) == 2
