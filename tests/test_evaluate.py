@@ -35,7 +35,7 @@ TRAIN = (
     *("mfengine.train", *SMALL, "--evaluate-every=10", "--checkpoint-every=10"),
     *("--optim.lr=1e-3", "--optim.ema-decays=0.5"),
 )
-LATENTS = LatentSpace(shape=(4, 8, 8), num_classes=10, scale=0.2, bias=0.5)
+LATENTS = LatentSpace(shape=(4, 8, 8), num_classes=10, scale=(0.2, 0.3, 0.5, 1.0), bias=(0.5, -1.0, 2.0, 0.0))
 
 
 @pytest.fixture(scope="module")
@@ -317,7 +317,8 @@ def test_images_of_latents_are_decoded(export, vae, tmp_path, monkeypatch, capsy
     model, space, *_ = load_model(export)
     latents = torch.cat([latents for _, latents, _ in SampleSet(space, 5, 3).draw(model, 2, ALONE)])
     with torch.no_grad():
-        images = vae[1].decode(latents / 0.2 + 0.5).sample
+        scale, bias = (torch.tensor(value)[:, None, None] for value in (LATENTS.scale, LATENTS.bias))
+        images = vae[1].decode(latents / scale + bias).sample
     expected = ((images + 1) * 127.5).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
     found = images_of(tmp_path / "x.npz")
     assert found.shape == (5, 16, 16, 3)
