@@ -100,21 +100,27 @@ def table(rows: Sequence[Row], axes: Axes) -> str:
     return "\n".join("  ".join(map(str.rjust, line, widths)) for line in cells)
 
 
-def heat_map(rows: Sequence[Row], axes: Axes, metric: str, path: Path) -> None:
-    """Draw a metric of which less is better over the two axes with most values, the best over all others, as a PNG.
+def best_cells(rows: Sequence[Row], axes: Axes, metric: str) -> tuple[list[str], np.ma.MaskedArray]:
+    """The two axes with most values, and over them (height, width) a metric of which less is better.
 
-    The best cell has a frame. A combination without a row is white. InputError if the picture cannot be written.
+    It is the best over all other axes; masked where there is no row. The first axis goes along, the second one, which
+    may be missing, upwards.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Rectangle
-
-    shown = sorted(axes, key=lambda name: -len(axes[name]))[:2]  # along the picture, then upwards
+    shown = sorted(axes, key=lambda name: -len(axes[name]))[:2]
     best = np.full([len(axes[name]) for name in shown], np.inf)
     for row in rows:
         place = tuple(axes[name].index(setting(row, name)) for name in shown)
         best[place] = np.fmin(best[place], row[metric])
-    best = np.ma.masked_invalid(best.reshape(len(best), -1).T)  # of one axis: a single line
+    return shown, np.ma.masked_invalid(best.reshape(len(best), -1).T)
+
+
+def heat_map(rows: Sequence[Row], axes: Axes, metric: str, path: Path) -> None:
+    """Draw `best_cells` as a PNG, the best one in a frame; InputError if it cannot be written."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+
+    shown, best = best_cells(rows, axes, metric)
     height, width = best.shape
     figure = Figure(figsize=(2 + 0.7 * width, 1.6 + 0.5 * height), layout="constrained")
     FigureCanvasAgg(figure)
