@@ -131,10 +131,12 @@ def main(args: Sequence[str]) -> None:
         out = config.out
         if out is None and (dataset is not None or reference is not None) and path.parent.name == "checkpoints":
             out = path.parent.parent / ("sweep.json" if axes else "metrics.json")
+        if axes and out is None:
+            raise InputError(f"{path} is not in a run folder: say with --out where to write the rows of --sweep")
         if out is not None:
             check_file(out)
-        elif axes:
-            raise InputError(f"{path} is not in a run folder: say with --out where to write the rows of --sweep")
+        if out is not None and axes:
+            check_file(out.with_suffix(".png"))
         if dataset is not None:
             dataset.check_model(model.config.latent_shape, model.num_classes)
         decode: Decode | None = None

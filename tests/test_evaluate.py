@@ -285,12 +285,9 @@ def test_two_processes_give_the_figures_and_images_of_one(trained, digits, tmp_p
     done = run_command(*args, "--save=folder", "--out=two.json", cwd=tmp_path, ranks=2, env={})
     assert done.returncode == 0, done.stderr
     assert "samples/s" in done.stderr
-    with pytest.importorskip("threadpoolctl").threadpool_limits(
-        1
-    ):  # the fit of labels rounds as with OMP_NUM_THREADS=1
-        code, output, errors = run_in_process(
-            *args, "--save=one.npz", "--out=one.json", cwd=tmp_path, monkeypatch=monkeypatch, capsys=capsys
-        )
+    code, output, errors = run_in_process(
+        *args, "--save=one.npz", "--out=one.json", cwd=tmp_path, monkeypatch=monkeypatch, capsys=capsys
+    )
     assert code == 0, errors
     one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
     assert one.keys() == two.keys()
