@@ -125,9 +125,10 @@ def main(args: Sequence[str]) -> None:
         ema_decay = axes["ema_decay"][0] if "ema_decay" in axes else config.ema_decay
         trained = load_model(config.checkpoint, ema_decay, config.skip_checksums)
         model, space, path, objective = trained
-        sampler = objective.sampler(config.conditions)
         if axes:
             check_axes(axes, config, trained)
+        else:
+            sampler = objective.sampler(config.conditions)
         out = config.out
         if out is None and (dataset is not None or reference is not None) and path.parent.name == "checkpoints":
             out = path.parent.parent / ("sweep.json" if axes else "metrics.json")
@@ -197,6 +198,8 @@ def main(args: Sequence[str]) -> None:
 def check_axes(axes: Axes, config: EvaluateArgs, trained: Trained) -> None:
     """InputError, before anything is drawn, for settings that there are not, or that an option says already."""
     check_matplotlib()
+    for name in config.conditions:  # whose values fit some combinations, perhaps
+        choose("condition", name, trained.objective.conditions)
     for name in axes:
         choose("setting to sweep", name, (*trained.objective.conditions, "steps", "ema_decay"))
         if name in config.conditions or (name == "ema_decay" and config.ema_decay is not None):

@@ -202,6 +202,7 @@ def test_wrong_sweeps(swept, run, tmp_path):
     for args, message in (
         (("--sweep", "strenth=1"), "no setting to sweep strenth; the nearest is strength, all are strength, t_min, st"),
         (("--sweep", "t_min=2"), "no combination of --sweep can be drawn: t_min 2: t_min must be between 0 and 1"),
+        (("--sweep", "t_min=1", "--conditions", "strenth", "2"), "no condition strenth; the nearest is strength"),
         (("--sweep", "strength=1", "--conditions", "strength", "2"), "strength is in --sweep: omit it elsewhere"),
         (("--sweep", "ema_decay=0.5", "--ema-decay=0.9"), "ema_decay is in --sweep: omit it elsewhere"),
         (("--sweep", "steps=1", "--out=other.json"), "other.json is not a list of rows, as a sweep writes it"),

@@ -93,7 +93,8 @@ def write_rows(rows: Sequence[Row], path: Path) -> None:
 
 def table(rows: Sequence[Row], axes: Axes) -> str:
     """Lines of settings and metrics, in the order of the rows."""
-    metrics = [name for name in rows[0] if name not in (*KEYS, "frechet_floor")]
+    common = set.intersection(*map(set, rows)) - {*KEYS, "frechet_floor"}
+    metrics = [name for name in rows[0] if name in common]
     cells = [[*axes, *metrics]]
     cells += [[f"{setting(row, name):g}" for name in axes] + [f"{row[name]:.4g}" for name in metrics] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
