@@ -64,6 +64,8 @@ def parse(arguments: type[T], args: Sequence[str], prog: str, default: T | None 
     if message.startswith("Missing from "):
         missing = re.findall(r"(?:^Missing from .*?: |\(required\) )(--[\w.-]+|[A-Z]+)", message)
         message = f"{' and '.join(missing)} must be given"
+    elif pairs := re.search(r"(--[\w.-]+): Failed to parse key-value pairs", message):
+        message = f"{pairs[1]} takes pairs of a name and a number, as in {pairs[1]} omega 7.5"
     elif operand := re.match(r"Missing value for argument '(\w+)'", message):
         message = f"{operand[1].upper()} must be given"
     elif unknown := re.match(r"Unrecognized options: ([^\s=,]*)", message):

@@ -101,8 +101,10 @@ def _typed(kind: Any, value: Any, where: object, path: str) -> Any:
     if origin in (Union, UnionType):
         if value is None and NoneType in kinds:
             return None
-        (kind,) = (kind for kind in kinds if kind is not NoneType)
-        return _typed(kind, value, where, path)
+        # A number, or a list of them: which one a value is for, its own type says.
+        kinds = tuple(kind for kind in kinds if kind is not NoneType)
+        fitting = (kind for kind in kinds if (get_origin(kind) is tuple) == isinstance(value, (list, tuple)))
+        return _typed(next(fitting, kinds[0]), value, where, path)
     if origin is tuple:
         kinds = kinds[:1] * len(value) if kinds[1:] == (...,) and isinstance(value, (list, tuple)) else kinds
         if not isinstance(value, (list, tuple)) or len(value) != len(kinds):

@@ -34,7 +34,8 @@ class SampleArgs:
     per_label: int = 10
     """samples of each class"""
     conditions: dict[str, float] = field(default_factory=dict)
-    """what the model's objective takes beside labels, as pairs NAME VALUE; its own values if not given"""
+    """what the model's objective takes beside labels, as in --conditions omega 7.5 t_min 0.4; those that are not given
+    have the values of its configuration"""
     seed: int = 0
     """of the noise"""
     ema_decay: float | None = None
@@ -70,7 +71,8 @@ def main(args: Sequence[str]) -> None:
         noise = torch.randn(len(labels), *space.shape, generator=torch.Generator().manual_seed(config.seed))
         latents = sampler(model.to(here.device), noise.to(here.device), labels.to(here.device), config.steps)
         save_picture(image_grid(decode(latents, space), columns=config.per_label), config.out)
-    print(f"{config.out}: {len(labels)} samples of {path} in {config.steps} step(s)")
+    taken = "".join(f", {name} {value:g}" for name, value in {**objective.conditions, **config.conditions}.items())
+    print(f"{config.out}: {len(labels)} samples of {path} in {config.steps} step(s){taken}")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,15 +13,17 @@ import numpy as np
 import torch
 
 from mfengine import cli
-from mfengine.configs import check_at_least, check_seed, choose
-from mfengine.data.check import verify
-from mfengine.data.format import Dataset, LatentSpace
+from mfengine.configs import check_at_least, check_seed, choose, read_json
+from mfengine.data.check import Report, verify
+from mfengine.data.format import DESCRIPTION, Dataset, LatentSpace
 from mfengine.data.images import EncodedImages
 from mfengine.data.importers import ImportedSamples
+from mfengine.data.normalisation import Normalisation, describe, measured, published
 from mfengine.data.sources import open_source
 from mfengine.data.vae import VAE, Precision
 from mfengine.data.writer import ArraySamples, check_settings, check_vacant, write_dataset
 from mfengine.errors import InputError
+from mfengine.files import write_atomic, writing
 from mfengine.ranks import world
 
 PROG = "python -m mfengine.prepare"
@@ -68,6 +71,9 @@ class ImagesArgs:
     """side of the squares, in pixels; smaller images are enlarged"""
     precision: Precision = "float32"
     """of the VAE's convolutions and matrix products"""
+    normalisation: Normalisation | None = None
+    """of latents: by the VAE's published mean and standard deviation of each channel (sd-vae-ft-mse, as iMF expects),
+    by 0.18215 (sd, as MeanFlow expects), or by those measured; by the VAE's own scaling_factor if not given"""
     batch_size: int = 64
     """images encoded at a time by each rank"""
     seed: int = 0
@@ -107,6 +113,7 @@ def images(args: ImagesArgs) -> None:
             seed=args.seed,
             shard_samples=args.shard_samples,
             max_broken=args.max_broken,
+            normalisation=args.normalisation,
         )
         if here.main:
             report(dataset)
@@ -132,6 +139,9 @@ class ImportArgs:
     """an empty or new folder"""
     num_classes: int | None = None
     """labels are 0 to this less 1; for .npy files the highest label says it if not given"""
+    normalisation: Normalisation | None = None
+    """of latents: by the VAE's published mean and standard deviation of each channel (sd-vae-ft-mse, as iMF expects),
+    by 0.18215 (sd, as MeanFlow expects), or by those measured; by scale and bias if not given"""
     scale: float | None = None
     """latents are (mean + std normal - bias) scale; for four channels 0.18215, as Stable Diffusion's, if not given"""
     bias: float = 0.0
@@ -145,6 +155,8 @@ class ImportArgs:
         check_at_least(1, num_classes=self.num_classes)
         if self.scale is not None and not self.scale > 0:
             raise ValueError(f"scale must be positive, not {self.scale}")
+        if self.normalisation is not None and (self.scale is not None or self.bias):
+            raise ValueError(f"normalisation {self.normalisation} says scale and bias: omit --scale and --bias")
         check_settings(self.seed, self.max_broken)
 
 
@@ -152,8 +164,16 @@ def import_latents(args: ImportArgs) -> None:
     """Import a source of latents; under torchrun, all ranks share the work."""
     with world("cpu", timeout=timedelta(hours=1)) as here:  # listing a source may take one rank longer than another
         here.on_main(lambda: check_vacant(args.out, args.source))
-        samples = ImportedSamples(args.source, args.num_classes, args.scale, args.bias)
-        dataset = write_dataset(args.out, samples, here, seed=args.seed, max_broken=args.max_broken)
+        scale = args.scale if args.normalisation is None else 1.0
+        samples = ImportedSamples(args.source, args.num_classes, scale, args.bias)
+        dataset = write_dataset(
+            args.out,
+            samples,
+            here,
+            seed=args.seed,
+            max_broken=args.max_broken,
+            normalisation=args.normalisation,
+        )
         if here.main:
             report(dataset)
 
@@ -171,15 +191,51 @@ def check(args: CheckArgs) -> None:
     found = verify(args.folder)
     for line in found.warnings:
         print(f"warning: {line}", file=sys.stderr)
+    check_whole(found)
+    counts, dataset = found.class_counts, found.dataset
+    mean, std = (", ".join(f"{x:.3g}" for x in values) for values in (found.mean, found.std))
+    print(
+        f"{args.folder} is whole: {dataset.count} samples in {len(dataset.shards)} shard(s), {dataset.flips} flip(s) "
+        f"of {dataset.space.shape}, {len(counts)} classes of {min(counts.values())} to {max(counts.values())}; "
+        f"latents, normalised by {describe(dataset.space)}, have by channel mean {mean} and standard deviation {std}"
+    )
+
+
+def check_whole(found: Report) -> None:
+    """InputError, after a line for each problem, if a data set has one."""
     for line in found.problems:
         print(f"problem: {line}", file=sys.stderr)
     if found.problems:
-        raise InputError(f"{args.folder} is damaged: {len(found.problems)} problem(s)")
-    counts, dataset = found.class_counts, found.dataset
+        raise InputError(f"{found.dataset.folder} is damaged: {len(found.problems)} problem(s)")
+
+
+@dataclass(frozen=True)
+class NormaliseArgs:
+    """Change how the latents of a data set are normalised. Its samples stay as they are: they are not normalised."""
+
+    folder: cli.Data
+    """a data set; its dataset.json is rewritten"""
+    to: Normalisation
+    """see `images --help`; measured reads all of it, as check does"""
+
+
+def normalise(args: NormaliseArgs) -> None:
+    """Rewrite scale and bias in dataset.json."""
+    dataset = Dataset.read(args.folder)
+    if args.to == "measured":
+        found = verify(args.folder)
+        check_whole(found)
+        space = measured(dataset.space, found.sums)
+    else:
+        space = published(dataset.space, args.to)
+    path = args.folder / DESCRIPTION
+    values = read_json(path)
+    values["space"] |= {"scale": space.scale, "bias": space.bias}
+    with writing(path):
+        write_atomic(path, json.dumps(values, indent=1) + "\n")
     print(
-        f"{args.folder} is whole: {dataset.count} samples in {len(dataset.shards)} shard(s), {dataset.flips} flip(s) "
-        f"of {dataset.space.shape}, {len(counts)} classes of {min(counts.values())} to {max(counts.values())}; latents "
-        f"have mean {found.mean.mean():.3g} and standard deviation {np.sqrt((found.std**2).mean()):.3g}"
+        f"{path}: latents are normalised by {describe(space)}, no longer by {describe(dataset.space)}. Runs that learn "
+        "from them so far refuse to go on with others: train new ones, or change it back for those"
     )
 
 
@@ -189,12 +245,13 @@ COMMANDS: dict[str, tuple[str, type[Any], Callable[[Any], None]]] = {
     "images": ("SRC OUT", ImagesArgs, images),
     "import": ("SRC OUT", ImportArgs, import_latents),
     "check": ("DATA", CheckArgs, check),
+    "normalise": ("DATA", NormaliseArgs, normalise),
 }
 
 
 def main(args: Sequence[str]) -> None:
     if not args or args[0] in ("-h", "--help"):
-        print(f"usage: {PROG} COMMAND ...\n\nWrite data sets of latents, or check one.\n")
+        print(f"usage: {PROG} COMMAND ...\n\nWrite data sets of latents, check one, or normalise it otherwise.\n")
         for name, (operands, arguments, _) in COMMANDS.items():
             print(f"  {name} {operands:{16 - len(name)}} {(arguments.__doc__ or '').splitlines()[0]}")
         print(f"\n`{PROG} COMMAND --help` lists a command's options.")

@@ -11,10 +11,11 @@ import tempfile
 import warnings
 from pathlib import Path
 
+os.environ["OMP_NUM_THREADS"] = "1"  # tests run in several processes, and sums round by the number of threads
+
 import pytest
 import torch
 
-os.environ["OMP_NUM_THREADS"] = "1"  # tests run in several processes, and sums round by the number of threads
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before the first import of triton: kernels then run on CPU tensors
 

@@ -1,6 +1,6 @@
 """A network and an objective that mfengine does not know, as a user's script: `python sketch.py mfengine.train sketch`.
 
-Like improved MeanFlow the network has two heads, a condition beside the label, and no t among its inputs.
+Like improved MeanFlow the network has two heads, conditions beside the label, and no t among its inputs.
 """
 
 import sys
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mfengine import MeanFlowConfig, cli
 from mfengine.engine.config import OptimConfig, TrainConfig
 from mfengine.engine.presets import PRESETS
+from mfengine.errors import InputError
 from mfengine.methods import OBJECTIVES, Objective, ObjectiveConfig
 from mfengine.networks import NETWORKS, Network, NetworkConfig, ShardUnit
 
@@ -52,6 +53,8 @@ class Sketch(Network):
 class TwoHeadsConfig(ObjectiveConfig):
     strength: float = 2.0
     """of samples, unless another is asked for"""
+    t_min: float = 0.0
+    """time from which it applies; it is 0 before"""
 
 
 class TwoHeadsDraws(NamedTuple):
@@ -66,7 +69,13 @@ class TwoHeads(Objective):
 
     @property
     def conditions(self):
-        return {"strength": self.config.strength}
+        return {"strength": self.config.strength, "t_min": self.config.t_min}
+
+    def sampler(self, conditions):
+        sampler = super().sampler(conditions)
+        if not 0 <= conditions.get("t_min", 0) <= 1:
+            raise InputError(f"t_min must be between 0 and 1, not {conditions['t_min']}")
+        return sampler
 
     def draw(self, shape, generator, device="cpu"):
         t, strength = torch.rand(2, shape[0], generator=generator)
@@ -80,10 +89,11 @@ class TwoHeads(Objective):
         return sum(losses.values()), {name: loss.detach() for name, loss in losses.items()}
 
     @torch.no_grad()
-    def sample(self, model, noise, labels, steps=1, *, strength=1.0):
+    def sample(self, model, noise, labels, steps=1, *, strength=1.0, t_min=0.0):
         h = noise.new_full((len(noise),), 1 / steps)
-        for _ in range(steps):
-            noise = noise - model(noise, h, labels, strength=torch.full_like(h, strength))[0] / steps
+        for i in range(steps):
+            applied = strength if 1 - i / steps >= t_min else 0
+            noise = noise - model(noise, h, labels, strength=torch.full_like(h, applied))[0] / steps
         return noise
 
 

@@ -65,6 +65,43 @@ def test_finished_run_has_nothing_to_do(trained, digits):
     assert (newest_checkpoint(run) / "checkpoint.json").stat().st_mtime_ns == before
 
 
+def test_warm_up_repeats_itself(digits, tmp_path, monkeypatch, capsys):
+    """The learning rate follows from the step: a run that was killed while it rose ends as one that was not."""
+    args = (*SMALL, f"--data={digits}", "--steps=12", "--checkpoint-every=5", "--log-every=1", "--resume=auto")
+    where = {"cwd": tmp_path, "monkeypatch": monkeypatch, "capsys": capsys}
+    train = ("mfengine.train", *args, "--optim.lr=1e-3", "--optim.warmup-epochs=0.16")  # of 1,797 / 32 steps each
+    assert run_in_process(*train, **where)[0] == 0
+    run = tmp_path / "runs/digits"
+    lines = [json.loads(line) for line in (run / METRICS).read_text().splitlines()]
+    assert [line["lr"] for line in lines] == pytest.approx([1e-3 * min(1, s / 8.985) for s in range(1, 13)])
+    whole = checkpoint_contents(run)
+    for step in (10, 12):
+        shutil.rmtree(run / f"checkpoints/step-{step:08d}")
+    assert "continuing runs/digits/checkpoints/step-00000005" in run_in_process(*train, **where)[2]
+    again = checkpoint_contents(run)
+    assert again.keys() == whole.keys()
+    assert all(torch.equal(again[k], whole[k]) for k in whole if torch.is_tensor(whole[k]))
+
+
+def test_other_normalisation_than_expected_is_told(digits, tmp_path, monkeypatch, capsys):
+    """In the plan and at the start; and a run goes on with that which it began with alone."""
+    shutil.copytree(digits, tmp_path / "data")
+    where = {"cwd": tmp_path, "monkeypatch": monkeypatch, "capsys": capsys}
+    args = ("mfengine.train", *SMALL, "--data=data", "--steps=1")
+    warning = (
+        "warning: this configuration was published with latents normalised by sd-vae-ft-mse; data has scale 0.166667 "
+        "and bias 5. `python -m mfengine.prepare normalise data --to sd-vae-ft-mse` changes that"
+    )
+    code, out, err = run_in_process(*args, "--normalisation=sd-vae-ft-mse", "--dry-run", "--device=cpu", **where)
+    assert code == 0, err
+    assert warning in out
+    assert warning in run_in_process(*args, "--normalisation=sd-vae-ft-mse", **where)[2]
+    assert run_in_process("mfengine.prepare", "normalise", "data", "--to=measured", **where)[0] == 0
+    code, _, err = run_in_process(*args, "--resume=auto", **where)
+    assert code == 2
+    assert "has a run with space.scale 0.16666666666666666, not [0.1" in err
+
+
 def test_export_holds_the_average_and_its_configuration(trained, tmp_path):
     run, _ = trained
     out = tmp_path / "model.safetensors"
@@ -153,7 +190,7 @@ def test_metrics_hold_the_peak_of_the_gpus_memory(initialized, expected, tmp_pat
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: initialized)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 12_345_678_901)
     with Telemetry(tmp_path, True, 0, 1, 32, lambda: 1.0) as reports:
-        reports.log(1, 0.5, 0)
+        reports.log(1, 0.5, 1e-4, 0)
     assert json.loads((tmp_path / METRICS).read_text())["memory_gb"] == expected
 
 
@@ -161,8 +198,8 @@ def test_ceiling_is_measured_again_when_a_step_beats_it(tmp_path):
     """A rate that was measured while the device was busy: no share of it exceeds 100 %."""
     rates = [1e-6, 1e9]
     with Telemetry(tmp_path, True, 0, 2, 32, lambda: rates.pop(0)) as reports:
-        reports.log(1, 0.5, 0)
-        reports.log(2, 1.0, 0)
+        reports.log(1, 0.5, 1e-4, 0)
+        reports.log(2, 1.0, 1e-4, 0)
     first, second = map(json.loads, (tmp_path / METRICS).read_text().splitlines())
     assert rates == []
     assert max(first["mfu"], second["mfu"]) < 1
@@ -186,10 +223,10 @@ def test_full_disk_keeps_metrics_until_there_is_room(tmp_path, capsys):
 
     with Telemetry(tmp_path, True, 0, 3, 32, lambda: 1e9) as reports:
         reports._metrics = disk = Disk()
-        reports.log(1, 0.5, 0)
-        reports.log(2, 1.0, 0)
+        reports.log(1, 0.5, 1e-4, 0)
+        reports.log(2, 1.0, 1e-4, 0)
         disk.room = 1 << 20
-        reports.log(3, 1.5, 0)
+        reports.log(3, 1.5, 1e-4, 0)
     assert [json.loads(line)["step"] for line in disk.content.splitlines()] == [1, 2, 3]
     assert capsys.readouterr().err.count("warning: metrics.jsonl cannot be written: ") == 1
 
@@ -204,8 +241,8 @@ def test_tensorboard_that_cannot_write_does_not_end_the_run(tmp_path, monkeypatc
 
     monkeypatch.setattr(telemetry, "SummaryWriter", Writer)
     with Telemetry(tmp_path, True, 0, 2, 32, lambda: 1e9) as reports:
-        reports.log(1, 0.5, 0)
-        reports.log(2, 1.0, 0)
+        reports.log(1, 0.5, 1e-4, 0)
+        reports.log(2, 1.0, 1e-4, 0)
         reports._retry_at = 0.0
         reports.picture(2, torch.zeros(4, 3, 8, 8))
     assert len(tried) == 2

@@ -55,6 +55,54 @@ def test_latents_are_scaled_and_belong_to_their_labels(dataset):
     torch.testing.assert_close(SPACE.unscale(latents)[:, 0, 0, 0], labels.float())
 
 
+def test_each_channel_has_its_own_scale_and_bias(tmp_path):
+    space = replace(SPACE, scale=(0.5, 2.0), bias=(1.0, -3.0))
+    dataset = write_dataset(tmp_path / "data", replace(numbered(), space=space))
+    assert Dataset.open(dataset.folder).space == space
+    latents, labels = Loader(dataset, 32, 0, 1, seed=0, device=CPU).draw(torch.Generator())
+    expected = torch.stack([(labels - 1) * 0.5, (labels + 3) * 2.0], 1)
+    torch.testing.assert_close(latents, expected[..., None, None].expand_as(latents))
+    torch.testing.assert_close(space.unscale(latents)[:, :, 0, 0], labels[:, None].float().expand(-1, 2))
+
+
+def posteriors():
+    """101 samples of both flips, whose channels have means 3 and -50 and standard deviations 5 and 0.1."""
+    moments = np.abs(np.random.default_rng(0).standard_normal((101, 2, 2, *SPACE.shape)))
+    place = np.array([[3, -50], [0, 0]])[..., None, None]
+    return replace(numbered(), moments=moments * np.array([5, 0.1])[:, None, None] + place)
+
+
+def test_measured_normalisation_is_that_of_what_was_written(tmp_path):
+    written = posteriors().moments.astype(np.float16).astype(np.float64)
+    mean, std = written[:, :, 0], written[:, :, 1]
+    expected = np.sqrt((std**2).mean((0, 1, 3, 4)) + mean.var((0, 1, 3, 4)))
+    dataset = write_dataset(tmp_path / "data", posteriors(), shard_samples=40, normalisation="measured")
+    assert dataset.space.bias == pytest.approx(mean.mean((0, 1, 3, 4)), rel=1e-12)
+    assert dataset.space.scale == pytest.approx(1 / expected, rel=1e-9)
+    loader = Loader(dataset, 101, 0, 1, seed=0, device=CPU)
+    latents = torch.cat([loader.draw(torch.Generator().manual_seed(i))[0] for i in range(30)])
+    torch.testing.assert_close(latents.mean((0, 2, 3)), torch.zeros(2), rtol=0, atol=0.03)
+    torch.testing.assert_close(latents.std((0, 2, 3)), torch.ones(2), rtol=0, atol=0.03)
+
+
+def test_measurement_that_was_killed_continues(tmp_path):
+    whole = write_dataset(tmp_path / "data", posteriors(), shard_samples=40, normalisation="measured")
+    with pytest.raises(KeyboardInterrupt):
+        write_dataset(
+            tmp_path / "again", Unreliable(**vars(posteriors()), last=50), shard_samples=40, normalisation="measured"
+        )
+    rest = Unreliable(**vars(posteriors()))
+    write_dataset(tmp_path / "again", rest, shard_samples=40, normalisation="measured")
+    assert len(rest.read_so_far) == 61
+    assert contents(tmp_path / "again") == contents(whole.folder)
+
+
+def test_constant_channel_is_measured(tmp_path):
+    constant = replace(numbered(), moments=numbered().moments * np.array([1, 0])[:, None, None])
+    space = write_dataset(tmp_path / "data", constant, normalisation="measured").space
+    assert (space.scale[1], space.bias[1]) == (1, 0)
+
+
 @pytest.mark.parametrize("num_parts", [1, 2, 3])
 def test_each_epoch_has_every_sample_once(dataset, num_parts):
     sizes = [101 * (p + 1) // num_parts - 101 * p // num_parts for p in range(num_parts)]
@@ -151,6 +199,9 @@ def truncate(path, size):
         (lambda d: edit(d, space={**vars(SPACE), "scale": math.nan}), "space.scale must be finite, not nan"),
         (lambda d: edit(d, space={**vars(SPACE), "scale": 0}), "space.scale must not be 0"),
         (lambda d: edit(d, space={**vars(SPACE), "bias": "abc"}), 'space.bias is "abc", not a number'),
+        (lambda d: edit(d, space={**vars(SPACE), "scale": [1, 0]}), "space.scale must not be 0"),
+        (lambda d: edit(d, space={**vars(SPACE), "scale": [1]}), r"space.scale must be a number, or one for each of 2"),
+        (lambda d: edit(d, space={**vars(SPACE), "bias": [1, "x"]}), r'space.bias\[1\] is "x", not a number'),
         (lambda d: edit(d, space={**vars(SPACE), "shape": [8]}), "space.shape is .8., not a list of 3"),
         (lambda d: edit(d, space={**vars(SPACE), "pixel_range": "x"}), 'space.pixel_range is "x", not a list of 2'),
         (lambda d: edit(d, flips=True), "flips is true, not an integer"),
@@ -319,6 +370,7 @@ def test_writer_does_a_shard_again_that_lost_bytes(tmp_path, dataset):
     [
         ({}, {"seed": 1}, "was begun with seed 0, not 1: it cannot be continued so; remove it"),
         ({}, {"shard_samples": 20}, "was begun with shard_samples 40, not 20"),
+        ({}, {"normalisation": "measured"}, "was begun with normalisation None, not measured"),
         ({"provenance": {"vae": {"sha256": "ab"}}}, {}, "was begun with provenance.vae.sha256 None, not ab"),
         ({"space": replace(SPACE, scale=2.0)}, {}, r"was begun with space.scale 0.5, not 2.0"),
     ],

@@ -1,16 +1,21 @@
 """Networks and objectives that the engine does not know: through all commands; and what version 0.1 left behind."""
 
 import json
+import shutil
 import tarfile
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import run_command, run_in_process
+from PIL import Image
 from safetensors import safe_open
 
+from mfengine import evaluate
 from mfengine.engine.checkpoint import load_model, newest_checkpoint
 from mfengine.engine.presets import PRESETS
+from mfengine.evaluation import sweep
+from mfengine.evaluation.samples import SampleSet
 from mfengine.methods import OBJECTIVES
 from mfengine.networks import NETWORKS
 
@@ -69,10 +74,153 @@ def test_sketch_through_all_commands(run, digits, tmp_path):
         run("mfengine.evaluate", "model.safetensors", f"--data={digits}", "--num=80", "--conditions", "strength", "9")
     )
     assert "frechet_1nfe" in out
-    code, _, err = run("mfengine.generate", "runs/sketch", "--conditions", "strenth", "9")
-    assert (code, err) == (2, "error: there is no condition strenth; the nearest is strength, all are strength\n")
+    for conditions, message in (
+        (("strenth", "9"), "there is no condition strenth; the nearest is strength, all are strength, t_min"),
+        (("t_min", "9"), "t_min must be between 0 and 1, not 9.0"),
+    ):
+        code, _, err = run("mfengine.generate", "runs/sketch", "--conditions", *conditions)
+        assert (code, err) == (2, f"error: {message}\n")
     _, err = succeed(run(*train, "--steps=1", "--name=again", "--init=model.safetensors"))
     assert "model.safetensors leaves v_head.weight, v_head.bias as initialised" in err
+
+
+# ----------------------------------------------------------------------------
+# Sweeps.
+
+SWEEP = ("--num-samples=80", "--sweep", "strength=0,9", "t_min=0.6,2", "steps=1,2", "ema_decay=0.5,0.9")
+ROWS = 8  # a t_min of 2 is refused
+
+
+@pytest.fixture
+def swept(run, digits, tmp_path):
+    """A run with two moving averages, and the command that sweeps over it, with options after it."""
+    shutil.copytree(digits, tmp_path / "data")
+    path = tmp_path / "data/dataset.json"
+    description = read(path)
+    del description["space"]["pixel_range"]  # no labels to read, which takes longer than all else
+    path.write_text(json.dumps(description))
+    succeed(run("mfengine.train", "sketch", "--data=data", "--steps=3", "--sample-every=0",
+                "--optim.ema-decays", "0.9", "0.5"))  # fmt: skip
+    return lambda *args: run("mfengine.evaluate", "runs/sketch", "--data=data", *(args or SWEEP))
+
+
+def read(path):
+    return json.loads(path.read_text())
+
+
+def test_sweep_shows_the_best_first(swept, run, tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is an extra")
+    out, err = succeed(swept())
+    assert "note: 8 combination(s) left out, as strength 0, t_min 2, steps 1, ema_decay 0.5: t_min must be" in err
+    assert f"row {ROWS} of {ROWS}: 100%" in err
+    rows = read(tmp_path / "runs/sketch/sweep.json")
+    distances = [row["frechet"] for row in rows]
+    assert len(set(distances)) == ROWS
+    assert distances == sorted(distances)
+    best = rows[0]
+    shown = [f"{best['conditions']['strength']:g}", f"{best['conditions']['t_min']:g}", str(best["steps"])]
+    head, first, *_ = (line.split() for line in out.splitlines())
+    assert head == ["strength", "t_min", "steps", "ema_decay", "frechet"]
+    assert first[:5] == [*shown, f"{best['ema_decay']:g}", f"{min(distances):.4g}"]
+    assert Image.open(tmp_path / "runs/sketch/sweep.png").format == "PNG"
+
+    conditions = [str(part) for pair in best["conditions"].items() for part in pair]
+    succeed(run("mfengine.evaluate", "runs/sketch", "--data=data", "--num=80", "--steps", best["steps"],
+                "--ema-decay", best["ema_decay"], "--conditions", *conditions))  # fmt: skip
+    alone = read(tmp_path / "runs/sketch/metrics.json")
+    assert alone[f"frechet_{best['steps']}nfe"] == pytest.approx(best["frechet"], rel=1e-9)
+    assert alone["frechet_floor"] == best["frechet_floor"]
+
+
+def test_killed_sweep_goes_on(swept, tmp_path, monkeypatch):
+    """What is there is not drawn again; weights are read once for each average, the data once for all."""
+    pytest.importorskip("matplotlib", reason="matplotlib is an extra")
+    drawn, read_weights, begun = [], [], []
+    draw, load, evaluation = SampleSet.draw, evaluate.load_model, evaluate.Evaluation
+
+    def draw_some(samples, model, steps, world):
+        if len(drawn) == stop:
+            raise KeyboardInterrupt
+        drawn.append(steps)
+        return draw(samples, model, steps, world)
+
+    monkeypatch.setattr(SampleSet, "draw", draw_some)
+    monkeypatch.setattr(evaluate, "load_model", lambda *args: read_weights.append(args[1]) or load(*args))
+    monkeypatch.setattr(evaluate, "Evaluation", lambda *a, **k: begun.append(1) or evaluation(*a, **k))
+    path, stop = tmp_path / "runs/sketch/sweep.json", 3
+    assert swept()[0] == 130
+    kept = read(path)
+    assert len(kept) == 3
+    stop = None
+    out, _ = succeed(swept())
+    assert (len(drawn), read_weights, len(begun)) == (ROWS, [0.5, 0.5, 0.9], 2)
+    rows = read(path)
+    assert len(rows) == ROWS
+    assert all(row in rows for row in kept)
+
+    again, _ = succeed(swept())
+    assert (again, len(drawn), len(begun), read(path)) == (out, ROWS, 2, rows)
+    succeed(swept(*SWEEP, "--seed=1", "--steps", "1"))  # other samples: their rows come first, and no row goes
+    assert (len(drawn), read(path)[ROWS:]) == (2 * ROWS, rows)
+
+
+def test_heat_map_shows_the_best_over_other_settings(tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is an extra")
+    axes = {"steps": (1, 2), "omega": (1.0, 2.0, 4.0), "t_min": (0.0, 0.5, 1.0, 1.5)}
+    rows = [
+        {"steps": steps, "conditions": {"omega": omega, "t_min": t_min}, "fid": 10 * i + j + steps}
+        for i, omega in enumerate(axes["omega"])
+        for j, t_min in enumerate(axes["t_min"])
+        for steps in axes["steps"]
+        if (omega, t_min) != (4, 1.5)
+    ]
+    shown, best = sweep.best_cells(rows, axes, "fid")
+    assert shown == ["t_min", "omega"]
+    assert best.tolist() == [[1, 2, 3, 4], [11, 12, 13, 14], [21, 22, 23, None]]
+    for some in (axes, {"steps": (1, 2)}, {"steps": (1,)}):
+        drawn = [row for row in rows if row["steps"] in some["steps"]]
+        sweep.heat_map(drawn, some, "fid", tmp_path / "x.png")
+        assert Image.open(tmp_path / "x.png").format == "PNG"
+
+
+def test_two_ranks_sweep_as_one(swept, tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is an extra")
+    args = ("--num-samples=80", "--batch-size=32", "--sweep", "strength=0,4", "ema_decay=0.5,0.9")
+    succeed(swept(*args))
+    one = read(tmp_path / "runs/sketch/sweep.json")
+    done = run_command("sketch", "mfengine.evaluate", "runs/sketch", "--data=data", *args, "--out=two.json",
+                       cwd=tmp_path, ranks=2)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for row, same in zip(read(tmp_path / "two.json"), one, strict=True):
+        assert row.pop("frechet") == pytest.approx(same.pop("frechet"), rel=1e-8)
+        assert row == same
+
+
+def test_wrong_sweeps(swept, run, tmp_path):
+    succeed(run("mfengine.export", "runs/sketch", "x.safetensors"))
+    (tmp_path / "other.json").write_text('{"not": "rows"}')
+    for args, message in (
+        (("--sweep", "strenth=1"), "no setting to sweep strenth; the nearest is strength, all are strength, t_min, st"),
+        (("--sweep", "t_min=2"), "no combination of --sweep can be drawn: t_min 2: t_min must be between 0 and 1"),
+        (("--sweep", "t_min=1", "--conditions", "strenth", "2"), "no condition strenth; the nearest is strength"),
+        (("--sweep", "strength=1", "--conditions", "strength", "2"), "strength is in --sweep: omit it elsewhere"),
+        (("--sweep", "ema_decay=0.5", "--ema-decay=0.9"), "ema_decay is in --sweep: omit it elsewhere"),
+        (("--sweep", "steps=1", "--out=other.json"), "other.json is not a list of rows, as a sweep writes it"),
+    ):
+        code, _, err = swept(*args)
+        assert (code, err.count("\n"), message in err) == (2, 1, True), err
+    for args, message in (
+        (("--sweep", "steps=1"), "x.safetensors is not in a run folder: say with --out where to write"),
+        (("--sweep", "ema_decay=0.5", "--out=x.json"), "x.safetensors is an export, which holds one moving average"),
+    ):
+        code, _, err = run("mfengine.evaluate", "x.safetensors", "--data=data", *args)
+        assert (code, err.count("\n"), message in err) == (2, 1, True), err
+
+
+def test_sweep_without_matplotlib(swept, monkeypatch):
+    monkeypatch.setattr("mfengine.evaluation.sweep.find_spec", lambda name: None)
+    code, _, err = swept()
+    assert (code, err) == (2, "error: --sweep needs matplotlib: pip install 'mfengine[bench]'\n")
 
 
 def test_network_without_tangents_through_the_engine(run, digits):

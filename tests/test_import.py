@@ -4,9 +4,11 @@ import io
 import json
 import os
 import pickle
+import re
 import shutil
 import tarfile
 import zipfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -162,8 +164,9 @@ def test_two_ranks_write_what_one_writes(tmp_path):
     make_pt(tmp_path / "source")
     for ranks in (1, 2):
         done = run_command(
-            "mfengine.prepare", "import", "source", f"out{ranks}", "--num-classes=5", cwd=tmp_path, ranks=ranks
-        )
+            "mfengine.prepare", "import", "source", f"out{ranks}", "--num-classes=5", "--normalisation=measured",
+            cwd=tmp_path, ranks=ranks,
+        )  # fmt: skip
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("23 samples") == 1
     for name in ("000000.tar", "000000.idx", "dataset.json"):
@@ -179,6 +182,36 @@ def test_classes_and_scale(tmp_path, where):
     code, _, err = prepare("import", "pt", "b", **where)
     assert code == 2
     assert "does not say how many classes there are: give --num-classes (1000 for ImageNet)" in err
+
+
+def test_named_normalisations(tmp_path, where):
+    """Of an import, and of a data set that is there already: its shards stay as they are."""
+    make_npy(tmp_path / "npy")
+    assert prepare("import", "npy", "out", "--normalisation=sd-vae-ft-mse", **where)[0] == 0
+    space = Dataset.open(tmp_path / "out").space
+    assert space.bias == (0.86488, -0.27787343, 0.21616915, 0.3738409)
+    assert space.scale == pytest.approx([1 / x for x in (4.85503674, 5.31922414, 3.93725398, 3.9870003)])
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert "latents, normalised by sd-vae-ft-mse, have" in prepare("check", "out", **where)[1]
+
+    code, out, err = prepare("normalise", "out", "--to=sd", **where)
+    assert code == 0, err
+    assert "latents are normalised by sd, no longer by sd-vae-ft-mse. Runs that learn from them so far refuse" in out
+    assert Dataset.open(tmp_path / "out").space == replace(space, scale=0.18215, bias=0.0)
+    assert prepare("normalise", "out", "--to=measured", **where)[0] == 0
+    out = prepare("check", "out", **where)[1]
+    mean, std = re.search("mean (.*) and standard deviation (.*)", out).groups()
+    np.testing.assert_allclose([float(x) for x in mean.split(", ")], 0, atol=1e-12)
+    assert std == "1, 1, 1, 1"
+    assert prepare("normalise", "out", "--to=sd-vae-ft-mse", **where)[0] == 0
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+
+
+def test_named_normalisation_of_other_latents(digits, tmp_path, where):
+    shutil.copytree(digits, tmp_path / "data")
+    code, _, err = prepare("normalise", "data", "--to=sd", **where)
+    assert (code, err) == (2, "error: normalisation sd is of 4 channels; these latents have 1\n")
+    assert (tmp_path / "data/dataset.json").read_bytes() == (digits / "dataset.json").read_bytes()
 
 
 def test_broken_samples_are_listed_or_refused(tmp_path, where):
@@ -543,5 +576,6 @@ def test_check_says_what_the_latents_are(imported, tmp_path, where):
     assert code == 0
     assert "3 shard(s), 1 flip(s) of (4, 6, 6), 5 classes of 4 to 5" in out
     mean, log_variance = posteriors(1)
-    spread = 0.18215 * np.sqrt((mean**2 + np.exp(log_variance)).mean())
-    assert float(out.split()[-1]) == pytest.approx(spread, rel=0.02)
+    spread = 0.18215 * np.sqrt((mean**2 + np.exp(log_variance)).mean((0, 1, 3, 4)))
+    found = re.search("latents, normalised by sd, have by channel mean .* and standard deviation (.*)", out)[1]
+    assert [float(x) for x in found.split(", ")] == pytest.approx(spread, rel=0.02)

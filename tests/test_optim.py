@@ -125,6 +125,20 @@ def test_two_hundred_random_steps(device, clip_norm, weight_decay):
     assert_near(optimizer, parameters, reference, 1e-5 if device.backend == "apex" and weight_decay else 1e-6)
 
 
+def test_learning_rate_of_the_group_counts(device):
+    """Set between steps, as PyTorch's schedulers and a warm-up set it."""
+    parameters = make_parameters(device.type)
+    optimizer = AdamWEMA(parameters, lr=1e-3, ema_decays=DECAYS, backend=device.backend)
+    reference = Reference(make_parameters(), lr=1e-3, weight_decay=0.0)
+    for step in range(10):
+        for side, group in ((parameters, optimizer), (reference.parameters, reference.optimizer)):
+            set_gradients(side, step)
+            group.param_groups[0]["lr"] = 1e-3 * (step + 1)
+        optimizer.step()
+        reference.step()
+    assert_near(optimizer, parameters, reference)
+
+
 def test_golden_training_case(device):
     case = GoldenCase("guided_omega_train")
     case.model.to(device.type)

@@ -9,6 +9,7 @@ import sys
 import tarfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -80,7 +81,8 @@ def save_vae(folder, **changes):
 @pytest.fixture(scope="module")
 def arguments(pictures, vae):
     """Of the command, but for where it writes."""
-    return pictures, f"--vae={vae}", "--size=32", "--shard-samples=16", "--batch-size=8", "--device=cpu"
+    options = ("--size=32", "--shard-samples=16", "--batch-size=8", "--device=cpu", "--normalisation=measured")
+    return pictures, f"--vae={vae}", *options
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +148,15 @@ def test_samples_are_the_posteriors_of_the_cropped_images(whole, pictures, vae):
 
 def test_description_says_what_it_was_made_of(whole, vae):
     dataset = Dataset.open(whole)
-    assert dataset.space == LatentSpace((4, 16, 16), num_classes=4, scale=0.5, bias=0.25)
+    space = VAE(vae, CPU).space(32, num_classes=4)
+    assert space == LatentSpace((4, 16, 16), num_classes=4, scale=0.5, bias=0.25)  # where no normalisation is named
+    mean, std = (
+        np.stack([moments for moments, _ in samples(dataset).values()]).astype(np.float64).transpose(2, 3, 0, 1, 4, 5)
+    )  # of each channel first
+    bias, scale = mean.mean((1, 2, 3, 4)), 1 / np.sqrt((std**2).mean((1, 2, 3, 4)) + mean.var((1, 2, 3, 4)))
+    assert dataset.space.scale == pytest.approx(scale)
+    assert dataset.space.bias == pytest.approx(bias)
+    assert replace(dataset.space, scale=0.5, bias=0.25) == space
     assert (dataset.count, dataset.flips, dataset.broken, dataset.class_counts) == (COUNT, 2, 0, (30,) * 4)
     assert dataset.class_names == ("class0", "class1", "class2", "class3")
     assert dataset.provenance["vae"]["name"] == str(vae)

@@ -13,6 +13,7 @@ from typing import BinaryIO
 import numpy as np
 
 from mfengine.data.format import DESCRIPTION, Dataset, Shard
+from mfengine.data.normalisation import ChannelSums, describe
 from mfengine.errors import InputError
 from mfengine.progress import progress
 
@@ -27,25 +28,11 @@ class Report:
     problems: list[str] = field(default_factory=list)  # one line each
     warnings: list[str] = field(default_factory=list)  # one line each: unusual, but perhaps meant so
     class_counts: Counter[int] = field(default_factory=Counter)
+    sums: ChannelSums = field(default_factory=lambda: ChannelSums(0))
     mean: np.ndarray = field(default_factory=lambda: np.zeros(0))
     """(C,) of the latents as the network sees them"""
     std: np.ndarray = field(default_factory=lambda: np.zeros(0))
     """(C,)"""
-
-
-class _Sums:
-    """Sums over all latents by channel, (C,) float64: of means, and of second moments."""
-
-    def __init__(self, channels: int) -> None:
-        self.count = 0
-        self.first = np.zeros(channels)
-        self.second = np.zeros(channels)
-
-    def add(self, moments: np.ndarray) -> None:
-        """Moments (flips, 2, C, H, W) float32, finite."""
-        self.count += moments[:, 0, 0].size
-        self.first += np.einsum("fchw->c", moments[:, 0])
-        self.second += np.einsum("fkchw,fkchw->c", moments, moments)  # mean^2 + std^2
 
 
 def verify(folder: Path) -> Report:
@@ -55,7 +42,8 @@ def verify(folder: Path) -> Report:
         InputError: there is no data set, or its description says nothing that could be checked.
     """
     dataset = Dataset.read(folder)
-    report, sums = Report(dataset), _Sums(dataset.space.shape[0])
+    sums = ChannelSums(dataset.space.shape[0])
+    report = Report(dataset, sums=sums)
     size = sum(shard.bytes for shard in dataset.shards)
     with progress(size, "B", scale=True) as bar:
         for shard in dataset.shards:
@@ -69,9 +57,8 @@ def verify(folder: Path) -> Report:
         if counted != dataset.class_counts:
             report.problems.append(f"{DESCRIPTION} gives other numbers of samples per class than there are")
     if sums.count:
-        mean = sums.first / sums.count
-        std = np.sqrt(np.maximum(sums.second / sums.count - mean**2, 0))
-        report.mean, report.std = (mean - dataset.space.bias) * dataset.space.scale, std * dataset.space.scale
+        scale, bias = map(np.array, (dataset.space.scale, dataset.space.bias))
+        report.mean, report.std = (sums.mean - bias) * scale, sums.std * abs(scale)
     report.warnings += _unusual(report)
     return report
 
@@ -86,12 +73,13 @@ def _unusual(report: Report) -> Iterator[str]:
     for channel, (mean, std) in enumerate(zip(report.mean, report.std, strict=True)):
         if not (abs(mean) <= USUAL_MEAN and USUAL_STD[0] <= std <= USUAL_STD[1]):
             yield (
-                f"channel {channel} has mean {mean:.3g} and standard deviation {std:.3g} after scaling, far from the 0 "
-                f"and 1 of noise: see scale and bias in {DESCRIPTION}, and which images were encoded"
+                f"channel {channel} has mean {mean:.3g} and standard deviation {std:.3g} as it is normalised, by "
+                f"{describe(dataset.space)}, far from the 0 and 1 of noise: `mfengine.prepare normalise` changes that, "
+                "unless other images were encoded than were meant"
             )
 
 
-def _shard_problems(dataset: Dataset, shard: Shard, classes: Counter[int], sums: _Sums) -> Iterator[str]:
+def _shard_problems(dataset: Dataset, shard: Shard, classes: Counter[int], sums: ChannelSums) -> Iterator[str]:
     """What is wrong in one shard, the first of each kind; adds its samples to `classes` and `sums`."""
     dataset.check_shard(shard)
     path = dataset.folder / shard.file
@@ -112,7 +100,7 @@ def _shard_problems(dataset: Dataset, shard: Shard, classes: Counter[int], sums:
 
 
 def _sample_problem(
-    dataset: Dataset, shard: Shard, data: BinaryIO, line: str, classes: Counter[int], sums: _Sums
+    dataset: Dataset, shard: Shard, data: BinaryIO, line: str, classes: Counter[int], sums: ChannelSums
 ) -> tuple[str, str]:
     """Name of the sample that a line of the index gives, and what is wrong with it, or ""."""
     fields = line.split()

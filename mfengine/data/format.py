@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from mfengine.configs import check_at_least, from_json, read_json
@@ -26,6 +27,10 @@ BROKEN = "broken.jsonl"  # samples that could not be read: a name and a reason e
 INDEX_VERSION = "v1.2"  # of DALI's WebDataset index
 
 
+PerChannel = float | tuple[float, ...]
+"""One number, or one for each channel."""
+
+
 @dataclass(frozen=True)
 class LatentSpace:
     """The space of latents: all that a model needs to know of the data it was trained on."""
@@ -33,9 +38,9 @@ class LatentSpace:
     shape: tuple[int, int, int]
     """(C, H, W)"""
     num_classes: int
-    scale: float = 1.0
-    """a latent is (posterior sample - bias) * scale"""
-    bias: float = 0.0
+    scale: PerChannel = 1.0
+    """a latent is (posterior sample - bias) * scale, in each channel"""
+    bias: PerChannel = 0.0
     pixel_range: tuple[float, float] | None = None
     """where the unscaled latents are pixels: the values of black and white"""
 
@@ -44,16 +49,29 @@ class LatentSpace:
             raise ValueError(f"shape must be (channels, height, width), not {self.shape}")
         check_at_least(1, num_classes=self.num_classes)
         for name in ("scale", "bias"):
-            if not math.isfinite(getattr(self, name)):
-                raise ValueError(f"{name} must be finite, not {getattr(self, name)}")
-        if self.scale == 0:
-            raise ValueError("scale must not be 0")
+            value = getattr(self, name)
+            values = value if isinstance(value, tuple) else (value,)
+            if isinstance(value, tuple) and len(value) != self.shape[0]:
+                raise ValueError(f"{name} must be a number, or one for each of {self.shape[0]} channel(s), not {value}")
+            if not all(map(math.isfinite, values)):
+                raise ValueError(f"{name} must be finite, not {value}")
+            if name == "scale" and 0 in values:
+                raise ValueError("scale must not be 0")
         if self.pixel_range is not None and self.pixel_range[0] == self.pixel_range[1]:
             raise ValueError(f"pixel_range must be two different values, not {self.pixel_range}")
 
+    def factors(self, device: torch.device) -> tuple[float | Tensor, float | Tensor]:
+        """Scale and bias, to be applied to latents (B, C, H, W) on a device: numbers, or float32 tensors (C, 1, 1)."""
+        scale, bias = (
+            torch.tensor(value, device=device)[:, None, None] if isinstance(value, tuple) else value
+            for value in (self.scale, self.bias)
+        )
+        return scale, bias
+
     def unscale(self, latents: Tensor) -> Tensor:
         """Latents as the encoder gave them, from latents as the network sees them."""
-        return latents / self.scale + self.bias
+        scale, bias = self.factors(latents.device)
+        return latents / scale + bias
 
 
 @dataclass(frozen=True)

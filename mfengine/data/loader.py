@@ -51,6 +51,7 @@ class Loader:
         from nvidia.dali.plugin.pytorch import DALIGenericIterator  # importing mfengine does not need DALI
 
         self._dataset, self._device = dataset, device
+        self._scale, self._bias = dataset.space.factors(device)
         pipeline = _pipeline(dataset, batch, part, num_parts, seed, position)
         with self._readable():
             self._batches = DALIGenericIterator([pipeline], ["moments", "labels"])
@@ -69,9 +70,8 @@ class Loader:
         """
         moments, labels = next(self)
         mean, std = to_device(moments, self._device).unbind(1)  # (B, C, H, W) float16 each
-        space = self._dataset.space
         latents = torch.randn(mean.shape, generator=device_generator(generator, self._device), device=self._device)
-        latents.mul_(std).add_(mean).sub_(space.bias).mul_(space.scale)
+        latents.mul_(std).add_(mean).sub_(self._bias).mul_(self._scale)
         return latents, labels
 
     def __next__(self) -> tuple[Tensor, Tensor]:

@@ -35,6 +35,7 @@ import torch.distributed as dist
 
 from mfengine.configs import check_at_least, check_seed, flatten, read_json
 from mfengine.data.format import BROKEN, DESCRIPTION, INDEX_VERSION, Dataset, LatentSpace, Shard
+from mfengine.data.normalisation import ChannelSums, Normalisation, measured, published
 from mfengine.errors import InputError, reason
 from mfengine.files import check_writable, sync, write_atomic
 from mfengine.progress import progress
@@ -167,6 +168,7 @@ def write_dataset(
     seed: int = 0,
     shard_samples: int | None = None,
     max_broken: float = 0.0,
+    normalisation: Normalisation | None = None,
 ) -> Dataset:
     """Write a data set, whose folder gets its name when it is whole; continue one that was begun.
 
@@ -180,18 +182,19 @@ def write_dataset(
         seed: of the order.
         shard_samples: samples per shard; as many as make about 1 GB if None.
         max_broken: the share of samples that may be broken: those are skipped and listed.
+        normalisation: of the latents; as the samples say if None. One that is measured is that of what is written.
 
     Raises:
-        InputError: the folder is not empty; another data set was begun in its place; there are no samples, or one
-            contradicts what `samples` says; too many are broken; the disk is full. Whole shards remain, and the
-            same call continues after them.
+        InputError: the folder is not empty; the normalisation is of other latents; another data set was begun in its
+            place; there are no samples, or one contradicts what `samples` says; too many are broken; the disk is full.
+            Whole shards remain, and the same call continues after them.
     """
     if len(samples) == 0:
         raise InputError(f"{samples.name} has no samples")
     if shard_samples is None:
         shard_samples = max(1, SHARD_BYTES // _tar_bytes(samples))
     check_settings(seed, max_broken, shard_samples)
-    with closing(_Writer(folder, samples, shard_samples, seed)) as writer:
+    with closing(_Writer(folder, samples, shard_samples, seed, normalisation)) as writer:
         _share_out(writer, world, max_broken)
         return world.on_main(writer.finish)
 
@@ -248,7 +251,9 @@ def _gather(world: World, value: T) -> list[T]:
 class _Writer:
     """One rank's part in writing a data set."""
 
-    def __init__(self, folder: Path, samples: Samples, shard_samples: int, seed: int) -> None:
+    def __init__(
+        self, folder: Path, samples: Samples, shard_samples: int, seed: int, normalisation: Normalisation | None
+    ) -> None:
         self.folder, self.samples, self.shard_samples = folder, samples, shard_samples
         self.partial = folder.absolute().with_name(f".partial-{folder.absolute().name}")
         self.data = self.partial / "data"
@@ -256,15 +261,20 @@ class _Writer:
         self.num_shards = math.ceil(len(samples) / shard_samples)
         self.lock: IO[str] | None = None  # on the first rank, from `begin` on
         self.made = False  # the partial folder, on the first rank
+        self.measured = normalisation == "measured"
+        space = samples.space
+        if normalisation is not None and normalisation != "measured":
+            space = published(space, normalisation)
         self.plan = {
             "name": samples.name,
             "count": len(samples),
             "seed": seed,
             "shard_samples": shard_samples,
             "flips": samples.flips,
-            "space": dataclasses.asdict(samples.space),
+            "space": dataclasses.asdict(space),
             "class_names": samples.class_names,
             "provenance": samples.provenance,
+            **({"normalisation": "measured"} if self.measured else {}),
         }
 
     def begin(self) -> dict[int, tuple[int, int]]:
@@ -340,6 +350,7 @@ class _Writer:
         entries: list[str] = []
         classes: Counter[int] = Counter()
         broken: list[Broken] = []
+        sums = ChannelSums(samples.space.shape[0])
         with self._disk():
             file = partial.open("wb")
         try:
@@ -353,6 +364,8 @@ class _Writer:
                 with self._disk():
                     entries.append(_add(tar, number, moments, label))
                 classes[label] += 1
+                if self.measured:
+                    sums.add(moments)
                 yield None
             found = len(entries) + len(broken)
             if found != len(indices):
@@ -370,6 +383,7 @@ class _Writer:
                     "sha256": digest,
                     "classes": dict(sorted(classes.items())),
                     "broken": [dataclasses.asdict(sample) for sample in broken],
+                    **({"sums": sums.to_json()} if self.measured else {}),
                 }
                 if entries:
                     partial.rename(path)
@@ -407,8 +421,15 @@ class _Writer:
         classes: Counter[int] = Counter()
         for record in records:
             classes.update({int(label): count for label, count in record["classes"].items()})
+        space = self.plan["space"]
+        if self.measured:
+            sums = ChannelSums(self.samples.space.shape[0])
+            for record in records:  # in their order, so that any number of ranks finds the same bits
+                sums.merge(record["sums"])
+            space = dataclasses.asdict(measured(self.samples.space, sums))
         values = {
-            **{name: self.plan[name] for name in ("name", "space", "flips", "class_names", "provenance")},
+            **{name: self.plan[name] for name in ("name", "flips", "class_names", "provenance")},
+            "space": space,
             "count": classes.total(),
             "shards": [{f.name: r[f.name] for f in dataclasses.fields(Shard)} for r in records if r["count"]],
             "broken": len(broken),

@@ -359,7 +359,7 @@ def load_model(path: Path, ema_decay: float | None = None, skip_checksums: bool 
 
     Args:
         path: a run folder (its newest checkpoint is taken), a checkpoint folder, or an export (.safetensors).
-        ema_decay: which moving average; the first if None. An export holds one.
+        ema_decay: which moving average; the first if None, as for an export, which holds one.
         skip_checksums: do not check the files of a checkpoint.
 
     Raises:
@@ -367,6 +367,8 @@ def load_model(path: Path, ema_decay: float | None = None, skip_checksums: bool 
             objective is unknown.
     """
     if path.suffix == ".safetensors":
+        if ema_decay is not None:
+            raise InputError(f"{path} is an export, which holds one moving average: omit its decay, or give the run")
         weights, description = _read_export(path)
     else:
         path = _find_checkpoint(path)
@@ -471,14 +473,18 @@ def _find_checkpoint(path: Path) -> Path:
     return newest
 
 
+def check_decay(checkpoint: Path, description: dict[str, Any], decay: float) -> None:
+    """InputError unless a checkpoint of this description has a moving average of this decay."""
+    if decay not in description["ema_decays"]:
+        raise InputError(f"{checkpoint} has no moving average of decay {decay}; it has {description['ema_decays']}")
+
+
 def _read_average(
     checkpoint: Path, description: dict[str, Any], decay: float | None, sampling: bool, skip_checksums: bool
 ) -> dict[str, Tensor]:
     """A moving average of all weights, or of those that sampling needs."""
-    decays = description["ema_decays"]
-    decay = decays[0] if decay is None else decay
-    if decay not in decays:
-        raise InputError(f"{checkpoint} has no moving average of decay {decay}; it has {decays}")
+    decay = description["ema_decays"][0] if decay is None else decay
+    check_decay(checkpoint, description, decay)
     model = meta_network(NETWORKS.read(description, "model", checkpoint))
     shapes = (model.for_sampling() if sampling else model).state_dict()
     state = {"ema": {str(decay): {name: torch.empty(value.shape) for name, value in shapes.items()}}}

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 
 from mfengine.configs import check_at_least, check_seed
+from mfengine.data.normalisation import Published
 from mfengine.errors import InputError
 from mfengine.methods import OBJECTIVES, ObjectiveConfig
 from mfengine.networks import NETWORKS, NetworkConfig
@@ -25,7 +26,9 @@ class OptimConfig:
     """AdamW and the moving averages of the weights."""
 
     lr: float = 1e-4
-    """constant learning rate"""
+    """learning rate, constant after the warm-up"""
+    warmup_epochs: float = 0
+    """passes over the data in which the learning rate rises linearly from 0"""
     betas: tuple[float, float] = (0.9, 0.95)
     """Adam's decay rates"""
     eps: float = 1e-8
@@ -42,6 +45,8 @@ class OptimConfig:
     def __post_init__(self) -> None:
         if not self.lr > 0:
             raise ValueError(f"lr must be positive, not {self.lr}")
+        if not 0 <= self.warmup_epochs < float("inf"):
+            raise ValueError(f"warmup_epochs must not be negative, nor infinite, not {self.warmup_epochs}")
         if not self.ema_decays:
             raise ValueError("ema_decays must be one or more numbers")
         check_settings(self.lr, self.betas, self.eps, self.weight_decay, self.ema_decays, self.clip_norm)
@@ -57,6 +62,8 @@ class TrainConfig:
 
     data: Path = Path("data/latents")
     """folder with dataset.json, as written by mfengine.prepare"""
+    normalisation: Published | None = None
+    """of the latents that this configuration was published with; a warning tells where the data has another"""
     name: str = "run"
     """the run's folder is RUNS/NAME"""
     runs: Path = Path("runs")
@@ -136,6 +143,11 @@ class TrainConfig:
     def total_steps(self, count: int) -> int:
         """Optimizer steps of the run, over a data set of `count` samples."""
         return self.steps or max(1, round(self.epochs * count / self.batch_size))
+
+    def learning_rate(self, step: int, count: int) -> float:
+        """That of the optimizer step after `step` others, over a data set of `count` samples."""
+        warmup_steps = self.optim.warmup_epochs * count / self.batch_size
+        return self.optim.lr * min(1.0, (step + 1) / warmup_steps) if warmup_steps else self.optim.lr
 
     def compute_dtype(self, device: torch.device) -> torch.dtype:
         if self.precision == "auto":

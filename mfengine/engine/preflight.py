@@ -14,6 +14,7 @@ from torch import nn
 from mfengine.configs import flatten, read_json, to_json
 from mfengine.data.format import Dataset
 from mfengine.data.loader import Loader
+from mfengine.data.normalisation import describe
 from mfengine.engine.checkpoint import checkpoints_of, first_whole, load_initial_weights, read_description
 from mfengine.engine.config import TrainConfig
 from mfengine.engine.flops import meta_network
@@ -64,6 +65,18 @@ def check_run(config: TrainConfig, dataset: Dataset, world: World) -> None:
         adamw_ema(nn.ParameterList([torch.empty(1, device=world.device.type)]), optim)
     if config.evaluate_every:
         check_dimensions(dataset.space)
+
+
+def other_normalisation(config: TrainConfig, dataset: Dataset) -> list[str]:
+    """A warning, if latents are normalised otherwise than those that the configuration was published with."""
+    wanted, found = config.normalisation, describe(dataset.space)
+    if wanted in (None, found):
+        return []
+    return [
+        f"warning: this configuration was published with latents normalised by {wanted}; {config.data} has {found}. "
+        f"`python -m mfengine.prepare normalise {config.data} --to {wanted}` changes that, and --normalisation None "
+        "takes it as it is"
+    ]
 
 
 def absent(device: torch.device) -> bool:
@@ -153,7 +166,8 @@ def dry_run(config: TrainConfig, here: World, ranks: int) -> None:
     except InputError as error:
         refused = error
     if here.main:
-        print(*plan.lines(dataset), *plan.warnings(here.device), sep="\n", flush=True)
+        unlike = other_normalisation(config, dataset) if dataset is not None else ()
+        print(*plan.lines(dataset), *plan.warnings(here.device), *unlike, sep="\n", flush=True)
     if refused is not None:
         raise refused
     assert dataset is not None

@@ -88,8 +88,8 @@ class Telemetry:
             self._bar.set_postfix(shown, refresh=False)
             self._bar.update(self._batch_size)
 
-    def log(self, step: int, epoch: float, skipped_steps: int) -> None:
-        """Write a line of figures: means and speed since the last one."""
+    def log(self, step: int, epoch: float, lr: float, skipped_steps: int) -> None:
+        """Write a line of figures: means and speed since the last one, and the learning rate of the last step."""
         if not self._enabled:
             return
         now = time.monotonic()
@@ -101,6 +101,7 @@ class Telemetry:
             "step": step,
             "epoch": round(epoch, 4),
             **{name: float(np.mean(values)) if values else None for name, values in self._scalars.items()},
+            "lr": lr,
             "samples_per_second": round(speed, 1),
             "mfu": round(min(1, speed / self._peak), 4),
             "memory_gb": round(torch.cuda.max_memory_allocated() / 1e9, 3) if torch.cuda.is_initialized() else None,

@@ -40,7 +40,7 @@ from mfengine.engine.flops import step_flops
 from mfengine.engine.lock import hold
 from mfengine.engine.optim import adamw_ema, averaged, averages
 from mfengine.engine.plan import device_memory, make_plan
-from mfengine.engine.preflight import check_run, check_run_folder, write_config
+from mfengine.engine.preflight import check_run, check_run_folder, other_normalisation, write_config
 from mfengine.engine.rates import peak_rate
 from mfengine.engine.telemetry import Telemetry
 from mfengine.errors import RankTrainingError, TrainingError
@@ -112,7 +112,8 @@ class Trainer:
             f"{config.folder}: {NETWORKS.name_of(config.model)} by {OBJECTIVES.name_of(config.method)}, "
             f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, "
             f"{self.total_steps} steps of {config.batch_size} samples, "
-            f"{world.size} x {world.device.type} in {str(model.compute_dtype).removeprefix('torch.')}"
+            f"{world.size} x {world.device.type} in {str(model.compute_dtype).removeprefix('torch.')}",
+            *other_normalisation(config, dataset),
         ]
         if config.init is not None and not checkpoints:
             fresh = load_initial_weights(model, config.init, config.init_reverse_time, config.skip_checksums)
@@ -211,7 +212,10 @@ class Trainer:
         if ranks["skipped"][0]:
             self._skipped_gradient()  # a step ago: no host has waited for it
         finite = ranks["loss"].isfinite()
+        lr = config.learning_rate(self.step, self.dataset.count)
         if finite.all():
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
             self.optimizer.step()
         else:
             rank = int(finite.logical_not().nonzero()[0])
@@ -221,7 +225,7 @@ class Trainer:
 
         self.telemetry.step({name: float(ranks[name][finite].mean()) for name in scalars})
         if self.step % config.log_every == 0 or self.step == self.total_steps:
-            self.telemetry.log(self.step, self.step * config.batch_size / self.dataset.count, self.skipped)
+            self.telemetry.log(self.step, self.step * config.batch_size / self.dataset.count, lr, self.skipped)
         return int(ranks["signal"].max()), bool(ranks["overdue"][0])
 
     def _skipped_gradient(self) -> None:

@@ -95,7 +95,7 @@ class Fidelity:
     """
 
     def __init__(self, reference: Reference, weights: Path | None, batch: int, world: World) -> None:
-        self._reference, self._world = reference, world
+        self._statistics, self._world = reference.statistics, world
         # Read once, and sent to the other ranks.
         self._extractor = world.on_main(lambda: _load_extractor(weights)).to(world.device)
         self._reference_features = None
@@ -121,11 +121,10 @@ class Fidelity:
         from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
 
         features, logits = taken.split((FEATURES, LOGITS), dim=1)
-        real = self._reference.statistics
         if self._reference_features is not None:
             real_features = self._reference_features[:, :FEATURES]
-            real = real or fid_features_to_statistics(real_features.double())
-        fid = fid_statistics_to_metric(fid_features_to_statistics(features.double()), real, verbose=False)
+            self._statistics = self._statistics or fid_features_to_statistics(real_features.double())
+        fid = fid_statistics_to_metric(fid_features_to_statistics(features.double()), self._statistics, verbose=False)
         score = isc_features_to_metric(logits, splits=SPLITS)
         metrics = {
             "fid": fid[KEY_METRIC_FID],

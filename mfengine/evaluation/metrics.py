@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from mfengine.evaluation.fidelity import Fidelity, Reference
 from mfengine.evaluation.frechet import Moments, data_moments, frechet_distance
 from mfengine.evaluation.samples import SampleSet
 from mfengine.files import write_atomic, writing
+from mfengine.methods import Sampler
 from mfengine.progress import progress
 from mfengine.ranks import World
 
@@ -54,100 +56,116 @@ class LabelReader:
         return int((read == labels.cpu().numpy()).sum())
 
 
-def evaluate(
-    model: nn.Module,
-    samples: SampleSet,
-    steps: Sequence[int],
-    world: World,
-    *,
-    dataset: Dataset | None = None,
-    reference: Reference | None = None,
-    inception: Path | None = None,
-    decode: Decode | None = None,
-    save: Path | None = None,
-) -> dict[str, float]:
-    """Draw samples and compare them with data, with reference images, or with both; every rank calls it.
+class Evaluation:
+    """Compares samples of models with data, with reference images, or with both; every rank makes it.
+
+    What they are compared with is read once, and so are the networks that this takes.
 
     Args:
-        model: on the ranks' devices, whole.
         samples: to draw.
-        steps: network evaluations per sample: all metrics are taken for each value.
         world: the ranks that share the work.
         dataset: gives the Frechet distance of latents and, where these are pixels, the share read as their label.
         reference: gives the metrics of `Fidelity`.
         inception: weights for `Fidelity`.
         decode: makes images; needed with `reference` and `save`.
-        save: write the images of the first value of `steps` here, as `ImageWriter` does.
-
-    Returns:
-        The metrics by name, on rank 0; those of images are missing elsewhere.
+        save: write the images of the first `measure` here, as `ImageWriter` does.
 
     Raises:
-        InputError: decoder or reference do not fit the model, a library is missing, something cannot be read or
-            written, or samples are not finite.
+        InputError: decoder or reference do not fit the model, a library is missing, or something cannot be read.
     """
-    space, device = samples.space, world.device
-    dimensions = math.prod(space.shape)
-    data = reader = fidelity = writer = None
-    # Checks come first, then all that takes long.
-    if decode is not None:
-        height, width = decode(torch.zeros(1, *space.shape, device=device), space).shape[-2:]
-        if reference is not None:
-            reference.check_size(height, width)
-    if dataset is not None:
-        first_half, second_half = data_moments(dataset, world, samples.seed)
-        floor = frechet_distance(first_half.fit(), second_half.fit())
-        first_half.merge(second_half)
-        data = first_half.fit()
-        for what, n in (("samples", samples.count), ("images in the data", dataset.count)):
-            if n <= dimensions:
-                _tell(
-                    f"{n:,} {what} leave a covariance of {dimensions:,} dimensions singular: their Frechet distance "
-                    "compares only with that of as many",
-                    world,
-                )
-        if space.pixel_range is not None and space.num_classes > 1:
-            reader = world.on_main(lambda: LabelReader(dataset))
-    if reference is not None:
-        fidelity = Fidelity(reference, inception, samples.batch, world)
-        if reference.images is None:
-            _tell(f"no precision and recall: {reference.path} has no images", world)
-    if save is not None:
-        writer = ImageWriter(save, samples.count, height, width, world)
 
-    metrics: dict[str, float] = {}
-    for nfe in steps if dataset is not None or reference is not None else steps[:1]:
-        moments = Moments(dimensions, device) if data is not None else None
+    floor: dict[str, float]
+    """`frechet_floor`, the Frechet distance between two halves of the data, where there is data"""
+
+    def __init__(
+        self,
+        samples: SampleSet,
+        world: World,
+        *,
+        dataset: Dataset | None = None,
+        reference: Reference | None = None,
+        inception: Path | None = None,
+        decode: Decode | None = None,
+        save: Path | None = None,
+    ) -> None:
+        self._samples, self._world, self._decode = samples, world, decode
+        space = samples.space
+        dimensions = math.prod(space.shape)
+        self._data = self._reader = self._fidelity = self._writer = None
+        self.floor = {}
+        # Checks come first, then all that takes long.
+        if decode is not None:
+            height, width = decode(torch.zeros(1, *space.shape, device=world.device), space).shape[-2:]
+            if reference is not None:
+                reference.check_size(height, width)
+        if dataset is not None:
+            first_half, second_half = data_moments(dataset, world, samples.seed)
+            self.floor["frechet_floor"] = frechet_distance(first_half.fit(), second_half.fit())
+            first_half.merge(second_half)
+            self._data = first_half.fit()
+            for what, n in (("samples", samples.count), ("images in the data", dataset.count)):
+                if n <= dimensions:
+                    _tell(
+                        f"{n:,} {what} leave a covariance of {dimensions:,} dimensions singular: their Frechet "
+                        "distance compares only with that of as many",
+                        world,
+                    )
+            if space.pixel_range is not None and space.num_classes > 1:
+                self._reader = world.on_main(lambda: LabelReader(dataset))
+        if reference is not None:
+            self._fidelity = Fidelity(reference, inception, samples.batch, world)
+            if reference.images is None:
+                _tell(f"no precision and recall: {reference.path} has no images", world)
+        if save is not None:
+            self._writer = ImageWriter(save, samples.count, height, width, world)
+
+    def measure(self, model: nn.Module, sampler: Sampler, steps: int, title: str) -> dict[str, float]:
+        """Draw samples and compare them; every rank calls it.
+
+        Args:
+            model: on the ranks' devices, whole.
+            sampler: how to draw from it.
+            steps: network evaluations per sample.
+            title: of the progress bar.
+
+        Returns:
+            The metrics by name, on rank 0; those of images are missing elsewhere.
+
+        Raises:
+            InputError: samples are not finite, or images cannot be written.
+        """
+        samples, world = replace(self._samples, sampler=sampler), self._world
+        space = samples.space
+        moments = Moments(math.prod(space.shape), world.device) if self._data is not None else None
         features, hits = [], 0
-        with progress(samples.count, "samples", f"{nfe} step(s)", enabled=world.main) as bar:
-            for rows, latents, labels in samples.draw(model, nfe, world):
+        with progress(samples.count, "samples", title, enabled=world.main) as bar:
+            for rows, latents, labels in samples.draw(model, steps, world):
                 if not latents.isfinite().all():
-                    raise RankError(f"samples in {nfe} step(s) are not finite: these weights cannot be measured")
+                    raise RankError(f"samples in {steps} step(s) are not finite: these weights cannot be measured")
                 vectors = space.unscale(latents).flatten(1)
                 if moments is not None:
                     moments.add(vectors)
-                if reader is not None:
-                    hits += reader.hits(vectors, labels)
-                if decode is not None:
-                    pixels = (decode(latents, space) * 255).to(torch.uint8)  # rounded down, as ADM does
-                    if fidelity is not None:
-                        features.append((rows, fidelity.features(pixels)))
-                    if writer is not None:
-                        writer.write(rows, pixels)
+                if self._reader is not None:
+                    hits += self._reader.hits(vectors, labels)
+                if self._decode is not None:
+                    pixels = (self._decode(latents, space) * 255).to(torch.uint8)  # rounded down, as ADM does
+                    if self._fidelity is not None:
+                        features.append((rows, self._fidelity.features(pixels)))
+                    if self._writer is not None:
+                        self._writer.write(rows, pixels)
                 # The first rank's slice is the first of as many as there are ranks.
                 bar.update(min(samples.count, rows.start + samples.batch * world.size) - bar.n)
-        if writer is not None:
-            writer.finish()
-            writer = None
-        if data is not None and moments is not None:
-            metrics[f"frechet_{nfe}nfe"] = frechet_distance(data, moments.over_ranks(world).fit())
-        if reader is not None:
-            metrics[f"accuracy_{nfe}nfe"] = float(world.gather([hits]).sum()) / samples.count
-        if fidelity is not None:
-            metrics |= {f"{name}_{nfe}nfe": value for name, value in fidelity.metrics(features).items()}
-    if data is not None:
-        metrics["frechet_floor"] = floor
-    return metrics
+        if self._writer is not None:
+            self._writer.finish()
+            self._writer = None
+        metrics: dict[str, float] = {}
+        if self._data is not None and moments is not None:
+            metrics["frechet"] = frechet_distance(self._data, moments.over_ranks(world).fit())
+        if self._reader is not None:
+            metrics["accuracy"] = float(world.gather([hits]).sum()) / samples.count
+        if self._fidelity is not None:
+            metrics |= self._fidelity.metrics(features)
+        return metrics
 
 
 def _tell(note: str, world: World) -> None:

@@ -83,7 +83,8 @@ class Objective(ABC):
         """`sample` under these conditions, the others as in `self.conditions`.
 
         Raises:
-            InputError: there is no condition of such a name.
+            InputError: there is no condition of such a name, or, by objectives that look at values, one is out of
+                range.
         """
         for name in conditions:
             choose("condition", name, self.conditions)

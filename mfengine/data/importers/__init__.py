@@ -16,13 +16,13 @@ from mfengine.data.importers.base import Importer, SampleError
 from mfengine.data.importers.lmdb import LMDBImporter
 from mfengine.data.importers.npy import NPYImporter
 from mfengine.data.importers.pt import PTImporter
+from mfengine.data.normalisation import CHANNELS, PUBLISHED
 from mfengine.data.writer import Broken
 from mfengine.errors import InputError
 
 IMPORTERS: tuple[type[Importer], ...] = (LMDBImporter, NPYImporter, PTImporter)
 """The first that recognises a path takes it."""
 
-SD_SCALE = 0.18215  # of the VAE of Stable Diffusion 1 and 2, four channels
 PROBES = 8  # samples to try before a source is given up
 
 
@@ -54,9 +54,12 @@ class ImportedSamples:
             raise InputError(f"{path} does not say how many classes there are: give --num-classes (1000 for ImageNet)")
         self.flips, self._shape = self._find_shape()
         channels, height, width = self._shape[0] // 2, *self._shape[1:]
-        if scale is None and channels != 4:
-            raise InputError(f"latents of {channels} channels are not those of Stable Diffusion's VAE: give --scale")
-        self.space = LatentSpace((channels, height, width), num_classes, scale or SD_SCALE, bias)
+        if scale is None and channels != CHANNELS:
+            raise InputError(
+                f"latents of {channels} channels are not those of Stable Diffusion's VAE: give --scale, or "
+                "--normalisation measured"
+            )
+        self.space = LatentSpace((channels, height, width), num_classes, scale or PUBLISHED["sd"][0], bias)
         self.provenance = {"format": source.format, "source": self.name, "fingerprint": source.fingerprint}
 
     def _find_shape(self) -> tuple[int, tuple[int, ...]]:
