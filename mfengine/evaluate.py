@@ -69,8 +69,8 @@ class EvaluateArgs:
     """samples per call of the network, on one rank"""
 
     sweep: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=VALUE,VALUE ...")] = ()
-    """measure all combinations of such values of conditions, steps and ema_decay, as in --sweep omega=1,2,4 steps=1,2:
-    a table, the best by FID or else by Frechet distance first, and a heat map"""
+    """measure all combinations of values of conditions, steps and ema_decay, such as omega=1,2,4 steps=1,2. A table has
+    the best one first, by FID or else by Frechet distance, and a heat map shows all"""
 
     data: Path | None = None
     """the data set the model was trained on"""

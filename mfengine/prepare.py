@@ -211,12 +211,12 @@ def check_whole(found: Report) -> None:
 
 @dataclass(frozen=True)
 class NormaliseArgs:
-    """Change how the latents of a data set are normalised. Its samples stay as they are: they are not normalised."""
+    """Change how latents are normalised, by scale and bias in dataset.json. Samples stay as the encoder gave them."""
 
     folder: cli.Data
     """a data set; its dataset.json is rewritten"""
     to: Normalisation
-    """see `images --help`; measured reads all of it, as check does"""
+    """as of `prepare images`; measured reads the whole data set"""
 
 
 def normalise(args: NormaliseArgs) -> None:
@@ -234,8 +234,8 @@ def normalise(args: NormaliseArgs) -> None:
     with writing(path):
         write_atomic(path, json.dumps(values, indent=1) + "\n")
     print(
-        f"{path}: latents are normalised by {describe(space)}, no longer by {describe(dataset.space)}. Runs that learn "
-        "from them so far refuse to go on with others: train new ones, or change it back for those"
+        f"{path}: latents are normalised by {describe(space)}, no longer by {describe(dataset.space)}. A run that "
+        "began before refuses to continue so: change it back for that run, or start another"
     )
 
 

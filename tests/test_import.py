@@ -196,7 +196,7 @@ def test_named_normalisations(tmp_path, where):
 
     code, out, err = prepare("normalise", "out", "--to=sd", **where)
     assert code == 0, err
-    assert "latents are normalised by sd, no longer by sd-vae-ft-mse. Runs that learn from them so far refuse" in out
+    assert "latents are normalised by sd, no longer by sd-vae-ft-mse. A run that began before refuses" in out
     assert Dataset.open(tmp_path / "out").space == replace(space, scale=0.18215, bias=0.0)
     assert prepare("normalise", "out", "--to=measured", **where)[0] == 0
     out = prepare("check", "out", **where)[1]
