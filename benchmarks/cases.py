@@ -10,7 +10,7 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from mfengine.engine.presets import PRESETS
 from mfengine.kernels import multi_tensor
 from mfengine.ops import OPS, Dual
 from mfengine.ops.backend import Backend
+from mfengine.ops.rope import angles
 from mfengine.ops.table import SHAPES, New, Shape
 from mfengine.optim import AdamWEMA
 from mfengine.ranks import World
@@ -178,6 +179,33 @@ def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
     return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps=1e-6)
 
 
+def residual_rms_norm(x: Tensor, y: Tensor, gate: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    x = x + gate * y
+    return x, F.rms_norm(x, weight.shape, weight.to(x.dtype), eps=1e-6).to(y.dtype)
+
+
+def swiglu(x: Tensor) -> Tensor:
+    g, w = x.chunk(2, -1)
+    return F.silu(g) * w
+
+
+@cache
+def turns(tokens: int, dim: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    return angles(tokens, dim, device).to(dtype).unbind(-1)
+
+
+def rotary_attention(qkv: Tensor, q_weight: Tensor, k_weight: Tensor) -> Tensor:
+    q, k, v = qkv.unflatten(-1, (3, -1, q_weight.shape[0])).permute(2, 0, 3, 1, 4)  # each (B, H, N, d)
+    cos, sin = turns(q.shape[2], q.shape[3], q.device, q.dtype)
+
+    def rotate(x: Tensor) -> Tensor:
+        even, odd = x[..., ::2], x[..., 1::2]
+        return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2)
+
+    o = plain_attention(rotate(rms_norm(q, q_weight)), rotate(rms_norm(k, k_weight)), v)
+    return o.transpose(1, 2).flatten(2)
+
+
 # As one writes them with PyTorch's own operators. An op that is not here is timed beside its plain reference.
 PLAIN: dict[str, Callable[..., Any]] = {
     "attention": plain_attention,
@@ -185,6 +213,9 @@ PLAIN: dict[str, Callable[..., Any]] = {
     "gated_residual_adaln": residual_adaln,
     "gelu": bias_gelu,
     "rms_norm": rms_norm,
+    "gated_residual_rms_norm": residual_rms_norm,
+    "rotary_attention": rotary_attention,
+    "swiglu": swiglu,
 }
 OTHERS: dict[str, dict[str, Callable[..., Any]]] = {"attention": {"SDPA": sdpa}}
 OTHERS_WITH_JVP: dict[str, dict[str, Callable[..., Any]]] = {}

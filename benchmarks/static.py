@@ -1,10 +1,10 @@
 """`python -m benchmarks.static`: what the compiler makes of every launch, without a GPU.
 
 A stand-in for Triton's driver lets every op of `mfengine.ops.OPS` run on real tensors, strided and packed as in a step
-of B/2, L/2 and XL/2, and attention on dense and odd ones. Triton specializes on these arguments and compiles as on a
-GPU, for sm_80, sm_90 and sm_100; only the launch does nothing. The CUDA library is looked at as it was built. The table
-shows registers, stack, shared memory, tensor-core instructions and the widths of global accesses in loops. A row fails
-on
+of B/2, L/2 and XL/2 and of iMF's B/2 and XL/2, and attention on dense and odd ones. Triton specializes on these
+arguments and compiles as on a GPU, for sm_80, sm_90 and sm_100; only the launch does nothing. The CUDA library is
+looked at as it was built. The table shows registers, stack, shared memory, tensor-core instructions and the widths of
+global accesses in loops. A row fails on
 
 - any stack, which is a spill or a local array;
 - a dot product without tensor-core instructions;
@@ -56,8 +56,13 @@ SHAPES = {
     "B/2": Shape(3, 256, 12, 64),
     "L/2": Shape(3, 256, 16, 64),
     "XL/2": Shape(3, 256, 16, 72),
+    "iMF B/2": Shape(3, 276, 12, 64),
+    "iMF XL/2": Shape(3, 276, 16, 64),
     **{f"d{dim}": Shape(3, 256, 16, dim) for dim in (80, 96, 128)},  # other tiles
 }
+
+IMF = ("gated_residual_rms_norm", "rotary_attention", "swiglu")
+"""Ops of iMF's networks alone, compiled at their shapes alone."""
 
 # ----------------------------------------------------------------------------
 # What is launched.
@@ -81,6 +86,8 @@ def cases() -> Iterator[Case]:
         # Without products an op sees the width alone, which no head dim but those of the networks gives.
         if example.op is None or (not any(example.flops) and network.startswith("d")):
             continue
+        if network.startswith("iMF") != (name in IMF):
+            continue
         yield from calls(f"{name} {network} {label}", example.function, example.arguments)
     for layout, (label, dtype) in product(("dense", "odd"), DTYPES.items()):
         batch, tokens, heads, dim = SHAPES["XL/2"]
@@ -103,7 +110,7 @@ def calls(name: str, function: Callable[..., Any], arguments: tuple[Tensor, ...]
     yield Case(name, partial(outputs, *arguments))
     yield Case(f"{name} dual", partial(outputs, *(Dual(x, x) for x in arguments)))
     yield Case(f"{name} backward", partial(backward, False))
-    if name.startswith("gated_residual_adaln"):  # a residual stream that nothing else uses: the last one
+    if name.startswith("gated_residual"):  # a residual stream that nothing else uses: the last one
         yield Case(f"{name} last backward", partial(backward, True))
 
 

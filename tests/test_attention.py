@@ -88,7 +88,7 @@ def rotary_rows(x, q_weight, k_weight):
 
 CASES = {
     "packed": (packed, [(3, 17, 3 * 2 * 24)]),
-    "rotary": (rotary, [(3, 17, 3 * 2 * 24), (24,), (24,)]),
+    "rotary": (rotary, [(2, 9, 3 * 2 * 16), (16,), (16,)]),
     "rotary, any head dim": (rotary_rows, [(2, 5, 3 * 2 * 12), (12,), (12,)]),
     "packed, one token": (packed, [(2, 1, 3 * 2 * 16)]),
     "strided": (strided, [(2, 2, 5, 2 * 16), (2, 2, 19, 2 * 16), (2, 2, 19, 2 * 16)]),
@@ -96,7 +96,7 @@ CASES = {
     "any head dim": (ops.attention, [(2, 1, 4, 12), (2, 1, 7, 12), (2, 1, 7, 12)]),
 }
 DIMS = {
-    "packed": 24, "packed, one token": 16, "rotary": 24, "rotary, any head dim": 12, "strided": 16, "views": 40,
+    "packed": 24, "packed, one token": 16, "rotary": 16, "rotary, any head dim": 12, "strided": 16, "views": 40,
     "any head dim": 12,
 }  # fmt: skip
 
