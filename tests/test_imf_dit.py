@@ -5,7 +5,6 @@ import json
 import pytest
 import torch
 from golden_cases import IMPROVED_NAMES, ImprovedCase, golden_case, relative_error
-from torch.utils import _pytree as pytree
 
 from mfengine import IMFDiT, IMFDiTConfig, sample
 from mfengine.convert import to_imf
@@ -38,7 +37,9 @@ def test_dual_forward_is_the_jvp(rows):
     model = small_model()
     z, h, y, conditions = inputs(5)
     dz, dh, *_ = inputs(5, seed=2)
-    (expected_u, expected_v), (expected_du, _) = torch.func.jvp(lambda z, h: model(z, h, y, **conditions), (z, h), (dz, dh))
+    (expected_u, expected_v), (expected_du, _) = torch.func.jvp(
+        lambda z, h: model(z, h, y, **conditions), (z, h), (dz, dh)
+    )
     u, v, du = model(z, h, y, **conditions, tangents=(dz[5 - rows :], dh[5 - rows :]))
     torch.testing.assert_close(u, expected_u, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(v, expected_v, rtol=1e-10, atol=1e-10)
@@ -174,7 +175,8 @@ def test_from_jax_to_pth_and_back_are_the_same_samples(name):
     noise, labels = case.image("sample/z"), torch.from_numpy(case.arrays["sample/y"]).long()
     for network in (model, model.for_sampling()):
         assert torch.equal(
-            sample(network, noise, labels, 2, **case.conditions), sample(case.model, noise, labels, 2, **case.conditions)
+            sample(network, noise, labels, 2, **case.conditions),
+            sample(case.model, noise, labels, 2, **case.conditions),
         )
 
 

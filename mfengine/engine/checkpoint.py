@@ -27,8 +27,9 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
-from mfengine.configs import check_at_least, choose, from_json, parse_json, read_json
+from mfengine.configs import check_at_least, choose, from_json, parse_json, read_json, to_json
 from mfengine.data.format import LatentSpace
+from mfengine.engine.config import OTHERS, TrainConfig
 from mfengine.engine.flops import meta_network
 from mfengine.engine.storage import Planner, Reader, Sum, Writer, intact
 from mfengine.errors import InputError
@@ -399,31 +400,47 @@ def export_model(checkpoint: Path, out: Path, ema_decay: float | None = None, sk
     Raises:
         InputError: there is no such checkpoint, or it cannot be written so.
     """
-    from safetensors import SafetensorError  # here, since `make gpu` runs without it
-    from safetensors.torch import save_file
-
     if checkpoint.suffix == ".safetensors":
         raise InputError(f"{checkpoint} is an export already: give a checkpoint or a run folder")
     checkpoint = _find_checkpoint(checkpoint)
     description = read_description(checkpoint)
     weights = _read_average(checkpoint, description, ema_decay, True, skip_checksums)
-    if out.suffix == ".pth":
-        network = NETWORKS[choose("network", {**NETWORKS.unnamed, **description}["network"], NETWORKS)]
-        try:
-            original = network.to_original(weights)
-        except ValueError as error:
-            raise InputError(f"cannot write {out}: {error}") from None
-        with writing(out):
-            write_atomic(out, lambda partial: torch.save(original, partial))
+    if out.suffix == ".safetensors":
+        of_the_run = ("parts", "skipped_steps", "ema_decays", "files", "crc32")
+        _write_export(out, weights, {key: value for key, value in description.items() if key not in of_the_run})
         return checkpoint
-    of_the_run = ("parts", "skipped_steps", "ema_decays", "files", "crc32")
-    kept = {key: value for key, value in description.items() if key not in of_the_run}
+    network = NETWORKS[choose("network", {**NETWORKS.unnamed, **description}["network"], NETWORKS)]
+    try:
+        original = network.to_original(weights)
+    except ValueError as error:
+        raise InputError(f"cannot write {out}: {error}") from None
+    with writing(out):
+        write_atomic(out, lambda partial: torch.save(original, partial))
+    return checkpoint
+
+
+def export_other(path: Path, out: Path, config: TrainConfig, space: LatentSpace) -> None:
+    """Write another project's weights into NAME.safetensors, as an export of a run of `config` has them.
+
+    Raises:
+        InputError: they cannot be read, are of another architecture, or cannot be written.
+    """
+    model = NETWORKS.build(config.model)
+    _load_weights(model, _read_other(type(model), path, config.init_reverse_time)[0], path)
+    weights = {name: value.contiguous() for name, value in model.for_sampling().state_dict().items()}
+    _write_export(out, weights, {**config.description(), "space": to_json(space), "step": 0})
+
+
+def _write_export(out: Path, weights: dict[str, Tensor], description: dict[str, Any]) -> None:
+    from safetensors import SafetensorError  # here, since `make gpu` runs without it
+    from safetensors.torch import save_file
+
     try:
         with writing(out):
-            write_atomic(out, lambda partial: save_file(weights, partial, metadata={"mfengine": json.dumps(kept)}))
+            metadata = {"mfengine": json.dumps(description)}
+            write_atomic(out, lambda partial: save_file(weights, partial, metadata=metadata))
     except SafetensorError as error:
         raise InputError(f"cannot write {out}: {error}") from None
-    return checkpoint
 
 
 def load_initial_weights(model: Network, path: Path, reverse_time: bool, skip_checksums: bool = False) -> list[str]:
@@ -442,15 +459,8 @@ def load_initial_weights(model: Network, path: Path, reverse_time: bool, skip_ch
         InputError: there is no such thing, or it is of another architecture.
     """
     fresh: list[str] = []
-    if path.suffix in (".pt", ".pth"):
-        try:
-            weights, fresh, _ = model.convert(load_tensors(path), reverse_time)
-        except Refused as name:
-            raise InputError(f"{path} would run {name}, if it were unpickled: refused") from None
-        except (OSError, RuntimeError, ValueError) as error:
-            raise InputError(f"cannot read {path}: {str(error).splitlines()[0]}") from None
-        except (AttributeError, EOFError, KeyError, TypeError) as error:
-            raise InputError(f"cannot read {path}: it is not a state dict of tensors: {error!r:.100}") from None
+    if path.suffix in OTHERS:
+        weights, fresh = _read_other(type(model), path, reverse_time)
     elif path.suffix == ".safetensors":
         weights, _ = _read_export(path)
         sampled = meta_network(model.config).for_sampling().state_dict()
@@ -462,6 +472,19 @@ def load_initial_weights(model: Network, path: Path, reverse_time: bool, skip_ch
         weights = _read_average(checkpoint, read_description(checkpoint), None, False, skip_checksums)
     _load_weights(model, weights, path)
     return fresh
+
+
+def _read_other(network: type[Network], path: Path, reverse_time: bool) -> tuple[dict[str, Tensor], list[str]]:
+    """Another project's weights, complete, and those that it does not have."""
+    try:
+        weights, fresh, _ = network.convert(load_tensors(path), reverse_time)
+    except Refused as name:
+        raise InputError(f"{path} would run {name}, if it were unpickled: refused") from None
+    except (OSError, RuntimeError, ValueError) as error:
+        raise InputError(f"cannot read {path}: {str(error).splitlines()[0]}") from None
+    except (AttributeError, EOFError, KeyError, TypeError) as error:
+        raise InputError(f"cannot read {path}: it is not a state dict of tensors: {error!r:.100}") from None
+    return weights, fresh
 
 
 def _find_checkpoint(path: Path) -> Path:

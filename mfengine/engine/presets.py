@@ -17,20 +17,21 @@ def _imagenet(name: str, patch: int, width: int, depth: int, heads: int, epochs:
         model=ModelConfig(patch_size=patch, hidden_size=width, depth=depth, num_heads=heads),
         method=MeanFlowConfig(**guidance),
         epochs=epochs,
+        normalisation="sd",
     )
 
 
-def _improved(
-    name: str, width: int, depth: int, heads: int, omega: float, t_min: float, t_max: float
-) -> TrainConfig:
+def _improved(name: str, width: int, depth: int, heads: int, omega: float, t_min: float, t_max: float) -> TrainConfig:
     """A configuration of arXiv 2512.02012: ImageNet latents of 4 x 32 x 32."""
     return TrainConfig(
         data=Path("data/imagenet256"),
         name=name,
         model=IMFDiTConfig(hidden_size=width, depth=depth, num_heads=heads),
         method=ImprovedMeanFlowConfig(omega=omega, t_min=t_min, t_max=t_max),
+        optim=OptimConfig(warmup_epochs=10),
         batch_size=1024,
         epochs=640,
+        normalisation="sd-vae-ft-mse",
     )
 
 
@@ -85,17 +86,20 @@ PRESETS: dict[str, tuple[str, TrainConfig]] = {
         "ImageNet 256, 676 M parameters, 1000 epochs (guidance as xl2: the published one is unconfirmed)",
         _imagenet("xl2-plus", 2, 1152, 28, 16, 1000, omega=0.2, kappa=0.92, t_end=0.75),
     ),
-    "imf-b2": ("ImageNet 256, improved MeanFlow, 146 M parameters, 640 epochs", _improved("imf-b2", 768, 12, 12, 8.0, 0.4, 0.65)),
+    "imf-b2": (
+        "ImageNet 256, improved MeanFlow, 89 M parameters (training: 146 M), 640 epochs",
+        _improved("imf-b2", 768, 12, 12, 8.0, 0.4, 0.65),
+    ),
     "imf-m2": (
-        f"ImageNet 256, improved MeanFlow, 231 M parameters, {_AS_B2}",
+        f"ImageNet 256, improved MeanFlow, 174 M parameters (training: 231 M), {_AS_B2}",
         _improved("imf-m2", 768, 24, 12, 10.5, 0.4, 0.6),
     ),
     "imf-l2": (
-        f"ImageNet 256, improved MeanFlow, 510 M parameters, {_AS_B2}",
+        f"ImageNet 256, improved MeanFlow, 409 M parameters (training: 510 M), {_AS_B2}",
         _improved("imf-l2", 1024, 32, 16, 10.5, 0.4, 0.6),
     ),
     "imf-xl2": (
-        f"ImageNet 256, improved MeanFlow, 711 M parameters, {_AS_B2}",
+        f"ImageNet 256, improved MeanFlow, 610 M parameters (training: 711 M), {_AS_B2}",
         _improved("imf-xl2", 1024, 48, 16, 8.0, 0.42, 0.62),
     ),
 }

@@ -169,9 +169,7 @@ class ImprovedMeanFlow(Objective):
         weight[: len(guided)] = 1
         with torch.no_grad():
             zero = torch.zeros_like(at, dtype=z.dtype)
-            v_guide = model(
-                z[at], zero, y, omega=to_device(weight, device), t_min=zero, t_max=zero + 1, heads="v"
-            )
+            v_guide = model(z[at], zero, y, omega=to_device(weight, device), t_min=zero, t_max=zero + 1, heads="v")
         v_u, v_c = v_guide[: len(guided)], v_guide[len(guided) : len(guided) + num_interval]
 
         # Both velocities of all rows and, for interval rows, the JVP of u along (v_c, 1, 0) in (z, t, r).

@@ -15,7 +15,7 @@ def sample(model: Any, noise: Tensor, labels: Tensor, steps: int = 1, **conditio
     """z <- z - (t - r) u, from t = 1 to 0 in equal steps.
 
     Args:
-        model: u(z, t, h, y), as `DiT`; or, where there are conditions, u(z, h, y, **conditions, heads="u"), as `IMFDiT`.
+        model: u(z, t, h, y), as `DiT`; where there are conditions, u(z, h, y, **conditions, heads="u"), as `IMFDiT`.
         noise: (B, C, H, W) float32, standard normal.
         labels: (B,) int64.
         steps: network evaluations, at least 1.
@@ -36,9 +36,7 @@ def sample(model: Any, noise: Tensor, labels: Tensor, steps: int = 1, **conditio
     z, h = noise, rows(1 / steps)
     columns = {name: rows(value) for name, value in conditions.items()}
     for step in range(steps):
-        if conditions:
-            u = model(z, h, labels, **columns, heads="u")
-        else:
-            u = model(z, rows(1 - step / steps), h, labels)
+        t = rows(1 - step / steps)
+        u = model(z, h, labels, **columns, heads="u") if conditions else model(z, t, h, labels)
         z = z - column(h) * u
     return z

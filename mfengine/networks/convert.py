@@ -61,9 +61,7 @@ def _from_flax(params: Mapping[str, Any]) -> dict[str, Tensor]:
         elif kind.endswith(("_scale", "_tokens")):
             key = f"{key}.{kind}" if key else kind
         else:
-            raise ValueError(
-                f"unknown parameter {'/'.join(path)}: expected a kernel, bias, embedding, scale or tokens"
-            )
+            raise ValueError(f"unknown parameter {'/'.join(path)}: expected a kernel, bias, embedding, scale or tokens")
         state[key] = value.contiguous()
     return state
 
@@ -160,7 +158,9 @@ def from_imf(checkpoint: Mapping[str, Any]) -> tuple[dict[str, Tensor], list[str
         else:
             unused.append(key)
     if "u_final_layer.linear.weight" not in state or "time_tokens" not in state:
-        raise ValueError("no improved MeanFlow in this checkpoint: it has no u_final_layer.linear.weight or time_tokens")
+        raise ValueError(
+            "no improved MeanFlow in this checkpoint: it has no u_final_layer.linear.weight or time_tokens"
+        )
     return state, unused
 
 

@@ -57,7 +57,9 @@ class IMFDiTConfig(TransformerConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 1 <= self.head_depth < self.depth:
-            raise ValueError(f"head_depth must be at least 1 and less than the depth {self.depth}, not {self.head_depth}")
+            raise ValueError(
+                f"head_depth must be at least 1 and less than the depth {self.depth}, not {self.head_depth}"
+            )
         for name in ("class_tokens", "omega_tokens", "interval_tokens", "time_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
