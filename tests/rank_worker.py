@@ -9,6 +9,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+from golden_cases import golden_case, relative_error
 from stranger import Stranger
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -192,6 +193,23 @@ def optimizer(here):
         assert all(torch.equal(local(p), old) for p, old in zip(model.parameters(), before, strict=True))
 
 
+def improved_meanflow(here):
+    """Two ranks that share the authors' batch have their gradients, in all layouts of FSDP2."""
+    for layout in ({}, {"reshard": True, "recompute": True}):
+        case = golden_case("imf_train")
+        model = prepare_model(case.model, here, **layout)
+        latents, labels, draws = case.batch("in")
+        each = case.num_instant // here.size  # rows of a kind
+        first = here.rank * each
+        mine = [*range(first, first + each), *range(case.num_instant + first, case.num_instant + first + each)]
+        draws = type(draws)(*(x[mine] if isinstance(x, torch.Tensor) else x for x in draws))
+        draws = draws._replace(num_dropped=min(max(draws.num_dropped - first, 0), each))
+        case.method.loss(model, latents[mine], labels[mine], draws)[0].backward()
+        gradients = case.parameters("grads")
+        for name, p in model.named_parameters():
+            assert relative_error(p.grad.full_tensor(), gradients[name]) <= 1e-5, (layout, name)
+
+
 def lost_rank(here):
     """The host exchange ends with one error where a rank has ended without a word."""
     if here.rank == 0:
@@ -201,7 +219,10 @@ def lost_rank(here):
     os._exit(0)
 
 
-CHECKS = (zero_guided_rows, bfloat16, optimizer, asynchronous_checkpoint, strangers_network, lost_rank)
+CHECKS = (
+    *(zero_guided_rows, bfloat16, improved_meanflow, optimizer, asynchronous_checkpoint, strangers_network),
+    lost_rank,
+)
 """The last ends the processes."""
 
 
