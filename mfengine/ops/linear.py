@@ -85,8 +85,11 @@ def _cast(p: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 def _cast_with_graph(p: Tensor, dtype: torch.dtype) -> Tensor:
     """A parameter in another dtype; one that takes gradients in that dtype and has a copy need not be cast."""
-    found = None if _fixed is None else _fixed.get(id(p))
-    if found is None or found[1].dtype != dtype or p.grad_dtype != dtype or traced():
+    # The compiler must not see the look-up: it would compile each block anew, for the identity of its parameters.
+    if torch.compiler.is_compiling() or traced() or _fixed is None:
+        return p.to(dtype)
+    found = _fixed.get(id(p))
+    if found is None or found[1].dtype != dtype or p.grad_dtype != dtype:
         return p.to(dtype)
     return _Copied.apply(p, found[1])
 
