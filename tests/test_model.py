@@ -180,6 +180,6 @@ def test_blocks_are_compiled_for_many_rows_and_for_one():
 
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
         warm = [train(guided) for guided in (4, 3, 1)][-1]
-        # Guidance by one number of rows, by any, by one row, and the main pass: each of the first block and of the others.
+        # Guidance by one number of rows, any, one; the main pass. Each of the first block and of the others.
         assert warm == 8
         assert [train(guided) for guided in (5, 0, 8, 2, 1, 6)] == [warm] * 6
