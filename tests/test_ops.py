@@ -169,8 +169,13 @@ def test_plain_tangent_is_the_jvp_of_the_reference(name, rows):
 
 @pytest.mark.parametrize(
     ("op", "width"),
-    [(lambda x: ops.chunk(x, 3)[1], 9), (partial(ops.linear_map, lambda x: x.mT), 4), (lambda x: ops.add(x, BIAS), 4)],
-    ids=["chunk", "linear_map", "add a constant"],
+    [
+        (lambda x: ops.chunk(x, 3)[1], 9),
+        (partial(ops.linear_map, lambda x: x.mT), 4),
+        (lambda x: ops.add(x, BIAS), 4),
+        (lambda x: ops.add(ops.linear_map(torch.Tensor.half, x), BIAS), 4),
+    ],
+    ids=["chunk", "linear_map", "add a constant", "add a wider constant"],
 )
 def test_tangent_of_a_linear_function(op, width):
     x, dx = torch.randn(2, 3, 5, width)

@@ -105,6 +105,7 @@ class FinalLayer(nn.Module):
         self.linear = Linear(config.hidden_size, config.patch_size**2 * config.in_channels)
         self.adaLN_modulation = nn.Sequential(SiLU(), Linear(config.hidden_size, 2 * config.hidden_size))
 
+    @ops.one_node
     def forward(self, x: A, branch: A | None, gate: A | None, c: A) -> A:
         shift, scale = ops.chunk(self.adaLN_modulation[1](c), 2)
         _, o = _add_and_modulate(x, branch, gate, shift, scale)
@@ -182,8 +183,7 @@ class DiT(Network):
         c = ops.add(ops.add(self.t_embedder(t), self.h_embedder(h)), self.y_embedder(y))  # (B, D)
         c = ops.silu(ops.linear_map(self._to_compute, c))
         x = self.x_embedder(ops.linear_map(self._to_compute, z))  # (B, N, D)
-        # The positions are float32 and so the residual stream is.
-        x = ops.add(ops.linear_map(lambda x: x.to(self.pos_embed.dtype), x), self.pos_embed)
+        x = ops.add(x, self.pos_embed)  # which is float32, and so is the residual stream
         x = ops.linear_map(lambda x: x.flatten(0, 1), x)  # (B * N, D): tokens are rows from here on
         branch = gate = None
         for block in self.blocks:

@@ -93,9 +93,10 @@ def linear_map(f: Callable[[Tensor], Tensor], x: A) -> A:
 
 
 def add(x: A, y: A) -> A:
-    """x + y: y in the shape of x, or a tensor that broadcasts to it."""
+    """x + y: y in the shape of x, or a tensor that broadcasts to it. Of two dtypes the wider."""
     if isinstance(x, Dual) and not isinstance(y, Dual):
-        return Dual(x.primal + y, x.tangent)
+        total = x.primal + y
+        return Dual(total, x.tangent.to(total.dtype))
     return push(torch.add, lambda x, y, dx, dy: dx + dy, x, y)
 
 

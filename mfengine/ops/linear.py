@@ -132,8 +132,11 @@ def _cast(p: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 def _cast_with_graph(p: Tensor, dtype: torch.dtype) -> Tensor:
     """A parameter in another dtype; one that takes gradients in that dtype and has a copy need not be cast."""
-    found = None if _fixed is None else _fixed.get(id(p))
-    if found is None or found[1].dtype != dtype or p.grad_dtype != dtype or traced():
+    # The compiler must not see the look-up: it would compile each block anew, for the identity of its parameters.
+    if torch.compiler.is_compiling() or traced() or _fixed is None:
+        return p.to(dtype)
+    found = _fixed.get(id(p))
+    if found is None or found[1].dtype != dtype or p.grad_dtype != dtype:
         return p.to(dtype)
     return _Copied.apply(p, found[1])
 
@@ -213,18 +216,20 @@ def _in_block(tape: Tape, x: A, weight: Tensor, bias: Tensor | None, dtype: torc
         output = primal @ w_t if b is None else torch.addmm(b, primal, w_t)
     else:
         output = F.linear(primal, w, b)
-    options = (None if bias is None else bias.dtype,)
-    tape.record(_gradients, (primal, weight, bias), (output,), (primal, w), options)
+    gradient_dtype = None
+    if bias is not None:
+        gradient_dtype = bias.grad_dtype if bias.is_leaf else bias.dtype
+    tape.record(_gradients, (primal, weight, bias), (output,), (primal, w), (bias is not None, gradient_dtype))
     return Dual(output, x.tangent @ w_t) if isinstance(x, Dual) else output
 
 
 def _gradients(
-    x: Tensor, weight: Tensor, go: Tensor, bias_dtype: torch.dtype | None
+    x: Tensor, weight: Tensor, go: Tensor, has_bias: bool, bias_dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     gx = go @ weight
     if x.ndim > 2:
         x, go = x.flatten(0, -2), go.flatten(0, -2)
-    return gx, go.t() @ x, None if bias_dtype is None else go.sum(0, dtype=bias_dtype)
+    return gx, go.t() @ x, go.sum(0, dtype=bias_dtype) if has_bias else None
 
 
 def _product_tangent(x: Tensor, weight: Tensor, dx: Tensor, dweight: Tensor | None) -> Tensor:
@@ -246,16 +251,13 @@ def sinusoid(t: A, dim: int) -> A:
         (B, dim) float32, or float64 if t is.
     """
 
-    def frequencies(t: Tensor) -> Tensor:
-        half = dim // 2
-        return torch.exp(-math.log(10_000) * torch.arange(half, dtype=t.dtype, device=t.device) / half)
-
-    def primal(t: Tensor) -> Tensor:
-        angle = t[:, None] * frequencies(t)
-        return torch.cat([angle.cos(), angle.sin()], dim=-1)
-
-    def tangent(t: Tensor, dt: Tensor) -> Tensor:
-        angle, dangle = t[:, None] * frequencies(t), dt[:, None] * frequencies(t)
-        return torch.cat([-angle.sin() * dangle, angle.cos() * dangle], dim=-1)
-
-    return push(primal, tangent, t)
+    x, half = primal_of(t), dim // 2
+    frequencies = torch.exp(-math.log(10_000) * torch.arange(half, dtype=x.dtype, device=x.device) / half)
+    angle = x[:, None] * frequencies
+    cos, sin = angle.cos(), angle.sin()
+    primal = torch.cat([cos, sin], dim=-1)
+    if not isinstance(t, Dual):
+        return primal
+    with torch.no_grad():
+        dangle, first = t.tangent[:, None] * frequencies, len(x) - len(t.tangent)
+        return Dual(primal, torch.cat([-sin[first:] * dangle, cos[first:] * dangle], dim=-1))
