@@ -122,7 +122,7 @@ def _in_block(tape: Tape, x: A, weight: Tensor, bias: Tensor | None, dtype: torc
 
 
 def _gradients(
-    x: Tensor, weight: Tensor, go: Tensor, has_bias: bool, bias_dtype: torch.dtype | None
+    x: Tensor, weight: Tensor, go: Tensor, has_bias: bool, bias_dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     gx = go @ weight
     if x.ndim > 2:
