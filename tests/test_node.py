@@ -164,6 +164,36 @@ def test_modes_see_forward_and_backward():
     assert flops(Block.forward) == flops(each_op) > 0
 
 
+class Copies(TorchDispatchMode):
+    """Lists what is cast."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten._to_copy.default:
+            self.shapes.append(args[0].shape)
+        return function(*args, **(kwargs or {}))
+
+
+def test_gradients_of_biases_need_no_cast():
+    """But GELU's, which its kernel sums in the dtype of the parameter."""
+    block, inputs = new_block(), arguments()
+    inputs = [inputs[0], *(Dual(x.primal.detach().half().requires_grad_(), x.tangent.half()) for x in inputs[1:])]
+    casts = []
+    with ops.use_backend("triton"):
+        for dtype in (torch.float16, torch.float32):
+            for p in block.parameters():
+                p.grad, p.grad_dtype = None, dtype
+            total = sum(o.primal.float().mean() for o in block(*inputs))
+            with Copies() as copies:
+                total.backward()
+            casts.append([shape for shape in copies.shapes if len(shape) == 1])
+            assert {p.grad.dtype for p in block.parameters()} == {dtype}
+    assert casts == [[block.mlp.fc1.bias.shape], []]
+
+
 class Casts(TorchDispatchMode):
     """Counts those of parameters."""
 
@@ -206,33 +236,3 @@ def test_fixed_weights_are_cast_once():
         with ops.use_backend("triton"):
             moved = block(*(x.primal for x in inputs))[1]
     torch.testing.assert_close(moved, expected[1].primal + 1, rtol=2e-3, atol=2e-3)
-
-
-class Copies(TorchDispatchMode):
-    """Lists what is cast."""
-
-    def __init__(self):
-        super().__init__()
-        self.shapes = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function is torch.ops.aten._to_copy.default:
-            self.shapes.append(args[0].shape)
-        return function(*args, **(kwargs or {}))
-
-
-def test_gradients_of_biases_need_no_cast():
-    """But GELU's, which its kernel sums in the dtype of the parameter."""
-    block, inputs = new_block(), arguments()
-    inputs = [inputs[0], *(Dual(x.primal.detach().half().requires_grad_(), x.tangent.half()) for x in inputs[1:])]
-    casts = []
-    with ops.use_backend("triton"):
-        for dtype in (torch.float16, torch.float32):
-            for p in block.parameters():
-                p.grad, p.grad_dtype = None, dtype
-            total = sum(o.primal.float().mean() for o in block(*inputs))
-            with Copies() as copies:
-                total.backward()
-            casts.append([shape for shape in copies.shapes if len(shape) == 1])
-            assert {p.grad.dtype for p in block.parameters()} == {dtype}
-    assert casts == [[block.mlp.fc1.bias.shape], []]
