@@ -164,6 +164,36 @@ def test_modes_see_forward_and_backward():
     assert flops(Block.forward) == flops(each_op) > 0
 
 
+class Copies(TorchDispatchMode):
+    """Lists what is cast."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten._to_copy.default:
+            self.shapes.append(args[0].shape)
+        return function(*args, **(kwargs or {}))
+
+
+def test_gradients_of_biases_need_no_cast():
+    """But GELU's, which its kernel sums in the dtype of the parameter."""
+    block, inputs = new_block(), arguments()
+    inputs = [inputs[0], *(Dual(x.primal.detach().half().requires_grad_(), x.tangent.half()) for x in inputs[1:])]
+    casts = []
+    with ops.use_backend("triton"):
+        for dtype in (torch.float16, torch.float32):
+            for p in block.parameters():
+                p.grad, p.grad_dtype = None, dtype
+            total = sum(o.primal.float().mean() for o in block(*inputs))
+            with Copies() as copies:
+                total.backward()
+            casts.append([shape for shape in copies.shapes if len(shape) == 1])
+            assert {p.grad.dtype for p in block.parameters()} == {dtype}
+    assert casts == [[block.mlp.fc1.bias.shape], []]
+
+
 class Casts(TorchDispatchMode):
     """Counts those of parameters."""
 
@@ -227,7 +257,7 @@ class GatedBlock(nn.Module):
         y = ops.linear(ops.rotary_attention(qkv, self.q_norm, self.k_norm, 2, TOKENS), self.w3)
         x, h = ops.gated_residual_rms_norm(x, y, self.gate, self.norm)
         h = ops.swiglu(ops.packed_linear(h, [self.w4, self.w5], 8))
-        return x, ops.packed_linear(h, [self.w6], 8), ops.clone(self.mlp_gate)
+        return x, ops.packed_linear(h, [self.w6], in_multiple=8), ops.clone(self.mlp_gate)
 
     forward = ops.one_node(compute)
 
@@ -300,33 +330,3 @@ def test_packed_layers_of_parameters_in_the_dtype_of_the_products():
         found = outputs_and_gradients(run, block, inputs, "triton")
         assert [x.dtype for x in found[5:]] == [torch.float32, *[torch.float16] * 13]
         assert all(x.isfinite().all() for x in found)
-
-
-class Copies(TorchDispatchMode):
-    """Lists what is cast."""
-
-    def __init__(self):
-        super().__init__()
-        self.shapes = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function is torch.ops.aten._to_copy.default:
-            self.shapes.append(args[0].shape)
-        return function(*args, **(kwargs or {}))
-
-
-def test_gradients_of_biases_need_no_cast():
-    """But GELU's, which its kernel sums in the dtype of the parameter."""
-    block, inputs = new_block(), arguments()
-    inputs = [inputs[0], *(Dual(x.primal.detach().half().requires_grad_(), x.tangent.half()) for x in inputs[1:])]
-    casts = []
-    with ops.use_backend("triton"):
-        for dtype in (torch.float16, torch.float32):
-            for p in block.parameters():
-                p.grad, p.grad_dtype = None, dtype
-            total = sum(o.primal.float().mean() for o in block(*inputs))
-            with Copies() as copies:
-                total.backward()
-            casts.append([shape for shape in copies.shapes if len(shape) == 1])
-            assert {p.grad.dtype for p in block.parameters()} == {dtype}
-    assert casts == [[block.mlp.fc1.bias.shape], []]

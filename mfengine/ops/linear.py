@@ -204,7 +204,7 @@ class _Packed(torch.autograd.Function):
 def _packed_gradients(
     x: Tensor, packed: Tensor, go: Tensor, shapes: Sequence[torch.Size], multiple: int
 ) -> list[Tensor]:
-    gx, gw, _ = _gradients(x, packed, go, None)
+    gx, gw, _ = _gradients(x, packed, go, has_bias=False)
     return [gx, *_unpack(gw, shapes, multiple)]
 
 
@@ -224,7 +224,7 @@ def _in_block(tape: Tape, x: A, weight: Tensor, bias: Tensor | None, dtype: torc
 
 
 def _gradients(
-    x: Tensor, weight: Tensor, go: Tensor, has_bias: bool, bias_dtype: torch.dtype | None
+    x: Tensor, weight: Tensor, go: Tensor, has_bias: bool, bias_dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     gx = go @ weight
     if x.ndim > 2:
