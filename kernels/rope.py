@@ -18,11 +18,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mfengine.kernels.launch import Config, Launch, check_device, check_dtype, empty_like, nothing, planned
+from mfengine.kernels.launch import Launch, check_device, check_dtype, empty_like, nothing, planned
 from mfengine.kernels.sums import sum_parts
 
 MAX_DIM = 256
-TILE = 2048  # elements of a program's heads at a time, as a power of two
+TILE = 512  # elements of heads that a warp has at a time
 STEPS = 16  # tiles of a program of the backward, which adds up the weights' gradients over them before writing
 
 # ----------------------------------------------------------------------------
@@ -151,9 +151,7 @@ def backward_kernel(
 # launched.
 
 
-def forward(
-    x: Tensor, q_weight: Tensor, k_weight: Tensor, heads: int, tokens: int, eps: float
-) -> Tensor:  # fmt: skip
+def forward(x: Tensor, q_weight: Tensor, k_weight: Tensor, heads: int, tokens: int, eps: float) -> Tensor:
     """Normalised and rotated queries and keys.
 
     Args:
@@ -165,7 +163,7 @@ def forward(
     Returns:
         (B, N, 2 * H * d) or (B * N, 2 * H * d), queries before keys, in x's dtype.
     """
-    launch = _plan_forward((x, q_weight, k_weight), heads, tokens, eps, CONFIGS["forward"])
+    launch = _plan_forward((x, q_weight, k_weight), heads, tokens, eps)
     o = _output(x, q_weight, heads)
     launch(x, q_weight, k_weight, angles(tokens, q_weight.shape[0], x.device), None, None, None, o, None)
     return o
@@ -181,8 +179,7 @@ def forward_dual(
         x, q_weight, k_weight, heads, tokens, eps: as `forward`.
         dx: (K, N, W) or (K * N, W); dq_weight, dk_weight: (d,), or both None for zero.
     """
-    configs = CONFIGS["forward"], CONFIGS["dual"]
-    lead, tail = _plan_dual((x, q_weight, k_weight, dx, dq_weight, dk_weight), heads, tokens, eps, *configs)
+    lead, tail = _plan_dual((x, q_weight, k_weight, dx, dq_weight, dk_weight), heads, tokens, eps)
     o, do = _output(x, q_weight, heads), _output(dx, q_weight, heads)
     table = angles(tokens, q_weight.shape[0], x.device)
     lead(x, q_weight, k_weight, table, None, None, None, o, None)
@@ -197,7 +194,7 @@ def backward(
 
     Those of queries and keys are written to gx, which is like x.
     """
-    launch, parts = _plan_backward((x, q_weight, k_weight, go, gx), heads, tokens, eps, CONFIGS["backward"])
+    launch, parts = _plan_backward((x, q_weight, k_weight, go, gx), heads, tokens, eps)
     dim = q_weight.shape[0]
     gq_weight, gk_weight = empty_like(q_weight), empty_like(k_weight)
     sums = torch.empty(1, parts, 2, dim, dtype=torch.float32, device=x.device)
@@ -215,17 +212,15 @@ def angles(tokens: int, dim: int, device: torch.device) -> Tensor:
 
 
 @planned
-def _plan_forward(
-    tensors: Sequence[Any], heads: int, tokens: int, eps: float, config: Config
-) -> Callable[..., None]:  # fmt: skip
+def _plan_forward(tensors: Sequence[Any], heads: int, tokens: int, eps: float) -> Callable[..., None]:
     x, q_weight, k_weight = tensors
     samples = check_arguments(x, q_weight, k_weight, heads, tokens)
-    return _forward(x, x, q_weight.shape[0], heads, tokens, 0, samples, eps, config)
+    return _forward(x, x, q_weight.shape[0], heads, tokens, 0, samples, eps)
 
 
 @planned
 def _plan_dual(
-    tensors: Sequence[Any], heads: int, tokens: int, eps: float, forward: Config, dual: Config
+    tensors: Sequence[Any], heads: int, tokens: int, eps: float
 ) -> tuple[Callable[..., None], Callable[..., None]]:
     x, q_weight, k_weight, dx, dq_weight, dk_weight = tensors
     samples = check_arguments(x, q_weight, k_weight, heads, tokens)
@@ -237,12 +232,12 @@ def _plan_dual(
     if dx.shape[-1] != x.shape[-1] or dweight.shape != q_weight.shape or duals > samples:
         raise ValueError(f"dx must be like the last samples of x {tuple(x.shape)}, not of shape {tuple(dx.shape)}")
     first, dim = samples - duals, q_weight.shape[0]
-    lead = _forward(x, x, dim, heads, tokens, 0, first, eps, forward)
-    return lead, _forward(x, dx, dim, heads, tokens, first, samples, eps, dual)
+    lead = _forward(x, x, dim, heads, tokens, 0, first, eps)
+    return lead, _forward(x, dx, dim, heads, tokens, first, samples, eps)
 
 
 def _forward(
-    x: Tensor, dx: Tensor, dim: int, heads: int, tokens: int, first: int, last: int, eps: float, config: Config
+    x: Tensor, dx: Tensor, dim: int, heads: int, tokens: int, first: int, last: int, eps: float
 ) -> Callable[..., None]:
     """The launch for samples `first` to `last`; tangents are of these alone."""
     shape = tile(heads, dim)
@@ -250,15 +245,11 @@ def _forward(
     if not programs:
         return nothing
     starts = (first * tokens * x.stride(-2), 0, 0, 0, 0, 0, 0, first * tokens * 2 * heads * dim)
-    return Launch(
-        forward_kernel, (programs, 2), (tokens, x.stride(-2), dx.stride(-2), eps), {**shape, **config.kwargs}, starts
-    )  # fmt: skip
+    return Launch(forward_kernel, (programs, 2), (tokens, x.stride(-2), dx.stride(-2), eps), shape, starts)
 
 
 @planned
-def _plan_backward(
-    tensors: Sequence[Any], heads: int, tokens: int, eps: float, config: Config
-) -> tuple[Callable[..., None], int]:
+def _plan_backward(tensors: Sequence[Any], heads: int, tokens: int, eps: float) -> tuple[Callable[..., None], int]:
     """The launch, and how many parts there are of the weights' gradients."""
     x, q_weight, k_weight, go, gx = tensors
     samples = check_arguments(x, q_weight, k_weight, heads, tokens)
@@ -270,11 +261,10 @@ def _plan_backward(
     parts = samples * -(-tokens * heads // (STEPS * shape["ROWS"]))
     if not parts:
         return nothing, parts
-    launch = Launch(
-        backward_kernel, (parts, 2), (tokens, x.stride(-2), gx.stride(-2), eps),
-        {"STEPS": STEPS, **shape, **config.kwargs},
-    )  # fmt: skip
-    return launch, parts
+    if shape["num_warps"] == 1:
+        shape["maxnreg"] = 128  # left alone, the assembler would rather spill for more programs
+    scalars = (tokens, x.stride(-2), gx.stride(-2), eps)
+    return Launch(backward_kernel, (parts, 2), scalars, {"STEPS": STEPS, **shape}), parts
 
 
 def _output(x: Tensor, q_weight: Tensor, heads: int) -> Tensor:
@@ -282,9 +272,14 @@ def _output(x: Tensor, q_weight: Tensor, heads: int) -> Tensor:
 
 
 def tile(heads: int, dim: int) -> dict[str, int]:
-    """Heads of a token, their channels, rows of a tile and their padded width."""
+    """Heads of a token, their channels, rows of a tile, their padded width, and warps.
+
+    Of heads wider than 64, several warps would read the weights 4 bytes at a time. Times on a GPU: not measured yet.
+    """
     block = triton.next_power_of_2(dim)
-    return {"HEADS": heads, "DIM": dim, "ROWS": TILE // block, "BLOCK": block}
+    warps = 4 if block <= 64 else 1
+    rows = TILE * warps // block
+    return {"HEADS": heads, "DIM": dim, "ROWS": rows, "BLOCK": block, "num_warps": warps, "num_stages": 1}
 
 
 def evenly_spaced(x: Tensor) -> bool:
@@ -292,9 +287,7 @@ def evenly_spaced(x: Tensor) -> bool:
     return x.stride(-1) == 1 and (x.ndim == 2 or x.stride(0) == x.shape[1] * x.stride(1) or len(x) < 2)
 
 
-def check_arguments(
-    x: Tensor, q_weight: Tensor, k_weight: Tensor, heads: int, tokens: int, prefix: str = ""
-) -> int:  # fmt: skip
+def check_arguments(x: Tensor, q_weight: Tensor, k_weight: Tensor, heads: int, tokens: int, prefix: str = "") -> int:
     """The number of samples; ValueError for what the kernels do not take."""
     for name, a in (("x", x), ("q_weight", q_weight), ("k_weight", k_weight)):
         check_dtype(prefix + name, a)
@@ -314,11 +307,3 @@ def check_arguments(
     if not evenly_spaced(x):
         raise ValueError(f"rows of {prefix}x must be contiguous and evenly apart, not of strides {x.stride()}")
     return prod(x.shape[:-1]) // max(tokens, 1)
-
-
-# Times on a GPU: not measured yet.
-CONFIGS = {
-    "forward": Config(num_warps=4, num_stages=1),
-    "dual": Config(num_warps=4, num_stages=1),
-    "backward": Config(num_warps=4, num_stages=1),
-}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import gcd
 
 import triton
 import triton.language as tl
@@ -15,10 +16,14 @@ BLOCK_PARTS, BLOCK_COLS = 16, 128
 
 @triton.jit
 def sum_kernel(
-    sums_ptr, out0_ptr, out1_ptr, out2_ptr, parts, width,
-    KINDS: tl.constexpr, BLOCK_PARTS: tl.constexpr, BLOCK_COLS: tl.constexpr,
+    sums_ptr, out0_ptr, out1_ptr, out2_ptr, parts, units,
+    UNIT: tl.constexpr, KINDS: tl.constexpr, BLOCK_PARTS: tl.constexpr, BLOCK_COLS: tl.constexpr,
 ):  # fmt: skip
-    """Each of `out` (B, width) is the sum over the parts of one kind of `sums` (B, parts, KINDS, width)."""
+    """Each of `out` (B, width) is the sum over the parts of one kind of `sums` (B, parts, KINDS, width).
+
+    The width is units * UNIT, which tells Triton that rows of 72 are aligned.
+    """
+    width = units * UNIT
     batch, kind = (tl.program_id(0) // KINDS).to(tl.int64), tl.program_id(0) % KINDS
     cols = tl.program_id(1) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
     total = tl.zeros((BLOCK_COLS,), tl.float32)
@@ -52,9 +57,10 @@ def _plan(tensors: Sequence[Tensor | None], config: Config) -> Callable[..., Non
     batch, parts, kinds, width = sums.shape
     if not batch:
         return nothing
+    unit = gcd(width, 4)
     return Launch(
-        sum_kernel, (batch * kinds, -(-width // BLOCK_COLS)), (parts, width),
-        {"KINDS": kinds, "BLOCK_PARTS": BLOCK_PARTS, "BLOCK_COLS": BLOCK_COLS, **config.kwargs},
+        sum_kernel, (batch * kinds, -(-width // BLOCK_COLS)), (parts, width // unit),
+        {"UNIT": unit, "KINDS": kinds, "BLOCK_PARTS": BLOCK_PARTS, "BLOCK_COLS": BLOCK_COLS, **config.kwargs},
     )  # fmt: skip
 
 

@@ -2,10 +2,11 @@
 
 Given tensors, an op returns a tensor and works with autograd, `torch.func.jvp`, `torch.autograd.forward_ad` and
 `torch.compile`. Given a dual (`Dual`), it returns a dual: the primal as before, and the tangent of the trailing rows
-outside autograd. On CUDA tensors, attention, adaLN, RMSNorm and GELU run fused Triton kernels (`mfengine.kernels`),
-output and tangent in one pass; a gradient that reaches a fused tangent raises. Plain PyTorch, the specification, runs
-elsewhere, in float64, and under `torch.func.vmap`, `grad` and nested transforms. `use_backend` overrides the choice.
-Attention without a tangent is PyTorch's, unless `use_attention` names another. `OPS` lists all ops.
+outside autograd. On CUDA tensors, attention, adaLN, RMSNorm, RoPE, GELU and SwiGLU run fused Triton kernels
+(`mfengine.kernels`), output and tangent in one pass; a gradient that reaches a fused tangent raises. Plain PyTorch, the
+specification, runs elsewhere, in float64, and under `torch.func.vmap`, `grad` and nested transforms. `use_backend`
+overrides the choice. Attention without a tangent is PyTorch's, unless `use_attention` names another. `OPS` lists all
+ops.
 """
 
 from mfengine.ops.activations import gelu, silu, swiglu
