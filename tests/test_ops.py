@@ -425,7 +425,7 @@ def test_packed_linear_pads_rows_and_columns(columns):
     """What is padded is zero, gets no gradient, and gives none."""
     x = torch.randn(2, 3, 16 if columns > 10 else 10, requires_grad=True)
     weights = [torch.randn(rows, columns, requires_grad=True) for rows in (5, 8)]
-    o = ops.packed_linear(x, weights, 8)
+    o = ops.packed_linear(x, weights, 8, 8)
     expected = [torch.nn.functional.linear(x[..., :columns], w) for w in weights]
     assert_near([o[..., :5], o[..., 8:]], [e.double() for e in expected])
     assert (o[..., 5:8] == 0).all()
@@ -436,7 +436,7 @@ def test_packed_linear_pads_rows_and_columns(columns):
 
 def test_packed_linear_refuses_another_width():
     with pytest.raises(ValueError, match=r"x is 12 wide, and a weight has 10 columns \(rounded to 8\)"):
-        ops.packed_linear(torch.zeros(2, 12), [torch.zeros(3, 10)], 8)
+        ops.packed_linear(torch.zeros(2, 12), [torch.zeros(3, 10)], 8, 8)
 
 
 def test_packed_linear_of_one_weight_that_fits_takes_it_as_it_is():
