@@ -102,7 +102,7 @@ class Recorder(TorchDispatchMode):
             kind=kind,
             name=func._schema.name,
             shapes=f"{_describe((*args, *kwargs.values()))} -> {_describe(result)}",
-            dtype=_short(given[-1].dtype) if (given := _tensors(args)) else "",
+            dtype=_short(given[0].dtype) if (given := _tensors(args)) else "",
             flops=flops,
             read=read,
             written=written,

@@ -1,13 +1,17 @@
 """The network of improved MeanFlow: tangents, heads, layouts, weights of the authors' code, and its commands."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
+from conftest import run_in_process
 from golden_cases import IMPROVED_NAMES, ImprovedCase, golden_case, relative_error
 
 from mfengine import IMFDiT, IMFDiTConfig, sample
 from mfengine.convert import to_imf
+from mfengine.data.normalisation import describe
+from mfengine.engine.checkpoint import load_model
 from mfengine.engine.distributed import prepare_model
 from mfengine.engine.presets import PRESETS
 from mfengine.ranks import World
@@ -86,7 +90,7 @@ def test_bfloat16_computes_near_float32_and_returns_float32():
         assert relative_error(low.detach(), full.detach()) < 0.05
 
 
-@pytest.mark.parametrize("layout", ["recompute", "compile"])
+@pytest.mark.parametrize("layout", ["recompute", pytest.param("compile", marks=pytest.mark.slow)])
 def test_layouts_agree_with_the_authors_code(layout):
     """Recomputed and compiled blocks: a dropped tangent would be zero, a lost gradient None."""
     case = golden_case("imf_train")
@@ -109,8 +113,8 @@ def test_layouts_agree_with_the_authors_code(layout):
 def test_presets_have_the_papers_sizes(preset, millions, sampling):
     with torch.device("meta"):
         model = IMFDiT(PRESETS[preset][1].model)
-    for network, size in ((model, millions), (model.for_sampling(), sampling)):
-        assert sum(p.numel() for p in network.parameters()) / 1e6 == pytest.approx(size, abs=1)
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, abs=1)
+    assert sum(p.numel() for p in model.for_sampling().parameters()) / 1e6 == pytest.approx(sampling, abs=1)
 
 
 def test_initial_network_is_zero_and_its_weights_have_the_authors_scale():
@@ -201,7 +205,10 @@ def test_what_is_no_improved_meanflow_is_refused():
         IMFDiT.convert(pth(ImprovedCase("imf_beta")), reverse_time=True)
 
 
-def test_through_all_commands(run, digits, tmp_path):
+def test_through_all_commands(digits, tmp_path, monkeypatch, capsys):
+    def run(*args):
+        return run_in_process(*args, cwd=tmp_path, monkeypatch=monkeypatch, capsys=capsys)
+
     tiny = ("--model.hidden-size=16", "--model.num-heads=2", "--model.depth=2", "--model.head-depth=1")
     train = ("mfengine.train", "digits-imf", f"--data={digits}", *tiny, "--batch-size=32", "--log-every=1")
     done = run(*train, "--steps=2", "--sample-every=2", "--name=run")
@@ -215,8 +222,35 @@ def test_through_all_commands(run, digits, tmp_path):
         assert run("mfengine.generate", source, "--per-label=2", *more)[0] == 0
         pictures.append((tmp_path / "samples.png").read_bytes())
     assert pictures[0] == pictures[1]
+    code, _, err = run("mfengine.export", "model.pth", "small.safetensors", "--preset=digits-imf")
+    assert code == 2
+    assert "nobody has published weights of the preset digits-imf" in err
+    code, _, err = run("mfengine.export", "model.pth", "large.safetensors", "--preset=imf-b2")
+    assert code == 2
+    assert "model.pth is of another architecture" in err
     code, _, err = run(*train, "--steps=1", "--name=again", "--init=model.pth")
     assert code == 0, err
-    assert "model.pth leaves v_heads.0.norm1.weight" in err
+    assert "model.pth leaves v_heads.* as initialised" in err
     code, _, err = run("mfengine.generate", "runs/run", "--conditions", "omega", "0.5")
     assert (code, err) == (2, "error: conditions: omega must be at least 1, not 0.5\n")
+
+
+def test_published_weights_become_an_export(digits, tmp_path, monkeypatch, capsys):
+    """A .pth for inference alone, with the latents and the sampling of its preset."""
+    case = golden_case("imf_beta")
+    torch.save(pth(case), tmp_path / "published.pth")
+    preset = replace(PRESETS["imf-b2"][1], model=case.model.config)
+    monkeypatch.setitem(PRESETS, "imf-b2", ("", preset))
+    done = run_in_process(
+        *("mfengine.export", "published.pth", "model.safetensors", "--preset=imf-b2"),
+        cwd=tmp_path,
+        monkeypatch=monkeypatch,
+        capsys=capsys,
+    )
+    assert done[0] == 0, done[2]
+    model, space, _, objective = load_model(tmp_path / "model.safetensors")
+    assert describe(space) == "sd-vae-ft-mse"
+    assert objective.conditions == {"omega": 8, "t_min": 0.4, "t_max": 0.65}
+    noise, labels = case.image("sample/z"), torch.from_numpy(case.arrays["sample/y"]).long()
+    drawn = objective.sampler(case.conditions)(model, noise, labels, 1)
+    assert relative_error(drawn, case.image("sample/nfe1")) < 1e-5

@@ -102,7 +102,7 @@ class Attention(nn.Module):
         self.q_norm, self.k_norm = RMSNorm(config.head_dim), RMSNorm(config.head_dim)
 
     def forward(self, x: A) -> A:
-        qkv = ops.packed_linear(x, (self.q_proj.weight, self.k_proj.weight, self.v_proj.weight))
+        qkv: Any = ops.packed_linear(x, (self.q_proj.weight, self.k_proj.weight, self.v_proj.weight))
         o = ops.rotary_attention(qkv, self.q_norm.weight, self.k_norm.weight, self.num_heads, self.num_tokens)
         return self.out_proj(o)
 
@@ -200,7 +200,8 @@ class IMFDiT(Network):
 
         self.shared_blocks = blocks(config.depth - config.head_depth)
         self.u_heads, self.v_heads = blocks(config.head_depth), blocks(config.head_depth)
-        self.u_final_layer, self.v_final_layer = FinalLayer(config), FinalLayer(config)
+        self.u_final_layer = FinalLayer(config)
+        self.v_final_layer: FinalLayer | None = FinalLayer(config)
         self.initialize_weights()
 
     def shard_units(self) -> list[ShardUnit]:
@@ -269,19 +270,17 @@ class IMFDiT(Network):
             raise ValueError('this network has no head for v: it is one for sampling, which takes heads="u"')
         if tangents is not None and heads != "uv":
             raise ValueError(f"tangents need both heads, not {heads}")
-        pair = (z, h) if tangents is None else tuple(map(Dual, (z, h), tangents))
-        trunk = self._tokens(*pair, y, omega, t_min, t_max), None, None
+        pair: tuple[Any, Any] = (z, h) if tangents is None else (Dual(z, tangents[0]), Dual(h, tangents[1]))
+        trunk: Any = self._tokens(*pair, y, omega, t_min, t_max), None, None
         for block in self.shared_blocks:
             trunk = block(*trunk)
-        u: Any = self._head(trunk, self.u_heads, self.u_final_layer) if "u" in heads else None
+        if heads == "v":
+            return self._head(trunk, self.v_heads, self.v_final_layer)
+        u = self._head(trunk, self.u_heads, self.u_final_layer)
         if heads == "u":
             return u
         x, branch, gate = trunk
-        if tangents is not None:
-            x, branch = x.primal, branch.primal
-        v = self._head((x, branch, gate), self.v_heads, self.v_final_layer)
-        if heads == "v":
-            return v
+        v = self._head((primal_of(x), primal_of(branch), gate), self.v_heads, self.v_final_layer)
         return (u, v) if tangents is None else (u.primal, v, u.tangent)
 
     def _tokens(self, z: A, h: A, y: Tensor, omega: Tensor, t_min: Tensor, t_max: Tensor) -> A:
@@ -299,7 +298,7 @@ class IMFDiT(Network):
         x = ops.linear_map(lambda x: x.to(fixed.dtype), x)
         return ops.linear_map(lambda x: x.flatten(0, 1), push(_join, _join_tangents, fixed, time, x))
 
-    def _head(self, trunk: tuple[Any, ...], blocks: nn.ModuleList, final: nn.Module) -> A:
+    def _head(self, trunk: tuple[Any, ...], blocks: nn.ModuleList, final: Any) -> Any:
         for block in blocks:
             trunk = block(*trunk)
         dtype = primal_of(trunk[0]).dtype
