@@ -32,7 +32,7 @@ from mfengine.ranks import World
 
 IMAGES = 1_281_167  # ImageNet's training set
 WEAK_BATCH = 32  # rows per GPU where the global batch grows with the GPUs
-STRONG, WEAK = "global batch 256", "local batch 32"
+STRONG, WEAK = "the preset's global batch", "local batch 32"
 KINDS = ("all-gather", "reduce-scatter", "all-reduce")
 
 Strategy = Literal["full", "gathered once", "hybrid"]
@@ -189,7 +189,9 @@ def model_point(plan: Plan, strategy: Strategy, step: Roofline, hw: Hardware) ->
 class Arguments:
     """Modelled step time of training on N GPUs: the roofline of a GPU, counted communication, assumed rates."""
 
-    preset: Literal["b4", "b2", "m2", "l2", "xl2", "xl2-plus"] = "xl2"
+    preset: Literal[
+        "b4", "b2", "m2", "l2", "xl2", "xl2-plus", "imf-b2", "imf-m2", "imf-l2", "imf-xl2"
+    ] = "xl2"  # fmt: skip
     """what is trained"""
     gpus: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
     """numbers of GPUs; whole nodes above one node"""
@@ -360,7 +362,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
     weak.set_ylabel("samples/s per GPU (modelled)")
     weak.set_ylim(bottom=0)
     weak.legend()
-    strong.set_title("256 rows in all")
+    strong.set_title("the preset's global batch")
     strong.set_ylabel(f"days for {report['epochs']:g} epochs (modelled)")
     strong.set_yscale("log", base=2)
     strong.yaxis.set_major_formatter("{x:g}")

@@ -21,8 +21,10 @@ def test_counts(preset, objective, name, session):
     assert counts.get("host_waits", 0) == 0
 
 
-@pytest.mark.parametrize("rows", [32, 256])
-@pytest.mark.parametrize("preset", ["b2", "xl2"])
+@pytest.mark.parametrize(
+    ("preset", "rows"),
+    [("b2", 32), ("b2", 256), ("xl2", 32), ("xl2", 256), ("imf-b2", 128), ("imf-xl2", 32), ("imf-xl2", 128)],
+)
 def test_roofline(preset, rows, session):
     counts = count_roofline(PRESETS[preset][1], rows)
     session.counts[f"roofline, {preset} of {rows}"] = counts

@@ -9,7 +9,8 @@ from torch.distributed.run import get_args_parser
 
 from benchmarks import scaling
 from benchmarks.roofline import roofline
-from mfengine import cli, evaluate, prepare, train
+from mfengine import cli, evaluate, export, prepare, train
+from mfengine.engine.flops import sample_flops, step_flops
 from mfengine.engine.presets import PRESETS
 
 PAGE = Path(__file__).parent.parent / "docs/backend.md"
@@ -59,6 +60,7 @@ ROWS = [
     for line in RECIPES_PAGE.splitlines()
     if "`mfengine.train" in line and line.startswith("|")
 ]
+ROWS, IMPROVED_ROWS = ([row for row in ROWS if ("iMF" in row[0]) == improved] for improved in (False, True))
 
 
 def commands(page):
@@ -83,6 +85,8 @@ def parse(words):
         return module, train.parse(args)
     if module == "mfengine.prepare":
         return module, cli.parse(prepare.COMMANDS[args[0]][1], args[1:], module)
+    if module == "mfengine.export":
+        return module, cli.parse(export.ExportArgs, args, module)
     assert module == "mfengine.evaluate"
     return module, cli.parse(evaluate.EvaluateArgs, args, module)
 
@@ -96,7 +100,8 @@ def test_command_parses(words):
 
 def test_commands_are_found():
     assert len(ROWS) == 8
-    assert len(commands("recipes.md")) == len(ROWS) + 4
+    assert len(IMPROVED_ROWS) == 4
+    assert len(commands("recipes.md")) == len(ROWS) + len(IMPROVED_ROWS) + 8
     assert len(commands("cluster.md")) >= 8
 
 
@@ -114,10 +119,21 @@ def test_rows_are_the_papers():
         assert float(row[4].replace(",", "")) == pytest.approx(8 * float(row[3]), abs=0.9)
 
 
-def test_times_are_modelled_as_said():
-    """One row of them: they are all made alike."""
-    row = next(row for row in ROWS if row[1] == "`mfengine.train b2`")
-    config = PRESETS["b2"][1]
+def test_rows_of_improved_meanflow_are_the_papers():
+    runs = [parse(shlex.split(row[1].strip("`")))[1].run for row in IMPROVED_ROWS]
+    assert [float(row[2].split(",")[0]) for row in IMPROVED_ROWS] == [3.39, 2.27, 1.86, 1.72]
+    for row, run in zip(IMPROVED_ROWS, runs, strict=True):
+        assert (run.batch_size, run.epochs, run.optim.lr, run.optim.warmup_epochs) == (1024, 640, 1e-4, 10)
+        assert run.normalisation == "sd-vae-ft-mse"
+        cost = step_flops(run.model, run.method, 128) / sample_flops(run.model, run.method)
+        assert float(row[6]) == pytest.approx(cost, abs=0.03)
+
+
+@pytest.mark.parametrize("preset", ["b2", "imf-b2"])
+def test_times_are_modelled_as_said(preset):
+    """One row of each table: they are all made alike."""
+    row = next(row for row in (*ROWS, *IMPROVED_ROWS) if row[1] == f"`mfengine.train {preset}`")
+    config = PRESETS[preset][1]
     for cell, hardware in ((row[4], scaling.Hardware()), (row[5], scaling.Hardware(roofline_share=0.5))):
         planned = scaling.plan(config, 8, "gathered once", config.local_batch(8), hardware)
         step = roofline(config.model, config.method, config.local_batch(8), "h200", hardware, gathered=True)

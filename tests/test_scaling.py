@@ -120,8 +120,8 @@ def test_command(tmp_path, monkeypatch, capsys):
         (1, "gathered once"), (16, "full"), (16, "gathered once"), (16, "hybrid"),
         (128, "full"), (128, "gathered once"), (128, "hybrid"),
     ]  # fmt: skip
-    assert {p["batch"] for p in report["points"] if p["regime"] == "global batch 256"} == {256, 16}
-    assert list(report["infeasible"]["global batch 256"]) == ["128"]  # two rows: a quarter is no number of rows
+    assert {p["batch"] for p in report["points"] if p["regime"] == "the preset's global batch"} == {256, 16}
+    assert list(report["infeasible"]["the preset's global batch"]) == ["128"]  # two rows: a quarter is no number of rows
     for point in report["points"]:
         assert point["gpu_hours"] == pytest.approx(point["days"] * 24 * point["ranks"])
 
