@@ -5,12 +5,14 @@ import math
 
 import pytest
 import torch
+from golden_cases import relative_error
 
 from mfengine import IMFDiT, IMFDiTConfig, ImprovedMeanFlow, ImprovedMeanFlowConfig
 from mfengine.engine.flops import sample_flops, step_flops
 from mfengine.engine.presets import PRESETS
 from mfengine.errors import InputError
 from mfengine.methods.intervals import column
+from mfengine.ops import use_backend
 
 
 def small_model(**changes):
@@ -90,6 +92,20 @@ def test_row_plan_is_the_plain_algorithm(name):
     for p, gradient in zip(model.parameters(), gradients, strict=True):
         assert (gradient - p.grad).norm() < 1e-5 * scale
     assert torch.equal(labels, kept)  # the caller's labels are left alone
+
+
+def test_fused_path_is_the_plain_one():
+    pytest.importorskip("triton", reason="the fused kernels need triton")
+    model, method = small_model(), ImprovedMeanFlow(ImprovedMeanFlowConfig())
+    batch, results = draw(method, 4, seed=3), []
+    for backend in ("torch", "triton"):
+        with use_backend(backend):
+            model.zero_grad()
+            loss, metrics = method.loss(model, *batch)
+            loss.backward()
+        results.append([loss.detach(), metrics["du_dt"], metrics["v_c"], *(p.grad for p in model.parameters())])
+    for plain, fused in zip(*results, strict=True):
+        assert relative_error(fused, plain) < 1e-5
 
 
 class CallRecorder:

@@ -523,7 +523,7 @@ def test_a_lane_holds_few_elements_of_rows_of_an_rms_norm(kernel, width):
 # The network on fused kernels.
 
 
-@pytest.mark.parametrize("name", [*NAMES, *IMPROVED_NAMES])
+@pytest.mark.parametrize("name", [*NAMES, *(pytest.param(name, marks=pytest.mark.slow) for name in IMPROVED_NAMES)])
 def test_golden_cases_through_the_fused_path(name):
     case = golden_case(name)
     case.model.to(DEVICE)
