@@ -121,9 +121,7 @@ def test_command(tmp_path, monkeypatch, capsys):
         (128, "full"), (128, "gathered once"), (128, "hybrid"),
     ]  # fmt: skip
     assert {p["batch"] for p in report["points"] if p["regime"] == "the preset's global batch"} == {256, 16}
-    assert list(report["infeasible"]["the preset's global batch"]) == [
-        "128"
-    ]  # two rows: a quarter is no number of rows
+    assert list(report["infeasible"]["the preset's global batch"]) == ["128"]  # two rows
     for point in report["points"]:
         assert point["gpu_hours"] == pytest.approx(point["days"] * 24 * point["ranks"])
 
