@@ -53,6 +53,24 @@ PRESETS: dict[str, tuple[str, TrainConfig]] = {
             checkpoint_every=250,
         ),
     ),
+    "b4": ("ImageNet 256, 131 M parameters, 80 epochs", _imagenet("b4", 4, 768, 12, 12, 80, omega=1.0, kappa=0.5)),
+    "b2": ("ImageNet 256, 131 M parameters, 240 epochs", _imagenet("b2", 2, 768, 12, 12, 240, omega=1.0, kappa=0.5)),
+    "m2": (
+        "ImageNet 256, 308 M parameters, 240 epochs (guidance as b2: the published one is unconfirmed)",
+        _imagenet("m2", 2, 1024, 16, 16, 240, omega=1.0, kappa=0.5),
+    ),
+    "l2": (
+        "ImageNet 256, 459 M parameters, 240 epochs",
+        _imagenet("l2", 2, 1024, 24, 16, 240, omega=0.2, kappa=0.92, t_end=0.8),
+    ),
+    "xl2": (
+        "ImageNet 256, 676 M parameters, 240 epochs",
+        _imagenet("xl2", 2, 1152, 28, 16, 240, omega=0.2, kappa=0.92, t_end=0.75),
+    ),
+    "xl2-plus": (
+        "ImageNet 256, 676 M parameters, 1000 epochs (guidance as xl2: the published one is unconfirmed)",
+        _imagenet("xl2-plus", 2, 1152, 28, 16, 1000, omega=0.2, kappa=0.92, t_end=0.75),
+    ),
     "digits-imf": (
         "the digits by improved MeanFlow: minutes on two CPU cores",
         TrainConfig(
@@ -78,24 +96,6 @@ PRESETS: dict[str, tuple[str, TrainConfig]] = {
             sample_every=500,
             checkpoint_every=500,
         ),
-    ),
-    "b4": ("ImageNet 256, 131 M parameters, 80 epochs", _imagenet("b4", 4, 768, 12, 12, 80, omega=1.0, kappa=0.5)),
-    "b2": ("ImageNet 256, 131 M parameters, 240 epochs", _imagenet("b2", 2, 768, 12, 12, 240, omega=1.0, kappa=0.5)),
-    "m2": (
-        "ImageNet 256, 308 M parameters, 240 epochs (guidance as b2: the published one is unconfirmed)",
-        _imagenet("m2", 2, 1024, 16, 16, 240, omega=1.0, kappa=0.5),
-    ),
-    "l2": (
-        "ImageNet 256, 459 M parameters, 240 epochs",
-        _imagenet("l2", 2, 1024, 24, 16, 240, omega=0.2, kappa=0.92, t_end=0.8),
-    ),
-    "xl2": (
-        "ImageNet 256, 676 M parameters, 240 epochs",
-        _imagenet("xl2", 2, 1152, 28, 16, 240, omega=0.2, kappa=0.92, t_end=0.75),
-    ),
-    "xl2-plus": (
-        "ImageNet 256, 676 M parameters, 1000 epochs (guidance as xl2: the published one is unconfirmed)",
-        _imagenet("xl2-plus", 2, 1152, 28, 16, 1000, omega=0.2, kappa=0.92, t_end=0.75),
     ),
     "imf-b2": (
         "ImageNet 256, improved MeanFlow, 89 M parameters (training: 146 M), 640 epochs",
