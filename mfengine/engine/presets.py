@@ -72,7 +72,7 @@ PRESETS: dict[str, tuple[str, TrainConfig]] = {
         _imagenet("xl2-plus", 2, 1152, 28, 16, 1000, omega=0.2, kappa=0.92, t_end=0.75),
     ),
     "digits-imf": (
-        "the digits by improved MeanFlow: minutes on two CPU cores",
+        "the digits by improved MeanFlow: four minutes on two CPU cores",
         TrainConfig(
             data=Path("data/digits"),
             name="digits-imf",
