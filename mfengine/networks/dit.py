@@ -188,10 +188,8 @@ class DiT(Network):
         branch = gate = None
         for block in self.blocks:
             x, branch, gate = block(x, branch, gate, c)
-        patches = self.final_layer(x, branch, gate, c)
-        return ops.linear_map(
-            partial(unpatchify, config=self.config, dtype=self.pos_embed.dtype), patches
-        )  # (B, C, H, W)
+        latents = partial(unpatchify, config=self.config, dtype=self.pos_embed.dtype)  # (B, C, H, W)
+        return ops.linear_map(latents, self.final_layer(x, branch, gate, c))
 
     def _to_compute(self, x: Tensor) -> Tensor:
         return x.to(self.compute_dtype)

@@ -86,7 +86,7 @@ class IMFDiTConfig(TransformerConfig):
 
 
 class RMSNorm(nn.Module):
-    """The weight of a norm; whoever owns it computes the norm together with what is next to it."""
+    """The weight of a norm. Its owner computes the norm, fused with the gated residual or with RoPE."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
