@@ -118,12 +118,9 @@ class Trainer:
         if config.init is not None and not checkpoints:
             fresh = load_initial_weights(model, config.init, config.init_reverse_time, config.skip_checksums)
             if fresh:
-                parts = (
-                    fresh
-                    if len(fresh) <= 4
-                    else [f"{part}.*" for part in dict.fromkeys(name.split(".")[0] for name in fresh)]
-                )
-                notes.append(f"{config.init} leaves {', '.join(parts)} as initialised")
+                if len(fresh) > 4:  # a head of a network, say
+                    fresh = list(dict.fromkeys(f"{name.split('.')[0]}.*" for name in fresh))
+                notes.append(f"{config.init} leaves {', '.join(fresh)} as initialised")
         self.model = prepare_model(
             model,
             world,
