@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -27,6 +27,7 @@ from mfengine.kernels.launch import (
     Config,
     Launch,
     aligned,
+    check_device,
     check_dtype,
     check_like,
     empty_like,
@@ -46,26 +47,44 @@ COLUMNS = tl.constexpr(32)  # of float32 operands at a time
 
 @triton.jit
 def _program(rows, BLOCK: tl.constexpr):
-    """Number of the head among all samples' heads, and the rows of this block.
+    """Number of the head among all samples' heads, and the first row of this block.
 
     One axis counts blocks and heads, since the others end at 65,535. Blocks of one head follow each other: they share
     what they read in the L2 cache.
     """
     blocks = tl.cdiv(rows, BLOCK)
-    block = tl.program_id(0) % blocks
-    return (tl.program_id(0) // blocks).to(tl.int64), block * BLOCK + tl.arange(0, BLOCK)
+    return (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks * BLOCK
 
 
 @triton.jit
-def _head(x, head, heads, stride_b, stride_h, stride_row):
-    """Where a head begins, and the stride of its rows.
+def _sequence(cu_seqlens, head, heads, rows):
+    """First row and number of rows of a head's sequence, where sequences follow each other in one sample."""
+    if cu_seqlens is None:
+        return 0, rows
+    else:
+        first = tl.load(cu_seqlens + head // heads)
+        return first.to(tl.int64), tl.load(cu_seqlens + head // heads + 1) - first
+
+
+@triton.jit
+def _row_values(x, head, heads, first, rows, cu_seqlens):
+    """Where the values of a head's rows begin in (B, H, N), or where sequences (H, n) follow each other."""
+    if cu_seqlens is None:
+        return x + head * rows
+    else:
+        return x + first * heads + head % heads * rows
+
+
+@triton.jit
+def _head(x, head, heads, stride_b, stride_h, stride_row, first=0, GROUP: tl.constexpr = 1):
+    """Where row `first` of a head begins, and the stride of rows; GROUP heads of queries share one of x.
 
     Launchers see to it that rows begin at multiples of 16 bytes, but the compiler knows of an argument only whether it
     is a multiple of 16. To divide and multiply shows it that strides are multiples of the elements in 16 bytes.
     """
     UNIT: tl.constexpr = 128 // x.dtype.element_ty.primitive_bitwidth
-    offset = head // heads * (stride_b // UNIT) + head % heads * (stride_h // UNIT)
-    return x + offset * UNIT, stride_row // UNIT * UNIT
+    offset = head // heads * (stride_b // UNIT) + head % heads // GROUP * (stride_h // UNIT)
+    return x + (offset + first * (stride_row // UNIT)) * UNIT, stride_row // UNIT * UNIT
 
 
 @triton.jit
@@ -110,29 +129,94 @@ def _dot_by_columns(a, a_rows, a_num, a_n, b, b_rows, b_num, b_n, acc, dim, DIM:
 
 
 @triton.jit
+def _last_key(start, queries, keys, cu_q, BLOCK_M: tl.constexpr, CAUSAL: tl.constexpr):
+    """How many of the keys the queries from `start` on see; none where a sequence has ended."""
+    if CAUSAL:
+        keys = tl.minimum(keys, start + BLOCK_M)
+    if cu_q is not None:
+        keys = tl.where(start < queries, keys, 0)
+    return keys
+
+
+@triton.jit
+def _steps(start, queries, keys, cu_k, BLOCK_M: tl.constexpr, CAUSAL: tl.constexpr, GROUP: tl.constexpr):
+    """First and last step through the queries of GROUP heads, one after the other, that see keys from `start` on."""
+    low = 0
+    if CAUSAL:
+        low = start // BLOCK_M * BLOCK_M
+    high = queries
+    if cu_k is not None:
+        high = tl.where(start < keys, high, 0)
+    if GROUP > 1:
+        high = low + tl.cdiv(high - low, BLOCK_M) * BLOCK_M * GROUP
+    return low, high
+
+
+@triton.jit
+def _step(step, low, high, GROUP: tl.constexpr):
+    """First query of a step, and which of the GROUP heads it belongs to."""
+    if GROUP == 1:
+        return step, 0
+    else:
+        return low + (step - low) % ((high - low) // GROUP), ((step - low) // ((high - low) // GROUP)).to(tl.int64)
+
+
+@triton.jit
+def _member(x, member, stride_h, GROUP: tl.constexpr):
+    """Where the head begins that follows x's by `member`, in multiples of 16 bytes."""
+    if GROUP == 1:
+        return x
+    else:
+        UNIT: tl.constexpr = 128 // x.dtype.element_ty.primitive_bitwidth
+        return x + member * (stride_h // UNIT) * UNIT
+
+
+@triton.jit
+def _masked(s, row, col, queries, keys, mask, mask_m, mask_n, EVEN: tl.constexpr, CAUSAL: tl.constexpr):
+    """Scores to base 2, -inf where a query does not see a key. EVEN: all keys exist."""
+    if mask is not None:
+        seen = tl.load(mask + row.to(tl.int64) * mask_m + col * mask_n, (row < queries) & (col < keys), 0)
+        if mask.dtype.element_ty == tl.int1:
+            s = tl.where(seen, s, float("-inf"))
+        else:
+            s += seen.to(tl.float32) * LOG2_E
+    if CAUSAL:
+        s = tl.where(row >= col, s, float("-inf"))
+    if not EVEN:
+        s = tl.where(col < keys, s, float("-inf"))
+    return s
+
+
+@triton.jit
 def forward_kernel(
-    q, k, v, dq, dk, dv, o, do, lse,
+    q, k, v, dq, dk, dv, o, do, lse, mean, mask, cu_q, cu_k,
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n,
     dq_b, dq_h, dq_n, dk_b, dk_h, dk_n, dv_b, dv_h, dv_n,
-    o_b, o_h, o_n, do_b, do_h, do_n,
+    o_b, o_h, o_n, do_b, do_h, do_n, mask_b, mask_h, mask_m, mask_n,
     heads, queries, keys, dim, scale,
     DIM: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    EVEN: tl.constexpr,
+    EVEN: tl.constexpr, CAUSAL: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """Output and log-sum-exp; the output's tangent too where tangents are given, which are None otherwise.
 
-    EVEN: keys are a multiple of BLOCK_N, so that none need be masked.
+    Of the tangent, `mean`, rowsum(P * S'), where it is not None. The log-sum-exp of a row that sees no key is inf.
+    EVEN: keys are a multiple of BLOCK_N, so that none need be masked. GROUP: heads of queries that share one of keys.
     """
-    head, rows = _program(queries, BLOCK_M)
-    q, q_n = _head(q, head, heads, q_b, q_h, q_n)
-    k, k_n = _head(k, head, heads, k_b, k_h, k_n)
-    v, v_n = _head(v, head, heads, v_b, v_h, v_n)
-    o, o_n = _head(o, head, heads, o_b, o_h, o_n)
+    head, start_m = _program(queries, BLOCK_M)
+    first_m, queries = _sequence(cu_q, head, heads, queries)
+    first_n, keys = _sequence(cu_k, head, heads, keys)
+    rows = start_m + tl.arange(0, BLOCK_M)
+    q, q_n = _head(q, head, heads, q_b, q_h, q_n, first_m)
+    k, k_n = _head(k, head, heads, k_b, k_h, k_n, first_n, GROUP)
+    v, v_n = _head(v, head, heads, v_b, v_h, v_n, first_n, GROUP)
+    o, o_n = _head(o, head, heads, o_b, o_h, o_n, first_m)
     if dq is not None:
-        dq, dq_n = _head(dq, head, heads, dq_b, dq_h, dq_n)
-        dk, dk_n = _head(dk, head, heads, dk_b, dk_h, dk_n)
-        dv, dv_n = _head(dv, head, heads, dv_b, dv_h, dv_n)
-        do, do_n = _head(do, head, heads, do_b, do_h, do_n)
+        dq, dq_n = _head(dq, head, heads, dq_b, dq_h, dq_n, first_m)
+        dk, dk_n = _head(dk, head, heads, dk_b, dk_h, dk_n, first_n, GROUP)
+        dv, dv_n = _head(dv, head, heads, dv_b, dv_h, dv_n, first_n, GROUP)
+        do, do_n = _head(do, head, heads, do_b, do_h, do_n, first_m)
+    if mask is not None:
+        mask += head // heads * mask_b + head % heads * mask_h
 
     q1 = _tile(q, rows, queries, q_n, 0, HEAD, DIM)
     acc1 = tl.zeros((BLOCK_M, HEAD), tl.float32)
@@ -149,7 +233,7 @@ def forward_kernel(
             dacc2 = tl.zeros((BLOCK_M, TAIL), tl.float32)
         dtotal = tl.zeros((BLOCK_M,), tl.float32)  # rowsum(P * S')
 
-    for start in range(0, keys, BLOCK_N):
+    for start in range(0, _last_key(start_m, queries, keys, cu_q, BLOCK_M, CAUSAL), BLOCK_N):
         cols = start + tl.arange(0, BLOCK_N)
         s = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         ds = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -173,12 +257,15 @@ def forward_kernel(
                     ds = _dot(dq2, k2.T, ds)
                     ds = _dot(q2, dk2.T, ds)
         s *= scale * LOG2_E
-        if not EVEN:
-            s = tl.where((cols < keys)[None, :], s, float("-inf"))
+        s = _masked(s, rows[:, None], cols[None, :], queries, keys, mask, mask_m, mask_n, EVEN, CAUSAL)
         higher = tl.maximum(peak, tl.max(s, 1))
-        shrink = tl.exp2(peak - higher)
+        if mask is not None:  # -inf so far: differences of infinities are NaN
+            shrink = tl.exp2(peak - tl.where(higher == float("-inf"), 0.0, higher))
+            p = tl.exp2(s - tl.where(higher == float("-inf"), 0.0, higher)[:, None])
+        else:
+            shrink = tl.exp2(peak - higher)
+            p = tl.exp2(s - higher[:, None])
         peak = higher
-        p = tl.exp2(s - peak[:, None])
         total = total * shrink + tl.sum(p, 1)
         if dq is not None:
             pds = p * (ds * scale)
@@ -200,22 +287,30 @@ def forward_kernel(
                 dacc2 = _dot(pds, v2, dacc2 * shrink[:, None])
                 dacc2 = _dot(p, dv2, dacc2)
 
+    row_lse = (peak + tl.log2(total)) / LOG2_E
+    if mask is not None or cu_k is not None:
+        row_lse = tl.where(total > 0, row_lse, float("inf"))
+        total = tl.where(total > 0, total, 1.0)
     o1 = acc1 / total[:, None]
     _store(o, rows, queries, o_n, o1, 0, HEAD, DIM)
     if TAIL:
         o2 = acc2 / total[:, None]
         _store(o, rows, queries, o_n, o2, HEAD, TAIL, DIM)
     if dq is not None:
-        mean = (dtotal / total)[:, None]
-        _store(do, rows, queries, do_n, dacc1 / total[:, None] - mean * o1, 0, HEAD, DIM)
+        dmean = dtotal / total
+        _store(do, rows, queries, do_n, dacc1 / total[:, None] - dmean[:, None] * o1, 0, HEAD, DIM)
         if TAIL:
-            _store(do, rows, queries, do_n, dacc2 / total[:, None] - mean * o2, HEAD, TAIL, DIM)
-    tl.store(lse + head * queries + rows, (peak + tl.log2(total)) / LOG2_E, mask=rows < queries)
+            _store(do, rows, queries, do_n, dacc2 / total[:, None] - dmean[:, None] * o2, HEAD, TAIL, DIM)
+        if mean is not None:
+            mean = _row_values(mean, head, heads, first_m, queries, cu_q)
+            tl.store(mean + rows, dmean, mask=rows < queries)
+    lse = _row_values(lse, head, heads, first_m, queries, cu_q)
+    tl.store(lse + rows, row_lse, mask=rows < queries)
 
 
 @triton.jit
 def delta_kernel(
-    o, go, lse, stats,
+    o, go, lse, stats, cu_q,
     o_b, o_h, o_n, go_b, go_h, go_n,
     heads, queries,
     DIM: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -224,18 +319,21 @@ def delta_kernel(
 
     The latter is the upper half of an int64, the former the lower.
     """
-    head, rows = _program(queries, BLOCK_M)
-    o, o_n = _head(o, head, heads, o_b, o_h, o_n)
-    go, go_n = _head(go, head, heads, go_b, go_h, go_n)
+    head, start_m = _program(queries, BLOCK_M)
+    first, queries = _sequence(cu_q, head, heads, queries)
+    rows = start_m + tl.arange(0, BLOCK_M)
+    o, o_n = _head(o, head, heads, o_b, o_h, o_n, first)
+    go, go_n = _head(go, head, heads, go_b, go_h, go_n, first)
     o1 = _tile(o, rows, queries, o_n, 0, HEAD, DIM).to(tl.float32)
     sum = tl.sum(o1 * _tile(go, rows, queries, go_n, 0, HEAD, DIM).to(tl.float32), 1)
     if TAIL:
         o2 = _tile(o, rows, queries, o_n, HEAD, TAIL, DIM).to(tl.float32)
         sum += tl.sum(o2 * _tile(go, rows, queries, go_n, HEAD, TAIL, DIM).to(tl.float32), 1)
-    at = head * queries + rows
-    row_lse = tl.load(lse + at, mask=rows < queries, other=0.0) * LOG2_E
+    lse = _row_values(lse, head, heads, first, queries, cu_q)
+    stats = _row_values(stats, head, heads, first, queries, cu_q)
+    row_lse = tl.load(lse + rows, mask=rows < queries, other=0.0) * LOG2_E
     low = row_lse.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
-    tl.store(stats + at, sum.to(tl.int32, bitcast=True).to(tl.int64) << 32 | low, mask=rows < queries)
+    tl.store(stats + rows, sum.to(tl.int32, bitcast=True).to(tl.int64) << 32 | low, mask=rows < queries)
 
 
 @triton.jit
@@ -247,20 +345,26 @@ def _row_stats(stats, rows, queries, EVEN: tl.constexpr):
 
 @triton.jit
 def backward_kv_kernel(
-    q, k, v, go, stats, gk, gv,
+    q, k, v, go, stats, gk, gv, mask, cu_q, cu_k,
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, go_b, go_h, go_n,
-    gk_b, gk_h, gk_n, gv_b, gv_h, gv_n,
+    gk_b, gk_h, gk_n, gv_b, gv_h, gv_n, mask_b, mask_h, mask_m, mask_n,
     heads, queries, keys, dim, scale,
     DIM: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    EVEN: tl.constexpr,
+    EVEN: tl.constexpr, CAUSAL: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a block of keys and values, over all queries. EVEN: these are a multiple of BLOCK_M."""
-    head, cols = _program(keys, BLOCK_N)
-    q, q_n = _head(q, head, heads, q_b, q_h, q_n)
-    k, k_n = _head(k, head, heads, k_b, k_h, k_n)
-    v, v_n = _head(v, head, heads, v_b, v_h, v_n)
-    go, go_n = _head(go, head, heads, go_b, go_h, go_n)
-    stats += head * queries
+    head, start_n = _program(keys, BLOCK_N)
+    head *= GROUP  # the first of those of queries
+    first_m, queries = _sequence(cu_q, head, heads, queries)
+    first_n, keys = _sequence(cu_k, head, heads, keys)
+    cols = start_n + tl.arange(0, BLOCK_N)
+    q, q_n = _head(q, head, heads, q_b, q_h, q_n, first_m)
+    k, k_n = _head(k, head, heads, k_b, k_h, k_n, first_n, GROUP)
+    v, v_n = _head(v, head, heads, v_b, v_h, v_n, first_n, GROUP)
+    go, go_n = _head(go, head, heads, go_b, go_h, go_n, first_m)
+    stats = _row_values(stats, head, heads, first_m, queries, cu_q)
+    if mask is not None:
+        mask += head // heads * mask_b + head % heads * mask_h
 
     k1 = _tile(k, cols, keys, k_n, 0, HEAD, DIM)
     v1 = _tile(v, cols, keys, v_n, 0, HEAD, DIM)
@@ -272,18 +376,21 @@ def backward_kv_kernel(
         gk2 = tl.zeros((BLOCK_N, TAIL), tl.float32)
         gv2 = tl.zeros((BLOCK_N, TAIL), tl.float32)
 
-    for start in range(0, queries, BLOCK_M):
+    low, high = _steps(start_n, queries, keys, cu_k, BLOCK_M, CAUSAL, GROUP)
+    for step in range(low, high, BLOCK_M):
+        start, member = _step(step, low, high, GROUP)
         rows = start + tl.arange(0, BLOCK_M)
-        q1 = _tile(q, rows, queries, q_n, 0, HEAD, DIM, EVEN)
-        go1 = _tile(go, rows, queries, go_n, 0, HEAD, DIM, EVEN)
+        q_at, go_at = _member(q, member, q_h, GROUP), _member(go, member, go_h, GROUP)
+        q1 = _tile(q_at, rows, queries, q_n, 0, HEAD, DIM, EVEN)
+        go1 = _tile(go_at, rows, queries, go_n, 0, HEAD, DIM, EVEN)
         if TAIL:
-            q2 = _tile(q, rows, queries, q_n, HEAD, TAIL, DIM, EVEN)
-            go2 = _tile(go, rows, queries, go_n, HEAD, TAIL, DIM, EVEN)
+            q2 = _tile(q_at, rows, queries, q_n, HEAD, TAIL, DIM, EVEN)
+            go2 = _tile(go_at, rows, queries, go_n, HEAD, TAIL, DIM, EVEN)
         s = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)  # transposed: keys by queries
         gp = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
         if q.dtype.element_ty == tl.float32:
-            s = _dot_by_columns(k, cols, keys, k_n, q, rows, queries, q_n, s, dim, DIM)
-            gp = _dot_by_columns(v, cols, keys, v_n, go, rows, queries, go_n, gp, dim, DIM)
+            s = _dot_by_columns(k, cols, keys, k_n, q_at, rows, queries, q_n, s, dim, DIM)
+            gp = _dot_by_columns(v, cols, keys, v_n, go_at, rows, queries, go_n, gp, dim, DIM)
         else:
             s = _dot(k1, q1.T, s)
             gp = _dot(v1, go1.T, gp)
@@ -291,8 +398,11 @@ def backward_kv_kernel(
                 s = _dot(k2, q2.T, s)
                 gp = _dot(v2, go2.T, gp)
         # Keys beyond the last may get any probability, also infinity: it stays in their rows, which are not stored.
-        row_lse, row_delta = _row_stats(stats, rows, queries, EVEN)
-        p = tl.exp2(s * (scale * LOG2_E) - row_lse[None, :])
+        row_lse, row_delta = _row_stats(stats + member * queries, rows, queries, EVEN)
+        s *= scale * LOG2_E
+        mask_at = mask if mask is None else mask + member * mask_h
+        s = _masked(s, rows[None, :], cols[:, None], queries, keys, mask_at, mask_m, mask_n, True, CAUSAL)
+        p = tl.exp2(s - row_lse[None, :])
         gs = (p * (gp - row_delta[None, :])).to(q1.dtype)
         p = p.to(q1.dtype)
         gv1 = _dot(p, go1, gv1)
@@ -301,8 +411,8 @@ def backward_kv_kernel(
             gv2 = _dot(p, go2, gv2)
             gk2 = _dot(gs, q2, gk2)
 
-    gk, gk_n = _head(gk, head, heads, gk_b, gk_h, gk_n)
-    gv, gv_n = _head(gv, head, heads, gv_b, gv_h, gv_n)
+    gk, gk_n = _head(gk, head, heads, gk_b, gk_h, gk_n, first_n, GROUP)
+    gv, gv_n = _head(gv, head, heads, gv_b, gv_h, gv_n, first_n, GROUP)
     _store(gk, cols, keys, gk_n, gk1 * scale, 0, HEAD, DIM)
     _store(gv, cols, keys, gv_n, gv1, 0, HEAD, DIM)
     if TAIL:
@@ -312,19 +422,25 @@ def backward_kv_kernel(
 
 @triton.jit
 def backward_q_kernel(
-    q, k, v, go, stats, gq,
-    q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, go_b, go_h, go_n, gq_b, gq_h, gq_n,
+    q, k, v, go, stats, gq, mask, cu_q, cu_k,
+    q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, go_b, go_h, go_n, gq_b, gq_h, gq_n, mask_b, mask_h, mask_m, mask_n,
     heads, queries, keys, dim, scale,
     DIM: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    EVEN: tl.constexpr,
+    EVEN: tl.constexpr, CAUSAL: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a block of queries, over all keys."""
-    head, rows = _program(queries, BLOCK_M)
-    q, q_n = _head(q, head, heads, q_b, q_h, q_n)
-    k, k_n = _head(k, head, heads, k_b, k_h, k_n)
-    v, v_n = _head(v, head, heads, v_b, v_h, v_n)
-    go, go_n = _head(go, head, heads, go_b, go_h, go_n)
-    row_lse, row_delta = _row_stats(stats + head * queries, rows, queries, False)
+    head, start_m = _program(queries, BLOCK_M)
+    first_m, queries = _sequence(cu_q, head, heads, queries)
+    first_n, keys = _sequence(cu_k, head, heads, keys)
+    rows = start_m + tl.arange(0, BLOCK_M)
+    q, q_n = _head(q, head, heads, q_b, q_h, q_n, first_m)
+    k, k_n = _head(k, head, heads, k_b, k_h, k_n, first_n, GROUP)
+    v, v_n = _head(v, head, heads, v_b, v_h, v_n, first_n, GROUP)
+    go, go_n = _head(go, head, heads, go_b, go_h, go_n, first_m)
+    if mask is not None:
+        mask += head // heads * mask_b + head % heads * mask_h
+    stats = _row_values(stats, head, heads, first_m, queries, cu_q)
+    row_lse, row_delta = _row_stats(stats, rows, queries, False)
 
     q1 = _tile(q, rows, queries, q_n, 0, HEAD, DIM)
     go1 = _tile(go, rows, queries, go_n, 0, HEAD, DIM)
@@ -334,7 +450,7 @@ def backward_q_kernel(
         go2 = _tile(go, rows, queries, go_n, HEAD, TAIL, DIM)
         gq2 = tl.zeros((BLOCK_M, TAIL), tl.float32)
 
-    for start in range(0, keys, BLOCK_N):
+    for start in range(0, _last_key(start_m, queries, keys, cu_q, BLOCK_M, CAUSAL), BLOCK_N):
         cols = start + tl.arange(0, BLOCK_N)
         k1 = _tile(k, cols, keys, k_n, 0, HEAD, DIM, EVEN)
         v1 = _tile(v, cols, keys, v_n, 0, HEAD, DIM, EVEN)
@@ -353,16 +469,15 @@ def backward_q_kernel(
                 s = _dot(q2, k2.T, s)
                 gp = _dot(go2, v2.T, gp)
         s *= scale * LOG2_E
-        if not EVEN:
-            # Keys beyond the last have score 0, whose probability overflows where the log-sum-exp is very negative.
-            s = tl.where((cols < keys)[None, :], s, float("-inf"))
+        # Keys beyond the last have score 0, whose probability overflows where the log-sum-exp is very negative.
+        s = _masked(s, rows[:, None], cols[None, :], queries, keys, mask, mask_m, mask_n, EVEN, CAUSAL)
         p = tl.exp2(s - row_lse[:, None])
         gs = (p * (gp - row_delta[:, None])).to(k1.dtype)
         gq1 = _dot(gs, k1, gq1)
         if TAIL:
             gq2 = _dot(gs, k2, gq2)
 
-    gq, gq_n = _head(gq, head, heads, gq_b, gq_h, gq_n)
+    gq, gq_n = _head(gq, head, heads, gq_b, gq_h, gq_n, first_m)
     _store(gq, rows, queries, gq_n, gq1 * scale, 0, HEAD, DIM)
     if TAIL:
         _store(gq, rows, queries, gq_n, gq2 * scale, HEAD, TAIL, DIM)
@@ -372,22 +487,43 @@ def backward_q_kernel(
 # Launchers. They raise ValueError for arguments that the kernels cannot take, before anything is launched.
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> tuple[Tensor, Tensor]:
-    """Attention of queries (B, H, N, d) over keys and values (B, H, M, d).
+class Sequences(NamedTuple):
+    """Sequences of different lengths, one after the other in one sample (1, H, T, d); each sees its own keys alone."""
+
+    cu_q: Tensor
+    """(S + 1,) int32, on the device of q: the first query of each sequence, and last T"""
+    cu_k: Tensor
+    """the same of keys"""
+    longest_q: int
+    longest_k: int
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, is_causal: bool = False, mask: Tensor | None = None,
+    sequences: Sequences | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Attention of queries (B, H, N, d) over keys and values (B, G, M, d).
 
     Args:
-        q, k, v: float16, bfloat16 or float32, on one device, with any strides; d a multiple of 8 up to 128.
+        q, k, v: float16, bfloat16 or float32, on one device, with any strides; d a multiple of 8 up to 128. G divides
+            H: H / G consecutive heads of queries share one of keys and values.
         scale: of the scores; 1 / sqrt(d) if None.
+        is_causal: query i sees key j if i >= j, also where N is not M.
+        mask: broadcastable to (B, H, N, M); bool, true where a query sees a key, or a term of the scores, in the dtype
+            of q or float32. A row that sees no key gives zero.
+        sequences: of the tokens, where B is 1; not beside a mask.
 
     Returns:
-        o (B, H, N, d), stored as (B, N, H, d), and the log-sum-exp of the scores (B, H, N) float32.
+        o (B, H, N, d), stored as (B, N, H, d), and the log-sum-exp of the scores (B, H, N) float32, inf where a row
+        sees no key. Of sequences the latter is (H, n) for each, one after the other.
     """
-    launch = _plan_forward((q, k, v), None, scale, *CONFIGS["forward"].values())
+    seen, longest = _seen(mask, sequences)
+    launch = _plan_forward((q, k, v, *seen), None, scale, is_causal, longest, *CONFIGS["forward"].values())
     if launch is None or misaligned(q, k, v):
         q, k, v = map(aligned, (q, k, v))
-        return forward(q, k, v, scale)
-    o, lse = _output(q), _row_values(q)
-    launch(q, k, v, None, None, None, o, None, lse)
+        return forward(q, k, v, scale, is_causal, mask, sequences)
+    o, lse = _output(q), _row_values_of(q)
+    launch(q, k, v, None, None, None, o, None, lse, None, *seen)
     return o, lse
 
 
@@ -397,38 +533,44 @@ def forward_packed(qkv: Tensor, heads: int, tokens: int, qk: Tensor | None = Non
     o is (B, N, H * d) or (B * N, H * d). A qk (B, N, 2 * H * d) or (B * N, 2 * H * d) has queries and keys instead.
     """
     packed = (qkv,) if qk is None else (qk, qkv)
-    launch = _plan_forward(packed, (heads, tokens), None, *CONFIGS["forward"].values())
+    launch = _plan_forward((*packed, *_ALL), (heads, tokens), None, False, None, *CONFIGS["forward"].values())
     if launch is None or misaligned(*packed):
         return forward_packed(_dense(qkv), heads, tokens, None if qk is None else _dense(qk))
     o, lse = _packed_output(qkv), _packed_row_values(qkv, heads, tokens)
-    launch(packed[0], packed[0], qkv, None, None, None, o, None, lse)
+    launch(packed[0], packed[0], qkv, None, None, None, o, None, lse, None, *_ALL)
     return o, lse
 
 
 def forward_dual(
-    q: Tensor, k: Tensor, v: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, scale: float | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, scale: float | None = None,
+    is_causal: bool = False, mask: Tensor | None = None, sequences: Sequences | None = None, *, mean: bool = False,
+) -> tuple[Tensor, ...]:  # fmt: skip
     """`forward`, with the tangents of the last K rows of the batch, K being theirs.
 
     Leading rows take the primal kernel, trailing rows the dual one.
 
     Args:
-        q, k, v, scale: as `forward`.
-        dq: (K, H, N, d); dk, dv: (K, H, M, d), in the dtype of q.
+        q, k, v, scale, is_causal, mask, sequences: as `forward`.
+        dq: (K, H, N, d); dk, dv: (K, G, M, d), in the dtype of q.
+        mean: return rowsum(P * S') too.
 
     Returns:
-        o, the log-sum-exp, and the tangent of o (K, H, N, d).
+        o, the log-sum-exp, and the tangent of o (K, H, N, d); rowsum(P * S') (K, H, N) float32 if asked for, which
+        `backward_dual` reads.
     """
     inputs = q, k, v, dq, dk, dv
-    plan = _plan_dual(inputs, None, scale, *CONFIGS["forward"].values(), *CONFIGS["dual"].values())
+    seen, longest = _seen(mask, sequences)
+    configs = *CONFIGS["forward"].values(), *CONFIGS["dual"].values()
+    plan = _plan_dual((*inputs, *seen), None, scale, is_causal, longest, *configs)
     if plan is None or misaligned(*inputs):
         q, k, v, dq, dk, dv = map(aligned, inputs)
-        return forward_dual(q, k, v, dq, dk, dv, scale)
-    o, lse, do = _output(q), _row_values(q), _output(dq)
+        return forward_dual(q, k, v, dq, dk, dv, scale, is_causal, mask, sequences, mean=mean)
+    o, lse, do = _output(q), _row_values_of(q), _output(dq)
+    means = (_row_values_of(dq),) if mean else ()
     lead, tail = plan
-    lead(q, k, v, None, None, None, o, None, lse)
-    tail(*inputs, o, do, lse)
-    return o, lse, do
+    lead(q, k, v, None, None, None, o, None, lse, None, *seen)
+    tail(*inputs, o, do, lse, *(means or (None,)), *seen)
+    return o, lse, do, *means
 
 
 def forward_dual_packed(
@@ -438,28 +580,31 @@ def forward_dual_packed(
     packed = (qkv,) if qk is None else (qk, qkv)
     along = (dqkv,) if dqk is None else (dqk, dqkv)
     inputs = (*packed, *along)
-    plan = _plan_dual(inputs, (heads, tokens), None, *CONFIGS["forward"].values(), *CONFIGS["dual"].values())
+    configs = *CONFIGS["forward"].values(), *CONFIGS["dual"].values()
+    plan = _plan_dual((*inputs, *_ALL), (heads, tokens), None, False, None, *configs)
     if plan is None or misaligned(*inputs):
         qk, dqk = (None if x is None else _dense(x) for x in (qk, dqk))
         return forward_dual_packed(_dense(qkv), _dense(dqkv), heads, tokens, qk, dqk)
     o, lse, do = _packed_output(qkv), _packed_row_values(qkv, heads, tokens), _packed_output(dqkv)
     lead, tail = plan
-    lead(packed[0], packed[0], qkv, None, None, None, o, None, lse)
-    tail(packed[0], packed[0], qkv, along[0], along[0], dqkv, o, do, lse)
+    lead(packed[0], packed[0], qkv, None, None, None, o, None, lse, None, *_ALL)
+    tail(packed[0], packed[0], qkv, along[0], along[0], dqkv, o, do, lse, None, *_ALL)
     return o, lse, do
 
 
 def backward(
-    q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, go: Tensor, scale: float | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, go: Tensor, scale: float | None = None,
+    is_causal: bool = False, mask: Tensor | None = None, sequences: Sequences | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of the primal, from go, the gradient of o, and what `forward` returned."""
     inputs = q, k, v, o, go
-    plan = _plan_backward((*inputs, lse), None, scale, *_backward_configs())
+    seen, longest = _seen(mask, sequences)
+    plan = _plan_backward((*inputs, lse, *seen), None, scale, is_causal, longest, *_backward_configs())
     if plan is None or misaligned(*inputs):
         q, k, v, o, go = map(aligned, inputs)
-        return backward(q, k, v, o, lse, go, scale)
+        return backward(q, k, v, o, lse, go, scale, is_causal, mask, sequences)
     gq, gk, gv = (empty_like(x) for x in (q, k, v))
-    plan(q, k, v, o, go, lse, gq, gk, gv)
+    plan(q, k, v, o, go, lse, *seen, gq, gk, gv)
     return gq, gk, gv
 
 
@@ -471,39 +616,98 @@ def backward_packed(
     Without a qk these are one. With one, the part of the first that belongs to queries and keys is left unwritten.
     """
     packed = (qkv,) if qk is None else (qk, qkv)
-    plan = _plan_backward((*packed, o, go, lse), (heads, tokens), None, *_backward_configs())
+    plan = _plan_backward((*packed, o, go, lse, *_ALL), (heads, tokens), None, False, None, *_backward_configs())
     if plan is None or misaligned(*packed, o, go):
         qkv, o, go = map(_dense, (qkv, o, go))
         return backward_packed(qkv, o, lse, go, heads, tokens, None if qk is None else _dense(qk))
     gqkv = empty_like(qkv)
     gqk = gqkv if qk is None else empty_like(qk)
-    plan(packed[0], packed[0], qkv, o, go, lse, gqk, gqk, gqkv)
+    plan(packed[0], packed[0], qkv, o, go, lse, *_ALL, gqk, gqk, gqkv)
     return gqkv, gqk
 
 
+_ALL = (None, None, None)  # no mask and no sequences: every query sees every key
+_Seen = tuple["Tensor | None", "Tensor | None", "Tensor | None"]
+
+
+def _seen(mask: Tensor | None, sequences: Sequences | None) -> tuple[_Seen, tuple[int, int] | None]:
+    """What kernels read of the keys that a query sees, and the longest sequences."""
+    if sequences is None:
+        return (mask, None, None), None
+    if mask is not None:
+        raise ValueError("attention of sequences takes no mask")
+    return (None, sequences.cu_q, sequences.cu_k), (sequences.longest_q, sequences.longest_k)
+
+
 # ----------------------------------------------------------------------------
-# Plans: launches for tensors of one layout, or None if it cannot be read 16 bytes at a time. `packed` is None where
-# queries, keys and values are tensors of their own, and heads and tokens where they are parts of one, or of two: the
-# second has the values, and its other parts are not read.
+# Plans: launches for tensors of one layout, or None if it cannot be read 16 bytes at a time. The last three tensors are
+# the mask and the sequences. `packed` is None where queries, keys and values are tensors of their own, and heads and
+# tokens where they are parts of one, or of two: the second has the values, and its other parts are not read.
+
+
+class _Problem(NamedTuple):
+    """Sizes, and what else kernels take of it; `samples` are sequences where there are any."""
+
+    samples: int
+    heads: int
+    queries: int
+    keys: int
+    dim: int
+    scale: float
+    mask: tuple[int, ...]
+    """strides, zero without a mask"""
+    constants: dict[str, Any]
+    dense: bool
+    """samples are of one length, that of the tensors"""
+
+    @property
+    def scalars(self) -> tuple[Any, ...]:
+        return *self.mask, self.heads, self.queries, self.keys, self.dim, self.scale
+
+    def even(self, config: Config, block: str = "BLOCK_N") -> bool:
+        return self.dense and (self.keys if block == "BLOCK_N" else self.queries) % config.blocks[block] == 0
+
+
+def _problem(
+    parts: Sequence[_Part], seen: Sequence[Tensor | None], scale: float | None, is_causal: bool,
+    longest: tuple[int, int] | None,
+) -> _Problem:  # fmt: skip
+    q, k, v = (p.heads for p in parts)
+    mask, cu_q, cu_k = seen
+    check_arguments(q, k, v)
+    samples, heads, queries, dim = q.shape
+    keys = k.shape[2]
+    mask_strides = (0, 0, 0, 0)
+    if mask is not None:
+        mask_strides = check_mask(mask, q, keys).stride()
+    if cu_q is not None and cu_k is not None and longest is not None:
+        samples = check_sequences(cu_q, cu_k, q)
+        queries, keys = longest
+    group = heads // max(k.shape[1], 1)
+    constants = {**shape_constants(dim, q.dtype), "CAUSAL": is_causal, "GROUP": group}
+    scale = dim**-0.5 if scale is None else scale
+    return _Problem(samples, heads, queries, keys, dim, scale, mask_strides, constants, cu_q is None)
 
 
 @planned
 def _plan_forward(
-    tensors: tuple[Tensor, ...], packed: tuple[int, int] | None, scale: float | None, *_: Config
-) -> Callable[..., None] | None:
-    primals = _parts(tensors, packed)
-    check_arguments(*(p.heads for p in primals))
-    return _forward(primals, (), 0, len(primals[0].heads), scale) if _readable(primals) else None
+    tensors: tuple[Tensor, ...], packed: tuple[int, int] | None, scale: float | None, is_causal: bool,
+    longest: tuple[int, int] | None, *_: Config,
+) -> Callable[..., None] | None:  # fmt: skip
+    primals = _parts(tensors[:-3], packed)
+    problem = _problem(primals, tensors[-3:], scale, is_causal, longest)
+    return _forward(primals, (), 0, len(primals[0].heads), problem) if _readable(primals) else None
 
 
 @planned
 def _plan_dual(
-    tensors: tuple[Tensor, ...], packed: tuple[int, int] | None, scale: float | None, *_: Config
-) -> tuple[Callable[..., None], Callable[..., None]] | None:
+    tensors: tuple[Tensor, ...], packed: tuple[int, int] | None, scale: float | None, is_causal: bool,
+    longest: tuple[int, int] | None, *_: Config,
+) -> tuple[Callable[..., None], Callable[..., None]] | None:  # fmt: skip
     """For leading rows, which have no tangent, and for trailing ones."""
-    half = len(tensors) // 2
-    primals, tangents = _parts(tensors[:half], packed), _parts(tensors[half:], packed)
-    check_arguments(*(p.heads for p in primals))
+    half = (len(tensors) - 3) // 2
+    primals, tangents = _parts(tensors[:half], packed), _parts(tensors[half:-3], packed)
+    problem = _problem(primals, tensors[-3:], scale, is_causal, longest)
     batch, duals = len(primals[0].heads), len(tangents[0].heads)
     if duals > batch:
         raise ValueError(f"dq has {duals} rows, more than the {batch} of q")
@@ -512,54 +716,54 @@ def _plan_dual(
     if not _readable((*primals, *tangents)):
         return None
     first = batch - duals
-    return _forward(primals, (), 0, first, scale), _forward(primals, tangents, first, batch, scale)
+    return _forward(primals, (), 0, first, problem), _forward(primals, tangents, first, batch, problem)
 
 
 def _forward(
-    primals: Sequence[_Part], tangents: Sequence[_Part], first: int, last: int, scale: float | None
+    primals: Sequence[_Part], tangents: Sequence[_Part], first: int, last: int, problem: _Problem
 ) -> Callable[..., None]:
-    """The launch for samples `first` to `last`; tangents are of these alone. o and its tangent are (B, N, H, d)."""
-    q, k = (p.heads for p in primals[:2])
-    _, heads, queries, dim = q.shape
-    keys = k.shape[2]
-    if not (last - first) * heads * queries:
+    """The launch for rows `first` to `last`; tangents are of these alone. o and its tangent are (B, N, H, d)."""
+    _, heads, tokens, dim = primals[0].heads.shape
+    if not (last - first) * heads * tokens:
         return nothing
-    if not keys:
+    if not primals[1].heads.shape[2]:
         return partial(_zero_outputs, first, last)
-    config = CONFIGS["dual" if tangents else "forward"][tile_class(dim, q.dtype)]
-    dense = (queries * heads * dim, dim, heads * dim)
+    config = CONFIGS["dual" if tangents else "forward"][tile_class(dim, primals[0].heads.dtype)]
+    dense = (tokens * heads * dim, dim, heads * dim)
     # Strides of what is not there are never read.
     strides = [*_strides(*primals, *(tangents or primals)), *dense, *dense]
     starts = [p.start + first * p.heads.stride(0) for p in primals]
     along = [p.start for p in tangents] or [0, 0, 0]
+    samples = last - first if problem.dense else problem.samples
     return Launch(
-        forward_kernel, config.grid(queries, (last - first) * heads),
-        (*strides, heads, queries, keys, dim, _scale(scale, dim)),
-        {**shape_constants(dim, q.dtype), "EVEN": config.even(keys), **config.kwargs},
-        (*starts, *along, first * dense[0], 0, first * heads * queries),
+        forward_kernel, config.grid(problem.queries, samples * heads), (*strides, *problem.scalars),
+        {**problem.constants, "EVEN": problem.even(config), **config.kwargs},
+        (*starts, *along, first * dense[0], 0, first * heads * tokens, 0, first * problem.mask[0]),
     )  # fmt: skip
 
 
 def _zero_outputs(first: int, last: int, *tensors: Tensor | None) -> None:
     """What a launch does where there are no keys."""
-    o, do = tensors[6:8]
+    o, do, lse, mean = tensors[6:10]
     assert o is not None
+    assert lse is not None
     o[first:last].zero_()
-    if do is not None:
-        do.zero_()
+    lse[first:last] = torch.inf
+    for x in (do, mean):
+        if x is not None:
+            x.zero_()
 
 
 @planned
 def _plan_backward(
-    tensors: tuple[Tensor, ...], packed: tuple[int, int] | None, scale: float | None, *_: Config
-) -> Callable[..., None] | None:
-    """For q, k, v, o, go, lse and the gradients of q, k and v, which are dense."""
-    inputs, (o, go) = tensors[:-3], tensors[-3:-1]
+    tensors: tuple[Tensor, ...], packed: tuple[int, int] | None, scale: float | None, is_causal: bool,
+    longest: tuple[int, int] | None, *_: Config,
+) -> Callable[..., None] | None:  # fmt: skip
+    """For q, k, v, o, go, lse, the mask, sequences, and the gradients of q, k and v, which are dense."""
+    inputs, (o, go) = tensors[:-6], tensors[-6:-4]
     parts = _parts(inputs, packed)
+    problem = _problem(parts, tensors[-3:], scale, is_causal, longest)
     q, k = parts[:2]
-    check_arguments(*(p.heads for p in parts))
-    batch, count, queries, dim = q.heads.shape
-    keys = k.heads.shape[2]
     outer = [_Part(x if packed is None else _heads(x, *packed, 1)[0], 0) for x in (o, go)]
     for name, part in zip(("o", "go"), outer, strict=True):
         check_like(name, part.heads, q.heads.shape, q.heads)
@@ -568,39 +772,41 @@ def _plan_backward(
     if not _readable((*parts, *outer)):
         return None
     gradients = _parts([torch.empty(x.shape, dtype=x.dtype, device="meta") for x in inputs], packed)
-    name = tile_class(dim, q.heads.dtype)
-    constants = shape_constants(dim, q.heads.dtype)
-    rest = (count, queries, keys, dim, _scale(scale, dim))
+    name = tile_class(problem.dim, q.heads.dtype)
+    constants, programs = problem.constants, problem.samples * problem.heads
     starts = [p.start for p in parts]
     delta, backward_kv, backward_q = (CONFIGS[kind][name] for kind in ("delta", "backward_kv", "backward_q"))
     launch_delta = Launch(
-        delta_kernel, delta.grid(queries, batch * count), (*_strides(*outer), count, queries),
-        {**constants, **delta.kwargs},
+        delta_kernel, delta.grid(problem.queries, programs),
+        (*_strides(*outer), problem.heads, problem.queries),
+        {**shape_constants(problem.dim, q.heads.dtype), **delta.kwargs},
     )  # fmt: skip
     launch_kv = Launch(
-        backward_kv_kernel, backward_kv.grid(keys, batch * count, "BLOCK_N"),
-        (*_strides(*parts, outer[1], *gradients[1:]), *rest),
-        {**constants, "EVEN": queries % backward_kv.blocks["BLOCK_M"] == 0, **backward_kv.kwargs},
+        backward_kv_kernel, backward_kv.grid(problem.keys, programs // constants["GROUP"], "BLOCK_N"),
+        (*_strides(*parts, outer[1], *gradients[1:]), *problem.scalars),
+        {**constants, "EVEN": problem.even(backward_kv, "BLOCK_M"), **backward_kv.kwargs},
         (*starts, 0, 0, *(p.start for p in gradients[1:])),
     )  # fmt: skip
     launch_q = Launch(
-        backward_q_kernel, backward_q.grid(queries, batch * count),
-        (*_strides(*parts, outer[1], gradients[0]), *rest),
-        {**constants, "EVEN": backward_q.even(keys), **backward_q.kwargs}, starts,
+        backward_q_kernel, backward_q.grid(problem.queries, programs),
+        (*_strides(*parts, outer[1], gradients[0]), *problem.scalars),
+        {**constants, "EVEN": problem.even(backward_q), **backward_q.kwargs}, starts,
     )  # fmt: skip
 
-    def launch(q: Tensor, k: Tensor, v: Tensor, o: Tensor, go: Tensor, lse: Tensor, *gradients: Tensor) -> None:
-        gq, gk, gv = gradients
+    def launch(
+        q: Tensor, k: Tensor, v: Tensor, o: Tensor, go: Tensor, lse: Tensor,
+        mask: Tensor | None, cu_q: Tensor | None, cu_k: Tensor | None, gq: Tensor, gk: Tensor, gv: Tensor,
+    ) -> None:  # fmt: skip
         stats = empty_like(lse, torch.int64)
-        launch_delta(o, go, lse, stats)
-        launch_kv(q, k, v, go, stats, gk, gv)
-        launch_q(q, k, v, go, stats, gq)
+        launch_delta(o, go, lse, stats, cu_q)
+        launch_kv(q, k, v, go, stats, gk, gv, mask, cu_q, cu_k)
+        launch_q(q, k, v, go, stats, gq, mask, cu_q, cu_k)
 
     return launch
 
 
 def _zero_gradients(*tensors: Tensor) -> None:
-    for gradient in tensors[6:]:
+    for gradient in tensors[-3:]:
         gradient.zero_()
 
 
@@ -639,10 +845,35 @@ def check_arguments(q: Tensor, k: Tensor, v: Tensor) -> None:
     if dim % 8 or not 8 <= dim <= 128:
         raise ValueError(f"q has head dim {dim}; accepted are multiples of 8 from 8 to 128")
     check_dtype("q", q)
-    if k.ndim != 4 or (k.shape[0], k.shape[1], k.shape[3]) != (batch, heads, dim):
-        raise ValueError(f"k must be ({batch}, {heads}, M, {dim}), not of shape {tuple(k.shape)}")
+    if k.ndim != 4 or (k.shape[0], k.shape[3]) != (batch, dim) or heads % max(k.shape[1], 1):
+        raise ValueError(
+            f"k must be ({batch}, G, M, {dim}), G a divisor of {heads} heads, not of shape {tuple(k.shape)}"
+        )
     check_like("k", k, k.shape, q)
     check_like("v", v, k.shape, q)
+
+
+def check_mask(mask: Tensor, q: Tensor, keys: int) -> Tensor:
+    """The mask as (B, H, N, M)."""
+    shape = (*q.shape[:3], keys)
+    if mask.dtype not in (torch.bool, q.dtype, torch.float32):
+        raise ValueError(f"mask must be bool, {q.dtype} or float32, not {mask.dtype}")
+    check_device("mask", mask, q)
+    try:
+        return mask.expand(shape)
+    except RuntimeError:
+        raise ValueError(f"mask must be broadcastable to {shape}, not of shape {tuple(mask.shape)}") from None
+
+
+def check_sequences(cu_q: Tensor, cu_k: Tensor, q: Tensor) -> int:
+    """How many sequences there are. What stands in cu_q and cu_k is not read."""
+    if len(q) != 1:
+        raise ValueError(f"sequences lie one after the other in one sample, and q has {len(q)}")
+    for name, x in (("cu_q", cu_q), ("cu_k", cu_k)):
+        if x.dtype != torch.int32 or x.ndim != 1 or x.shape != cu_q.shape or not len(x) or not x.is_contiguous():
+            raise ValueError(f"{name} must be int32 of shape (S + 1,), not {x.dtype} of shape {tuple(x.shape)}")
+        check_device(name, x, q)
+    return len(cu_q) - 1
 
 
 def _output(q: Tensor) -> Tensor:
@@ -650,7 +881,7 @@ def _output(q: Tensor) -> Tensor:
     return torch.empty(batch, queries, heads, dim, dtype=q.dtype, device=q.device).transpose(1, 2)
 
 
-def _row_values(q: Tensor) -> Tensor:
+def _row_values_of(q: Tensor) -> Tensor:
     return torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
 
 
@@ -675,10 +906,6 @@ def _strides(*parts: _Part) -> list[int]:
 
 def _backward_configs() -> list[Config]:
     return [config for name in ("delta", "backward_kv", "backward_q") for config in CONFIGS[name].values()]
-
-
-def _scale(scale: float | None, dim: int) -> float:
-    return dim**-0.5 if scale is None else scale
 
 
 def shape_constants(dim: int, dtype: torch.dtype) -> dict[str, int]:
