@@ -11,7 +11,7 @@ ops.
 
 from mfengine.ops.activations import gelu, silu, swiglu
 from mfengine.ops.adaln import adaln_modulate, gated_residual_adaln
-from mfengine.ops.attention import attention, attention_packed, rotary_attention
+from mfengine.ops.attention import attention, attention_packed, attention_varlen, rotary_attention
 from mfengine.ops.backend import use_backend
 from mfengine.ops.choice import use_attention
 from mfengine.ops.chunk import chunk, clone
@@ -28,6 +28,7 @@ __all__ = [
     "add",
     "attention",
     "attention_packed",
+    "attention_varlen",
     "chunk",
     "clone",
     "fixed_weights",

@@ -6,17 +6,19 @@ Tangent: with S' = a (Q' K^T + Q K'^T), O' = (P * S') V + P V' - rowsum(P * S') 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.autograd.forward_ad as fwad
 import torch.nn.functional as F
 from torch import Tensor
 
 from mfengine.ops.choice import choose
 from mfengine.ops.dual import A, Dual, accumulation_dtype, linear_map, primal_of
 from mfengine.ops.lazy import Lazy
+from mfengine.ops.node import recording
 from mfengine.ops.op import Op
 from mfengine.ops.rmsnorm import EPS
 from mfengine.ops.rope import norm_rope, norm_rope_backward, norm_rope_dual, norm_rope_forward, plain_norm_rope
@@ -28,25 +30,32 @@ else:
     kernel = Lazy("mfengine.kernels.attention")
 
 
-def attention(q: A, k: A, v: A, scale: float | None = None) -> A:
-    """Non-causal softmax attention in the layout of `scaled_dot_product_attention`.
+def attention(
+    q: A, k: A, v: A, scale: float | None = None, is_causal: bool = False, mask: Tensor | None = None
+) -> A:  # fmt: skip
+    """Softmax attention in the layout of `scaled_dot_product_attention`.
 
-    Given duals, (output, tangent) in one pass. For masks, causal attention, dropout and grouped queries, call PyTorch's
-    function inside `mfengine.jvp_attention()`.
+    Given duals, (output, tangent) in one pass.
 
     Args:
         q: (B, H, N, d) float, of any strides; or a dual, with a tangent (K, H, N, d) of its last K rows.
-        k, v: (B, H, M, d) float, same dtype as q; or duals, with tangents (K, H, M, d).
+        k, v: (B, G, M, d) float, same dtype as q; or duals, with tangents (K, G, M, d). G divides H: H / G consecutive
+            heads of queries share one of keys and values.
         scale: factor of the scores; 1 / sqrt(d) if None.
+        is_causal: query i sees key j if i >= j, also where N is not M.
+        mask: broadcastable to (B, H, N, M). Bool: true where a query sees a key. In the dtype of q or float32: a term
+            of the scores, -inf where a query does not see a key. Not beside `is_causal`.
 
     Returns:
-        (B, H, N, d) in the dtype of q; of duals the same with a tangent (K, H, N, d). The softmax is computed in
-        float32, of float64 in float64. Second derivatives need `use_backend("torch")`.
+        (B, H, N, d) in the dtype of q; of duals the same with a tangent (K, H, N, d). A query that sees no key has an
+        output, a tangent and gradients of zero. The softmax is computed in float32, of float64 in float64. Second
+        derivatives need `use_backend("torch")`. A mask with a gradient or a tangent takes plain PyTorch.
 
     Raises:
-        ValueError: on the fused path, whatever the kernels do not take: a head dim that is not a multiple of 8 up to
-            128, a dtype other than float16, bfloat16 and float32, shapes, dtypes or devices that do not go together;
-            without a tangent, what the implementation named by `use_attention` does not take.
+        ValueError: a mask beside `is_causal`, or one that requires a gradient inside of `one_node`; on the fused path,
+            whatever the kernels do not take: a head dim that is not a multiple of 8 up to 128, a dtype other than
+            float16, bfloat16 and float32, shapes, dtypes or devices that do not go together; without a tangent, what
+            the implementation named by `use_attention` does not take.
 
     Example:
         >>> import torch
@@ -56,14 +65,48 @@ def attention(q: A, k: A, v: A, scale: float | None = None) -> A:
         >>> o, do = attention(Dual(q, dq), Dual(k, dk), Dual(v, dv))
         >>> do.shape
         torch.Size([1, 2, 10, 16])
-        >>> o, do = torch.func.jvp(lambda q: attention(q, k, v), (q,), (q,))
+        >>> o, do = torch.func.jvp(lambda q: attention(q, k, v, is_causal=True), (q,), (q,))
         >>> do.shape
         torch.Size([4, 2, 10, 16])
     """
+    if mask is not None and is_causal:
+        raise ValueError("attention takes is_causal or a mask, not both: put the causal part into the mask")
     name = choose(q, k, v, dim=primal_of(q).shape[-1])
     if name in _LIBRARIES:
-        return _LIBRARIES[name](q, k, v, scale)
-    return _call(ATTENTION, name, (q, k, v), (scale,))
+        return _LIBRARIES[name](q, k, v, scale, is_causal, mask)
+    if mask is not None and _differentiated(mask):
+        return ATTENTION.plain(q, k, v, scale, is_causal, mask)[0]
+    return _call(ATTENTION, name, (q, k, v), (scale, is_causal, mask))
+
+
+def attention_varlen(
+    q: A, k: A, v: A, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int,
+    scale: float | None = None, is_causal: bool = False,
+) -> A:  # fmt: skip
+    """Softmax attention of S sequences of different lengths, which follow each other without padding.
+
+    The arguments are those of flash-attn's `flash_attn_varlen_func`, but for `is_causal`, which is as `attention` has
+    it. By the kernels where they run and by plain PyTorch elsewhere, whatever `use_attention` says.
+
+    Args:
+        q: (T, H, d) float, of any strides; or a dual, with a tangent (T, H, d).
+        k, v: (U, G, d) float, same dtype as q; or duals, with tangents (U, G, d). G divides H.
+        cu_seqlens_q, cu_seqlens_k: (S + 1,) int32 on the device of q, where the queries and keys of each sequence begin;
+            first 0, last T and U. The kernels trust them.
+        max_seqlen_q, max_seqlen_k: at least the length of the longest sequence.
+        scale, is_causal: as `attention`.
+
+    Returns:
+        (T, H, d) in the dtype of q; of duals the same with a tangent (T, H, d).
+
+    Raises:
+        ValueError: a tangent of some tokens alone; as `attention`.
+    """
+    if any(isinstance(x, Dual) and len(x.tangent) != len(x.primal) for x in (q, k, v)):
+        raise ValueError("attention of sequences takes tangents of all tokens")
+    heads = [linear_map(lambda x: x.transpose(0, 1).unsqueeze(0), x) for x in (q, k, v)]  # (1, H, T, d)
+    options = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, is_causal)
+    return linear_map(lambda o: o.squeeze(0).transpose(0, 1), ATTENTION_VARLEN(*heads, options=options)[0])
 
 
 def attention_packed(qkv: A, num_heads: int, num_tokens: int | None = None) -> A:
@@ -85,7 +128,7 @@ def attention_packed(qkv: A, num_heads: int, num_tokens: int | None = None) -> A
     name = choose(qkv, dim=x.shape[-1] // (3 * num_heads))
     tokens = x.shape[-2] if num_tokens is None else num_tokens
     if name in _LIBRARIES:
-        return _merge_heads(_LIBRARIES[name](*_split_heads(x, num_heads, tokens), None), x.ndim)
+        return _merge_heads(_LIBRARIES[name](*_split_heads(x, num_heads, tokens)), x.ndim)
     return _call(ATTENTION_PACKED, name, (qkv,), (num_heads, tokens))
 
 
@@ -122,7 +165,7 @@ def rotary_attention(
     if name in _LIBRARIES:
         weights = primal_of(q_weight), primal_of(k_weight)
         qk = norm_rope(_queries_and_keys(x), *weights, num_heads, tokens, eps)
-        return _merge_heads(_LIBRARIES[name](*_rotated_heads(qk, x, num_heads, tokens), None), x.ndim)
+        return _merge_heads(_LIBRARIES[name](*_rotated_heads(qk, x, num_heads, tokens)), x.ndim)
     return _call(ROTARY_ATTENTION, name, (qkv, q_weight, k_weight), (num_heads, tokens, eps))
 
 
@@ -130,6 +173,21 @@ def _call(op: Op, name: str, args: tuple[Any, ...], options: tuple[Any, ...]) ->
     if name == "auto":
         return op(*args, options=options)[0]
     return op.by_kernels(*args, options=options)[0] if name == "triton" else op.plain(*args, *options)[0]
+
+
+def _differentiated(mask: Tensor) -> bool:
+    """Whether a mask has a gradient or a tangent, which the kernels do not give.
+
+    Raises:
+        ValueError: inside of `one_node`, which would drop it.
+    """
+    if fwad.unpack_dual(mask).tangent is not None:
+        return True
+    if not mask.requires_grad:
+        return False
+    if recording() is not None:
+        raise ValueError("a mask that requires a gradient is not differentiated inside of one_node")
+    return torch.is_grad_enabled()
 
 
 def _split_heads(x: Tensor, num_heads: int, tokens: int, parts: int = 3) -> tuple[Tensor, ...]:
@@ -149,16 +207,40 @@ def _merge_heads(o: Any, ndim: int) -> Any:
 # Plain.
 
 
-def _plain(q: A, k: A, v: A, scale: float | None) -> tuple[A]:
+def _plain(
+    q: A, k: A, v: A, scale: float | None = None, is_causal: bool = False, mask: Tensor | None = None
+) -> tuple[A]:
     scale = primal_of(q).shape[-1] ** -0.5 if scale is None else scale
+    group = primal_of(q).shape[1] // max(primal_of(k).shape[1], 1)
+    if group != 1:
+        k, v = (linear_map(lambda x: x.repeat_interleave(group, 1), x) for x in (k, v))
+    p = _probabilities(primal_of(q), primal_of(k), scale, is_causal, mask)
+    o = p.to(primal_of(v).dtype) @ primal_of(v)
     if not isinstance(q, Dual):
-        return (_probabilities(q, k, scale).to(v.dtype) @ v,)
-    p = _probabilities(q.primal, k.primal, scale)
-    o = p.to(v.primal.dtype) @ v.primal
+        return (o,)
     with torch.no_grad():
         duals = slice(len(p) - len(q.tangent), None)
         q, k, v = (Dual(x.primal[duals], x.tangent) for x in (q, k, v))
         return (Dual(o, _tangent(q, k, v, p[duals], scale)),)
+
+
+def _plain_varlen(
+    q: Any, k: Any, v: Any, cu_q: Tensor, cu_k: Tensor, longest_q: int, longest_k: int, scale: float | None,
+    is_causal: bool,
+) -> tuple[Any]:  # fmt: skip
+    """Of tokens (1, H, T, d)."""
+
+    def parts(x: Any, cu: Tensor) -> Sequence[Any]:
+        lengths = cu.diff().tolist()
+        pieces = primal_of(x).split(lengths, 2)
+        return [*map(Dual, pieces, x.tangent.split(lengths, 2))] if isinstance(x, Dual) else pieces
+
+    triples = zip(parts(q, cu_q), parts(k, cu_k), parts(v, cu_k), strict=True)
+    outputs = [_plain(*triple, scale, is_causal)[0] for triple in triples]
+    if not isinstance(q, Dual):
+        return (torch.cat(outputs, 2),)
+    primals, tangents = zip(*outputs, strict=True)
+    return (Dual(torch.cat(primals, 2), torch.cat(tangents, 2)),)
 
 
 def _plain_packed(qkv: Any, heads: int, tokens: int) -> tuple[Any]:
@@ -169,7 +251,7 @@ def _plain_packed(qkv: Any, heads: int, tokens: int) -> tuple[Any]:
     if isinstance(qkv, Dual):
         parts = map(Dual, parts, _split_heads(qkv.tangent, heads, tokens))
     q, k, v = parts
-    return (linear_map(merge, _plain(q, k, v, None)[0]),)
+    return (linear_map(merge, _plain(q, k, v)[0]),)
 
 
 def _plain_rotary(qkv: Any, q_weight: Any, k_weight: Any, heads: int, tokens: int, eps: float) -> tuple[Any]:
@@ -178,7 +260,7 @@ def _plain_rotary(qkv: Any, q_weight: Any, k_weight: Any, heads: int, tokens: in
     if isinstance(qk, Dual):
         dqkv = qkv.tangent if isinstance(qkv, Dual) else torch.zeros_like(qkv)
         q, k, v = map(Dual, (q, k, v), _rotated_heads(qk.tangent, dqkv, heads, tokens))
-    return (linear_map(partial(_merge_heads, ndim=primal_of(qkv).ndim), _plain(q, k, v, None)[0]),)
+    return (linear_map(partial(_merge_heads, ndim=primal_of(qkv).ndim), _plain(q, k, v)[0]),)
 
 
 def _queries_and_keys(qkv: Tensor) -> Tensor:
@@ -191,8 +273,20 @@ def _rotated_heads(qk: Tensor, qkv: Tensor, heads: int, tokens: int) -> tuple[An
     return q, k, _split_heads(qkv, heads, tokens, 3)[2]
 
 
-def _probabilities(q: Tensor, k: Tensor, scale: float) -> Tensor:
-    return torch.softmax((q * scale) @ k.mT, dim=-1, dtype=accumulation_dtype(q))  # (B, H, N, M)
+def _probabilities(q: Tensor, k: Tensor, scale: float, is_causal: bool, mask: Tensor | None) -> Tensor:
+    scores = (q * scale) @ k.mT  # (B, H, N, M)
+    dtype = accumulation_dtype(q)
+    if is_causal:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    if mask is None:
+        return torch.softmax(scores, dim=-1, dtype=dtype)
+    seen = mask if mask.dtype == torch.bool else mask > -torch.inf
+    if mask.dtype != torch.bool:
+        scores = scores.to(dtype) + mask.masked_fill(~seen, 0)
+    # A softmax of -inf alone is NaN, and so is its gradient.
+    blind = ~seen.any(-1, keepdim=True)
+    scores = scores.masked_fill(~(seen | blind), -torch.inf)
+    return torch.softmax(scores, dim=-1, dtype=dtype).masked_fill(blind, 0)
 
 
 def _tangent(q: Dual, k: Dual, v: Dual, p: Tensor, scale: float) -> Tensor:
@@ -206,16 +300,24 @@ def _tangent(q: Dual, k: Dual, v: Dual, p: Tensor, scale: float) -> Tensor:
 # By libraries.
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
-    return F.scaled_dot_product_attention(q, k, v, scale=scale)
+def _sdpa(
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, is_causal: bool = False, mask: Tensor | None = None
+) -> Tensor:
+    options = {"scale": scale, "is_causal": is_causal, "enable_gqa": q.shape[1] != k.shape[1]}
+    return F.scaled_dot_product_attention(q, k, v, mask, **options)
 
 
-def _flash_attn(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+def _flash_attn(
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, is_causal: bool = False, mask: Tensor | None = None
+) -> Tensor:
     from flash_attn import flash_attn_func
 
+    if mask is not None or (is_causal and q.shape[2] != k.shape[2]):
+        raise ValueError("attention by flash-attn: it takes no mask, and is_causal of as many queries as keys alone")
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (x.transpose(1, 2) for x in (q, k, v)))
     deterministic = torch.are_deterministic_algorithms_enabled()
-    return flash_attn_func(q, k, v, softmax_scale=scale, deterministic=deterministic).transpose(1, 2)  # of (B, N, H, d)
+    o = flash_attn_func(q, k, v, softmax_scale=scale, causal=is_causal, deterministic=deterministic)
+    return o.transpose(1, 2)  # of (B, N, H, d)
 
 
 _LIBRARIES: dict[str, Callable[..., Any]] = {"sdpa": _sdpa, "flash-attn": _flash_attn}
@@ -225,30 +327,34 @@ _LIBRARIES: dict[str, Callable[..., Any]] = {"sdpa": _sdpa, "flash-attn": _flash
 # Fused. The log-sum-exp (B, H, N), float32, is what the backward reads beside the output.
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
-    return kernel.forward(q, k, v, scale)
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None, is_causal: bool, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    return kernel.forward(q, k, v, scale, is_causal, mask)
 
 
-def _dual(
-    q: Tensor, k: Tensor, v: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, scale: float | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    return kernel.forward_dual(q, k, v, dq, dk, dv, scale)
+def _dual(*inputs: Any) -> tuple[Tensor, ...]:
+    return kernel.forward_dual(*inputs)
 
 
-def _backward(
-    q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, go: Tensor, scale: float | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    return kernel.backward(q, k, v, o, lse, go, scale)
+def _backward(*inputs: Any) -> tuple[Tensor, ...]:
+    return kernel.backward(*inputs)
 
 
-def _shapes(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
+def _shapes(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
     batch, heads, tokens, dim = q.shape
     return q.new_empty(batch, tokens, heads, dim).transpose(1, 2), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
-def _flops(q: Any, k: Any, v: Any, scale: float | None) -> tuple[int, int, int]:
+def _flops(
+    q: Any, k: Any, v: Any, scale: float | None = None, is_causal: bool = False, mask: Any = None
+) -> tuple[int, int, int]:
+    """A mask spares nothing."""
     batch, heads, queries, dim = q
-    product = 2 * batch * heads * queries * k[2] * dim
+    keys = k[2]
+    first = min(queries, keys)  # of these rows, each sees one key more than the last
+    pairs = first * (first + 1) // 2 + (queries - first) * keys if is_causal else queries * keys
+    product = 2 * batch * heads * pairs * dim
     return 2 * product, 4 * product, 7 * product  # the backward makes the scores twice
 
 
@@ -260,6 +366,45 @@ ATTENTION = Op(
     plain=_plain,
     shapes=_shapes,
     flops=_flops,
+    outputs=("o",),
+    auxiliary=("lse",),
+    saved=("q", "k", "v", "o", "lse"),
+)
+
+
+def _varlen_forward(
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor | None, cu_k: Tensor | None, longest_q: int, longest_k: int,
+    scale: float | None, is_causal: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    assert cu_q is not None
+    assert cu_k is not None
+    sequences = kernel.Sequences(cu_q, cu_k, longest_q, longest_k)
+    return kernel.forward(q, k, v, scale, is_causal, None, sequences)
+
+
+def _varlen_dual(*inputs: Any) -> tuple[Tensor, ...]:
+    *tensors, scale, is_causal = inputs
+    return kernel.forward_dual(*tensors[:6], scale, is_causal, None, kernel.Sequences(*tensors[6:]))
+
+
+def _varlen_backward(*inputs: Any) -> tuple[Tensor, ...]:
+    *tensors, scale, is_causal = inputs
+    return kernel.backward(*tensors[:6], scale, is_causal, None, kernel.Sequences(*tensors[6:]))
+
+
+def _varlen_flops(q: Any, k: Any, v: Any, cu_q: Any, cu_k: Any, longest_q: int, longest_k: int, *_: Any) -> Any:
+    """As if every query saw as many keys as the longest sequence has: shapes tell no more."""
+    return _flops(q, (*k[:2], longest_k, k[3]), v)
+
+
+ATTENTION_VARLEN = Op(
+    "attention_varlen",
+    forward=_varlen_forward,
+    dual=_varlen_dual,
+    backward=_varlen_backward,
+    plain=_plain_varlen,
+    shapes=_shapes,
+    flops=_varlen_flops,
     outputs=("o",),
     auxiliary=("lse",),
     saved=("q", "k", "v", "o", "lse"),
@@ -287,7 +432,7 @@ def _packed_shapes(qkv: Tensor, heads: int, tokens: int) -> tuple[Tensor, Tensor
 def _packed_flops(qkv: Any, heads: int, tokens: int) -> tuple[int, int, int]:
     *rows, width = qkv
     head = (math.prod(rows) // tokens, heads, tokens, width // (3 * heads))
-    return _flops(head, head, head, None)
+    return _flops(head, head, head)
 
 
 ATTENTION_PACKED = Op(

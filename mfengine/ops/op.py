@@ -23,7 +23,10 @@ from mfengine.ops.dual import Dual, complete, primal_of, tangent_of
 from mfengine.ops.node import Tape, eager, recording
 from mfengine.torch_private import uncompiled
 
-_SCHEMA_TYPES = {"int": "int", "float": "float", "float | None": "float?", "torch.dtype | None": "ScalarType?"}
+_SCHEMA_TYPES = {
+    "int": "int", "bool": "bool", "float": "float", "float | None": "float?", "torch.dtype | None": "ScalarType?",
+    "Tensor | None": "Tensor?",
+}  # fmt: skip
 DECLARED: list[Op] = []
 
 

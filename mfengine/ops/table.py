@@ -81,7 +81,7 @@ class Example:
 def _attention(s: Shape, new: New) -> Example:
     """Heads as views of one packed product."""
     q, k, v = new(s.batch, s.tokens, 3, s.heads, s.dim).permute(2, 0, 3, 1, 4).unbind(0)
-    return Example(ATTENTION, attention, (q, k, v), (None,))
+    return Example(ATTENTION, attention, (q, k, v), (None, False, None))
 
 
 def _attention_packed(s: Shape, new: New) -> Example:
