@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mfengine.ops.choice import choose
-from mfengine.ops.dual import A, Dual, accumulation_dtype, linear_map, primal_of
+from mfengine.ops.dual import A, Dual, accumulation_dtype, linear_map, primal_of, tangent_graph
 from mfengine.ops.lazy import Lazy
 from mfengine.ops.op import Op
 from mfengine.ops.rmsnorm import EPS
@@ -155,7 +155,7 @@ def _plain(q: A, k: A, v: A, scale: float | None) -> tuple[A]:
         return (_probabilities(q, k, scale).to(v.dtype) @ v,)
     p = _probabilities(q.primal, k.primal, scale)
     o = p.to(v.primal.dtype) @ v.primal
-    with torch.no_grad():
+    with tangent_graph():
         duals = slice(len(p) - len(q.tangent), None)
         q, k, v = (Dual(x.primal[duals], x.tangent) for x in (q, k, v))
         return (Dual(o, _tangent(q, k, v, p[duals], scale)),)
