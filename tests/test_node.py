@@ -136,6 +136,21 @@ def test_second_derivatives_are_refused():
             torch.autograd.grad(o.square().sum(), inputs[0].primal, create_graph=True)
 
 
+def test_gradients_through_the_tangents_of_a_block():
+    """Then each op is a node of its own."""
+
+    def gradients(forward, dtype, backend):
+        block = new_block().to(dtype)
+        inputs = [Dual(*(x.detach().to(dtype).requires_grad_() for x in dual)) for dual in arguments()]
+        with ops.use_backend(backend), ops.differentiable_tangents():
+            total = sum((o.tangent + o.primal[-len(o.tangent) :]).square().sum() for o in forward(block, *inputs))
+            return torch.autograd.grad(total, [*(x for dual in inputs for x in dual), *block.parameters()])
+
+    found, exact = gradients(Block.forward, torch.float32, "triton"), gradients(each_op, torch.float64, "torch")
+    for actual, expected in zip(found, exact, strict=True):
+        assert relative_error(actual, expected) <= 1e-5
+
+
 @pytest.mark.parametrize("of", ["an argument", "a parameter"])
 def test_tangents_of_forward_mode_are_not_lost(of):
     block = new_block()

@@ -4,6 +4,7 @@ Without a GPU kernels run in Triton's interpreter, where bfloat16 products are w
 tested.
 """
 
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -12,7 +13,7 @@ import torch.autograd.forward_ad as fwad
 from golden_cases import relative_error
 from torch.utils._pytree import tree_leaves
 
-from mfengine import jvp_attention, ops
+from mfengine import ops
 from mfengine.ops import OPS, Dual
 from mfengine.ops.flops import FlopCounterMode
 from mfengine.ops.table import SHAPES, Shape, random_tensors
@@ -239,46 +240,126 @@ def test_tangents_of_different_numbers_of_rows_are_refused(backend):
 # Gradients of tangents.
 
 
+def differentiated(case, tangents, how, backend, rows=2, compiled=False):
+    """Outputs, tangents, and the gradients of a loss of both: of all arguments and of their tangents."""
+    leaves, seeds = ([x.detach().requires_grad_() for x in xs] for xs in (case.arguments, tangents))
+
+    def f(leaves, seeds):
+        if how == "dual":
+            with ops.differentiable_tangents():
+                return [tuple(o) for o in whole(case.function(*duals(leaves, seeds, case.parameters, rows)))]
+        if how == "func.jvp":
+            outputs = torch.func.jvp(case.function, tuple(leaves), tuple(seeds))
+            return [*zip(*map(whole, outputs), strict=True)]
+        with fwad.dual_level():
+            return [tuple(fwad.unpack_dual(o)) for o in whole(case.function(*map(fwad.make_dual, leaves, seeds)))]
+
+    with ops.use_backend(backend):
+        outputs = (torch.compile(f, fullgraph=True, backend="aot_eager") if compiled else f)(leaves, seeds)
+        total = 0
+        for o, do in outputs:
+            weights = torch.linspace(-1, 1, o.shape[-1], device=DEVICE).to(o)
+            total = total + (weights * o).sum() + (weights * do * (do + o[len(o) - len(do) :])).sum()
+        return [x.detach() for o in outputs for x in o] + list(torch.autograd.grad(total, [*leaves, *seeds]))
+
+
+@pytest.mark.parametrize(("how", "rows"), [("dual", 1), ("dual", 0), ("func.jvp", 2), ("forward_ad", 2)])
 @each_fused
-def test_gradient_of_a_fused_tangent_is_refused(name):
-    """And a tangent that is detached, or not used, takes none of the primal's gradient away."""
+def test_gradients_of_a_loss_of_output_and_tangent(name, how, rows):
+    """Of arguments, parameters and their tangents alike."""
+    case, tangents = example(name), example(name, seed=1)
+    exact = differentiated(case.double(), tangents.double().arguments, "dual", "torch", rows)
+    assert_near(differentiated(case, tangents.arguments, how, "triton", rows), exact)
+
+
+@each_op
+def test_gradients_through_plain_tangents_are_those_of_pytorchs_forward_mode(name):
+    case, tangents = example(name).double(), example(name, seed=1).double().arguments
+    assert_near(*(differentiated(case, tangents, how, "torch") for how in ("dual", "func.jvp")), 1e-12)
+
+
+@pytest.mark.parametrize(
+    ("name", "how", "backend"),
+    [  # operators and their autograd are alike for all; LayerNorm is another one in forward mode
+        ("gelu", "dual", "triton"),
+        ("attention", "func.jvp", "triton"),
+        ("adaln_modulate", "func.jvp", "torch"),
+    ],
+)
+def test_compiled_gradients_of_a_loss_of_output_and_tangent(name, how, backend):
+    case, tangents = example(name), example(name, seed=1).arguments
+    torch._dynamo.reset()
+    expected = [x.double() for x in differentiated(case, tangents, how, backend)]
+    assert_near(differentiated(case, tangents, how, backend, compiled=True), expected, 1e-6)
+
+
+@each_fused
+def test_tangents_that_are_not_differentiated_are_not_saved(name):
+    """Explicit ones; and those of forward mode in `differentiable_tangents(False)`, where their gradient is refused."""
     case, tangents = example(name), example(name, seed=1).arguments
     leaves = [x.detach().requires_grad_() for x in case.arguments]
-    with ops.use_backend("triton"):
-        outputs, douts = map(whole, torch.func.jvp(case.function, tuple(leaves), tuple(tangents)))
-        with pytest.raises(RuntimeError, match=f"tangent of {case.op.name}, .*detach.*use_backend"):
-            sum(dx.square().sum() for dx in douts).backward()
-        plain = torch.autograd.grad(sum(o.square().sum() for o in whole(case.function(*leaves))), leaves)
-        outputs, douts = map(whole, torch.func.jvp(case.function, tuple(leaves), tuple(tangents)))
-        total = sum((o - dx.detach() + dx.detach()).square().sum() for o, dx in zip(outputs, douts, strict=True))
-        assert_near(torch.autograd.grad(total, leaves), plain)
+
+    def run(how):
+        if how == "forward mode":
+            with fwad.dual_level():
+                return list(map(fwad.unpack_dual, whole(case.function(*map(fwad.make_dual, leaves, tangents)))))
+        return whole(case.function(*(leaves if how == "primal" else duals(leaves, tangents, case.parameters, 2))))
+
+    saved = []
+    for how, mode in (("primal", None), ("dual", None), ("forward mode", False), ("forward mode", None)):
+        kept = []
+        pack = lambda x: kept.append(x.shape) or x  # noqa: E731, B023
+        context = nullcontext() if mode is None else ops.differentiable_tangents(mode)
+        with ops.use_backend("triton"), context, torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            outputs = run(how)
+        saved.append(kept)
+        if mode is False:
+            with pytest.raises(RuntimeError, match=f"tangent of {case.op.name}, .*differentiable_tangents.*detach"):
+                outputs[0].tangent.sum().backward()
+    assert saved[0] == saved[1] == saved[2] != saved[3]
 
 
-def test_loss_of_the_tangent_of_two_blocks():
-    """Between fused ops the gradient of a tangent must not get lost. In plain PyTorch it is right."""
+@each_fused
+def test_second_derivatives_through_a_tangent_are_refused(name):
+    case, tangents = example(name), example(name, seed=1).arguments
+    leaves = [x.detach().requires_grad_() for x in case.arguments]
+    with ops.use_backend("triton"), ops.differentiable_tangents():
+        total = sum(
+            o.tangent.square().sum() for o in whole(case.function(*duals(leaves, tangents, case.parameters, 2)))
+        )
+        with pytest.raises(RuntimeError, match=f"second derivatives of {case.op.name} need plain PyTorch"):
+            torch.autograd.grad(torch.autograd.grad(total, leaves, create_graph=True)[0].sum(), leaves)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("how", ["func.jvp", "dual"])
+def test_loss_of_the_tangent_of_two_attentions(how, backend):
+    """With a layer between: no gradient on the way is lost."""
     torch.manual_seed(0)
-    layer = torch.nn.Linear(16, 16)
-    x, dx = torch.randn(2, 1, 2, 4, 16)
+    layer, explicit = torch.nn.Linear(16, 16).to(DEVICE), how == "dual"
+    heads, along = torch.randn(2, 3, 1, 2, 4, 16, device=DEVICE)
 
-    def loss(backend):
-        def f(x):
-            y = torch.nn.functional.scaled_dot_product_attention(x, x, x)
-            y = layer(y)
-            return torch.nn.functional.scaled_dot_product_attention(y, y, y)
+    def loss(attention, layer, heads, along):
+        def f(q, k, v):
+            y = layer(attention(q, k, v))
+            return attention(y, y, y)
 
-        with ops.use_backend(backend), jvp_attention():
-            return torch.func.jvp(f, (x,), (dx,))[1].square().mean()
+        if attention is not ops.attention or not explicit:
+            return torch.func.jvp(f, tuple(heads), tuple(along))[1].square().mean()
+        with ops.differentiable_tangents():
+            y = ops.linear(ops.attention(*map(Dual, heads, along)), layer.weight, layer.bias)
+            return ops.attention(y, y, y).tangent.square().mean()
 
-    gradient = torch.autograd.grad(loss("torch"), layer.weight)[0]
-    step = 1e-3 * gradient / gradient.norm()
-    with torch.no_grad():
-        layer.weight += step
-        ahead = loss("torch")
-        layer.weight -= 2 * step
-        behind = loss("torch")
-    torch.testing.assert_close((ahead - behind) / 2e-3, gradient.norm(), rtol=1e-2, atol=0)
-    with pytest.raises(RuntimeError, match="a gradient reached the tangent of attention"):
-        loss("triton").backward()
+    def plain(q, k, v):
+        return torch.softmax(q @ k.mT / 4, -1) @ v
+
+    found = []
+    for attention, dtype in ((ops.attention, torch.float32), (plain, torch.float64)):
+        leaves = [x.to(dtype).detach().requires_grad_() for x in (heads, along)]
+        with ops.use_backend(backend):
+            total = loss(attention, layer.to(dtype), *leaves)
+            found.append(torch.autograd.grad(total, [*leaves, layer.weight, layer.bias]))
+    assert_near(*found)
 
 
 @each_fused
@@ -311,7 +392,7 @@ def test_eager_calls_cost_no_operator(name, monkeypatch):
     def refuse(*_):
         raise AssertionError("an operator of torch.library")
 
-    monkeypatch.setattr(case.op, "_operators", (refuse,) * 3)
+    monkeypatch.setattr(case.op, "_operators", type(case.op._operators)(*[refuse] * 5))
     with ops.use_backend("triton"):
         run_everything(case, tangents)
         with FlopCounterMode(display=False), pytest.raises(AssertionError, match="an operator"):
@@ -322,14 +403,15 @@ def test_eager_calls_cost_no_operator(name, monkeypatch):
 def test_operators_say_what_they_return(name):
     """Fake tensors have the shapes, strides and dtypes of the kernels' outputs, and nothing is changed in place."""
     case, tangents = example(name), example(name, seed=1).arguments
-    forward, dual, backward = case.op._operators
+    operators = case.op._operators
     returned = case.op.forward(*case.arguments, *case.options)
     known = dict(zip((*case.op.arguments, *case.op.returned), (*case.arguments, *returned), strict=True))
     last = [dx[1:] if i < len(tangents) - case.parameters else dx for i, dx in enumerate(tangents)]
     calls = [
-        (forward, (*case.arguments, *case.options)),
-        (dual, (*case.arguments, *last, *case.options, True)),
-        (backward, (*[known[x] for x in case.op.saved], *[known[x] for x in case.op.outputs], *case.options)),
+        (operators.forward, (*case.arguments, *case.options)),
+        (operators.dual, (*case.arguments, *last, *case.options, True)),
+        (operators.differentiable_dual, (*case.arguments, *last, *case.options)),
+        (operators.backward, (*[known[x] for x in case.op.saved], *[known[x] for x in case.op.outputs], *case.options)),
     ]
     for operator, inputs in calls:
         torch.library.opcheck(operator, inputs, test_utils=("test_schema", "test_faketensor"))

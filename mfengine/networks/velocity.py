@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from mfengine.ops import differentiable_tangents
+
 AnyNetwork = Callable[..., Any]
 """u(z, t, h, y) with an attribute `num_classes`: a module, or a function."""
 
@@ -80,7 +82,8 @@ def velocity_and_jvp(
         return velocity(inner, z, t, h, y[plain:])
 
     try:
-        with torch.autograd.graph.disable_saved_tensors_hooks(_HOOKS):  # their backward would fail, with no such words
+        # With hooks the backward would fail, but with no such words.
+        with torch.autograd.graph.disable_saved_tensors_hooks(_HOOKS), differentiable_tangents(False):
             u, du = torch.func.jvp(u_of, (z[plain:], t[plain:], h[plain:]), tangents)  # type: ignore[misc]
     except RuntimeError as error:  # a NotImplementedError is one
         reason = str(error).partition("\n")[0]

@@ -1,9 +1,9 @@
 """Differentiable ops: forward and backward by autograd, and an explicit tangent for `Dual` arguments.
 
 Given tensors, an op returns a tensor and works with autograd, `torch.func.jvp`, `torch.autograd.forward_ad` and
-`torch.compile`. Given a dual (`Dual`), it returns a dual: the primal as before, and the tangent of the trailing rows
-outside autograd. On CUDA tensors, attention, adaLN, RMSNorm, RoPE, GELU and SwiGLU run fused Triton kernels
-(`mfengine.kernels`), output and tangent in one pass; a gradient that reaches a fused tangent raises. Plain PyTorch, the
+`torch.compile`. Given a dual (`Dual`), it returns a dual: the primal as before, and the tangent of the trailing rows,
+outside autograd unless inside `differentiable_tangents`. On CUDA tensors, attention, adaLN, RMSNorm, RoPE, GELU and
+SwiGLU run fused Triton kernels (`mfengine.kernels`), output and tangent in one pass. Plain PyTorch, the
 specification, runs elsewhere, in float64, and under `torch.func.vmap`, `grad` and nested transforms. `use_backend`
 overrides the choice. Attention without a tangent is PyTorch's, unless `use_attention` names another. `OPS` lists all
 ops.
@@ -15,7 +15,7 @@ from mfengine.ops.attention import attention, attention_packed, attention_varlen
 from mfengine.ops.backend import use_backend
 from mfengine.ops.choice import use_attention
 from mfengine.ops.chunk import chunk, clone
-from mfengine.ops.dual import Dual, add, linear_map
+from mfengine.ops.dual import Dual, add, differentiable_tangents, linear_map
 from mfengine.ops.linear import fixed_weights, linear, packed_linear, sinusoid
 from mfengine.ops.node import one_node
 from mfengine.ops.rmsnorm import gated_residual_rms_norm, rms_norm
@@ -31,6 +31,7 @@ __all__ = [
     "attention_varlen",
     "chunk",
     "clone",
+    "differentiable_tangents",
     "fixed_weights",
     "gated_residual_adaln",
     "gated_residual_rms_norm",

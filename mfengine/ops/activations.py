@@ -106,12 +106,19 @@ def _swiglu(x: Tensor) -> Tensor:
 def _swiglu_tangent(x: Tensor, dx: Tensor) -> Tensor:
     wide = accumulation_dtype(x)
     (g, w), (dg, dw) = x.to(wide).chunk(2, -1), dx.to(wide).chunk(2, -1)
-    return torch.addcmul(torch.ops.aten.silu_backward(dg * w, g), F.silu(g), dw).to(x.dtype)
+    return torch.addcmul(_silu_backward(dg * w, g), F.silu(g), dw).to(x.dtype)
 
 
 def _silu_tangent(x: Tensor, dx: Tensor) -> Tensor:
     wide = accumulation_dtype(x)
-    return torch.ops.aten.silu_backward(dx.to(wide), x.to(wide)).to(x.dtype)
+    return _silu_backward(dx.to(wide), x.to(wide)).to(x.dtype)
+
+
+def _silu_backward(gradient: Tensor, x: Tensor) -> Tensor:
+    if torch.is_grad_enabled():  # PyTorch's has no derivative
+        s = torch.sigmoid(x)
+        return gradient * s * (1 + x * (1 - s))
+    return torch.ops.aten.silu_backward(gradient, x)
 
 
 # ----------------------------------------------------------------------------

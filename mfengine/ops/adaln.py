@@ -18,6 +18,7 @@ from torch import Tensor
 from mfengine.ops.dual import A, accumulation_dtype, linear_map, primal_of, push
 from mfengine.ops.lazy import Lazy
 from mfengine.ops.op import Op
+from mfengine.torch_private import in_forward_mode
 
 if TYPE_CHECKING:
     from mfengine.kernels import adaln as kernel
@@ -99,9 +100,18 @@ def _by_sample(x: A, scale: A) -> tuple[A, Callable[[Tensor], Tensor]]:
     return linear_map(lambda x: x.view(len(x) // max(tokens, 1), tokens, x.shape[1]), x), lambda x: x.flatten(0, 1)
 
 
+def written_out(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """LayerNorm over the last dimension, and 1 / sigma, by operators whose derivatives are right."""
+    centred = x - x.mean(-1, keepdim=True)
+    rstd = (centred.square().mean(-1, keepdim=True) + eps).rsqrt()
+    return centred * rstd, rstd
+
+
 def _modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
     wide = accumulation_dtype(x)
-    n = F.layer_norm(x.to(wide), x.shape[-1:], eps=eps)
+    x = x.to(wide)
+    # In forward mode PyTorch's has wrong gradients through its tangent (pytorch #196700).
+    n = written_out(x, eps)[0] if in_forward_mode() else F.layer_norm(x, x.shape[-1:], eps=eps)
     return (n * (1 + scale.to(wide)).unsqueeze(1) + shift.to(wide).unsqueeze(1)).to(scale.dtype)
 
 
@@ -110,9 +120,7 @@ def _modulate_tangent(
 ) -> Tensor:
     wide = accumulation_dtype(x)
     x, dx = x.to(wide), dx.to(wide)
-    centred = x - x.mean(-1, keepdim=True)
-    rstd = (centred.square().mean(-1, keepdim=True) + eps).rsqrt()
-    n = centred * rstd
+    n, rstd = written_out(x, eps)
     dn = (dx - dx.mean(-1, keepdim=True) - n * (n * dx).mean(-1, keepdim=True)) * rstd
     do = dn * (1 + scale.to(wide)).unsqueeze(1) + n * dscale.to(wide).unsqueeze(1) + dshift.to(wide).unsqueeze(1)
     return do.to(scale.dtype)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mfengine.ops.choice import choose
-from mfengine.ops.dual import A, Dual, accumulation_dtype, linear_map, primal_of
+from mfengine.ops.dual import A, Dual, accumulation_dtype, linear_map, primal_of, tangent_graph
 from mfengine.ops.lazy import Lazy
 from mfengine.ops.node import recording
 from mfengine.ops.op import Op
@@ -218,7 +218,7 @@ def _plain(
     o = p.to(primal_of(v).dtype) @ primal_of(v)
     if not isinstance(q, Dual):
         return (o,)
-    with torch.no_grad():
+    with tangent_graph():
         duals = slice(len(p) - len(q.tangent), None)
         q, k, v = (Dual(x.primal[duals], x.tangent) for x in (q, k, v))
         return (Dual(o, _tangent(q, k, v, p[duals], scale)),)

@@ -1,13 +1,14 @@
 """Duals: a primal with its tangent, carried through the network without autograd.
 
 Only interval rows (r < t) need a tangent, and they are the last rows of every batch. A `Dual` therefore holds
-the primal of all rows and the tangent of the trailing ones. The tangent is never differentiated, so every
-tangent rule runs without a graph and saves nothing.
+the primal of all rows and the tangent of the trailing ones. MeanFlow never differentiates the tangent, so every
+tangent rule runs without a graph and saves nothing, unless `differentiable_tangents` asks for it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -20,8 +21,8 @@ class Dual(NamedTuple):
     Rows are samples; where tokens are rows, each counts, so that (B * N, D) has a tangent (K * N, D).
 
     Ops take duals where they take tensors, all with one K, and return a dual if any argument is one: the output, with
-    autograd's graph, and its tangent, a constant without. An argument that is a tensor has no tangent. Parameters, such
-    as a bias, have no rows: the tangent of theirs is whole.
+    autograd's graph, and its tangent, a constant without, unless inside `differentiable_tangents`. An argument that is
+    a tensor has no tangent. Parameters, such as a bias, have no rows: the tangent of theirs is whole.
 
     Example:
         >>> import torch
@@ -34,6 +35,48 @@ class Dual(NamedTuple):
 
     primal: Tensor  # (B, ...)
     tangent: Tensor  # (K, ...), belongs to primal[B - K:]
+
+
+_differentiable: bool | None = None
+
+
+@contextmanager
+def differentiable_tangents(mode: bool = True) -> Iterator[None]:
+    """Inside, gradients flow through the tangents that ops return, or not.
+
+    Outside of it, those of explicit duals are constants, and those of PyTorch's forward mode are differentiable. What
+    counts is where an op is called, not where the backward runs. To be differentiated, an op saves its tangents, too.
+
+    Args:
+        mode: True makes tangents of explicit duals differentiable. False keeps fused ops from saving tangents under
+            forward mode; a gradient that reaches one raises a `RuntimeError`.
+
+    Example:
+        >>> import torch
+        >>> from mfengine.ops import Dual, differentiable_tangents, silu
+        >>> x = torch.randn(4, 8, requires_grad=True)
+        >>> with differentiable_tangents():
+        ...     y, dy = silu(Dual(x, torch.ones(4, 8)))
+        >>> dy.square().mean().backward()
+        >>> x.grad.shape
+        torch.Size([4, 8])
+    """
+    global _differentiable
+    before, _differentiable = _differentiable, mode
+    try:
+        yield
+    finally:
+        _differentiable = before
+
+
+def differentiable(explicit: bool) -> bool:
+    """Whether autograd sees through the tangents of explicit duals, or of PyTorch's forward mode."""
+    return not explicit if _differentiable is None else _differentiable
+
+
+def tangent_graph() -> AbstractContextManager[Any]:
+    """Around what computes the tangent of an explicit dual: no graph is kept that is not asked for."""
+    return torch.set_grad_enabled(torch.is_grad_enabled() and differentiable(explicit=True))
 
 
 A = TypeVar("A", Tensor, Dual)
@@ -56,7 +99,7 @@ def push(
         return primal_rule(*args)
     primals = [primal_of(a) for a in args]
     output = primal_rule(*primals)
-    with torch.no_grad():
+    with tangent_graph():
         tangents = complete(primals, [tangent_of(a) for a in args], parameters)
         rows = len(primals) - parameters
         pairs = zip(primals[:rows], tangents[:rows], strict=True)
@@ -86,7 +129,7 @@ def complete(primals: Sequence[Tensor], tangents: Sequence[Tensor | None], param
 def linear_map(f: Callable[[Tensor], Tensor], x: A) -> A:
     """Apply a linear function without parameters (a reshape, a cast, a slice): its own JVP."""
     if isinstance(x, Dual):
-        with torch.no_grad():
+        with tangent_graph():
             tangent = f(x.tangent)
         return Dual(f(x.primal), tangent)
     return f(x)

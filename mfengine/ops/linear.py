@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mfengine.ops.dual import A, Dual, linear_map, primal_of, push, tangent_of
+from mfengine.ops.dual import A, Dual, linear_map, primal_of, push, tangent_graph, tangent_of
 from mfengine.ops.node import Tape, recording
 from mfengine.torch_private import in_forward_mode, traced
 
@@ -38,7 +38,7 @@ def linear(x: A, weight: Any, bias: Any = None) -> A:
         output = F.linear(primal_of(x), weight, bias)
         if not isinstance(x, Dual):
             return output
-        with torch.no_grad():
+        with tangent_graph():
             return Dual(output, F.linear(x.tangent, weight))
     product = push(F.linear, _product_tangent, x, weight, parameters=1)
     return product if bias is None else push(torch.add, _sum_tangent, product, bias, parameters=1)
@@ -258,6 +258,6 @@ def sinusoid(t: A, dim: int) -> A:
     primal = torch.cat([cos, sin], dim=-1)
     if not isinstance(t, Dual):
         return primal
-    with torch.no_grad():
+    with tangent_graph():
         dangle, first = t.tangent[:, None] * frequencies, len(x) - len(t.tangent)
         return Dual(primal, torch.cat([-sin[first:] * dangle, cos[first:] * dangle], dim=-1))

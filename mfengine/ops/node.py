@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mfengine.ops.backend import fused
-from mfengine.ops.dual import Dual, primal_of
+from mfengine.ops.dual import Dual, differentiable, primal_of
 from mfengine.torch_private import in_forward_mode, intercepted, traced
 
 _tape: Tape | None = None
@@ -25,8 +25,8 @@ def one_node(forward: Callable[..., Any]) -> Callable[..., Any]:
     """Decorate the `forward` of a block: one node of autograd's graph where fused kernels compute duals of it.
 
     Its arguments are tensors, duals or None. It computes with ops of `mfengine.ops` and parameters alone, and returns
-    one tensor or dual or a tuple of them. With a graph but no dual, on plain PyTorch, in forward mode and under
-    torch.compile it runs as it is. Backward hooks of modules inside do not run.
+    one tensor or dual or a tuple of them. With a graph but no dual, inside `differentiable_tangents`, on plain PyTorch,
+    in forward mode and under torch.compile it runs as it is. Backward hooks of modules inside do not run.
 
     Raises:
         RuntimeError: from ops inside, for a tensor that is neither an argument, a parameter nor the output of an op:
@@ -38,7 +38,7 @@ def one_node(forward: Callable[..., Any]) -> Callable[..., Any]:
         records = torch.is_grad_enabled()
         if _tape is not None or torch.compiler.is_compiling() or traced() or in_forward_mode():
             return forward(self, *args)
-        if records and not any(isinstance(a, Dual) for a in args):
+        if records and (differentiable(explicit=True) or not any(isinstance(a, Dual) for a in args)):
             return forward(self, *args)
         primals = [primal_of(a) for a in args if a is not None]
         if not fused(*primals):

@@ -12,14 +12,15 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.autograd.forward_ad as fwad
 from torch import Tensor
 
 from mfengine.ops.backend import fused
-from mfengine.ops.dual import Dual, complete, primal_of, tangent_of
+from mfengine.ops.dual import Dual, complete, differentiable, differentiable_tangents, primal_of, tangent_of
 from mfengine.ops.node import Tape, eager, recording
 from mfengine.torch_private import uncompiled
 
@@ -46,6 +47,15 @@ class Op:
         saved: names of the arguments and outputs that are kept for the backward.
         like: for each argument that is not saved, the saved one whose shape and dtype its gradient has.
         parameters: how many of the last arguments are parameters, which have no rows; their tangents are whole.
+        backward_dual: the backward where a gradient reaches a tangent: (*saved, *tangents, *tangents of the outputs,
+            *auxiliary_dual, *gradients of the outputs, *gradients of their tangents, *options) -> (*gradients of the
+            primals, *gradients of the tangents). A tangent or gradient that is not there is None; of the gradients of
+            tangents, one that belongs to None may be None. Without it, `plain` is computed again and differentiated.
+        differentiable_dual: `dual` where `backward_dual` may follow; it returns auxiliary_dual, too, as the last ones.
+            None if there are none.
+        auxiliary_dual: what only `backward_dual` reads: by name, what `forward` returns that has, of the rows with
+            tangents, its shape and dtype.
+        backward_dual_flops: (*shapes of the primals, *shapes of the tangents, *options) -> FLOPs of `backward_dual`.
         flops: (*shapes of the primals, *options) -> FLOPs of the forward, of the tangent beside it and of the backward.
             None if there are no matrix products.
     """
@@ -65,16 +75,26 @@ class Op:
         like: dict[str, str] | None = None,
         parameters: int = 0,
         flops: Callable[..., tuple[int, int, int]] | None = None,
+        backward_dual: Callable[..., tuple[Tensor | None, ...]] | None = None,
+        differentiable_dual: Callable[..., tuple[Tensor, ...]] | None = None,
+        auxiliary_dual: dict[str, str] | None = None,
+        backward_dual_flops: Callable[..., int] | None = None,
     ) -> None:
         self.name, self.forward, self.dual, self.backward, self.plain = name, forward, dual, backward, plain
         self.shapes, self.flops, self.parameters = shapes, flops, parameters
+        self.backward_dual, self.backward_dual_flops = backward_dual, backward_dual_flops
+        self.differentiable_dual = differentiable_dual or dual
         annotations = {p.name: str(p.annotation) for p in inspect.signature(forward).parameters.values()}
         self.arguments = tuple(name for name, kind in annotations.items() if kind not in _SCHEMA_TYPES)
         self.outputs, self.returned, self.saved = tuple(outputs), (*outputs, *auxiliary), tuple(saved)
         known = (*self.arguments, *self.returned)
         self._keep = tuple(known.index(name) for name in saved)
+        self._recomputed_from = tuple(i for i, name in enumerate(self.arguments) if name not in saved)
+        self._auxiliary_dual = tuple(self.returned.index(name) for name in (auxiliary_dual or {}).values())
         self._like = tuple(self.saved.index((like or {}).get(name, name)) for name in self.arguments)
-        self._operators = self._register({k: v for k, v in annotations.items() if v in _SCHEMA_TYPES})
+        options = {k: v for k, v in annotations.items() if v in _SCHEMA_TYPES}
+        self._more = len(options)
+        self._operators = self._register(options)
         DECLARED.append(self)
 
     def __call__(self, *args: Any, options: tuple[Any, ...] = ()) -> tuple[Any, ...]:
@@ -103,7 +123,8 @@ class Op:
                 return self._run(args, None, options)[: len(self.outputs)]
             primals = [pair.primal for pair in pairs]
             tangents = complete(primals, [pair.tangent for pair in pairs], self.parameters)
-        returned = self._run(primals, tangents, options, constant=explicit)
+        through = torch.is_grad_enabled() and differentiable(explicit)
+        returned = self._run(primals, tangents, options, explicit, through)
         return tuple(map(make, returned[: len(self.outputs)], returned[len(self.returned) :]))
 
     def bytes(self, *primals: Tensor, options: tuple[Any, ...] = ()) -> tuple[int, int, int]:
@@ -130,10 +151,10 @@ class Op:
             primals, tangents = [primal_of(a) for a in args], [tangent_of(a) for a in args]
             if any(t is None for t in tangents[: len(args) - self.parameters]):
                 tangents = complete(primals, tangents, self.parameters)
-            by = (self.dual, options) if tape.eager else (self._operators[1], (*options, True))
+            by = (self.dual, options) if tape.eager else (self._operators.dual, (*options, True))
             returned = by[0](*primals, *tangents, *by[1])
         else:
-            returned = (self.forward if tape.eager else self._operators[0])(*primals, *options)
+            returned = (self.forward if tape.eager else self._operators.forward)(*primals, *options)
         returned = _tuple(returned)
         outputs = returned[: len(self.outputs)]
         if tape.records:
@@ -148,52 +169,117 @@ class Op:
         primals: Sequence[Tensor],
         tangents: Sequence[Any] | None,
         options: tuple[Any, ...],
-        constant: bool = False,
+        explicit: bool = False,
+        through: bool = False,
     ) -> tuple[Tensor, ...]:
-        """What `forward` or `dual` returns, with its graph. Constant tangents have none."""
+        """What `forward`, `dual` or `differentiable_dual` returns, with its graph.
+
+        Tangents with a graph of their own are differentiated if `through`. If not, explicit ones are constants, and a
+        gradient that reaches others raises.
+        """
         inputs = primals if tangents is None else (*primals, *tangents)
-        if not eager(inputs):
-            forward, dual, _ = self._operators
-            return _tuple(forward(*inputs, *options) if tangents is None else dual(*inputs, *options, constant))
+        constant = explicit and not through
+        if not eager((*inputs, *(x for x in options if isinstance(x, Tensor)))):
+            operators = self._operators
+            if tangents is None:
+                return _tuple(operators.forward(*inputs, *options))
+            if through:
+                return operators.differentiable_dual(*inputs, *options)
+            return operators.dual(*inputs, *options, constant)
         if torch.is_grad_enabled():
-            differentiable = primals if constant else inputs
-            if any(x is not None and x.requires_grad for x in differentiable):
-                return _Node.apply(self, tangents if constant else None, options, *differentiable)
+            tracked = primals if constant else inputs
+            if any(x is not None and x.requires_grad for x in tracked):
+                return _Node.apply(self, tangents if constant else None, options, through, *tracked)
         return (self.forward if tangents is None else self.dual)(*inputs, *options)
 
-    def _save(self, ctx: Any, inputs: Sequence[Any], returned: Sequence[Tensor], options: Any, constant: bool) -> None:
-        """Keep for the backward what it needs, which is the same with and without tangents."""
-        known = (*inputs[: len(self.arguments)], *returned[: len(self.returned)])
-        ctx.save_for_backward(*[known[i] for i in self._keep])
+    def _save(
+        self,
+        ctx: Any,
+        inputs: Sequence[Any],
+        returned: Sequence[Tensor],
+        options: Any,
+        constant: bool = False,
+        through: bool = False,
+    ) -> None:
+        """Keep for the backward what it needs: the same with and without tangents, unless they are differentiated."""
+        count, number = len(self.arguments), len(self.returned)
+        known = (*inputs[:count], *returned[:number])
+        kept = [known[i] for i in self._keep]
+        if through and self.backward_dual is not None:
+            kept += [*inputs[count : 2 * count], *returned[number:]]
+        elif through:
+            kept += [*(inputs[i] for i in self._recomputed_from), *inputs[count : 2 * count]]
+        ctx.save_for_backward(*kept)
         ctx.set_materialize_grads(False)
-        ctx.options = options
-        ctx.mark_non_differentiable(*returned[len(self.outputs) : None if constant else len(self.returned)])
+        ctx.options, ctx.through = options, through
+        tangents = number if constant else number + len(self.outputs)
+        ctx.mark_non_differentiable(*returned[len(self.outputs) : number], *returned[tangents:])
 
-    def _differentiate(self, ctx: Any, gradients: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
-        """Gradients of the primals.
+    def _differentiate(
+        self, ctx: Any, gradients: Sequence[Tensor | None], needed: Sequence[bool]
+    ) -> tuple[Tensor | None, ...]:
+        """Gradients of the primals, and of the tangents where these are differentiated.
+
+        Args:
+            ctx: of the node.
+            gradients: of what it returned.
+            needed: whether each primal and tangent needs one.
 
         Raises:
-            RuntimeError: there is a gradient of a tangent.
+            RuntimeError: there is a gradient of a tangent that is not differentiated.
         """
-        if any(g is not None for g in gradients[len(self.returned) :]):
-            raise RuntimeError(
-                f"a gradient reached the tangent of {self.name}, which fused kernels do not differentiate: detach the "
-                "tangent (a compiled function must return it detached), or take plain PyTorch by "
-                'mfengine.ops.use_backend("torch")'
-            )
-        gradients = gradients[: len(self.outputs)]
-        if all(g is None for g in gradients):
-            return (None,) * len(self.arguments)
-        return self._gradients(*ctx.saved_tensors, *gradients, *ctx.options)
+        count, outputs = len(self.arguments), len(self.outputs)
+        of_outputs = gradients[:outputs]
+        of_tangents = gradients[len(self.returned) : len(self.returned) + outputs]
+        if any(g is not None for g in of_tangents):
+            if not ctx.through:
+                raise RuntimeError(
+                    f"a gradient reached the tangent of {self.name}, computed inside "
+                    "mfengine.ops.differentiable_tangents(False): detach the tangent, or leave that context out"
+                )
+            if self.backward_dual is not None:
+                found = self._gradients(*ctx.saved_tensors, *of_outputs, *of_tangents, *ctx.options, dual=True)
+                return tuple(g if need else None for g, need in zip(found, needed, strict=True))
+            return self._recompute(ctx, of_outputs, of_tangents, needed)
+        rest = (None,) * (len(needed) - count)
+        if all(g is None for g in of_outputs):
+            return (None,) * count + rest
+        return self._gradients(*ctx.saved_tensors[: len(self.saved)], *of_outputs, *ctx.options) + rest
+
+    def _recompute(
+        self, ctx: Any, of_outputs: Sequence[Any], of_tangents: Sequence[Any], needed: Sequence[bool]
+    ) -> tuple[Tensor | None, ...]:
+        """Gradients of primals and tangents through plain PyTorch."""
+        if torch.is_grad_enabled():
+            self._refuse()
+        saved = ctx.saved_tensors
+        known = dict(zip(self.saved, saved, strict=False))
+        known |= {self.arguments[i]: x for i, x in zip(self._recomputed_from, saved[len(self.saved) :], strict=False)}
+        primals = [known[name] for name in self.arguments]
+        with torch.enable_grad(), differentiable_tangents():
+            leaves: list[Any] = [
+                x if x is None else x.detach().requires_grad_(need)
+                for x, need in zip((*primals, *saved[-len(primals) :]), needed, strict=True)
+            ]
+            pairs = zip(leaves[: len(primals)], leaves[len(primals) :], strict=True)
+            duals: Any = self.plain(*(x if dx is None else Dual(x, dx) for x, dx in pairs), *ctx.options)
+        computed = zip(
+            (*(o.primal for o in duals), *(o.tangent for o in duals)), (*of_outputs, *of_tangents), strict=True
+        )
+        roots, gradients = zip(*((x, g) for x, g in computed if g is not None and x.requires_grad), strict=True)
+        wanted = [x for x, need in zip(leaves, needed, strict=True) if need]
+        found = iter(torch.autograd.grad(roots, wanted, gradients, allow_unused=True))
+        return tuple(next(found) if need else None for need in needed)
 
     def _operator_gradients(self, *inputs: Any) -> tuple[Tensor, ...]:
-        return _tuple(self._operators[2](*inputs))
+        return _tuple(self._operators.backward(*inputs))
 
-    def _gradients(self, *inputs: Any) -> tuple[Tensor, ...]:
-        """What `backward` returns."""
+    def _gradients(self, *inputs: Any, dual: bool = False) -> tuple[Any, ...]:
+        """What `backward`, or `backward_dual`, returns."""
         # With create_graph, the operator: it refuses second derivatives, where a launcher would give none.
-        direct = not torch.is_grad_enabled() and eager(inputs[: len(self.saved) + len(self.outputs)])
-        return _tuple((self.backward if direct else self._operators[2])(*inputs))
+        direct = not torch.is_grad_enabled() and eager([x for x in inputs if isinstance(x, Tensor)])
+        by: Any = self if direct else self._operators
+        return _tuple((by.backward_dual if dual else by.backward)(*inputs))
 
     def _refuse(self, *_: Any) -> None:
         raise RuntimeError(
@@ -203,26 +289,38 @@ class Op:
     # ------------------------------------------------------------------------
     # How PyTorch knows it.
 
-    def _register(self, options: dict[str, str]) -> tuple[Any, Any, Any]:
-        """Operators for forward, dual and backward, with their fakes, autograd and FLOPs."""
-        count, more = len(self.arguments), len(options)
-        rows, number = count - self.parameters, len(self.returned)
+    def _register(self, options: dict[str, str]) -> _Operators:
+        """Operators for each launcher, with their fakes, autograd and FLOPs."""
+        count, more = len(self.arguments), self._more
+        rows, number, outputs = count - self.parameters, len(self.returned), len(self.outputs)
 
-        def fake_dual(*inputs: Any) -> tuple[Tensor, ...]:
-            primals, tangents, options = inputs[:count], inputs[count : 2 * count], inputs[2 * count :]
+        def fake_dual(*inputs: Any, auxiliary: tuple[int, ...] = ()) -> tuple[Tensor, ...]:
+            primals, tangents, options = inputs[:count], inputs[count : 2 * count], inputs[2 * count :][:more]
             last = [x.new_empty(tangents[0].shape[0], *x.shape[1:]) for x in primals[:rows]]
-            tangent = self.shapes(*last, *primals[rows:], *options[:more])[: len(self.outputs)]
-            return (*self.shapes(*primals, *options[:more]), *tangent)
+            tangent = self.shapes(*last, *primals[rows:], *options)
+            return (*self.shapes(*primals, *options), *tangent[:outputs], *(tangent[i] for i in auxiliary))
 
         def save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-            ctx.others, output = len(inputs) - count, _tuple(output)
+            output = _tuple(output)
             dual = len(output) > number
-            constant = dual and inputs[-1]
             start = 2 * count if dual else count
-            self._save(ctx, inputs, output, inputs[start : start + more], constant)
+            ctx.others = len(inputs) - start
+            self._save(ctx, inputs, output, inputs[start:][:more], constant=dual and inputs[-1])
+
+        def save_differentiable(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            ctx.others = more
+            self._save(ctx, inputs, output, inputs[2 * count :], through=True)
 
         def differentiate(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
-            return (*self._differentiate(ctx, gradients), *[None] * ctx.others)
+            needed = ctx.needs_input_grad[: len(ctx.needs_input_grad) - ctx.others]
+            return (*self._differentiate(ctx, gradients, needed), *[None] * ctx.others)
+
+        def fake_backward(*inputs: Any) -> tuple[Tensor, ...]:
+            return tuple(inputs[i].new_empty(inputs[i].shape) for i in self._like)
+
+        def fake_backward_dual(*inputs: Any) -> tuple[Tensor, ...]:
+            tangents = inputs[len(self.saved) :][:count]
+            return *fake_backward(*inputs), *(x.new_empty(x.shape) for x in _present(tangents, inputs[0]))
 
         tensors = [f"Tensor {name}" for name in self.arguments]
         tangents = [f"Tensor{'?' if i >= rows else ''} d{name}" for i, name in enumerate(self.arguments)]
@@ -232,26 +330,38 @@ class Op:
         dual = _operator(
             f"{self.name}_dual",
             [*tensors, *tangents, *other, "bool constant"],
-            number + len(self.outputs),
+            number + outputs,
             lambda *inputs: self.dual(*inputs[:-1]),
             fake_dual,
         )
-        backward = _operator(
-            f"{self.name}_backward",
-            [*saved, *gradients, *other],
-            count,
-            self.backward,
-            lambda *inputs: tuple(inputs[i].new_empty(inputs[i].shape) for i in self._like),
+        differentiable_dual = _operator(
+            f"{self.name}_differentiable_dual",
+            [*tensors, *tangents, *other],
+            number + outputs + len(self._auxiliary_dual),
+            self.differentiable_dual,
+            partial(fake_dual, auxiliary=self._auxiliary_dual),
         )
-        for operator in (forward, dual):
-            torch.library.register_autograd(operator, differentiate, setup_context=save)
+        backward = _operator(f"{self.name}_backward", [*saved, *gradients, *other], count, self.backward, fake_backward)
+        for operator, setup in ((forward, save), (dual, save), (differentiable_dual, save_differentiable)):
+            torch.library.register_autograd(operator, differentiate, setup_context=setup)
         torch.library.register_autograd(backward, self._refuse)
-        return forward, dual, backward
+        backward_dual = None
+        if (launch := self.backward_dual) is not None:
+            read = [f"Tensor d{x}" for x in self.outputs] + [f"Tensor x{i}" for i in self._auxiliary_dual]
+            backward_dual = _operator(
+                f"{self.name}_backward_dual",
+                [*saved, *tangents, *read, *gradients, *(f"Tensor? gd{x}" for x in self.outputs), *other],
+                2 * count,
+                lambda *inputs: _present(launch(*inputs), inputs[0]),
+                fake_backward_dual,
+            )
+            torch.library.register_autograd(backward_dual, self._refuse)
+        return _Operators(forward, dual, differentiable_dual, backward, backward_dual)
 
     def flop_formulas(self) -> dict[Any, Callable[..., int]]:
         """For each operator, its FLOPs from what it is called with, shapes in place of tensors."""
-        count, kept = len(self.arguments), len(self.saved) + len(self.outputs)
-        formula = self.flops
+        count, kept, more = len(self.arguments), len(self.saved) + len(self.outputs), self._more
+        formula, through = self.flops, self.backward_dual_flops
         if formula is None:
             return {}
 
@@ -259,31 +369,49 @@ class Op:
             return formula(*inputs)[0]
 
         def dual(*inputs: Any, **_: Any) -> int:
-            primals, tangents, options = inputs[:count], inputs[count : 2 * count], inputs[2 * count : -1]
+            primals, tangents, options = inputs[:count], inputs[count : 2 * count], inputs[2 * count :][:more]
             return formula(*primals, *options)[0] + formula(*tangents, *options)[1]
 
         def backward(*inputs: Any, **_: Any) -> int:
             return formula(*inputs[:count], *inputs[kept:])[2]  # the arguments come first in `saved`
 
-        names = (operator.overloadpacket for operator in self._operators)
-        return dict(zip(names, (forward, dual, backward), strict=True))
+        def backward_dual(*inputs: Any, **_: Any) -> int:
+            assert through is not None
+            return through(*inputs[:count], *inputs[len(self.saved) :][:count], *inputs[len(inputs) - more :])
+
+        formulas = _Operators(forward, dual, dual, backward, backward_dual)
+        pairs = zip(self._operators, formulas, strict=True)
+        return {operator.overloadpacket: f for operator, f in pairs if operator is not None}
+
+
+class _Operators(NamedTuple):
+    """Of `torch.library`, by the launcher that each runs."""
+
+    forward: Any
+    dual: Any
+    differentiable_dual: Any
+    backward: Any
+    backward_dual: Any
 
 
 class _Node(torch.autograd.Function):
     """An op in eager PyTorch. Constant tangents are hidden from autograd, in a tuple."""
 
     @staticmethod
-    def forward(ctx: Any, op: Op, tangents: Sequence[Any] | None, options: tuple[Any, ...], *inputs: Any) -> Any:
+    def forward(
+        ctx: Any, op: Op, tangents: Sequence[Any] | None, options: tuple[Any, ...], through: bool, *inputs: Any
+    ) -> Any:
         constant = tangents is not None
         every = (*inputs, *tangents) if tangents is not None else inputs
-        returned = (op.dual if len(every) > len(op.arguments) else op.forward)(*every, *options)
-        op._save(ctx, inputs, returned, options, constant)
-        ctx.op, ctx.others = op, len(inputs) - len(op.arguments)
+        dual = op.differentiable_dual if through else op.dual
+        returned = (dual if len(every) > len(op.arguments) else op.forward)(*every, *options)
+        op._save(ctx, inputs, returned, options, constant, through)
+        ctx.op = op
         return returned
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> Any:
-        return (None, None, None, *ctx.op._differentiate(ctx, gradients), *[None] * ctx.others)
+        return None, None, None, None, *ctx.op._differentiate(ctx, gradients, ctx.needs_input_grad[4:])
 
 
 def _operator(name: str, arguments: list[str], results: int, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:
@@ -302,6 +430,11 @@ def _operator(name: str, arguments: list[str], results: int, run: Callable[..., 
 
 def _tuple(x: Any) -> tuple[Any, ...]:
     return x if isinstance(x, tuple) else (x,)
+
+
+def _present(tensors: Iterable[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:
+    """With an empty one for each that is None, which an operator cannot return."""
+    return tuple(like.new_empty(0) if x is None else x for x in tensors)
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
