@@ -39,6 +39,7 @@ from mfengine.kernels.launch import (
 )
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+INF = tl.constexpr(0x7F800000)  # bits of float32 infinity
 COLUMNS = tl.constexpr(32)  # of float32 operands at a time
 
 # ----------------------------------------------------------------------------
@@ -309,6 +310,13 @@ def forward_kernel(
 
 
 @triton.jit
+def _pack(low, high):
+    """Two float32 in an int64."""
+    low = low.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
+    return high.to(tl.int32, bitcast=True).to(tl.int64) << 32 | low
+
+
+@triton.jit
 def delta_kernel(
     o, go, lse, stats, cu_q,
     o_b, o_h, o_n, go_b, go_h, go_n,
@@ -332,14 +340,13 @@ def delta_kernel(
     lse = _row_values(lse, head, heads, first, queries, cu_q)
     stats = _row_values(stats, head, heads, first, queries, cu_q)
     row_lse = tl.load(lse + rows, mask=rows < queries, other=0.0) * LOG2_E
-    low = row_lse.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
-    tl.store(stats + rows, sum.to(tl.int32, bitcast=True).to(tl.int64) << 32 | low, mask=rows < queries)
+    tl.store(stats + rows, _pack(row_lse, sum), mask=rows < queries)
 
 
 @triton.jit
-def _row_stats(stats, rows, queries, EVEN: tl.constexpr):
-    """What `delta_kernel` stored. Rows beyond the last query get a log-sum-exp of infinity, so probability 0."""
-    both = tl.load(stats + rows) if EVEN else tl.load(stats + rows, mask=rows < queries, other=0x7F800000)
+def _row_stats(stats, rows, queries, other: tl.constexpr, EVEN: tl.constexpr):
+    """What `_pack` packed; beyond the last query `other`: INF is a log-sum-exp of infinity, so probability 0."""
+    both = tl.load(stats + rows) if EVEN else tl.load(stats + rows, mask=rows < queries, other=other)
     return both.to(tl.int32).to(tl.float32, bitcast=True), (both >> 32).to(tl.int32).to(tl.float32, bitcast=True)
 
 
@@ -398,7 +405,7 @@ def backward_kv_kernel(
                 s = _dot(k2, q2.T, s)
                 gp = _dot(v2, go2.T, gp)
         # Keys beyond the last may get any probability, also infinity: it stays in their rows, which are not stored.
-        row_lse, row_delta = _row_stats(stats + member * queries, rows, queries, EVEN)
+        row_lse, row_delta = _row_stats(stats + member * queries, rows, queries, INF, EVEN)
         s *= scale * LOG2_E
         mask_at = mask if mask is None else mask + member * mask_h
         s = _masked(s, rows[None, :], cols[:, None], queries, keys, mask_at, mask_m, mask_n, True, CAUSAL)
@@ -440,7 +447,7 @@ def backward_q_kernel(
     if mask is not None:
         mask += head // heads * mask_b + head % heads * mask_h
     stats = _row_values(stats, head, heads, first_m, queries, cu_q)
-    row_lse, row_delta = _row_stats(stats, rows, queries, False)
+    row_lse, row_delta = _row_stats(stats, rows, queries, INF, False)
 
     q1 = _tile(q, rows, queries, q_n, 0, HEAD, DIM)
     go1 = _tile(go, rows, queries, go_n, 0, HEAD, DIM)
