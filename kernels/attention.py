@@ -581,8 +581,9 @@ def forward_dual(
 
 
 def forward_dual_packed(
-    qkv: Tensor, dqkv: Tensor, heads: int, tokens: int, qk: Tensor | None = None, dqk: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
+    qkv: Tensor, dqkv: Tensor, heads: int, tokens: int, qk: Tensor | None = None, dqk: Tensor | None = None, *,
+    mean: bool = False,
+) -> tuple[Tensor, ...]:  # fmt: skip
     """`forward_dual` of qkv and qk as `forward_packed` takes them, with dqkv and dqk likewise of the last K samples."""
     packed = (qkv,) if qk is None else (qk, qkv)
     along = (dqkv,) if dqk is None else (dqk, dqkv)
@@ -591,12 +592,13 @@ def forward_dual_packed(
     plan = _plan_dual((*inputs, *_ALL), (heads, tokens), None, False, None, *configs)
     if plan is None or misaligned(*inputs):
         qk, dqk = (None if x is None else _dense(x) for x in (qk, dqk))
-        return forward_dual_packed(_dense(qkv), _dense(dqkv), heads, tokens, qk, dqk)
+        return forward_dual_packed(_dense(qkv), _dense(dqkv), heads, tokens, qk, dqk, mean=mean)
     o, lse, do = _packed_output(qkv), _packed_row_values(qkv, heads, tokens), _packed_output(dqkv)
+    means = (_packed_row_values(dqkv, heads, tokens),) if mean else ()
     lead, tail = plan
     lead(packed[0], packed[0], qkv, None, None, None, o, None, lse, None, *_ALL)
-    tail(packed[0], packed[0], qkv, along[0], along[0], dqkv, o, do, lse, None, *_ALL)
-    return o, lse, do
+    tail(packed[0], packed[0], qkv, along[0], along[0], dqkv, o, do, lse, *(means or (None,)), *_ALL)
+    return o, lse, do, *means
 
 
 def backward(

@@ -48,7 +48,7 @@ from mfengine.kernels.attention import (
     shape_constants,
     tile_class,
 )
-from mfengine.kernels.launch import Config, Launch, aligned, check_like, empty_like, misaligned, planned
+from mfengine.kernels.launch import Config, Launch, aligned, check_like, empty_like, misaligned, planned, widths
 
 # ----------------------------------------------------------------------------
 # Kernels. An operand is a matrix whose rows are those of a head: where it begins, its rows, how many there are, their
@@ -85,6 +85,13 @@ def _product(head, tail, p, b, TAIL: tl.constexpr):
     if TAIL:
         tail = _dot(p, b[5], tail)
     return head, tail
+
+
+@triton.jit
+def _store_both(base, rows, num, stride, head, tail, HEAD: tl.constexpr, TAIL: tl.constexpr, DIM: tl.constexpr):
+    _store(base, rows, num, stride, head, 0, HEAD, DIM)
+    if TAIL:
+        _store(base, rows, num, stride, tail, HEAD, TAIL, DIM)
 
 
 @triton.jit
@@ -129,9 +136,8 @@ def backward_kv_kernel(
     DIM: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     EVEN: tl.constexpr, CAUSAL: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of a block of keys, of values, or of both, and of their tangents; those not wanted are None."""
-    KEYS: tl.constexpr = gk is not None
-    VALUES: tl.constexpr = gv is not None
+    """Gradients of a block of keys, of values and of their tangents, but for those that are None."""
+    SCORES: tl.constexpr = gk is not None or gdk is not None
     head, start_n = _program(keys, BLOCK_N)
     head *= GROUP  # the first of those of queries
     first_m, queries = _sequence(cu_q, head, heads, queries)
@@ -153,12 +159,14 @@ def backward_kv_kernel(
     k_all = _operand(k, cols, keys, k_n, HEAD, TAIL, DIM)
     dk_all = _operand(dk, cols, keys, dk_n, HEAD, TAIL, DIM)
     REST: tl.constexpr = TAIL if TAIL else 16  # columns of a tail, which nothing reads if there is none
-    if KEYS:
+    if SCORES:
         v_all = _operand(v, cols, keys, v_n, HEAD, TAIL, DIM)
+    if gk is not None:
         dv_all = _operand(dv, cols, keys, dv_n, HEAD, TAIL, DIM)
         gk1, gk2 = tl.zeros((BLOCK_N, HEAD), tl.float32), tl.zeros((BLOCK_N, REST), tl.float32)
+    if gdk is not None:
         gdk1, gdk2 = tl.zeros((BLOCK_N, HEAD), tl.float32), tl.zeros((BLOCK_N, REST), tl.float32)
-    if VALUES:
+    if gv is not None:
         gv1, gv2 = tl.zeros((BLOCK_N, HEAD), tl.float32), tl.zeros((BLOCK_N, REST), tl.float32)
         gdv1, gdv2 = tl.zeros((BLOCK_N, HEAD), tl.float32), tl.zeros((BLOCK_N, REST), tl.float32)
 
@@ -177,40 +185,38 @@ def backward_kv_kernel(
         mask_at = mask if mask is None else mask + member * mask_h
         s = _masked(s, rows[None, :], cols[:, None], queries, keys, mask_at, mask_m, mask_n, True, CAUSAL)
         p = tl.exp2(s - row_lse[None, :])
-        ds = _scores(zero, k_all, dq_rows, dim, DIM, TAIL)
-        ds = _scores(ds, dk_all, q_rows, dim, DIM, TAIL) * scale - row_mean[None, :]
-        if VALUES:
+        if gk is not None or gv is not None:
+            ds = _scores(zero, k_all, dq_rows, dim, DIM, TAIL)
+            ds = _scores(ds, dk_all, q_rows, dim, DIM, TAIL) * scale - row_mean[None, :]
+        if gv is not None:
             pds = (p * ds).to(q.dtype.element_ty)
             p_low = p.to(q.dtype.element_ty)
             gv1, gv2 = _product(gv1, gv2, p_low, go_rows, TAIL)
             gv1, gv2 = _product(gv1, gv2, pds, gdo_rows, TAIL)
             gdv1, gdv2 = _product(gdv1, gdv2, p_low, gdo_rows, TAIL)
-        if KEYS:
+        if SCORES:
             a = _scores(zero, v_all, gdo_rows, dim, DIM, TAIL) - row_c[None, :]
+            gds = (p * a).to(q.dtype.element_ty)
+        if gk is not None:
             gp = _scores(a * ds - row_delta[None, :], v_all, go_rows, dim, DIM, TAIL)
             gp = _scores(gp, dv_all, gdo_rows, dim, DIM, TAIL)
             gs = (p * gp).to(q.dtype.element_ty)
-            gds = (p * a).to(q.dtype.element_ty)
             gk1, gk2 = _product(gk1, gk2, gs, q_rows, TAIL)
             gk1, gk2 = _product(gk1, gk2, gds, dq_rows, TAIL)
+        if gdk is not None:
             gdk1, gdk2 = _product(gdk1, gdk2, gds, q_rows, TAIL)
 
-    if KEYS:
+    if gk is not None:
         gk, gk_n = _head(gk, head, heads, gk_b, gk_h, gk_n, first_n, GROUP)
+        _store_both(gk, cols, keys, gk_n, gk1 * scale, gk2 * scale, HEAD, TAIL, DIM)
+    if gdk is not None:
         gdk, gdk_n = _head(gdk, head, heads, gdk_b, gdk_h, gdk_n, first_n, GROUP)
-        _store(gk, cols, keys, gk_n, gk1 * scale, 0, HEAD, DIM)
-        _store(gdk, cols, keys, gdk_n, gdk1 * scale, 0, HEAD, DIM)
-        if TAIL:
-            _store(gk, cols, keys, gk_n, gk2 * scale, HEAD, TAIL, DIM)
-            _store(gdk, cols, keys, gdk_n, gdk2 * scale, HEAD, TAIL, DIM)
-    if VALUES:
+        _store_both(gdk, cols, keys, gdk_n, gdk1 * scale, gdk2 * scale, HEAD, TAIL, DIM)
+    if gv is not None:
         gv, gv_n = _head(gv, head, heads, gv_b, gv_h, gv_n, first_n, GROUP)
         gdv, gdv_n = _head(gdv, head, heads, gdv_b, gdv_h, gdv_n, first_n, GROUP)
-        _store(gv, cols, keys, gv_n, gv1, 0, HEAD, DIM)
-        _store(gdv, cols, keys, gdv_n, gdv1, 0, HEAD, DIM)
-        if TAIL:
-            _store(gv, cols, keys, gv_n, gv2, HEAD, TAIL, DIM)
-            _store(gdv, cols, keys, gdv_n, gdv2, HEAD, TAIL, DIM)
+        _store_both(gv, cols, keys, gv_n, gv1, gv2, HEAD, TAIL, DIM)
+        _store_both(gdv, cols, keys, gdv_n, gdv1, gdv2, HEAD, TAIL, DIM)
 
 
 @triton.jit
@@ -222,7 +228,7 @@ def backward_q_kernel(
     DIM: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     EVEN: tl.constexpr, CAUSAL: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of a block of queries and of their tangents, over all keys."""
+    """Gradients of a block of queries and of their tangents, but for one that is None, over all keys."""
     head, start_m = _program(queries, BLOCK_M)
     first_m, queries = _sequence(cu_q, head, heads, queries)
     first_n, keys = _sequence(cu_k, head, heads, keys)
@@ -245,8 +251,10 @@ def backward_q_kernel(
     go_all = _operand(go, rows, queries, go_n, HEAD, TAIL, DIM)
     gdo_all = _operand(gdo, rows, queries, gdo_n, HEAD, TAIL, DIM)
     REST: tl.constexpr = TAIL if TAIL else 16  # columns of a tail, which nothing reads if there is none
-    gq1, gq2 = tl.zeros((BLOCK_M, HEAD), tl.float32), tl.zeros((BLOCK_M, REST), tl.float32)
-    gdq1, gdq2 = tl.zeros((BLOCK_M, HEAD), tl.float32), tl.zeros((BLOCK_M, REST), tl.float32)
+    if gq is not None:
+        gq1, gq2 = tl.zeros((BLOCK_M, HEAD), tl.float32), tl.zeros((BLOCK_M, REST), tl.float32)
+    if gdq is not None:
+        gdq1, gdq2 = tl.zeros((BLOCK_M, HEAD), tl.float32), tl.zeros((BLOCK_M, REST), tl.float32)
 
     for start in range(0, _last_key(start_m, queries, keys, cu_q, BLOCK_M, CAUSAL), BLOCK_N):
         cols = start + tl.arange(0, BLOCK_N)
@@ -258,24 +266,25 @@ def backward_q_kernel(
         s = _scores(zero, q_all, k_cols, dim, DIM, TAIL) * (scale * LOG2_E)
         s = _masked(s, rows[:, None], cols[None, :], queries, keys, mask, mask_m, mask_n, EVEN, CAUSAL)
         p = tl.exp2(s - row_lse[:, None])
-        ds = _scores(zero, dq_all, k_cols, dim, DIM, TAIL)
-        ds = _scores(ds, q_all, dk_cols, dim, DIM, TAIL) * scale - row_mean[:, None]
         a = _scores(zero, gdo_all, v_cols, dim, DIM, TAIL) - row_c[:, None]
-        gp = _scores(a * ds - row_delta[:, None], go_all, v_cols, dim, DIM, TAIL)
-        gp = _scores(gp, gdo_all, dv_cols, dim, DIM, TAIL)
-        gs = (p * gp).to(q.dtype.element_ty)
         gds = (p * a).to(q.dtype.element_ty)
-        gq1, gq2 = _product(gq1, gq2, gs, k_cols, TAIL)
-        gq1, gq2 = _product(gq1, gq2, gds, dk_cols, TAIL)
-        gdq1, gdq2 = _product(gdq1, gdq2, gds, k_cols, TAIL)
+        if gq is not None:
+            ds = _scores(zero, dq_all, k_cols, dim, DIM, TAIL)
+            ds = _scores(ds, q_all, dk_cols, dim, DIM, TAIL) * scale - row_mean[:, None]
+            gp = _scores(a * ds - row_delta[:, None], go_all, v_cols, dim, DIM, TAIL)
+            gp = _scores(gp, gdo_all, dv_cols, dim, DIM, TAIL)
+            gs = (p * gp).to(q.dtype.element_ty)
+            gq1, gq2 = _product(gq1, gq2, gs, k_cols, TAIL)
+            gq1, gq2 = _product(gq1, gq2, gds, dk_cols, TAIL)
+        if gdq is not None:
+            gdq1, gdq2 = _product(gdq1, gdq2, gds, k_cols, TAIL)
 
-    gq, gq_n = _head(gq, head, heads, gq_b, gq_h, gq_n, first_m)
-    gdq, gdq_n = _head(gdq, head, heads, gdq_b, gdq_h, gdq_n, first_m)
-    _store(gq, rows, queries, gq_n, gq1 * scale, 0, HEAD, DIM)
-    _store(gdq, rows, queries, gdq_n, gdq1 * scale, 0, HEAD, DIM)
-    if TAIL:
-        _store(gq, rows, queries, gq_n, gq2 * scale, HEAD, TAIL, DIM)
-        _store(gdq, rows, queries, gdq_n, gdq2 * scale, HEAD, TAIL, DIM)
+    if gq is not None:
+        gq, gq_n = _head(gq, head, heads, gq_b, gq_h, gq_n, first_m)
+        _store_both(gq, rows, queries, gq_n, gq1 * scale, gq2 * scale, HEAD, TAIL, DIM)
+    if gdq is not None:
+        gdq, gdq_n = _head(gdq, head, heads, gdq_b, gdq_h, gdq_n, first_m)
+        _store_both(gdq, rows, queries, gdq_n, gdq1 * scale, gdq2 * scale, HEAD, TAIL, DIM)
 
 
 # ----------------------------------------------------------------------------
@@ -337,19 +346,23 @@ def _plan(
         (*_strides(o, do, go, gdo), problem.heads, problem.queries),
         {**shape_constants(problem.dim, q.dtype), **delta.kwargs},
     )  # fmt: skip
+    pieces_kv, pieces_q = pieces(problem.dim, q.dtype)
     launches_kv = [
         Launch(
             backward_kv_kernel, backward_kv.grid(problem.keys, programs // problem.constants["GROUP"], "BLOCK_N"),
             (*operands, *_strides(gk, gv, gdk, gdv), *problem.scalars),
             {**problem.constants, "EVEN": problem.even(backward_kv, "BLOCK_M"), **backward_kv.kwargs},
         )
-        for _ in range(2 if name in SPLIT else 1)
+        for _ in pieces_kv
     ]  # fmt: skip
-    launch_q = Launch(
-        backward_q_kernel, backward_q.grid(problem.queries, programs),
-        (*operands, *_strides(gq, gdq), *problem.scalars),
-        {**problem.constants, "EVEN": problem.even(backward_q), **backward_q.kwargs},
-    )  # fmt: skip
+    launches_q = [
+        Launch(
+            backward_q_kernel, backward_q.grid(problem.queries, programs),
+            (*operands, *_strides(gq, gdq), *problem.scalars),
+            {**problem.constants, "EVEN": problem.even(backward_q), **backward_q.kwargs},
+        )
+        for _ in pieces_q
+    ]  # fmt: skip
 
     def launch(
         inputs: Sequence[Tensor], lse: Tensor, mean: Tensor, seen: Sequence[Any], gradients: Sequence[Tensor]
@@ -359,14 +372,16 @@ def _plan(
         stats, dstats = (empty_like(lse, torch.int64) for _ in range(2))
         launch_delta(o, do, go, gdo, lse, mean, stats, dstats, seen[1])
         read = (*inputs[:6], go, gdo, stats, dstats)
-        if len(launches_kv) == 1:
-            launches_kv[0](*read, gk, gv, gdk, gdv, *seen)
-        else:
-            launches_kv[0](*read, gk, None, gdk, None, *seen)
-            launches_kv[1](*read, None, gv, None, gdv, *seen)
-        launch_q(*read, gq, gdq, *seen)
+        for run, wanted in zip(launches_kv, pieces_kv, strict=True):
+            run(*read, *_chosen((gk, gv, gdk, gdv), wanted), *seen)
+        for run, wanted in zip(launches_q, pieces_q, strict=True):
+            run(*read, *_chosen((gq, gdq), wanted), *seen)
 
     return launch
+
+
+def _chosen(tensors: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor | None]:
+    return [x if want else None for x, want in zip(tensors, wanted, strict=True)]
 
 
 def _zero_gradients(inputs: Any, lse: Tensor, mean: Tensor, seen: Any, gradients: Sequence[Tensor]) -> None:
@@ -390,6 +405,18 @@ CONFIGS: dict[str, dict[str, Config]] = {
         "float32": Config(BLOCK_M=16, BLOCK_N=16, num_warps=4, num_stages=1),
     },
 }
-SPLIT = ("medium", "wide")
-"""Where sums of keys and of values do not fit into the registers together: one launch for each, at six products for
-scores and three for sums of keys, and three and three of values, rather than six and six."""
+
+
+def pieces(dim: int, dtype: torch.dtype) -> tuple[list[tuple[bool, ...]], list[tuple[bool, ...]]]:
+    """Which of the gradients gk, gv, gdk, gdv, and which of gq, gdq, one launch computes.
+
+    Each is a sum in registers, and those of more than 64 columns do not fit together in half precision. A block takes
+    12, 15 or 17 products for keys and values, and 9 or 11 for queries.
+    """
+    columns = sum(widths(dim))
+    if columns <= 64 or dtype == torch.float32:
+        return [(True,) * 4], [(True,) * 2]
+    keys, values, both = (True, False, True, False), (False, True, False, True), (True, True)
+    if columns <= 96:
+        return [keys, values], [both]
+    return [(True, False, False, False), (False, False, True, False), values], [(True, False), (False, True)]

@@ -26,8 +26,10 @@ from mfengine.torch_private import softmax_backward
 
 if TYPE_CHECKING:
     from mfengine.kernels import attention as kernel
+    from mfengine.kernels import attention_tangent as tangent_kernel
 else:
     kernel = Lazy("mfengine.kernels.attention")
+    tangent_kernel = Lazy("mfengine.kernels.attention_tangent")
 
 
 def attention(
@@ -341,6 +343,28 @@ def _backward(*inputs: Any) -> tuple[Tensor, ...]:
     return kernel.backward(*inputs)
 
 
+def _differentiable_dual(*inputs: Any) -> tuple[Tensor, ...]:
+    return kernel.forward_dual(*inputs, mean=True)
+
+
+def _backward_dual(
+    q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, do: Tensor,
+    mean: Tensor, go: Tensor | None, gdo: Tensor, scale: float | None, is_causal: bool, mask: Tensor | None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Leading rows, which have no tangent, take the ordinary backward."""
+    go = torch.zeros_like(o) if go is None else go
+    first = len(q) - len(dq)
+    if not first:
+        return tangent_kernel.backward_dual(q, k, v, o, lse, dq, dk, dv, do, mean, go, gdo, scale, is_causal, mask)
+    saved, masks = (q, k, v, o, lse), (mask, mask)
+    if mask is not None and mask.ndim == 4 and len(mask) > 1:
+        masks = mask[:first], mask[first:]
+    lead = kernel.backward(*(x[:first] for x in saved), go[:first], scale, is_causal, masks[0])
+    options = scale, is_causal, masks[1]
+    last = tangent_kernel.backward_dual(*(x[first:] for x in saved), dq, dk, dv, do, mean, go[first:], gdo, *options)
+    return *map(torch.cat, zip(lead, last[:3], strict=True)), *last[3:]
+
+
 def _shapes(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
     batch, heads, tokens, dim = q.shape
     return q.new_empty(batch, tokens, heads, dim).transpose(1, 2), q.new_empty(q.shape[:3], dtype=torch.float32)
@@ -358,11 +382,21 @@ def _flops(
     return 2 * product, 4 * product, 7 * product  # the backward makes the scores twice
 
 
+def _backward_dual_flops(q: Any, k: Any, v: Any, dq: Any, dk: Any, dv: Any, *options: Any) -> int:
+    """As the kernels of up to 64 columns do it: 12 products for keys and values, 9 for queries."""
+    lead = (q[0] - dq[0], *q[1:])
+    return _flops(lead, k, v, *options)[2] + 21 * _flops(dq, dk, dv, *options)[0] // 2
+
+
 ATTENTION = Op(
     "attention",
     forward=_forward,
     dual=_dual,
+    differentiable_dual=_differentiable_dual,
     backward=_backward,
+    backward_dual=_backward_dual,
+    backward_dual_flops=_backward_dual_flops,
+    auxiliary_dual={"mean": "lse"},
     plain=_plain,
     shapes=_shapes,
     flops=_flops,
@@ -392,16 +426,36 @@ def _varlen_backward(*inputs: Any) -> tuple[Tensor, ...]:
     return kernel.backward(*tensors[:6], scale, is_causal, None, kernel.Sequences(*tensors[6:]))
 
 
+def _varlen_differentiable_dual(*inputs: Any) -> tuple[Tensor, ...]:
+    *tensors, scale, is_causal = inputs
+    return kernel.forward_dual(*tensors[:6], scale, is_causal, None, kernel.Sequences(*tensors[6:]), mean=True)
+
+
+def _varlen_backward_dual(*inputs: Any) -> tuple[Tensor, ...]:
+    *tensors, go, gdo, cu_q, cu_k, longest_q, longest_k, scale, is_causal = inputs
+    go = torch.zeros_like(gdo) if go is None else go
+    sequences = kernel.Sequences(cu_q, cu_k, longest_q, longest_k)
+    return tangent_kernel.backward_dual(*tensors, go, gdo, scale, is_causal, None, sequences)
+
+
 def _varlen_flops(q: Any, k: Any, v: Any, cu_q: Any, cu_k: Any, longest_q: int, longest_k: int, *_: Any) -> Any:
     """As if every query saw as many keys as the longest sequence has: shapes tell no more."""
     return _flops(q, (*k[:2], longest_k, k[3]), v)
+
+
+def _varlen_backward_dual_flops(q: Any, k: Any, v: Any, dq: Any, dk: Any, dv: Any, *options: Any) -> int:
+    return 21 * _varlen_flops(dq, dk, dv, *options)[0] // 2
 
 
 ATTENTION_VARLEN = Op(
     "attention_varlen",
     forward=_varlen_forward,
     dual=_varlen_dual,
+    differentiable_dual=_varlen_differentiable_dual,
     backward=_varlen_backward,
+    backward_dual=_varlen_backward_dual,
+    backward_dual_flops=_varlen_backward_dual_flops,
+    auxiliary_dual={"mean": "lse"},
     plain=_plain_varlen,
     shapes=_shapes,
     flops=_varlen_flops,
@@ -423,6 +477,39 @@ def _packed_backward(qkv: Tensor, o: Tensor, lse: Tensor, go: Tensor, heads: int
     return kernel.backward_packed(qkv, o, lse, go, heads, tokens)[:1]
 
 
+def _packed_differentiable_dual(qkv: Tensor, dqkv: Tensor, heads: int, tokens: int) -> tuple[Tensor, ...]:
+    return kernel.forward_dual_packed(qkv, dqkv, heads, tokens, mean=True)
+
+
+def _packed_backward_dual(
+    qkv: Tensor, o: Tensor, lse: Tensor, dqkv: Tensor, do: Tensor, mean: Tensor, go: Tensor | None, gdo: Tensor,
+    heads: int, tokens: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    go = torch.zeros_like(o) if go is None else go
+    first = len(qkv) - len(dqkv)
+    samples = len(lse) - len(mean)
+    gqkv, gdqkv = (torch.empty_like(dqkv, memory_format=torch.contiguous_format) for _ in range(2))
+    qkv_heads, dqkv_heads, *gradients = (
+        _split_heads(x.contiguous(), heads, tokens) for x in (qkv[first:], dqkv, gqkv, gdqkv)
+    )
+    o_heads, do_heads, go_heads, gdo_heads = (
+        _split_heads(x.contiguous(), heads, tokens, 1)[0] for x in (o[first:], do, go[first:], gdo)
+    )
+    tangent_kernel.backward_dual(
+        *qkv_heads, o_heads, lse[samples:], *dqkv_heads, do_heads, mean, go_heads, gdo_heads,
+        gradients=(*gradients[0], *gradients[1]),
+    )  # fmt: skip
+    if first:
+        lead = kernel.backward_packed(qkv[:first], o[:first], lse[:samples], go[:first], heads, tokens)[0]
+        gqkv = torch.cat((lead, gqkv))
+    return gqkv, gdqkv
+
+
+def _packed_backward_dual_flops(qkv: Any, dqkv: Any, heads: int, tokens: int) -> int:
+    lead = (qkv[0] - dqkv[0], *qkv[1:])
+    return _packed_flops(lead, heads, tokens)[2] + 21 * _packed_flops(dqkv, heads, tokens)[0] // 2
+
+
 def _packed_shapes(qkv: Tensor, heads: int, tokens: int) -> tuple[Tensor, Tensor]:
     *rows, width = qkv.shape
     batch = rows[0] if len(rows) == 2 else rows[0] // tokens
@@ -439,7 +526,11 @@ ATTENTION_PACKED = Op(
     "attention_packed",
     forward=_packed_forward,
     dual=_packed_dual,
+    differentiable_dual=_packed_differentiable_dual,
     backward=_packed_backward,
+    backward_dual=_packed_backward_dual,
+    backward_dual_flops=_packed_backward_dual_flops,
+    auxiliary_dual={"mean": "lse"},
     plain=_plain_packed,
     shapes=_packed_shapes,
     flops=_packed_flops,
