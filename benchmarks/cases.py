@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.baselines.port import Port, PortDiT, jvp_flash_attention, modulate, plain_attention, sdpa
+from benchmarks.baselines.port import Port, PortDiT, jvp_flash_attention, math_sdpa, modulate, plain_attention, sdpa
 from benchmarks.measure import Row, device_name, summarise
 from benchmarks.roofline import predicted_seconds
 from benchmarks.workload import IMPLEMENTATIONS, OBJECTIVES, Call, make_model, small, tiny, torch_pair, training_step
@@ -33,6 +33,7 @@ from mfengine.engine.flops import sample_flops, step_flops
 from mfengine.engine.presets import PRESETS
 from mfengine.kernels import multi_tensor
 from mfengine.ops import OPS, Dual
+from mfengine.ops.attention import ATTENTION
 from mfengine.ops.backend import Backend
 from mfengine.ops.rope import angles
 from mfengine.ops.table import SHAPES, New, Shape
@@ -136,6 +137,8 @@ def cases(machine: Machine, peer: Callable[..., Call] | None = None) -> Iterator
     for preset in ("xl2", "b2") if machine.gpu else ("xl2",):
         for batch in (32, 256) if machine.gpu else (32,):
             yield from kernels(machine, preset, batch)
+            if machine.gpu:  # plain PyTorch is ours elsewhere
+                yield from attention(machine, preset, batch)
     for preset in ("b2", "l2", "xl2") if machine.gpu else ("b2",):
         for batch in (32, 256) if machine.gpu else (16,):
             for objective in OBJECTIVES:
@@ -343,6 +346,79 @@ def backward_call(machine: Machine, name: str, shape: Shape, f: Callable[..., An
 def outputs_of(result: Any) -> tuple[Any, ...]:
     """An op returns one output, or a tuple of them."""
     return result if isinstance(result, tuple) and not isinstance(result, Dual) else (result,)
+
+
+# ----------------------------------------------------------------------------
+# Attention as other objectives and models take it: causal, with a mask, with grouped queries; and a backward through
+# the tangent.
+
+
+def attention(machine: Machine, preset: str, batch: int) -> Iterator[Case]:
+    """Output and tangent, and the gradients of both, which `jvp_flash_attention` does not have."""
+    shape, able = op_shape(machine.model(preset), batch), find_spec("jvp_flash_attention") is not None
+    for variant, options, groups in (
+        ("", {}, shape.heads),
+        (" causal", {"is_causal": True}, shape.heads),
+        (" masked", {"masked": True}, shape.heads),
+        (" of grouped queries", {}, max(1, shape.heads // 4)),
+    ):
+        q = o = (batch, shape.heads, shape.tokens, shape.dim)
+        k = v = (batch, groups, shape.tokens, shape.dim)
+        forward, tangent, _ = ATTENTION.flops(q, k, v, None, "is_causal" in options, None)
+        size = 2 * machine.dtype.itemsize * sum(map(math.prod, (q, k, v, o)))  # of primals and tangents
+        # 6 products for the scores, their tangents and the gradients of these, and 9 for the six gradients.
+        for through, flops in ((False, forward + tangent), (True, forward + tangent + 15 * forward // 2)):
+            if variant or through:  # the other one is in `kernels`
+                peers = {OURS: ops.attention, "math SDPA": math_sdpa}
+                if able and not through and groups == shape.heads:
+                    peers["jvp_flash_attention"] = jvp_flash_attention
+                mode = "through the tangent" if through else "dual"
+                yield Case(
+                    "attention",
+                    f"attention{variant}, {mode}, {machine.name(preset)} of {batch}",
+                    {
+                        name: partial(attention_call, machine, (q, k, v), f, through, **options)
+                        for name, f in peers.items()
+                    },
+                    samples=batch,
+                    flops=partial(float, flops),
+                    bytes=4 * size if through else size,  # read again with its gradients, and as many written
+                    hide_host=True,
+                )
+
+
+def attention_call(
+    machine: Machine,
+    shapes: tuple[Any, ...],
+    f: Callable[..., Any],
+    through: bool,
+    is_causal: bool = False,
+    masked: bool = False,
+) -> Call:
+    """Output and tangent, from explicit duals if f is ours and by `torch.func.jvp` if not; if `through`, with the
+    gradients of primals and tangents for gradients of both. The mask hides the last eighth of the keys.
+    """
+    keys = shapes[1][2]
+    mask = torch.arange(keys, device=machine.device) < keys - keys // 8 if masked else None
+    call = partial(f, is_causal=is_causal, mask=mask)
+
+    def make() -> tuple[Tensor, ...]:
+        new = random_on(machine.device, machine.dtype)
+        return tuple(new(*shape).requires_grad_(through) for shape in (*shapes, *shapes))
+
+    following = rotating(make, machine.device)
+    gradients = [torch.randn_like(following()[0]) for _ in range(2)]
+
+    def run() -> tuple[Tensor, ...]:
+        inputs = following()
+        with torch.set_grad_enabled(through), ops.differentiable_tangents(through):
+            if f is ops.attention:
+                outputs = tuple(call(*map(Dual, inputs[:3], inputs[3:])))
+            else:
+                outputs = torch.func.jvp(call, inputs[:3], inputs[3:])
+            return (*outputs, *torch.autograd.grad(outputs, inputs, gradients)) if through else outputs
+
+    return run
 
 
 # ----------------------------------------------------------------------------

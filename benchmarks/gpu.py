@@ -93,6 +93,8 @@ def _tasks(machine: Machine, many: int) -> Iterator[Task]:
     for batch in (few, 256) if gpu else (2,):
         for case in cases.kernels(machine, "xl2", batch):
             yield from _timed("kernels of xl2", machine, case)
+    for case in cases.attention(machine, "xl2", few):
+        yield from _timed("attention of xl2", machine, case)
 
     stage = f"xl2 of {many}"
     yield from _timed(stage, machine, cases.step(machine, "xl2", many, "guided"))

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mfengine import accelerate, jvp_attention, ops
 from mfengine.backend import sdpa
+from mfengine.ops.backend import chosen
 from mfengine.ops.dual import Dual
 
 BACKENDS = pytest.mark.parametrize("backend", ["torch", "triton"])
@@ -299,7 +300,9 @@ OPTIONS = {
     "boolean mask": (SELF, {"attn_mask": MASK}),
     "float mask": (SELF, {"attn_mask": randn(5, 2, 1, 5, 5)}),
     "causal": (SELF, {"is_causal": True}),
+    "causal cross": ([(2, 2, 3, 16), (2, 2, 5, 16), (2, 2, 5, 16)], {"is_causal": True}),
     "gqa": ([(2, 4, 5, 16), (2, 2, 5, 16), (2, 2, 5, 16)], {"enable_gqa": True}),
+    "gqa, causal": ([(2, 4, 5, 16), (2, 2, 5, 16), (2, 2, 5, 16)], {"enable_gqa": True, "is_causal": True}),
     "head dim 12": ([(2, 2, 5, 12)] * 3, {}),
     "head dim 136": ([(2, 2, 5, 136)] * 3, {}),
     "head dims of k and v": ([(2, 2, 5, 16), (2, 2, 5, 16), (2, 2, 5, 24)], {}),
@@ -308,14 +311,13 @@ OPTIONS = {
     "5-D": ([(2, 3, 2, 5, 16)] * 3, {}),
     "broadcast": ([(2, 2, 5, 16), (1, 2, 5, 16), (1, 2, 5, 16)], {}),
 }
-FUSED = ("self", "cross", "scale")
+FUSED = ("self", "cross", "scale", "boolean mask", "float mask", "causal", "causal cross", "gqa", "gqa, causal")
 
 
 def duals(shapes):
     return tuple(randn(i, *s) for i, s in enumerate(shapes)), tuple(randn(50 + i, *s) for i, s in enumerate(shapes))
 
 
-@pytest.mark.filterwarnings("ignore:forward mode through attention")
 @pytest.mark.parametrize("how", ["func", "forward_ad", "compile"])
 @pytest.mark.parametrize("name", OPTIONS)
 def test_options(name, how):
@@ -343,11 +345,7 @@ def test_options_with_the_fused_path_forced(name):
         if name in FUSED:
             assert_near(jvp(f, primals, tangents), jvp(lambda *x: written_out(*x, **options), primals, tangents))
         else:
-            message = {
-                "boolean mask": "takes no attn_mask", "float mask": "takes no attn_mask",
-                "causal": "takes no is_causal",
-            }.get(name, "head dim|must be")  # fmt: skip
-            with pytest.raises(ValueError, match=message):
+            with pytest.raises(ValueError, match=r"(head dim|must be).*takes plain PyTorch"):
                 jvp(f, primals, tangents)
 
 
@@ -357,21 +355,22 @@ def test_auto_fuses_what_the_kernels_take(name, monkeypatch):
     fused = []
     monkeypatch.setattr(sdpa, "fused", lambda x: True)
 
-    def attention(q, k, v, scale):
-        fused.append(1)
-        return written_out(q, k, v, scale=scale)
+    def attention(q, k, v, scale, is_causal, mask):
+        fused.append(chosen() == "auto")
+        return written_out(q, k, v, mask, is_causal, scale, enable_gqa=True)
 
     monkeypatch.setattr(sdpa, "attention", attention)
-    monkeypatch.setattr(sdpa, "_warn_plain", lambda name: None)
+    warned = []
+    monkeypatch.setattr(sdpa, "_warn_plain", warned.append)
     shapes, options = OPTIONS[name]
     primals, tangents = duals(shapes)
     with jvp_attention():
         actual = jvp(lambda *x: sdpa_by_name(*x, **options), primals, tangents)
     assert_near(actual, jvp(lambda *x: written_out(*x, **options), primals, tangents))
-    assert bool(fused) == (name in FUSED)
+    assert any(fused) == (name in FUSED)
+    assert len(warned) == (name not in FUSED)
 
 
-@pytest.mark.filterwarnings("ignore:forward mode through attention")
 def test_dropout():
     primals, tangents = duals(SELF)
     f = lambda *x: F.scaled_dot_product_attention(*x, dropout_p=0.5)  # noqa: E731
@@ -382,7 +381,7 @@ def test_dropout():
         torch.manual_seed(3)
         assert_near(jvp(f, primals, tangents), expected)
         assert (expected[0] - jvp(f, primals, tangents)[0]).abs().max() > 0.1
-        with ops.use_backend("triton"), pytest.raises(ValueError, match="takes no dropout_p"):
+        with ops.use_backend("triton"), pytest.raises(ValueError, match="dropout_p is not fused"):
             jvp(f, primals, tangents)
 
 
@@ -467,7 +466,7 @@ def test_pytorchs_attention_runs_outside_of_forward_mode():
         with Operators() as forward:
             jvp(F.scaled_dot_product_attention, (q, k, v), tangents)
     assert any("flash" in name for name in native.names)
-    assert "attention_dual" in forward.names
+    assert "attention_differentiable_dual" in forward.names
 
 
 def test_autocast_casts_as_for_pytorchs():
@@ -478,16 +477,65 @@ def test_autocast_casts_as_for_pytorchs():
     assert_near((o.float(), do.float()), jvp(written_out, (q, k, v), tangents), bound=0.1)
 
 
-def test_a_warning_tells_once():
+def test_a_warning_tells_once(monkeypatch):
+    """Where kernels run."""
     sdpa._warn_plain.cache_clear()
     primals, tangents = duals(SELF)
-    f = lambda *x: F.scaled_dot_product_attention(*x, is_causal=True)  # noqa: E731
+    f = lambda *x: F.scaled_dot_product_attention(*x, dropout_p=0.1)  # noqa: E731
+    with jvp_attention(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        jvp(f, primals, tangents)
+        monkeypatch.setattr(sdpa, "fused", lambda x: True)
+        with pytest.warns(UserWarning, match="plain PyTorch.*dropout_p is not fused"):
+            jvp(f, primals, tangents)
+        jvp(f, primals, tangents)
+
+
+@BACKENDS
+def test_masks_with_a_gradient_and_rows_without_keys(backend):
+    """Their gradients are finite, also through the tangent, and that of the mask is not lost."""
+    (q, k, v), tangents = duals(SELF)
+    bias = randn(5, 5, 5).masked_fill(~MASK, -torch.inf)
+    bias[1] = -torch.inf
+    for mask in (bias, bias > -torch.inf):
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        with ops.use_backend(backend), jvp_attention():
+            o, do = jvp(lambda *x: F.scaled_dot_product_attention(*x, mask), tuple(leaves), tangents)  # noqa: B023
+        assert not any(x[:, :, 1].any() for x in (o, do))
+        assert all(g.isfinite().all() for g in torch.autograd.grad(do.square().sum(), leaves))
+    mask = randn(6, 5, 5).requires_grad_()
     with jvp_attention():
-        with pytest.warns(UserWarning, match="is_causal takes plain PyTorch"):
-            jvp(f, primals, tangents)
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            jvp(f, primals, tangents)
+        do = jvp(lambda *x: F.scaled_dot_product_attention(*x, mask), (q, k, v), tangents)[1]
+    expected = jvp(lambda *x: written_out(*x, mask), (q, k, v), tangents)[1]
+    assert_near(torch.autograd.grad(do.sin().sum(), mask), torch.autograd.grad(expected.sin().sum(), mask))
+
+
+@pytest.mark.parametrize("how", ["func", "forward_ad"])
+def test_gradients_through_the_tangent_of_layer_norm(how):
+    """PyTorch's own are wrong."""
+    x, dx, weight, bias = randn(0, 2, 5, 4), randn(1, 2, 5, 4), randn(2, 5, 4), randn(3, 5, 4)
+
+    def written(x, weight, bias):
+        centred = x - x.mean((1, 2), keepdim=True)
+        return centred / (centred.square().mean((1, 2), keepdim=True) + 0.1).sqrt() * weight + bias
+
+    def gradients(f, how):
+        leaves = [x.clone().requires_grad_() for x in (x, weight, bias)]
+        if how == "func":
+            y, dy = jvp(lambda x: f(x, *leaves[1:]), (leaves[0],), (dx,))
+        else:
+            with fwad.dual_level():
+                y, dy = fwad.unpack_dual(f(fwad.make_dual(leaves[0], dx), *leaves[1:]))
+        return [y, dy, *torch.autograd.grad((y + dy.square()).sum(), leaves)]
+
+    f = lambda x, weight, bias: F.layer_norm(x, (5, 4), weight, bias, 0.1)  # noqa: E731
+    expected = gradients(written, "func")
+    assert (gradients(f, how)[2] - expected[2]).norm() > 0.1 * expected[2].norm()
+    with jvp_attention():
+        assert_near(gradients(f, how), expected)
+        with ops.differentiable_tangents(False), Operators() as names:
+            jvp(lambda x: f(x, weight, bias), (x,), (dx,))
+    assert "native_layer_norm" in names.names
 
 
 # ----------------------------------------------------------------------------

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import checks, guard, measure, report
-from benchmarks.cases import fused_ops, rotating
+from benchmarks import cases, checks, guard, measure, report
+from benchmarks.cases import Machine, fused_ops, rotating
 from benchmarks.measure import Row
 from benchmarks.split import Labelled, seconds_of_passes
 from benchmarks.workload import OBJECTIVES
@@ -60,6 +60,22 @@ def test_counts_are_exact():
     assert guard.changed_counts({"torch": "", "counts": {"new": {"flops": 1}}}, accepted) == [
         "new: flops 1, accepted None"
     ]
+
+
+def test_peers_of_attention_compute_what_ours_does(tmp_path, monkeypatch):
+    """Causal, masked, with grouped queries, and the gradients through the tangent."""
+    monkeypatch.setattr(cases, "find_spec", lambda name: None)  # what needs a GPU
+    machine, count = Machine(torch.device("cpu"), tmp_path, rehearse=True), 0
+    for case in cases.attention(machine, "xl2", 2):
+        results = []
+        for make in case.implementations.values():
+            torch.manual_seed(0)
+            results.append(make()())
+        count += len(results[0])
+        for ours, theirs in zip(*results, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+        assert case.flops() > 0
+    assert count == 3 * 2 + 4 * (2 + 6)
 
 
 PLANTED = """

@@ -101,7 +101,7 @@ def test_rehearsal_needs_only_torch_triton_and_numpy(bare, tmp_path):
     assert out.index("at a guess") < out.index("--- after xl2\n") < out.index("--- after remaining\n")
     assert out.rindex("--- after remaining\n") < out.rindex("| step: guided, tiny of 4")
     report = json.loads((tmp_path / "gpu.json").read_text())
-    assert {row["suite"] for row in report["rows"]} == {"step", "kernels", "optimizer", "sampler"}
+    assert {row["suite"] for row in report["rows"]} == {"step", "kernels", "attention", "optimizer", "sampler"}
     assert {"environment", "ceilings", "checks", "splits"} <= report.keys()
     assert "predicted ms" in out
     assert not {"missing", "errors"} & report.keys()
@@ -222,7 +222,8 @@ def test_order_of_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     tasks = list(gpu.plan(GPU, many=192).values())
     stages = list(dict.fromkeys(task.stage for task in tasks))
-    assert stages == ["xl2", "xl2 of 32", "kernels of xl2", "xl2 of 192", "b2", "remaining", "compiled peers"]
+    attention = ["kernels of xl2", "attention of xl2"]
+    assert stages == ["xl2", "xl2 of 32", *attention, "xl2 of 192", "b2", "remaining", "compiled peers"]
     assert all("compiled" in task.name for task in tasks if task.stage == "compiled peers")
     before = next(i for i, task in enumerate(tasks) if task.name == "step: guided, xl2 of 32: mfengine")
     assert gpu.START_S + sum(t.seconds / (1 if t.alone else 16) for t in tasks[:before]) < 120

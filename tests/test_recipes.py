@@ -29,7 +29,7 @@ def class_means(names, labels):
 
 
 def test_every_block_is_a_recipe():
-    assert len(RECIPES) == PAGE.read_text().count("```python") == 3
+    assert len(RECIPES) == PAGE.read_text().count("```python") == 4
 
 
 def test_meanflow_in_a_trainer_of_ones_own():
@@ -48,6 +48,12 @@ def test_jvp_through_a_diffusers_model():
 def test_consistency_with_the_tangent_normalised():
     names = run("continuous-time consistency, with the tangent normalised")
     assert class_means(names, "y") == pytest.approx([-0.5, 0.5], abs=0.1)
+
+
+def test_terminal_velocity_matching_through_the_tangent():
+    names = run("terminal velocity matching, through the tangent")
+    assert class_means(names, "labels") == pytest.approx([-1, 1], abs=0.15)
+    assert names["dF"].requires_grad
 
 
 # ----------------------------------------------------------------------------

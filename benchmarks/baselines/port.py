@@ -16,6 +16,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mfengine import Draws, MeanFlowConfig, ModelConfig
 from mfengine.device import to_device
@@ -39,10 +40,18 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v)
 
 
-def jvp_flash_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def math_sdpa(q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False, mask: Tensor | None = None) -> Tensor:
+    """PyTorch's attention with the scores in memory, which has a JVP; for grouped queries, too."""
+    with sdpa_kernel(SDPBackend.MATH):
+        grouped = q.shape[1] != k.shape[1]
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, enable_gqa=grouped)
+
+
+def jvp_flash_attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False, mask: Tensor | None = None) -> Tensor:
     """Fused attention with a JVP, of the package `jvp_flash_attention` (0.14); needs a GPU and an even N >= 32.
 
-    Its head dims are powers of two from 16 to 256: others are padded with zeros, which changes nothing.
+    Its head dims are powers of two from 16 to 256: others are padded with zeros, which changes nothing. A mask is
+    written out for each head, and not looked through, for which the host would wait.
 
     Raises:
         ImportError: the package is not installed.
@@ -52,7 +61,9 @@ def jvp_flash_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     dim = q.shape[-1]
     padding = max(16, 1 << (dim - 1).bit_length()) - dim
     q, k, v = (F.pad(x, (0, padding)) for x in (q, k, v))
-    return JVPAttn.fwd_dual(q, k, v, sm_scale=dim**-0.5)[..., :dim]
+    mask = None if mask is None else mask.expand(*q.shape[:3], k.shape[2]).contiguous()
+    o = JVPAttn.fwd_dual(q, k, v, mask, causal=is_causal, sm_scale=dim**-0.5, verify_attn_mask=False)
+    return o[..., :dim]
 
 
 # ----------------------------------------------------------------------------

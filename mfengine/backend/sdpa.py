@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any
 
@@ -15,8 +15,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+from mfengine.ops import use_backend
+from mfengine.ops.adaln import written_out
 from mfengine.ops.attention import attention
 from mfengine.ops.backend import chosen, fused
+from mfengine.ops.dual import accumulation_dtype, through_forward_mode
 from mfengine.torch_private import multi_head_attention_forward, transformed
 
 
@@ -24,24 +27,28 @@ def jvp_attention() -> AbstractContextManager[Any]:
     """Make `torch.nn.functional.scaled_dot_product_attention` differentiable in forward mode inside.
 
     For any model, by whatever name it imported the function, and for `torch.nn.MultiheadAttention`. Works under
-    `torch.func.jvp`, `torch.func.jacfwd` and `torch.autograd.forward_ad`, with backward through the output afterwards,
-    and in `torch.compile`, whether the context is inside of the compiled function or around it. Outside of forward mode
-    PyTorch's own attention runs, as without the context.
+    `torch.func.jvp`, `torch.func.jacfwd` and `torch.autograd.forward_ad`, and in `torch.compile`, whether the context
+    is inside of the compiled function or around it. A backward may follow, through the output and through the tangent.
+    Outside of forward mode PyTorch's own attention runs, as without the context.
 
-    In forward mode the fused kernel runs where `mfengine.ops.attention` would run it and takes the arguments: q (B, H,
-    N, d), k and v (B, H, M, d) of one dtype, float16, bfloat16 or float32, with d a multiple of 8 up to 128. All else
-    is computed by plain PyTorch, correctly but with the scores in memory: attn_mask, is_causal and dropout_p, of which
-    a warning tells once each; enable_gqa, other shapes and dtypes; `torch.func.vmap`, `grad` or a second jvp around the
-    jvp, so `jacfwd` too. A gradient that reaches a fused tangent raises: to differentiate it, `use_backend("torch")`.
+    In forward mode on a GPU fused kernels compute q (B, H, N, d), k and v (B, G, M, d) of one dtype, float16, bfloat16
+    or float32, with d a multiple of 8 up to 128, also with `is_causal`, a mask, or `enable_gqa`. Plain PyTorch, with
+    the scores in memory, computes the rest: dropout, other dtypes and shapes, and a mask that has a tangent or a
+    gradient of its own, of which a warning tells once each; `torch.func.vmap`, `grad` or a second jvp around the jvp,
+    so `jacfwd` too.
+
+    PyTorch's gradients through the tangent of `torch.nn.functional.layer_norm` are wrong (pytorch #196700), so it is
+    written out inside, wherever forward mode keeps a graph. Where the tangent will be detached,
+    `mfengine.ops.differentiable_tangents(False)` leaves it as it is, and fused attention saves no tangents.
     `torch.utils.checkpoint` recomputes without tangents, and raises an error of its own.
 
     Raises:
-        ValueError: in forward mode under `use_backend("triton")`, whatever the fused kernel does not take.
+        ValueError: in forward mode under `use_backend("triton")`, whatever the fused kernels do not take.
 
     Example:
         >>> import torch, mfengine
         >>> def model(x):
-        ...     return torch.nn.functional.scaled_dot_product_attention(x, x, x)
+        ...     return torch.nn.functional.scaled_dot_product_attention(x, x, x, is_causal=True)
         >>> x, dx = torch.randn(2, 2, 4, 8, 16)
         >>> with mfengine.jvp_attention():
         ...     y, dy = torch.func.jvp(model, (x,), (dx,))
@@ -65,18 +72,36 @@ def scaled_dot_product_attention(
     if not _forward_mode(query, key, value, attn_mask):
         return F.scaled_dot_product_attention(query, key, value, attn_mask, **options)
     query, key, value = _autocast(query, key, value)
-    unfused = {"attn_mask": attn_mask is not None, "is_causal": is_causal, "dropout_p": dropout_p > 0}
-    for name in (name for name, given in unfused.items() if given):
-        if chosen() == "triton":
-            raise ValueError(
-                f'fused attention takes no {name} in forward mode; use_backend("auto") takes plain PyTorch'
-            )
-        if chosen() == "auto" and not torch.compiler.is_compiling():  # torch.compile cannot trace a warning
-            _warn_plain(name)
-    if not any(unfused.values()) and _fuses(query, key, value):
-        return attention(query, key, value, scale)
+    why_not = None
+    if chosen() == "triton" or fused(query):
+        why_not = _why_not(query, key, value, attn_mask, dropout_p)
+        if why_not and chosen() == "triton":
+            raise ValueError(f'{why_not}; in forward mode use_backend("auto") takes plain PyTorch')
+        if why_not and not torch.compiler.is_compiling():  # torch.compile cannot trace a warning
+            _warn_plain(why_not)
+    heads = [x.shape[1] for x in (query, key, value) if x.ndim == 4]
+    if len(heads) == 3 and heads[1] == heads[2] and (enable_gqa or heads[0] == heads[1]) and not dropout_p:
+        with use_backend("torch") if why_not else nullcontext():
+            return attention(query, key, value, scale, is_causal, attn_mask)
     with sdpa_kernel(SDPBackend.MATH):  # the others are not differentiable in forward mode
         return F.scaled_dot_product_attention(query, key, value, attn_mask, **options)
+
+
+def layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """PyTorch's function; where its tangent may be differentiated, written out."""
+    if not (through_forward_mode() and _forward_mode(input, weight, bias)):
+        return F.layer_norm(input, normalized_shape, weight, bias, eps)
+    autocast = input.is_cuda and torch.is_autocast_enabled(input.device.type)  # to float32
+    x = input.to(accumulation_dtype(input))
+    n = written_out(x.flatten(-len(normalized_shape)), eps)[0].view(x.shape)
+    n = n if weight is None else n * weight
+    return (n if bias is None else n + bias).to(x.dtype if autocast else input.dtype)
 
 
 def _forward_mode(*tensors: Tensor | None) -> bool:
@@ -84,16 +109,21 @@ def _forward_mode(*tensors: Tensor | None) -> bool:
     return transformed() or any(x is not None and fwad.unpack_dual(x).tangent is not None for x in tensors)
 
 
-def _fuses(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    if chosen() == "triton" or not fused(q):
-        return chosen() == "triton"  # then what the kernels do not take is an error of theirs
-    from mfengine.kernels.attention import check_arguments
+def _why_not(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> str | None:
+    """Why fused kernels do not compute attention."""
+    from mfengine.kernels.attention import check_arguments, check_mask
 
+    if dropout > 0:
+        return "dropout_p is not fused"
+    if mask is not None and (fwad.unpack_dual(mask).tangent is not None or mask.requires_grad):
+        return "an attn_mask with a tangent or a gradient is not fused"
     try:
         check_arguments(q, k, v)
-    except ValueError:
-        return False
-    return True
+        if mask is not None:
+            check_mask(mask, q, k.shape[2])
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -106,14 +136,14 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 @cache
-def _warn_plain(name: str) -> None:
+def _warn_plain(why: str) -> None:
     warnings.warn(
-        f"forward mode through attention with {name} takes plain PyTorch: slower, and with the scores in memory",
-        stacklevel=4,
+        f"attention in forward mode takes plain PyTorch, slower and with the scores in memory: {why}", stacklevel=4
     )
 
 
 _REPLACED: dict[Any, Callable[..., Any]] = {
     F.scaled_dot_product_attention: scaled_dot_product_attention,
     F.multi_head_attention_forward: multi_head_attention_forward(scaled_dot_product_attention),
+    F.layer_norm: layer_norm,
 }

@@ -15,10 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mfengine.ops.dual import A, accumulation_dtype, linear_map, primal_of, push
+from mfengine.ops.dual import A, accumulation_dtype, linear_map, primal_of, push, through_forward_mode
 from mfengine.ops.lazy import Lazy
 from mfengine.ops.op import Op
-from mfengine.torch_private import in_forward_mode
 
 if TYPE_CHECKING:
     from mfengine.kernels import adaln as kernel
@@ -110,8 +109,8 @@ def written_out(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 def _modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
     wide = accumulation_dtype(x)
     x = x.to(wide)
-    # In forward mode PyTorch's has wrong gradients through its tangent (pytorch #196700).
-    n = written_out(x, eps)[0] if in_forward_mode() else F.layer_norm(x, x.shape[-1:], eps=eps)
+    # PyTorch's has wrong gradients through its tangent (pytorch #196700).
+    n = written_out(x, eps)[0] if through_forward_mode() else F.layer_norm(x, x.shape[-1:], eps=eps)
     return (n * (1 + scale.to(wide)).unsqueeze(1) + shift.to(wide).unsqueeze(1)).to(scale.dtype)
 
 

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from mfengine.torch_private import in_forward_mode
+
 
 class Dual(NamedTuple):
     """A primal of B rows with the tangent of its last K <= B rows.
@@ -72,6 +74,11 @@ def differentiable_tangents(mode: bool = True) -> Iterator[None]:
 def differentiable(explicit: bool) -> bool:
     """Whether autograd sees through the tangents of explicit duals, or of PyTorch's forward mode."""
     return not explicit if _differentiable is None else _differentiable
+
+
+def through_forward_mode() -> bool:
+    """Whether a gradient may reach a tangent of PyTorch's forward mode."""
+    return in_forward_mode() and torch.is_grad_enabled() and differentiable(explicit=False)
 
 
 def tangent_graph() -> AbstractContextManager[Any]:
