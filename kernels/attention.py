@@ -673,6 +673,10 @@ class _Problem(NamedTuple):
     def scalars(self) -> tuple[Any, ...]:
         return *self.mask, self.heads, self.queries, self.keys, self.dim, self.scale
 
+    def strides(self, *parts: _Part) -> list[int]:
+        """Strides of samples, heads and rows. Sequences lie in one sample."""
+        return [step for p in parts for step in (p.heads.stride(0) if self.dense else 0, *p.heads.stride()[1:3])]
+
     def even(self, config: Config, block: str = "BLOCK_N") -> bool:
         return self.dense and (self.keys if block == "BLOCK_N" else self.queries) % config.blocks[block] == 0
 
@@ -686,7 +690,7 @@ def _problem(
     check_arguments(q, k, v)
     samples, heads, queries, dim = q.shape
     keys = k.shape[2]
-    mask_strides = (0, 0, 0, 0)
+    mask_strides: tuple[int, ...] = (0, 0, 0, 0)
     if mask is not None:
         mask_strides = check_mask(mask, q, keys).stride()
     if cu_q is not None and cu_k is not None and longest is not None:
@@ -738,16 +742,17 @@ def _forward(
     if not primals[1].heads.shape[2]:
         return partial(_zero_outputs, first, last)
     config = CONFIGS["dual" if tangents else "forward"][tile_class(dim, primals[0].heads.dtype)]
-    dense = (tokens * heads * dim, dim, heads * dim)
+    of_output = (tokens * heads * dim, dim, heads * dim)
+    dense = (of_output[0] if problem.dense else 0, *of_output[1:])
     # Strides of what is not there are never read.
-    strides = [*_strides(*primals, *(tangents or primals)), *dense, *dense]
+    strides = [*problem.strides(*primals, *(tangents or primals)), *dense, *dense]
     starts = [p.start + first * p.heads.stride(0) for p in primals]
     along = [p.start for p in tangents] or [0, 0, 0]
     samples = last - first if problem.dense else problem.samples
     return Launch(
         forward_kernel, config.grid(problem.queries, samples * heads), (*strides, *problem.scalars),
         {**problem.constants, "EVEN": problem.even(config), **config.kwargs},
-        (*starts, *along, first * dense[0], 0, first * heads * tokens, 0, first * problem.mask[0]),
+        (*starts, *along, first * of_output[0], 0, first * heads * tokens, 0, first * problem.mask[0]),
     )  # fmt: skip
 
 
@@ -787,18 +792,18 @@ def _plan_backward(
     delta, backward_kv, backward_q = (CONFIGS[kind][name] for kind in ("delta", "backward_kv", "backward_q"))
     launch_delta = Launch(
         delta_kernel, delta.grid(problem.queries, programs),
-        (*_strides(*outer), problem.heads, problem.queries),
+        (*problem.strides(*outer), problem.heads, problem.queries),
         {**shape_constants(problem.dim, q.heads.dtype), **delta.kwargs},
     )  # fmt: skip
     launch_kv = Launch(
         backward_kv_kernel, backward_kv.grid(problem.keys, programs // constants["GROUP"], "BLOCK_N"),
-        (*_strides(*parts, outer[1], *gradients[1:]), *problem.scalars),
+        (*problem.strides(*parts, outer[1], *gradients[1:]), *problem.scalars),
         {**constants, "EVEN": problem.even(backward_kv, "BLOCK_M"), **backward_kv.kwargs},
         (*starts, 0, 0, *(p.start for p in gradients[1:])),
     )  # fmt: skip
     launch_q = Launch(
         backward_q_kernel, backward_q.grid(problem.queries, programs),
-        (*_strides(*parts, outer[1], gradients[0]), *problem.scalars),
+        (*problem.strides(*parts, outer[1], gradients[0]), *problem.scalars),
         {**constants, "EVEN": problem.even(backward_q), **backward_q.kwargs}, starts,
     )  # fmt: skip
 
@@ -906,11 +911,6 @@ def _packed_output(qkv: Tensor) -> Tensor:
 def _packed_row_values(qkv: Tensor, heads: int, tokens: int) -> Tensor:
     batch = qkv.numel() // (tokens * qkv.shape[-1])
     return torch.empty(batch, heads, tokens, dtype=torch.float32, device=qkv.device)
-
-
-def _strides(*parts: _Part) -> list[int]:
-    """Strides of samples, heads and rows."""
-    return [step for p in parts for step in p.heads.stride()[:3]]
 
 
 def _backward_configs() -> list[Config]:

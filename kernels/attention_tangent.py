@@ -43,7 +43,6 @@ from mfengine.kernels.attention import (
     _step,
     _steps,
     _store,
-    _strides,
     _tile,
     shape_constants,
     tile_class,
@@ -338,19 +337,19 @@ def _plan(
         raise ValueError("gradients must have rows of multiples of 16 bytes")
     name = tile_class(problem.dim, q.dtype)
     delta, backward_kv, backward_q = (CONFIGS[kind][name] for kind in ("delta", "backward_kv", "backward_q"))
-    programs, operands = problem.samples * problem.heads, _strides(*parts[:6], *parts[8:])
+    programs, operands = problem.samples * problem.heads, problem.strides(*parts[:6], *parts[8:])
     o, do, go, gdo = parts[6:]
     gq, gk, gv, gdq, gdk, gdv = results
     launch_delta = Launch(
         delta_dual_kernel, delta.grid(problem.queries, programs),
-        (*_strides(o, do, go, gdo), problem.heads, problem.queries),
+        (*problem.strides(o, do, go, gdo), problem.heads, problem.queries),
         {**shape_constants(problem.dim, q.dtype), **delta.kwargs},
     )  # fmt: skip
     pieces_kv, pieces_q = pieces(problem.dim, q.dtype)
     launches_kv = [
         Launch(
             backward_kv_kernel, backward_kv.grid(problem.keys, programs // problem.constants["GROUP"], "BLOCK_N"),
-            (*operands, *_strides(gk, gv, gdk, gdv), *problem.scalars),
+            (*operands, *problem.strides(gk, gv, gdk, gdv), *problem.scalars),
             {**problem.constants, "EVEN": problem.even(backward_kv, "BLOCK_M"), **backward_kv.kwargs},
         )
         for _ in pieces_kv
@@ -358,7 +357,7 @@ def _plan(
     launches_q = [
         Launch(
             backward_q_kernel, backward_q.grid(problem.queries, programs),
-            (*operands, *_strides(gq, gdq), *problem.scalars),
+            (*operands, *problem.strides(gq, gdq), *problem.scalars),
             {**problem.constants, "EVEN": problem.even(backward_q), **backward_q.kwargs},
         )
         for _ in pieces_q

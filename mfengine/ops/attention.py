@@ -93,8 +93,8 @@ def attention_varlen(
     Args:
         q: (T, H, d) float, of any strides; or a dual, with a tangent (T, H, d).
         k, v: (U, G, d) float, same dtype as q; or duals, with tangents (U, G, d). G divides H.
-        cu_seqlens_q, cu_seqlens_k: (S + 1,) int32 on the device of q, where the queries and keys of each sequence begin;
-            first 0, last T and U. The kernels trust them.
+        cu_seqlens_q, cu_seqlens_k: (S + 1,) int32 on the device of q: where the queries and keys of each sequence
+            begin, and last T and U. The kernels trust them.
         max_seqlen_q, max_seqlen_k: at least the length of the longest sequence.
         scale, is_causal: as `attention`.
 
@@ -305,8 +305,8 @@ def _tangent(q: Dual, k: Dual, v: Dual, p: Tensor, scale: float) -> Tensor:
 def _sdpa(
     q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, is_causal: bool = False, mask: Tensor | None = None
 ) -> Tensor:
-    options = {"scale": scale, "is_causal": is_causal, "enable_gqa": q.shape[1] != k.shape[1]}
-    return F.scaled_dot_product_attention(q, k, v, mask, **options)
+    grouped = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, scale=scale, enable_gqa=grouped)
 
 
 def _flash_attn(
@@ -335,16 +335,14 @@ def _forward(
     return kernel.forward(q, k, v, scale, is_causal, mask)
 
 
-def _dual(*inputs: Any) -> tuple[Tensor, ...]:
-    return kernel.forward_dual(*inputs)
+def _dual(
+    q: Tensor, k: Tensor, v: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, *options: Any, mean: bool = False
+) -> tuple[Tensor, ...]:
+    return kernel.forward_dual(q, k, v, dq, dk, dv, *options, mean=mean)
 
 
 def _backward(*inputs: Any) -> tuple[Tensor, ...]:
     return kernel.backward(*inputs)
-
-
-def _differentiable_dual(*inputs: Any) -> tuple[Tensor, ...]:
-    return kernel.forward_dual(*inputs, mean=True)
 
 
 def _backward_dual(
@@ -356,13 +354,15 @@ def _backward_dual(
     first = len(q) - len(dq)
     if not first:
         return tangent_kernel.backward_dual(q, k, v, o, lse, dq, dk, dv, do, mean, go, gdo, scale, is_causal, mask)
-    saved, masks = (q, k, v, o, lse), (mask, mask)
+    of_lead, of_last = mask, mask
     if mask is not None and mask.ndim == 4 and len(mask) > 1:
-        masks = mask[:first], mask[first:]
-    lead = kernel.backward(*(x[:first] for x in saved), go[:first], scale, is_causal, masks[0])
-    options = scale, is_causal, masks[1]
-    last = tangent_kernel.backward_dual(*(x[first:] for x in saved), dq, dk, dv, do, mean, go[first:], gdo, *options)
-    return *map(torch.cat, zip(lead, last[:3], strict=True)), *last[3:]
+        of_lead, of_last = mask[:first], mask[first:]
+    (q, q1), (k, k1), (v, v1), (o, o1), (lse, lse1), (go, go1) = ((x[:first], x[first:]) for x in (q, k, v, o, lse, go))
+    lead = kernel.backward(q, k, v, o, lse, go, scale, is_causal, of_lead)
+    last = tangent_kernel.backward_dual(
+        q1, k1, v1, o1, lse1, dq, dk, dv, do, mean, go1, gdo, scale, is_causal, of_last
+    )  # fmt: skip
+    return *(torch.cat(pair) for pair in zip(lead, last[:3], strict=True)), *last[3:]
 
 
 def _shapes(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
@@ -392,7 +392,7 @@ ATTENTION = Op(
     "attention",
     forward=_forward,
     dual=_dual,
-    differentiable_dual=_differentiable_dual,
+    differentiable_dual=partial(_dual, mean=True),
     backward=_backward,
     backward_dual=_backward_dual,
     backward_dual_flops=_backward_dual_flops,
@@ -416,31 +416,26 @@ def _varlen_forward(
     return kernel.forward(q, k, v, scale, is_causal, None, sequences)
 
 
-def _varlen_dual(*inputs: Any) -> tuple[Tensor, ...]:
-    *tensors, scale, is_causal = inputs
-    return kernel.forward_dual(*tensors[:6], scale, is_causal, None, kernel.Sequences(*tensors[6:]))
+def _varlen_dual(*inputs: Any, mean: bool = False) -> tuple[Tensor, ...]:
+    q, k, v, dq, dk, dv, *sequences, scale, is_causal = inputs
+    return kernel.forward_dual(q, k, v, dq, dk, dv, scale, is_causal, None, kernel.Sequences(*sequences), mean=mean)
 
 
 def _varlen_backward(*inputs: Any) -> tuple[Tensor, ...]:
-    *tensors, scale, is_causal = inputs
-    return kernel.backward(*tensors[:6], scale, is_causal, None, kernel.Sequences(*tensors[6:]))
-
-
-def _varlen_differentiable_dual(*inputs: Any) -> tuple[Tensor, ...]:
-    *tensors, scale, is_causal = inputs
-    return kernel.forward_dual(*tensors[:6], scale, is_causal, None, kernel.Sequences(*tensors[6:]), mean=True)
-
-
-def _varlen_backward_dual(*inputs: Any) -> tuple[Tensor, ...]:
-    *tensors, go, gdo, cu_q, cu_k, longest_q, longest_k, scale, is_causal = inputs
-    go = torch.zeros_like(gdo) if go is None else go
-    sequences = kernel.Sequences(cu_q, cu_k, longest_q, longest_k)
-    return tangent_kernel.backward_dual(*tensors, go, gdo, scale, is_causal, None, sequences)
+    q, k, v, o, lse, go, *sequences, scale, is_causal = inputs
+    return kernel.backward(q, k, v, o, lse, go, scale, is_causal, None, kernel.Sequences(*sequences))
 
 
 def _varlen_flops(q: Any, k: Any, v: Any, cu_q: Any, cu_k: Any, longest_q: int, longest_k: int, *_: Any) -> Any:
     """As if every query saw as many keys as the longest sequence has: shapes tell no more."""
     return _flops(q, (*k[:2], longest_k, k[3]), v)
+
+
+def _varlen_backward_dual(*inputs: Any) -> tuple[Tensor, ...]:
+    q, k, v, o, lse, dq, dk, dv, do, mean, go, gdo, *sequences, scale, is_causal = inputs
+    go = torch.zeros_like(gdo) if go is None else go
+    options = scale, is_causal, None, kernel.Sequences(*sequences)
+    return tangent_kernel.backward_dual(q, k, v, o, lse, dq, dk, dv, do, mean, go, gdo, *options)
 
 
 def _varlen_backward_dual_flops(q: Any, k: Any, v: Any, dq: Any, dk: Any, dv: Any, *options: Any) -> int:
@@ -451,7 +446,7 @@ ATTENTION_VARLEN = Op(
     "attention_varlen",
     forward=_varlen_forward,
     dual=_varlen_dual,
-    differentiable_dual=_varlen_differentiable_dual,
+    differentiable_dual=partial(_varlen_dual, mean=True),
     backward=_varlen_backward,
     backward_dual=_varlen_backward_dual,
     backward_dual_flops=_varlen_backward_dual_flops,
@@ -469,16 +464,12 @@ def _packed_forward(qkv: Tensor, heads: int, tokens: int) -> tuple[Tensor, Tenso
     return kernel.forward_packed(qkv, heads, tokens)
 
 
-def _packed_dual(qkv: Tensor, dqkv: Tensor, heads: int, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
-    return kernel.forward_dual_packed(qkv, dqkv, heads, tokens)
+def _packed_dual(qkv: Tensor, dqkv: Tensor, heads: int, tokens: int, mean: bool = False) -> tuple[Tensor, ...]:
+    return kernel.forward_dual_packed(qkv, dqkv, heads, tokens, mean=mean)
 
 
 def _packed_backward(qkv: Tensor, o: Tensor, lse: Tensor, go: Tensor, heads: int, tokens: int) -> tuple[Tensor]:
     return kernel.backward_packed(qkv, o, lse, go, heads, tokens)[:1]
-
-
-def _packed_differentiable_dual(qkv: Tensor, dqkv: Tensor, heads: int, tokens: int) -> tuple[Tensor, ...]:
-    return kernel.forward_dual_packed(qkv, dqkv, heads, tokens, mean=True)
 
 
 def _packed_backward_dual(
@@ -495,8 +486,9 @@ def _packed_backward_dual(
     o_heads, do_heads, go_heads, gdo_heads = (
         _split_heads(x.contiguous(), heads, tokens, 1)[0] for x in (o[first:], do, go[first:], gdo)
     )
+    (q, k, v), (dq, dk, dv) = qkv_heads, dqkv_heads
     tangent_kernel.backward_dual(
-        *qkv_heads, o_heads, lse[samples:], *dqkv_heads, do_heads, mean, go_heads, gdo_heads,
+        q, k, v, o_heads, lse[samples:], dq, dk, dv, do_heads, mean, go_heads, gdo_heads,
         gradients=(*gradients[0], *gradients[1]),
     )  # fmt: skip
     if first:
@@ -526,7 +518,7 @@ ATTENTION_PACKED = Op(
     "attention_packed",
     forward=_packed_forward,
     dual=_packed_dual,
-    differentiable_dual=_packed_differentiable_dual,
+    differentiable_dual=partial(_packed_dual, mean=True),
     backward=_packed_backward,
     backward_dual=_packed_backward_dual,
     backward_dual_flops=_packed_backward_dual_flops,
