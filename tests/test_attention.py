@@ -23,10 +23,11 @@ NAMES = [name for name in get_args(choice.Attention) if name != "auto"]
 BOUNDS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 8e-3, torch.float64: 1e-12}
 
 
-def flash_attn_func(q, k, v, dropout_p=0.0, softmax_scale=None, deterministic=False):
+def flash_attn_func(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, deterministic=False):
     """As flash-attn documents it: (B, N, H, d), half precision."""
     assert q.dtype in (torch.float16, torch.bfloat16)
     assert q.stride(-1) == k.stride(-1) == v.stride(-1) == 1
+    assert not causal
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     scores = torch.einsum("bnhd,bmhd->bhnm", q.float(), k.float()) * scale
     return torch.einsum("bhnm,bmhd->bnhd", scores.softmax(-1), v.float()).to(q.dtype)
@@ -227,7 +228,7 @@ def test_backend_decides_where_there_is_a_tangent(asked, monkeypatch):
 
     def recorded(name):
         f = getattr(kernel, name)
-        monkeypatch.setattr(kernel, name, lambda *args: (calls.append(name), f(*args))[1])
+        monkeypatch.setattr(kernel, name, lambda *args, **options: (calls.append(name), f(*args, **options))[1])
 
     recorded("forward_dual_packed")
     recorded("backward_packed")
