@@ -46,7 +46,7 @@ SHARED_MEMORY = {80: 166912, 90: 232448, 100: 232448}  # bytes that a program ma
 LOADS, STORES = re.compile(r"\bLDG\.[\w.]*128\b"), re.compile(r"\bSTG\.[\w.]*128\b")  # of 16 bytes
 TENSOR_CORES = re.compile(r"\b(?:HMMA|HGMMA|UTC\w*MMA)\b")
 INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\s*(.*?);", re.MULTILINE)
-ROW_STATISTICS = {"delta_kernel": 1}
+ROW_STATISTICS = {"delta_kernel": 1, "delta_dual_kernel": 2}
 """Accesses of 4 bytes per row and lane, of 128 bytes per warp: the log-sum-exp.
 
 An odd number of rows has twice as many: where it is even, some of them are read in pairs."""
@@ -96,6 +96,40 @@ def cases() -> Iterator[Case]:
         if layout == "odd":  # nothing is a multiple of anything
             q, k, v = torch.empty(3, batch, heads, 77, dim + 1, dtype=dtype)[..., 1:].unbind(0)
         yield from calls(f"attention XL/2 {label} {layout}", ops.attention, (q, k, v))
+    yield from attention_cases()
+
+
+def attention_cases() -> Iterator[Case]:
+    """What networks of ours do not have: gradients through the tangent, causal, masks, grouped queries, sequences."""
+    batch, tokens, heads = 3, 256, 16
+    cu = torch.tensor([0, 100, tokens], dtype=torch.int32)
+    variants: dict[str, tuple[int, dict[str, Any]]] = {
+        "all": (heads, {}),
+        "causal": (heads, {"is_causal": True}),
+        "grouped mask": (4, {"mask": torch.empty(tokens, tokens, dtype=torch.bool)}),
+        "term": (heads, {"mask": torch.empty(heads, tokens, tokens)}),
+    }
+    for dim, (label, dtype) in product((64, 72, 96, 128), (("bf16", torch.bfloat16), ("fp16", torch.float16))):
+        for variant, (groups, options) in variants.items():
+            q, k, v = torch.empty(3, batch, heads, tokens, dim, dtype=dtype).unbind(0)
+            arguments, name = (q, k[:, :groups], v[:, :groups]), f"attention d{dim} {label} {variant}"
+            function = partial(ops.attention, **options)
+            yield Case(f"{name} through", partial(through, function, arguments))
+            if variant != "all":
+                yield from calls(name, function, arguments)
+        q, k, v = torch.empty(3, tokens, heads, dim, dtype=dtype).unbind(0)
+        function = partial(
+            ops.attention_varlen, cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=156, max_seqlen_k=156, is_causal=True
+        )
+        yield Case(f"attention d{dim} {label} sequences through", partial(through, function, (q, k, v)))
+
+
+def through(function: Callable[..., Any], arguments: tuple[Tensor, ...]) -> None:
+    """The backward of a loss of output and tangent."""
+    leaves = [x.detach().requires_grad_() for x in (*arguments, *arguments)]
+    with use_backend("triton"), ops.differentiable_tangents():
+        output = function(*map(Dual, leaves[: len(arguments)], leaves[len(arguments) :]))
+    torch.autograd.backward(output, [torch.empty_like(o) for o in output])
 
 
 def calls(name: str, function: Callable[..., Any], arguments: tuple[Tensor, ...]) -> Iterator[Case]:

@@ -288,10 +288,10 @@ def forward_kernel(
                 dacc2 = _dot(pds, v2, dacc2 * shrink[:, None])
                 dacc2 = _dot(p, dv2, dacc2)
 
-    row_lse = (peak + tl.log2(total)) / LOG2_E
     if mask is not None or cu_k is not None:
-        row_lse = tl.where(total > 0, row_lse, float("inf"))
+        peak = tl.where(total > 0, peak, float("inf"))
         total = tl.where(total > 0, total, 1.0)
+    row_lse = (peak + tl.log2(total)) / LOG2_E
     o1 = acc1 / total[:, None]
     _store(o, rows, queries, o_n, o1, 0, HEAD, DIM)
     if TAIL:

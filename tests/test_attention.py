@@ -23,10 +23,11 @@ NAMES = [name for name in get_args(choice.Attention) if name != "auto"]
 BOUNDS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 8e-3, torch.float64: 1e-12}
 
 
-def flash_attn_func(q, k, v, dropout_p=0.0, softmax_scale=None, deterministic=False):
+def flash_attn_func(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, deterministic=False):
     """As flash-attn documents it: (B, N, H, d), half precision."""
     assert q.dtype in (torch.float16, torch.bfloat16)
     assert q.stride(-1) == k.stride(-1) == v.stride(-1) == 1
+    assert not causal
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     scores = torch.einsum("bnhd,bmhd->bhnm", q.float(), k.float()) * scale
     return torch.einsum("bhnm,bmhd->bnhd", scores.softmax(-1), v.float()).to(q.dtype)
@@ -227,7 +228,7 @@ def test_backend_decides_where_there_is_a_tangent(asked, monkeypatch):
 
     def recorded(name):
         f = getattr(kernel, name)
-        monkeypatch.setattr(kernel, name, lambda *args: (calls.append(name), f(*args))[1])
+        monkeypatch.setattr(kernel, name, lambda *args, **options: (calls.append(name), f(*args, **options))[1])
 
     recorded("forward_dual_packed")
     recorded("backward_packed")
@@ -275,6 +276,236 @@ def test_triton_without_a_gpu_or_its_interpreter(monkeypatch):
     monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
     why = choice.why_not("triton", torch.device("cpu"), torch.float32, 64)
     assert why == "its kernels run on a GPU alone"
+
+
+# ----------------------------------------------------------------------------
+# Causal, masks, grouped queries, cross lengths and sequences: output, tangent and gradients of both, fused, against
+# plain PyTorch in float64, which is compared with PyTorch's own attention.
+
+
+def bool_mask(*shape):
+    """Of which query 3 sees nothing, and queries from 17 on neither."""
+    mask = torch.rand(shape, generator=torch.Generator().manual_seed(1)) > 0.4
+    mask[..., 3, :] = False
+    mask[..., 17:, :] = False
+    return mask.to(DEVICE)
+
+
+def bias(*shape):
+    """Of which the first five keys alone are seen, and by query 4 none."""
+    term = randn(9, *shape)
+    term[..., 5:] = -torch.inf
+    term[..., 4, :] = -torch.inf
+    return term
+
+
+VARIANTS = {  # head dim, queries, keys, heads of queries, heads of keys, options
+    "causal": (16, 37, 37, 2, 2, {"is_causal": True}),
+    "causal, more queries": (24, 37, 20, 1, 1, {"is_causal": True}),
+    "causal, more keys, grouped": (16, 20, 37, 4, 2, {"is_causal": True}),
+    "one query": (72, 1, 17, 2, 1, {}),
+    "mask of all samples": (16, 20, 37, 2, 2, {"mask": bool_mask(20, 37)}),
+    "mask of each sample, grouped": (16, 20, 17, 4, 2, {"mask": bool_mask(2, 1, 20, 17)}),
+    "term of each head": (16, 20, 37, 2, 2, {"mask": bias(1, 2, 20, 37)}),
+    "whole blocks": (128, 16, 32, 1, 1, {"mask": bias(16, 32)}),
+}
+
+
+def arguments(name, dtype=torch.float32):
+    """Primals of two samples, tangents of the last, and weights of output and tangent."""
+    dim, queries, keys, heads, key_heads, _ = VARIANTS[name]
+    shapes = [(heads, queries, dim), (key_heads, keys, dim), (key_heads, keys, dim)]
+    primals = [randn(i, 2, *shape, dtype=dtype) for i, shape in enumerate(shapes)]
+    tangents = [randn(3 + i, 1, *shape, dtype=dtype) for i, shape in enumerate(shapes)]
+    return primals, tangents, [randn(6, 2, *shapes[0], dtype=dtype), randn(7, 1, *shapes[0], dtype=dtype)]
+
+
+def through_tangent(backend, primals, tangents, weights, op, through=True):
+    """Output, tangent, and the gradients of a loss of both, or of the output alone."""
+    leaves = [x.detach().requires_grad_() for x in (*primals, *tangents)]
+    with ops.use_backend(backend), ops.differentiable_tangents(through):
+        o, do = op(*map(Dual, leaves[:3], leaves[3:]))
+        loss = (o * weights[0]).sum() + ((do * weights[1]).sum() if through else 0)
+        return [o.detach(), do.detach(), *torch.autograd.grad(loss, leaves if through else leaves[:3])]
+
+
+def assert_close(actual, exact, bound=1e-5):
+    for i, (a, e) in enumerate(zip(actual, exact, strict=True)):
+        assert a.isfinite().all()
+        if e.norm() > 1e-9:
+            assert relative_error(a.cpu(), e.cpu()) <= bound, i
+        else:
+            assert a.abs().max() <= 1e-6, i
+
+
+def double(x):
+    return x.double() if x.is_floating_point() else x
+
+
+@pytest.mark.parametrize("through", [False, True])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_gradients_of_output_and_tangent(name, through):
+    options = VARIANTS[name][-1]
+    given = arguments(name)
+    wide = {key: double(x) if isinstance(x, torch.Tensor) else x for key, x in options.items()}
+    exact = through_tangent(
+        "torch", *([x.double() for x in xs] for xs in given), lambda *x: ops.attention(*x, **wide), through
+    )
+    actual = through_tangent("triton", *given, lambda *x: ops.attention(*x, **options), through)
+    assert_close(actual, exact)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_plain_attention_equals_pytorchs(name):
+    *_, heads, key_heads, options = VARIANTS[name]
+    options = {key: double(x) if isinstance(x, torch.Tensor) else x for key, x in options.items()}
+    primals, _, weights = arguments(name, torch.float64)
+    masked = {"attn_mask": options["mask"]} if "mask" in options else options
+
+    def theirs(q, k, v):
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, **masked, enable_gqa=heads != key_heads)
+
+    results = []
+    for op in (theirs, lambda *x: ops.attention(*x, **options)):
+        leaves = [x.detach().requires_grad_() for x in primals]
+        with ops.use_backend("torch"):
+            o = op(*leaves)
+        results.append([o.detach(), *torch.autograd.grad((o * weights[0]).sum(), leaves)])
+    assert_close(results[1], results[0], 1e-12)
+
+
+@pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"mask": bias(6, 7).double()}])
+def test_gradcheck_of_plain_attention_with_its_tangent(options):
+    shapes = [(1, 2, 6, 8), (1, 1, 7, 8), (1, 1, 7, 8)] * 2
+    inputs = [randn(i, *shape, dtype=torch.float64).requires_grad_() for i, shape in enumerate(shapes)]
+
+    def both(*inputs):
+        with ops.differentiable_tangents():
+            return tuple(ops.attention(*map(Dual, inputs[:3], inputs[3:]), **options))
+
+    with ops.use_backend("torch"):
+        assert torch.autograd.gradcheck(both, inputs)
+
+
+def test_gradients_through_the_tangent_repeat_bit_for_bit():
+    given = arguments("causal, more keys, grouped")
+    first, second = (through_tangent("triton", *given, ops.attention) for _ in range(2))
+    assert all(map(torch.equal, first, second))
+
+
+def test_gradients_through_the_tangent_in_half_precision():
+    """Of heads of 72: a tail, and keys and values in launches of their own."""
+    shapes = [(1, 1, 17, 72)] * 8
+    x = [randn(i, *shape, dtype=torch.float16) for i, shape in enumerate(shapes)]
+    exact = through_tangent("torch", *([y.double() for y in ys] for ys in (x[:3], x[3:6], x[6:])), ops.attention)
+    assert_close(through_tangent("triton", x[:3], x[3:6], x[6:], ops.attention), exact, 4e-3)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_packed_gradients_through_the_tangent(rows):
+    x, dx = randn(0, 2, 9, 3 * 2 * 16), randn(1, rows, 9, 3 * 2 * 16)
+    weights = randn(2, 2, 9, 32), randn(3, rows, 9, 32)
+    results = []
+    for backend, dtype in (("triton", torch.float32), ("torch", torch.float64)):
+        leaves = [y.to(dtype).requires_grad_() for y in (x, dx)]
+        with ops.use_backend(backend), ops.differentiable_tangents():
+            o, do = packed(Dual(*leaves))
+        loss = (o * weights[0].to(dtype)).sum() + (do * weights[1].to(dtype)).sum()
+        results.append(torch.autograd.grad(loss, leaves))
+    assert_close(*results)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_sequences_equal_each_alone(is_causal):
+    """One of them has no keys, another nothing at all."""
+    lengths_q, lengths_k = (7, 0, 13), (0, 0, 33)
+    cu_q, cu_k = (
+        torch.tensor([0, *lengths], device=DEVICE).cumsum(0).int() for lengths in (lengths_q, lengths_k)
+    )  # fmt: skip
+    shapes = [(20, 4, 16), (33, 2, 16), (33, 2, 16)]
+    primals, tangents = ([randn(3 * j + i, *shape) for i, shape in enumerate(shapes)] for j in range(2))
+    weights = [randn(6, *shapes[0]), randn(7, *shapes[0])]
+
+    def op(*x):
+        return ops.attention_varlen(*x, cu_q, cu_k, 13, 33, is_causal=is_causal)
+
+    actual = through_tangent("triton", primals, tangents, weights, op)
+    exact = through_tangent("torch", *([x.double() for x in xs] for xs in (primals, tangents, weights)), op)
+    assert_close(actual, exact)
+    with ops.use_backend("torch"):
+        alone = ops.attention(*(x[-n:].transpose(0, 1)[None] for x, n in zip(primals, (13, 33, 33), strict=True)),
+                              is_causal=is_causal)  # fmt: skip
+    torch.testing.assert_close(actual[0][7:], alone[0].transpose(0, 1), rtol=1e-4, atol=1e-5)
+    assert not actual[0][:7].any()
+
+
+@pytest.mark.parametrize("name", ["torch", "triton", "sdpa"])
+def test_masks_and_grouped_queries_without_a_tangent(name):
+    for case in ("causal, more queries", "mask of each sample, grouped", "term of each head"):
+        primals, options = arguments(case)[0], VARIANTS[case][-1]
+        with ops.use_backend("torch"):
+            expected = ops.attention(*primals, **options)
+        with ops.use_attention(name):
+            torch.testing.assert_close(ops.attention(*primals, **options), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_gradient_of_a_mask_is_never_dropped():
+    primals = arguments("term of each head")[0]
+    mask = randn(9, 1, 2, 20, 37).requires_grad_()
+    with ops.use_backend("triton"):
+        ops.attention(*primals, mask=mask).sum().backward()
+    assert mask.grad.norm() > 0
+    dmask = randn(8, 1, 2, 20, 37)
+    with ops.use_backend("triton"):
+        _, do = torch.func.jvp(lambda mask: ops.attention(*primals, mask=mask), (mask.detach(),), (dmask,))
+    assert do.norm() > 0
+
+
+def test_compiled_with_a_mask():
+    torch._dynamo.reset()
+    primals, mask = arguments("mask of each sample, grouped")[0], VARIANTS["mask of each sample, grouped"][-1]["mask"]
+
+    def op(q, k, v):
+        return ops.attention(q, k, v, mask=mask)
+
+    with ops.use_backend("triton"):
+        expected = forward_and_gradients(op, primals)
+        actual = forward_and_gradients(torch.compile(op, fullgraph=True, backend="aot_eager"), primals)
+    assert_close(actual, expected, 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mask": torch.ones(5, 6, dtype=torch.bool, device=DEVICE)}, r"mask must be broadcastable to \(1, 4, 5, 7\)"),
+        ({"mask": torch.ones(5, 7, dtype=torch.int64, device=DEVICE)}, "mask must be bool, torch.float32 or float32"),
+        ({"mask": torch.ones(5, 7, dtype=torch.bool, device=DEVICE), "is_causal": True}, "is_causal or a mask"),
+    ],
+)
+def test_wrong_masks(options, message):
+    q, k = randn(0, 1, 4, 5, 16), randn(1, 1, 2, 7, 16)
+    with ops.use_backend("triton"), pytest.raises(ValueError, match=message):
+        ops.attention(q, k, k, **options)
+
+
+def test_wrong_groups_and_sequences():
+    q, k = randn(0, 1, 4, 5, 16), randn(1, 1, 3, 5, 16)
+    with ops.use_backend("triton"), pytest.raises(ValueError, match="G a divisor of 4 heads"):
+        ops.attention(q, k, k)
+    x, cu = randn(0, 5, 2, 16), torch.tensor([0, 5], device=DEVICE)
+    with ops.use_backend("triton"), pytest.raises(ValueError, match=r"cu_q must be int32 of shape \(S \+ 1,\)"):
+        ops.attention_varlen(x, x, x, cu, cu, 5, 5)
+    with pytest.raises(ValueError, match="tangents of all tokens"):
+        ops.attention_varlen(Dual(x, x[:1]), x, x, cu, cu, 5, 5)
+
+
+def test_flops_of_causal_attention_and_of_the_backward_through_the_tangent():
+    from mfengine.ops.attention import ATTENTION
+
+    q, k = (1, 1, 3, 2), (1, 1, 2, 2)  # three queries see one, two and two keys
+    assert ATTENTION.flops(q, k, k, None, True, None) == tuple(2 * 5 * 2 * n for n in (2, 4, 7))
+    assert ATTENTION.flops(q, k, k, None, False, None) == tuple(2 * 6 * 2 * n for n in (2, 4, 7))
+    assert ATTENTION.backward_dual_flops(q, k, k, q, k, k, None, True, None) == 2 * 5 * 2 * 21
 
 
 # ----------------------------------------------------------------------------
