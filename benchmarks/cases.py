@@ -364,10 +364,11 @@ def attention(machine: Machine, preset: str, batch: int) -> Iterator[Case]:
     ):
         q = o = (batch, shape.heads, shape.tokens, shape.dim)
         k = v = (batch, groups, shape.tokens, shape.dim)
-        forward, tangent, _ = ATTENTION.flops(q, k, v, None, "is_causal" in options, None)
+        arguments = (None, "is_causal" in options, None)
+        dual = sum(ATTENTION.flops(q, k, v, *arguments)[:2])
         size = 2 * machine.dtype.itemsize * sum(map(math.prod, (q, k, v, o)))  # of primals and tangents
-        # 6 products for the scores, their tangents and the gradients of these, and 9 for the six gradients.
-        for through, flops in ((False, forward + tangent), (True, forward + tangent + 15 * forward // 2)):
+        backward = ATTENTION.backward_dual_flops(q, k, v, q, k, v, *arguments)
+        for through, flops in ((False, dual), (True, dual + backward)):
             if variant or through:  # the other one is in `kernels`
                 peers = {OURS: ops.attention, "math SDPA": math_sdpa}
                 if able and not through and groups == shape.heads:

@@ -383,6 +383,7 @@ def run_everything(case, tangents):
         sum(tree_leaves(o)[0].sum() for o in whole(outputs)).backward()
     with torch.no_grad():
         case.function(*leaves)
+    differentiated(case, tangents, "dual", "triton", 1)
 
 
 @each_fused
@@ -413,6 +414,10 @@ def test_operators_say_what_they_return(name):
         (operators.differentiable_dual, (*case.arguments, *last, *case.options)),
         (operators.backward, (*[known[x] for x in case.op.saved], *[known[x] for x in case.op.outputs], *case.options)),
     ]
+    if operators.backward_dual is not None:
+        more = case.op.differentiable_dual(*case.arguments, *last, *case.options)[len(case.op.returned) :]
+        saved, outputs = ([known[x] for x in names] for names in (case.op.saved, case.op.outputs))
+        calls.append((operators.backward_dual, (*saved, *last, *more, *outputs, *more[: len(outputs)], *case.options)))
     for operator, inputs in calls:
         torch.library.opcheck(operator, inputs, test_utils=("test_schema", "test_faketensor"))
 
