@@ -22,6 +22,7 @@ from mfengine.data.format import LatentSpace
 from mfengine.data.writer import ArraySamples, order, write_dataset
 from mfengine.engine import telemetry
 from mfengine.engine.checkpoint import load_model, newest_checkpoint, read_description
+from mfengine.engine.config import OptimConfig
 from mfengine.engine.telemetry import METRICS, Telemetry
 from mfengine.errors import InputError, RankTrainingError
 from mfengine.methods import OBJECTIVES
@@ -65,15 +66,17 @@ def test_finished_run_has_nothing_to_do(trained, digits):
     assert (newest_checkpoint(run) / "checkpoint.json").stat().st_mtime_ns == before
 
 
-def test_warm_up_repeats_itself(digits, tmp_path, monkeypatch, capsys):
-    """The learning rate follows from the step: a run that was killed while it rose ends as one that was not."""
+def test_schedules_repeat_themselves(digits, tmp_path, monkeypatch, capsys):
+    """Rates and decays follow from the step: a run that was killed within warm-up and ramp ends as one that was not."""
     args = (*SMALL, f"--data={digits}", "--steps=12", "--checkpoint-every=5", "--log-every=1", "--resume=auto")
     where = {"cwd": tmp_path, "monkeypatch": monkeypatch, "capsys": capsys}
-    train = ("mfengine.train", *args, "--optim.lr=1e-3", "--optim.warmup-epochs=0.16")  # of 1,797 / 32 steps each
+    schedule = ("--optim.lr=1e-3", "--optim.warmup-epochs=0.16", "--optim.schedule=cosine")  # of 1,797 / 32 steps each
+    train = ("mfengine.train", *args, *schedule, "--optim.ema-decays", "1e3", "0.5", "--optim.ema-rampup-ratio=0.5")
     assert run_in_process(*train, **where)[0] == 0
     run = tmp_path / "runs/digits"
     lines = [json.loads(line) for line in (run / METRICS).read_text().splitlines()]
-    assert [line["lr"] for line in lines] == pytest.approx([1e-3 * min(1, s / 8.985) for s in range(1, 13)])
+    falling = [5e-4 + 5e-4 * math.cos(math.pi * (s - 8.985) / (12 - 8.985)) for s in (9, 10, 11)]
+    assert [line["lr"] for line in lines] == pytest.approx([1e-3 * s / 8.985 for s in range(1, 9)] + [1e-3] + falling)
     whole = checkpoint_contents(run)
     for step in (10, 12):
         shutil.rmtree(run / f"checkpoints/step-{step:08d}")
@@ -81,6 +84,26 @@ def test_warm_up_repeats_itself(digits, tmp_path, monkeypatch, capsys):
     again = checkpoint_contents(run)
     assert again.keys() == whole.keys()
     assert all(torch.equal(again[k], whole[k]) for k in whole if torch.is_tensor(whole[k]))
+    by_halflife, by_decay = (load_model(run, decay).model.state_dict() for decay in (1e3, 0.5))
+    assert not all(torch.equal(by_halflife[k], by_decay[k]) for k in by_decay)
+
+
+def test_rates_and_decays():
+    """By hand, at 10 steps an epoch: warm-up, hold, fall; and EDM's half-life of min(500, 5 % of the samples seen)."""
+
+    def rates(schedule, steps, warmup_epochs=0.4, hold_epochs=0.8):
+        config = OptimConfig(1.0, schedule, warmup_epochs, hold_epochs)
+        return pytest.approx([config.rate(step, 10, 108) for step in steps])
+
+    assert rates("constant", (0, 1, 3, 4, 107)) == [0.25, 0.5, 1, 1, 1]
+    assert rates("cosine", (0, 3, 8, 58, 107)) == [0.25, 1, 1, 0.5, 0.5 - 0.5 * math.cos(math.pi / 100)]
+    assert rates("inverse-sqrt", (0, 7, 31, 71)) == [0.25, 1, 0.5, 1 / 3]
+    assert rates("inverse-sqrt", (0, 3, 99), 0, 0) == [1, 0.5, 0.1]
+    config = OptimConfig(ema_decays=(0.9, 500.0))
+    assert config.decays(0, 100) == {0.9: 0.9, 500.0: 0}
+    assert config.decays(20, 100)[500.0] == pytest.approx(0.5)  # 2,000 seen, so a half-life of 100
+    assert config.decays(10**6, 100)[500.0] == pytest.approx(0.5**0.2)
+    assert OptimConfig(ema_decays=(500.0,), ema_rampup_ratio=0).decays(0, 100)[500.0] == pytest.approx(0.5**0.2)
 
 
 def test_other_normalisation_than_expected_is_told(digits, tmp_path, monkeypatch, capsys):

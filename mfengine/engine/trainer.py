@@ -218,6 +218,7 @@ class Trainer:
         if finite.all():
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
+            self.optimizer.ema_decays.update(config.optim.decays(self.step, config.batch_size))
             self.optimizer.step()
         else:
             rank = int(finite.logical_not().nonzero()[0])
