@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import shlex
+import shutil
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
 import tyro
 
+import mfengine
 from mfengine import cli
 from mfengine.configs import choose
 from mfengine.engine.config import TrainConfig
@@ -59,6 +65,17 @@ def parse(args: Sequence[str]) -> Arguments:
         raise
 
 
+def provenance() -> dict[str, str]:
+    """Version of mfengine, its commit where it runs from a clone, and the command line of this process."""
+    facts = {"version": mfengine.__version__, "command": shlex.join(sys.orig_argv)}
+    root = Path(mfengine.__file__).parent.parent
+    if (root / ".git").exists() and shutil.which("git"):
+        describe = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
+        done = subprocess.run(describe, capture_output=True, text=True, check=False)
+        facts |= {"commit": done.stdout.strip()} if done.returncode == 0 else {}
+    return facts
+
+
 def main(args: Sequence[str]) -> int:
     arguments = parse(args)
     config = arguments.run
@@ -68,7 +85,7 @@ def main(args: Sequence[str]) -> int:
                 raise InputError(f"ranks is {arguments.ranks}, but torchrun started {here.size}: omit --ranks")
             dry_run(config, here, arguments.ranks or here.size)
             return 0
-        signum = train(config, here)
+        signum = train(config, here, provenance() if here.main else {})
     return 128 + signum if signum else 0
 
 

@@ -20,7 +20,7 @@ from PIL import Image
 from mfengine import MeanFlow, cli
 from mfengine.data.format import LatentSpace
 from mfengine.data.writer import ArraySamples, order, write_dataset
-from mfengine.engine import telemetry
+from mfengine.engine import trackers
 from mfengine.engine.checkpoint import load_model, newest_checkpoint, read_description
 from mfengine.engine.config import OptimConfig
 from mfengine.engine.telemetry import METRICS, Telemetry
@@ -212,6 +212,7 @@ def test_a_failure_that_only_one_rank_knows_of_is_told_by_it(monkeypatch, capsys
 def test_metrics_hold_the_peak_of_the_gpus_memory(initialized, expected, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: initialized)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 12_345_678_901)
+    monkeypatch.setattr(torch.cuda, "memory_stats", lambda: {"num_alloc_retries": 3})
     with Telemetry(tmp_path, True, 0, 1, 32, lambda: 1.0) as reports:
         reports.log(1, 0.5, 1e-4, 0)
     assert json.loads((tmp_path / METRICS).read_text())["memory_gb"] == expected
@@ -262,14 +263,14 @@ def test_tensorboard_that_cannot_write_does_not_end_the_run(tmp_path, monkeypatc
             tried.append(1)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(telemetry, "SummaryWriter", Writer)
+    monkeypatch.setattr(trackers, "SummaryWriter", Writer)
     with Telemetry(tmp_path, True, 0, 2, 32, lambda: 1e9) as reports:
         reports.log(1, 0.5, 1e-4, 0)
         reports.log(2, 1.0, 1e-4, 0)
         reports._retry_at = 0.0
         reports.picture(2, torch.zeros(4, 3, 8, 8))
     assert len(tried) == 2
-    assert capsys.readouterr().err.count("warning: TensorBoard's events cannot be written: ") == 1
+    assert capsys.readouterr().err.count("warning: the tracker cannot be written: ") == 1
     assert len((tmp_path / METRICS).read_text().splitlines()) == 2
 
 

@@ -48,11 +48,15 @@ def image_grid(images: Tensor, columns: int | None = None) -> Tensor:
     return grid
 
 
+def enlarged(image: Tensor) -> Tensor:
+    """An image (C, H, W), if it is small, enlarged by a whole factor."""
+    factor = max(1, MIN_SIZE // max(image.shape[1:]))
+    return image.repeat_interleave(factor, dim=1).repeat_interleave(factor, dim=2)
+
+
 def save_picture(image: Tensor, path: Path) -> None:
     """Write an image (C, H, W) in [0, 1] as PNG, small ones enlarged by a whole factor; InputError if that fails."""
-    pixels = (image.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
-    factor = max(1, MIN_SIZE // max(pixels.shape[:2]))
-    pixels = pixels.repeat(factor, axis=0).repeat(factor, axis=1)
+    pixels = (enlarged(image).clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, Image.fromarray(pixels).save)

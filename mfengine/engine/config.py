@@ -11,6 +11,7 @@ import torch
 
 from mfengine.configs import check_at_least, check_seed
 from mfengine.data.normalisation import Published
+from mfengine.engine.trackers import TrackerName
 from mfengine.errors import InputError
 from mfengine.methods import OBJECTIVES, ObjectiveConfig
 from mfengine.networks import NETWORKS, NetworkConfig
@@ -143,7 +144,9 @@ class TrainConfig:
     """free gathered parameters after each forward: less memory, more communication"""
 
     log_every: int = 50
-    """steps between lines in metrics.jsonl and TensorBoard"""
+    """steps between lines in metrics.jsonl and the tracker"""
+    tracker: TrackerName = "tensorboard"
+    """shows figures and pictures of the run beside its own files; wandb takes the library of that name"""
     sample_every: int = 5000
     """steps between sample pictures; 0 draws none"""
     evaluate_every: int = 0

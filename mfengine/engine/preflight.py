@@ -22,6 +22,7 @@ from mfengine.engine.lock import LOCK
 from mfengine.engine.optim import adamw_ema
 from mfengine.engine.plan import make_plan
 from mfengine.engine.telemetry import METRICS, kept_metrics
+from mfengine.engine.trackers import check_tracker
 from mfengine.errors import InputError
 from mfengine.evaluation.frechet import check_dimensions
 from mfengine.files import write_atomic, writing
@@ -51,6 +52,7 @@ def check_run(config: TrainConfig, dataset: Dataset, world: World) -> None:
         InputError: model and data do not fit; kernels, attention or optimizer are unavailable; samples are to be
             measured in too many dimensions.
     """
+    check_tracker(config.tracker)
     dataset.check_model(config.model.latent_shape, config.model.num_classes)
     head = config.model.head_dim
     for option, name in (("ops", config.ops), ("attention", config.attention)):

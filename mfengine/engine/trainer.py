@@ -7,9 +7,10 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 import numpy as np
@@ -37,6 +38,7 @@ from mfengine.engine.checkpoint import (
 from mfengine.engine.config import TrainConfig
 from mfengine.engine.distributed import prepare_model, reduce_gradients
 from mfengine.engine.flops import step_flops
+from mfengine.engine.health import WeightHealth
 from mfengine.engine.lock import hold
 from mfengine.engine.optim import adamw_ema, averaged, averages
 from mfengine.engine.plan import device_memory, make_plan
@@ -46,7 +48,7 @@ from mfengine.engine.telemetry import Telemetry
 from mfengine.errors import RankTrainingError, TrainingError
 from mfengine.evaluation.frechet import Gaussian, fit_data, latent_distance
 from mfengine.evaluation.samples import SampleSet
-from mfengine.methods import OBJECTIVES
+from mfengine.methods import OBJECTIVES, Health
 from mfengine.networks import NETWORKS
 from mfengine.ops import fixed_weights, use_attention, use_backend
 from mfengine.optim import local
@@ -56,12 +58,13 @@ PICTURE_SAMPLES = 64
 MEASURED_SAMPLES = 10_000  # for --evaluate-every: the covariance of 4 x 32 x 32 latents needs more than 4,096
 
 
-def train(config: TrainConfig, world: World) -> int:
+def train(config: TrainConfig, world: World, provenance: Mapping[str, str] = MappingProxyType({})) -> int:
     """Train to the end of `config`, or until SIGTERM or SIGINT.
 
     Args:
         config: the run.
         world: the ranks that train.
+        provenance: version, commit and command line, for the tracker.
 
     Returns:
         0 at the end, or the number of the signal that stopped the run after it had written a checkpoint.
@@ -77,7 +80,7 @@ def train(config: TrainConfig, world: World) -> int:
     try:
         with ExitStack() as held, use_backend(config.ops), use_attention(config.attention):
             unlocked = world.on_main(lambda: held.enter_context(hold(config.folder)))
-            trainer = Trainer(config, world, dataset)
+            trainer = Trainer(config, world, dataset, provenance)
             if unlocked is not None:
                 trainer.telemetry.say(f"warning: {unlocked}")
             with caught_signals(world.main) as caught:
@@ -97,7 +100,7 @@ def train(config: TrainConfig, world: World) -> int:
 class Trainer:
     """One run on one rank: its state, and the loop that advances it."""
 
-    def __init__(self, config: TrainConfig, world: World, dataset: Dataset) -> None:
+    def __init__(self, config: TrainConfig, world: World, dataset: Dataset, provenance: Mapping[str, str]) -> None:
         self.config, self.world, self.dataset = config, world, dataset
         self.total_steps = config.total_steps(dataset.count)
         self.objective = OBJECTIVES.build(config.method)
@@ -132,6 +135,7 @@ class Trainer:
         whole = not world.sharded and not config.compile
         self.optimizer = adamw_ema(self.model, config.optim, whole=whole, accumulation=config.accumulation)
         self.weights = fixed_weights(self.optimizer.copies)
+        self.weight_health = WeightHealth(self.model, self.optimizer, world, config.replicas)
         positions: dict[int, bytes] = {}
         damaged: list[str] = []
         if checkpoints:
@@ -153,7 +157,17 @@ class Trainer:
             flops = step_flops(config.model, config.method, config.local_batch(world.size))
             return world.size * peak_rate(world.device, model.compute_dtype) / flops
 
-        self.telemetry = Telemetry(config.folder, world.main, self.step, self.total_steps, config.batch_size, peak)
+        self.telemetry = Telemetry(
+            config.folder,
+            world.main,
+            self.step,
+            self.total_steps,
+            config.batch_size,
+            peak,
+            shown=(*self.objective.scalars[:1], "loss"),
+            tracker=config.tracker,
+            facts={**provenance, "config": to_json(config)},
+        )
         for note in notes:
             self.telemetry.say(note)
 
@@ -187,30 +201,40 @@ class Trainer:
 
     def _train_step(self, caught: list[int]) -> tuple[int, bool]:
         """One optimizer step; returns a signal that any rank has caught, or 0, and whether it is time to save."""
-        config, world = self.config, self.world
-        scalars = ("loss", *self.objective.scalars)
-        passes = []
+        config, world, started, data_wait = self.config, self.world, time.monotonic(), 0.0
+        passes: list[Health] = []
         for i, loader in enumerate(self.loaders):
             last = i == config.accumulation - 1
             generator = step_generator(config.seed, self.step, self._part(i))
+            asked = time.monotonic()
             latents, labels = loader.draw(generator)
+            data_wait += time.monotonic() - asked
             draws = self.objective.draw(latents.shape, generator, world.device)
             with self.weights:
                 loss, metrics = self.objective.loss(self.model, latents, to_device(labels, world.device), draws)
-            passes.append(torch.stack([loss.detach(), *(metrics[name].mean() for name in scalars[1:])]))
+            passes.append(self.objective.health(loss, metrics, draws))
             if last:
                 # Copied before the backward is queued: reading it later waits for the forward only.
-                means = HostCopy(torch.cat([torch.stack(passes).mean(0), self.optimizer.skipped[None]]))
+                before = torch.stack([self.optimizer.skipped, self.optimizer.grad_norm])  # of the step before
+                copied = HostCopy(torch.cat([torch.stack([each.sums for each in passes]).sum(0), before]))
             reduce_gradients(self.model, last, config.reshard)
             (loss / config.accumulation).backward()
 
         # Every rank decides the same: by what all of them have seen.
+        asked = time.monotonic()
+        *sums, skipped, grad_norm = copied.values()
+        names = passes[0].weights
+        weights = [sum(each.weights[name] for each in passes) for name in names]
         row = {
-            **dict(zip((*scalars, "skipped"), means.values(), strict=True)),
+            "loss": sums[0],
+            "skipped": skipped,
             "signal": caught[0] if caught else 0,
             "overdue": 0 < config.checkpoint_minutes * 60 <= time.monotonic() - self.saved_at,
+            "data_wait": data_wait,
         }
-        ranks = dict(zip(row, world.gather([*row.values()]).T, strict=True))  # of each name, (ranks,)
+        everyones = world.gather([*row.values(), *sums, *weights])
+        ranks = dict(zip(row, everyones.T, strict=False))  # of each name, (ranks,)
+        device_wait = time.monotonic() - asked
         if ranks["skipped"][0]:
             self._skipped_gradient()  # a step ago: no host has waited for it
         finite = ranks["loss"].isfinite()
@@ -226,10 +250,25 @@ class Trainer:
         self.optimizer.zero_grad()
         self.step += 1
 
-        self.telemetry.step({name: float(ranks[name][finite].mean()) for name in scalars})
-        if self.step % config.log_every == 0 or self.step == self.total_steps:
-            self.telemetry.log(self.step, self.step * config.batch_size / self.dataset.count, lr, self.skipped)
+        totals, weights = everyones[finite, len(row) :].sum(0).view(2, -1).tolist()
+        host = time.monotonic() - started - data_wait - device_wait
+        seconds = {"data_wait": float(ranks["data_wait"].max()), "device_wait": device_wait, "host": host}
+        self.telemetry.step(
+            {
+                **dict(zip(names, zip(totals, weights, strict=True), strict=True)),
+                "grad_norm": (grad_norm, 1.0),
+                **{f"{name}_ms": (1000 * value, 1.0) for name, value in seconds.items()},
+            }
+        )
+        if self._logs(self.step):
+            epoch = self.step * config.batch_size / self.dataset.count
+            self.telemetry.log(self.step, epoch, lr, self.skipped, **self.weight_health.read())
+        if self._logs(self.step + 1):  # the next step waits for its forward, so it has this one's figures by then
+            self.weight_health.measure()
         return int(ranks["signal"].max()), bool(ranks["overdue"][0])
+
+    def _logs(self, step: int) -> bool:
+        return step % self.config.log_every == 0 or step == self.total_steps
 
     def _skipped_gradient(self) -> None:
         """The last step of the optimizer changed nothing."""
