@@ -88,6 +88,27 @@ def test_schedules_repeat_themselves(digits, tmp_path, monkeypatch, capsys):
     assert not all(torch.equal(by_halflife[k], by_decay[k]) for k in by_decay)
 
 
+def test_config_repeats_a_run_and_best_checkpoints_stay(digits, tmp_path, monkeypatch, capsys):
+    """Beside the newest: multiples of --keep-every, and the one with the least of a metric."""
+    where = {"cwd": tmp_path, "monkeypatch": monkeypatch, "capsys": capsys}
+    args = (*SMALL, f"--data={digits}", "--steps=7", "--log-every=1", "--checkpoint-every=1", "--optim.lr=1e-3")
+    kept = ("--keep=1", "--keep-every=3", "--keep-best=error")
+    code, _, err = run_in_process("mfengine.train", *args, *kept, "--name=first", **where)
+    assert code == 0, err
+    first = tmp_path / "runs/first"
+    errors = {line["step"]: line["error"] for line in map(json.loads, (first / METRICS).read_text().splitlines())}
+    steps = {int(path.name[-8:]) for path in (first / "checkpoints").iterdir()}
+    assert steps == {3, 6, 7, min(errors, key=errors.get)}
+
+    again = ("mfengine.train", "--config=runs/first/config.json", "--name=second", "--keep=2")
+    code, _, err = run_in_process(*again, **where)
+    assert code == 0, err
+    before, after = (json.loads((tmp_path / f"runs/{name}/config.json").read_text()) for name in ("first", "second"))
+    assert after == {**before, "name": "second", "keep": 2}
+    whole, repeated = (checkpoint_contents(tmp_path / "runs" / name) for name in ("first", "second"))
+    assert all(torch.equal(repeated[k], whole[k]) for k in whole if torch.is_tensor(whole[k]))
+
+
 def test_rates_and_decays():
     """By hand, at 10 steps an epoch: warm-up, hold, fall; and EDM's half-life of min(500, 5 % of the samples seen)."""
 

@@ -156,7 +156,11 @@ class TrainConfig:
     checkpoint_minutes: float = 0
     """minutes after which a checkpoint is written as well, by the clock of rank 0; 0 counts steps alone"""
     keep: int = 3
-    """checkpoints to keep"""
+    """newest checkpoints to keep"""
+    keep_every: int = 0
+    """keep those of each multiple of so many steps as well"""
+    keep_best: str | None = None
+    """keep the checkpoint at whose step this metric of metrics.jsonl was least as well: frechet_1nfe, say"""
     max_skipped_steps: int = 0
     """steps with a loss that is not finite to skip before giving up"""
     resume: Literal["never", "auto"] = "never"
@@ -169,7 +173,7 @@ class TrainConfig:
         check_at_least(1, **{name: getattr(self, name) for name in names})
         if self.name in ("", ".", "..") or "/" in self.name:
             raise ValueError(f"name must be the name of a folder, not '{self.name}'")
-        for name in ("sample_every", "evaluate_every", "max_skipped_steps", "checkpoint_minutes"):
+        for name in ("sample_every", "evaluate_every", "keep_every", "max_skipped_steps", "checkpoint_minutes"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, not {getattr(self, name)}")
         if not 0 < self.epochs < math.inf:

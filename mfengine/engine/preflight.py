@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mfengine.configs import flatten, read_json, to_json
+from mfengine.configs import flatten, from_json, read_json, to_json
 from mfengine.data.format import Dataset
 from mfengine.data.loader import Loader
 from mfengine.data.normalisation import describe
@@ -133,6 +133,15 @@ def write_config(config: TrainConfig, dataset: Dataset) -> None:
     with writing(path):
         config.folder.mkdir(parents=True, exist_ok=True)
         write_atomic(path, json.dumps(_config_values(config, dataset), indent=1) + "\n")
+
+
+def read_config(path: Path) -> TrainConfig:
+    """The configuration that `write_config` wrote; InputError if it cannot be read."""
+    values = read_json(path)
+    model, method = NETWORKS.read(values, "model", path), OBJECTIVES.read(values, "method", path)
+    described = {"network", "objective", "space", "dataset"}  # beside the configuration
+    values = {name: value for name, value in values.items() if name not in described}
+    return from_json(TrainConfig, {**values, "model": model, "method": method}, path)
 
 
 def _config_values(config: TrainConfig, dataset: Dataset) -> dict[str, Any]:

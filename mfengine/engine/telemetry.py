@@ -6,7 +6,7 @@ import json
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -224,6 +224,13 @@ def kept_metrics(path: Path, step: int = 0) -> tuple[list[bytes], bool]:
             if line.endswith(b"\n"):
                 raise InputError(f"{path} is damaged at line {number}: repair it, or move it away") from None
     return kept, kept == lines
+
+
+def best_step(path: Path, metric: str, steps: Collection[int]) -> int | None:
+    """Of these steps, the one at which metrics.jsonl has the least of a metric; None where it has none."""
+    lines = map(json.loads, kept_metrics(path, max(steps))[0])
+    found = {line["step"]: line[metric] for line in lines if line["step"] in steps and line.get(metric) is not None}
+    return min(found, key=lambda step: found[step], default=None)
 
 
 def _continue_metrics(path: Path, step: int) -> Any:

@@ -44,7 +44,7 @@ from mfengine.engine.optim import adamw_ema, averaged, averages
 from mfengine.engine.plan import device_memory, make_plan
 from mfengine.engine.preflight import check_run, check_run_folder, other_normalisation, write_config
 from mfengine.engine.rates import peak_rate
-from mfengine.engine.telemetry import Telemetry
+from mfengine.engine.telemetry import METRICS, Telemetry, best_step
 from mfengine.errors import RankTrainingError, TrainingError
 from mfengine.evaluation.frechet import Gaussian, fit_data, latent_distance
 from mfengine.evaluation.samples import SampleSet
@@ -149,7 +149,9 @@ class Trainer:
         world.on_main(lambda: remove_leftovers(config.folder))
         world.on_main(lambda: write_config(config, dataset))
         world.on_main(lambda: set_aside(checkpoints[: len(damaged)]))
-        self.checkpointer = Checkpointer(config.folder, world, config.keep, asynchronous=world.device.type == "cuda")
+        self.checkpointer = Checkpointer(
+            config.folder, world, config.keep, world.device.type == "cuda", config.keep_every, self._best
+        )
         if world.main and device_memory(world.device) is not None:
             notes += make_plan(config, world).warnings(world.device)
 
@@ -178,14 +180,14 @@ class Trainer:
                 signum, overdue = self._train_step(caught)
                 self.checkpointer.poll()
                 self._tell()
+                if self.data is not None and self.step % self.config.evaluate_every == 0 and not signum:
+                    self._measure_samples(self.data)  # before checkpoints are removed, of which it may be the best
                 due = self.step % self.config.checkpoint_every == 0 or self.step == self.total_steps
                 if due or overdue or signum:
                     self._save()
                     self._tell()
                 if self.config.sample_every and self.step % self.config.sample_every == 0:
                     self._draw_samples()
-                if self.data is not None and self.step % self.config.evaluate_every == 0 and not signum:
-                    self._measure_samples(self.data)
                 if signum and self.step < self.total_steps:
                     break
             else:
@@ -351,6 +353,12 @@ class Trainer:
             },
             "ema": {str(d): averages(self.model, self.optimizer, d) for d in self.config.optim.ema_decays},
         }
+
+    def _best(self, steps: list[int]) -> int | None:
+        """Which of these steps has the least of the metric that --keep-best names."""
+        if self.config.keep_best is None:
+            return None
+        return best_step(self.config.folder / METRICS, self.config.keep_best, steps)
 
     def _tell(self) -> None:
         """Tell of checkpoints that could not be written, or not be removed: the next one is tried all the same."""

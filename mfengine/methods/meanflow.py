@@ -55,8 +55,8 @@ class MeanFlowConfig(IntervalConfig):
         return self.omega != 1 or self.kappa != 0
 
     def guided_rows(self, t: Tensor, num_dropped: int) -> Tensor:
-        """Which rows of times t (B,) are guided, (B,) bool."""
-        rows = (t >= self.t_start) & (t <= self.t_end) & self.guided
+        """Which rows of times t (B,) are guided, if there is guidance: (B,) bool."""
+        rows = (t >= self.t_start) & (t <= self.t_end)
         rows[:num_dropped] = False
         return rows
 
@@ -178,7 +178,7 @@ class MeanFlow(Objective):
 
     def health(self, loss: Tensor, metrics: Mapping[str, Tensor], draws: Draws) -> Health:
         rows = {name: metrics[name] for name in ("error", "v_loss")}
-        guided = self.config.guided_rows(draws.t, draws.num_dropped)
+        guided = self.config.guided_rows(draws.t, draws.num_dropped) & self.config.guided
         kinds = row_kinds(draws.t, self.config.num_interval(len(draws.t)), draws.num_dropped, guided)
         return by_kind(super().health(loss, metrics, draws), rows, metrics["du_dt"], kinds)
 
