@@ -20,12 +20,13 @@ from PIL import Image
 from mfengine import MeanFlow, cli
 from mfengine.data.format import LatentSpace
 from mfengine.data.writer import ArraySamples, order, write_dataset
-from mfengine.engine import trackers
+from mfengine.engine import trackers, trainer
 from mfengine.engine.checkpoint import load_model, newest_checkpoint, read_description
 from mfengine.engine.config import OptimConfig
 from mfengine.engine.telemetry import METRICS, Telemetry
 from mfengine.errors import InputError, RankTrainingError
 from mfengine.methods import OBJECTIVES
+from mfengine.networks import dit
 
 
 @pytest.fixture(scope="module")
@@ -431,6 +432,50 @@ def test_gradient_that_is_not_finite_skips_the_step(digits, tmp_path, monkeypatc
     assert code == 1
     assert "error: a gradient is not finite at step 3, after 0 skipped step(s); last whole checkpoint: " in err
     assert err.strip().endswith("step-00000002")
+
+
+PLANTED = {
+    "output of blocks.2.attn": lambda y: y._replace(primal=y.primal * math.nan),
+    "tangent of blocks.2.attn": lambda y: y._replace(tangent=y.tangent * math.nan),
+    "gradient of blocks.2.": lambda y: y._replace(primal=infinite_slope(y.primal)),
+}
+
+
+def infinite_slope(x):
+    return x + 0 * (x - x.detach()).sqrt()
+
+
+@pytest.mark.parametrize("where", PLANTED)
+def test_first_value_that_is_not_finite_is_named(where, digits, tmp_path, monkeypatch, capsys):
+    """Planted in the attention of block 2, from the third step on."""
+
+    class Planted(dit.Attention):
+        def forward(self, x):
+            y = super().forward(x)
+            return PLANTED[where](y) if self.planted and steps[0] > 3 else y  # a Dual
+
+    steps, planted = [0], []
+    loss = MeanFlow.loss
+
+    def counted(self, *args):
+        steps[0] += 1
+        return loss(self, *args)
+
+    def build(*args, **options):
+        planted.append(Planted(*args, **options))
+        planted[-1].planted = len(planted) % 4 == 3  # of networks of four blocks, the third
+        return planted[-1]
+
+    monkeypatch.setattr(dit, "Attention", build)
+    monkeypatch.setattr(MeanFlow, "loss", counted)
+    monkeypatch.setattr(trainer, "step_flops", lambda *_: 1e9)  # which counts on a network of its own
+    args = ("mfengine.train", *SMALL, f"--data={digits}", "--steps=6", "--model.depth=4", "--debug-nonfinite")
+    code, _, err = run_in_process(*args, cwd=tmp_path, monkeypatch=monkeypatch, capsys=capsys)
+    assert code == 1
+    what = "a gradient is" if where.startswith("gradient") else "the loss is"
+    assert re.search(
+        rf"error: {what} not finite at step \d.* \(the first value is in the {where}.* on rank 0\)", err
+    ), err
 
 
 def test_weights_that_are_not_finite_are_not_saved(digits, tmp_path):

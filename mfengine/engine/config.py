@@ -162,7 +162,10 @@ class TrainConfig:
     keep_best: str | None = None
     """keep the checkpoint at whose step this metric of metrics.jsonl was least as well: frechet_1nfe, say"""
     max_skipped_steps: int = 0
-    """steps with a loss that is not finite to skip before giving up"""
+    """steps with a loss or gradient that is not finite to skip before giving up"""
+    debug_nonfinite: bool = False
+    """where loss or gradient is not finite, do the step again and say where the first such value is; the host then
+    waits for the device after each step"""
     resume: Literal["never", "auto"] = "never"
     """auto continues the run folder's newest whole checkpoint, if there is one"""
     skip_checksums: bool = False

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     get_optimizer_state_dict,
@@ -40,6 +41,7 @@ from mfengine.engine.distributed import prepare_model, reduce_gradients
 from mfengine.engine.flops import step_flops
 from mfengine.engine.health import WeightHealth
 from mfengine.engine.lock import hold
+from mfengine.engine.nonfinite import first_nonfinite
 from mfengine.engine.optim import adamw_ema, averaged, averages
 from mfengine.engine.plan import device_memory, make_plan
 from mfengine.engine.preflight import check_run, check_run_folder, other_normalisation, write_config
@@ -54,6 +56,7 @@ from mfengine.ops import fixed_weights, use_attention, use_backend
 from mfengine.optim import local
 from mfengine.ranks import World
 
+Batch = tuple[Tensor, Tensor, Any]  # latents, labels on the host, draws
 PICTURE_SAMPLES = 64
 MEASURED_SAMPLES = 10_000  # for --evaluate-every: the covariance of 4 x 32 x 32 latents needs more than 4,096
 
@@ -106,6 +109,7 @@ class Trainer:
         self.objective = OBJECTIVES.build(config.method)
         self.step = 0
         self.skipped = 0
+        self.first_bad = ""
         self.saved_at = time.monotonic()
 
         checkpoints = world.on_main(lambda: check_run_folder(config, dataset))
@@ -205,6 +209,7 @@ class Trainer:
         """One optimizer step; returns a signal that any rank has caught, or 0, and whether it is time to save."""
         config, world, started, data_wait = self.config, self.world, time.monotonic(), 0.0
         passes: list[Health] = []
+        batches: list[Batch] = []
         for i, loader in enumerate(self.loaders):
             last = i == config.accumulation - 1
             generator = step_generator(config.seed, self.step, self._part(i))
@@ -215,6 +220,8 @@ class Trainer:
             with self.weights:
                 loss, metrics = self.objective.loss(self.model, latents, to_device(labels, world.device), draws)
             passes.append(self.objective.health(loss, metrics, draws))
+            if config.debug_nonfinite:
+                batches.append((latents, labels, draws))
             if last:
                 # Copied before the backward is queued: reading it later waits for the forward only.
                 before = torch.stack([self.optimizer.skipped, self.optimizer.grad_norm])  # of the step before
@@ -246,9 +253,12 @@ class Trainer:
                 group["lr"] = lr
             self.optimizer.ema_decays.update(config.optim.decays(self.step, config.batch_size))
             self.optimizer.step()
+            if config.debug_nonfinite and self.optimizer.skipped:
+                self.first_bad = self._first_nonfinite(batches)
         else:
             rank = int(finite.logical_not().nonzero()[0])
-            self._skipped(f"the loss is not finite at step {self.step + 1} on rank {rank}")
+            where = self._first_nonfinite(batches) if config.debug_nonfinite else ""
+            self._skipped(f"the loss is not finite at step {self.step + 1} on rank {rank}{where}")
         self.optimizer.zero_grad()
         self.step += 1
 
@@ -275,7 +285,23 @@ class Trainer:
     def _skipped_gradient(self) -> None:
         """The last step of the optimizer changed nothing."""
         self.optimizer.skipped.zero_()  # told once
-        self._skipped(f"a gradient is not finite at step {self.step}")
+        self._skipped(f"a gradient is not finite at step {self.step}{self.first_bad}")
+
+    def _first_nonfinite(self, batches: list[Batch]) -> str:
+        """Do the passes of a step again, whose loss or gradient is not finite, and say where that begins."""
+        self.optimizer.zero_grad()
+
+        def again() -> Iterator[tuple[str, Tensor]]:
+            for i, (latents, labels, draws) in enumerate(batches):
+                yield "latents", latents
+                with self.weights:
+                    labels = to_device(labels, self.world.device)
+                    loss, _ = self.objective.loss(self.model, latents, labels, draws)
+                yield "loss", loss
+                reduce_gradients(self.model, i == len(batches) - 1, self.config.reshard)
+                (loss / self.config.accumulation).backward()
+
+        return f" ({first_nonfinite(self.model, again, self.world)})"
 
     def _skipped(self, what: str) -> None:
         """Tell of a step that left the weights as they were; TrainingError if that has been so too often."""
