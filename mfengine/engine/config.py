@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -149,6 +150,9 @@ class TrainConfig:
     """shows figures and pictures of the run beside its own files; wandb takes the library of that name"""
     sample_every: int = 5000
     """steps between sample pictures; 0 draws none"""
+    vae: str | None = None
+    """decode sample pictures with this VAE: a folder or hub name that diffusers loads. Without it the first three
+    channels of latents are drawn"""
     evaluate_every: int = 0
     """steps between measurements of one-step samples: their Frechet distance from the data, in latents; 0 takes none"""
     checkpoint_every: int = 5000
@@ -163,6 +167,8 @@ class TrainConfig:
     """keep the checkpoint at whose step this metric of metrics.jsonl was least as well: frechet_1nfe, say"""
     max_skipped_steps: int = 0
     """steps with a loss or gradient that is not finite to skip before giving up"""
+    profile: str | None = None
+    """START:STOP profiles those steps, counted from 1, into the run's folder profile: a trace and a table"""
     debug_nonfinite: bool = False
     """where loss or gradient is not finite, do the step again and say where the first such value is; the host then
     waits for the device after each step"""
@@ -184,6 +190,15 @@ class TrainConfig:
         if self.init_reverse_time and (self.init is None or self.init.suffix not in OTHERS):
             raise ValueError(f"init_reverse_time needs --init with another project's weights ({' or '.join(OTHERS)})")
         check_seed(self.seed)
+        if self.profile is not None and self.profiled is None:
+            raise ValueError(f"profile must be START:STOP, two steps from 1 on as in 10:12, not {self.profile}")
+
+    @property
+    def profiled(self) -> tuple[int, int] | None:
+        """The first and the last step that are profiled."""
+        match = re.fullmatch(r"(\d+):(\d+)", self.profile or "")
+        span = (int(match[1]), int(match[2])) if match else (0, 0)
+        return span if 1 <= span[0] <= span[1] else None
 
     @property
     def folder(self) -> Path:
