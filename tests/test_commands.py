@@ -663,14 +663,39 @@ def test_reader_that_leaves(tmp_path):
     assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
 
 
-def test_vae_decodes_latents(tmp_path):
+def small_vae(folder, channels):
     diffusers = pytest.importorskip("diffusers", reason="diffusers is an extra")
     torch.manual_seed(0)
     vae = diffusers.AutoencoderKL(
         block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4, norm_num_groups=4,
+        up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=channels, norm_num_groups=4,
     )  # fmt: skip
-    vae.save_pretrained(tmp_path / "vae")
+    vae.save_pretrained(folder)
+    return vae
+
+
+def test_pictures_of_a_run_are_decoded_and_end_in_a_strip(digits, tmp_path, monkeypatch, capsys):
+    """The first column of each picture, side by side; a VAE of other channels is refused before the first step."""
+    small_vae(tmp_path / "vae", 1)
+    small_vae(tmp_path / "other", 4)
+    train = ("mfengine.train", *SMALL, f"--data={digits}", "--steps=3", "--sample-every=1")
+    where = {"cwd": tmp_path, "monkeypatch": monkeypatch, "capsys": capsys}
+    code, _, err = run_in_process(*train, "--vae=other", **where)
+    assert (code, err.splitlines()[-1]) == (2, "error: --vae other has 4 latent channels, the data 1")
+    assert not (tmp_path / "runs").exists()
+    assert run_in_process(*train, "--vae=vae", **where)[0] == 0
+    run = tmp_path / "runs/digits"
+    pictures = [np.asarray(Image.open(run / f"samples/0000000{step}.png")) for step in (1, 2, 3)]
+    strip = np.asarray(Image.open(run / "strip.png"))
+    width, side = pictures[0].shape[1] // 8, 16 * 8 + 9  # of 16 x 16 pixels each, which 8 x 8 latents become
+    assert pictures[0].shape == (480 // side * side,) * 2 + (3,)
+    expected = np.concatenate([picture[:, :width] for picture in pictures], 1)
+    factor = len(strip) // len(expected)
+    assert np.array_equal(strip[::factor, ::factor], expected)
+
+
+def test_vae_decodes_latents(tmp_path):
+    vae = small_vae(tmp_path / "vae", 4)
     from mfengine.data.vae import VAE
 
     space = LatentSpace(shape=(4, 8, 8), num_classes=10, scale=0.2, bias=0.5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import Tensor
 from mfengine.data.format import LatentSpace
 from mfengine.files import write_atomic, writing
 
+GRID = 8  # rows and columns of a run's pictures
 MIN_SIZE = 480  # pixels of the longer side of a picture
 
 
@@ -46,6 +48,21 @@ def image_grid(images: Tensor, columns: int | None = None) -> Tensor:
         top, left = margin + i // columns * (height + margin), margin + i % columns * (width + margin)
         grid[:, top : top + height, left : left + width] = image
     return grid
+
+
+def strip_over_time(pictures: Sequence[Path]) -> Tensor | None:
+    """The first column of each square grid of pictures, side by side, as one image (3, H, W) in [0, 1].
+
+    Args:
+        pictures: files of grids as `image_grid` lays out `GRID`^2 images, in order. Those of another size than the last
+            one are left out.
+    """
+    columns = []
+    for path in pictures:
+        pixels = np.asarray(Image.open(path).convert("RGB"))
+        columns.append(torch.from_numpy(pixels[:, : pixels.shape[1] // GRID].copy()).permute(2, 0, 1) / 255)
+    columns = [column for column in columns if column.shape == columns[-1].shape]
+    return torch.cat(columns, 2) if columns else None
 
 
 def enlarged(image: Tensor) -> Tensor:

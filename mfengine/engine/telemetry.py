@@ -16,13 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mfengine.data.pictures import enlarged, image_grid, save_picture
+from mfengine.data.pictures import enlarged, image_grid, save_picture, strip_over_time
 from mfengine.engine.trackers import TRACKERS, Tracker
 from mfengine.errors import InputError
 from mfengine.files import write_atomic, writing
 from mfengine.progress import progress
 
 METRICS = "metrics.jsonl"
+STRIP = 24  # pictures in the strip, at most
 RETRY_S = 60.0  # after which the tracker is tried again
 
 
@@ -155,6 +156,18 @@ class Telemetry:
             with self._tried("pictures"):
                 save_picture(grid, path)
             self._track(step, lambda tracker: tracker.picture(step, enlarged(grid), caption))
+
+    def strip(self, step: int) -> None:
+        """Write strip.png: how the samples of the same noise have changed over the run's pictures."""
+        if not self._enabled:
+            return
+        pictures = sorted(path for path in (self._folder / "samples").glob("*.png") if path.stem.isdigit())
+        every = -(-len(pictures) // STRIP) or 1
+        with self._tried("pictures"):
+            strip = strip_over_time(pictures[::-1][::every][::-1])
+            if strip is not None:
+                save_picture(strip, self._folder / "strip.png")
+                self._track(step, lambda tracker: tracker.picture(step, strip, "the same noise over time"))
 
     def say(self, message: str) -> None:
         """Print a line without breaking the progress bar."""

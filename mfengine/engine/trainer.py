@@ -25,7 +25,8 @@ from torch.distributed.checkpoint.state_dict import (
 from mfengine.configs import to_json
 from mfengine.data.format import Dataset
 from mfengine.data.loader import Loader
-from mfengine.data.pictures import draw_latents
+from mfengine.data.pictures import GRID, draw_latents
+from mfengine.data.vae import VAE
 from mfengine.device import HostCopy, step_generator, to_device
 from mfengine.engine.checkpoint import (
     Checkpointer,
@@ -45,9 +46,10 @@ from mfengine.engine.nonfinite import first_nonfinite
 from mfengine.engine.optim import adamw_ema, averaged, averages
 from mfengine.engine.plan import device_memory, make_plan
 from mfengine.engine.preflight import check_run, check_run_folder, other_normalisation, write_config
+from mfengine.engine.profile import Profile
 from mfengine.engine.rates import peak_rate
 from mfengine.engine.telemetry import METRICS, Telemetry, best_step
-from mfengine.errors import RankTrainingError, TrainingError
+from mfengine.errors import InputError, RankTrainingError, TrainingError
 from mfengine.evaluation.frechet import Gaussian, fit_data, latent_distance
 from mfengine.evaluation.samples import SampleSet
 from mfengine.methods import OBJECTIVES, Health
@@ -57,7 +59,7 @@ from mfengine.optim import local
 from mfengine.ranks import World
 
 Batch = tuple[Tensor, Tensor, Any]  # latents, labels on the host, draws
-PICTURE_SAMPLES = 64
+PICTURE_SAMPLES = GRID**2
 MEASURED_SAMPLES = 10_000  # for --evaluate-every: the covariance of 4 x 32 x 32 latents needs more than 4,096
 
 
@@ -146,8 +148,11 @@ class Trainer:
             (positions, resumed), damaged = first_whole(checkpoints, self._resume)
             aside = (f"set aside as damaged-{path.name}" for path in checkpoints)
             notes += [f"{problem}; {where}" for problem, where in zip(damaged, aside, strict=False)] + resumed
+        self.profile = Profile(config.profiled if world.main else None, config.folder / "profile", self.model)
         self.loaders = self._open_data(positions)
         self.data = fit_data(dataset, world) if config.evaluate_every else None
+        self.vae: VAE | None = None
+        world.on_main(self._open_vae)
 
         # Nothing is written before here, so that wrong input leaves nothing behind.
         world.on_main(lambda: remove_leftovers(config.folder))
@@ -181,7 +186,8 @@ class Trainer:
         """Train until the end, or until `caught` holds a signal on any rank; returns the signal or 0."""
         with self.telemetry:
             while self.step < self.total_steps:
-                signum, overdue = self._train_step(caught)
+                with self.profile.step(self.step + 1):
+                    signum, overdue = self._train_step(caught)
                 self.checkpointer.poll()
                 self._tell()
                 if self.data is not None and self.step % self.config.evaluate_every == 0 and not signum:
@@ -196,6 +202,7 @@ class Trainer:
                     break
             else:
                 signum = 0
+            self.telemetry.strip(self.step)
             self.checkpointer.wait()
         if self.checkpointer.failed:
             raise TrainingError(self.checkpointer.failed)
@@ -214,7 +221,8 @@ class Trainer:
             last = i == config.accumulation - 1
             generator = step_generator(config.seed, self.step, self._part(i))
             asked = time.monotonic()
-            latents, labels = loader.draw(generator)
+            with self.profile.label("data"):
+                latents, labels = loader.draw(generator)
             data_wait += time.monotonic() - asked
             draws = self.objective.draw(latents.shape, generator, world.device)
             with self.weights:
@@ -227,7 +235,8 @@ class Trainer:
                 before = torch.stack([self.optimizer.skipped, self.optimizer.grad_norm])  # of the step before
                 copied = HostCopy(torch.cat([torch.stack([each.sums for each in passes]).sum(0), before]))
             reduce_gradients(self.model, last, config.reshard)
-            (loss / config.accumulation).backward()
+            with self.profile.label("backward"):
+                (loss / config.accumulation).backward()
 
         # Every rank decides the same: by what all of them have seen.
         asked = time.monotonic()
@@ -252,7 +261,8 @@ class Trainer:
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             self.optimizer.ema_decays.update(config.optim.decays(self.step, config.batch_size))
-            self.optimizer.step()
+            with self.profile.label("optimizer"):
+                self.optimizer.step()
             if config.debug_nonfinite and self.optimizer.skipped:
                 self.first_bad = self._first_nonfinite(batches)
         else:
@@ -322,7 +332,22 @@ class Trainer:
         labels = (torch.arange(PICTURE_SAMPLES, device=device) * space.num_classes) // PICTURE_SAMPLES
         with averaged(self.model, self.optimizer, self.config.optim.ema_decays[0]):
             latents = self.objective.sampler({})(self.model, noise, labels, 1)
-        self.telemetry.picture(self.step, draw_latents(latents.cpu(), space))
+        if not self.world.main:
+            return
+        if self.vae is not None:
+            self.telemetry.picture(self.step, self.vae.decode(latents, space).cpu(), "one step, decoded")
+        else:
+            what = "one step" if space.pixel_range is not None else "one step, first three channels of the latents"
+            self.telemetry.picture(self.step, draw_latents(latents.cpu(), space), what)
+
+    def _open_vae(self) -> None:
+        """On rank 0, which alone draws pictures."""
+        if self.config.vae is not None:
+            self.vae = VAE(self.config.vae, self.world.device)
+            if self.vae.channels != (channels := self.dataset.space.shape[0]):
+                raise InputError(
+                    f"--vae {self.config.vae} has {self.vae.channels} latent channels, the data {channels}"
+                )
 
     def _measure_samples(self, data: Gaussian) -> None:
         """Log how far one-step samples with averaged weights, the same each time, are from the data."""
