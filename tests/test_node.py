@@ -239,7 +239,8 @@ def test_fixed_weights_are_cast_once():
 
 
 class GatedBlock(nn.Module):
-    """What a block of improved MeanFlow does: packed and padded layers, rotary attention, and gates without rows."""
+    """What a block of improved MeanFlow does: packed and padded layers, rotary attention, its last tokens alone, and
+    gates without rows."""
 
     HIDDEN = 12  # padded to 16
 
@@ -255,6 +256,7 @@ class GatedBlock(nn.Module):
     def compute(self, x, h):
         qkv = ops.packed_linear(h, [self.w0, self.w1, self.w2])
         y = ops.linear(ops.rotary_attention(qkv, self.q_norm, self.k_norm, 2, TOKENS), self.w3)
+        x, y = (ops.last_tokens(a, TOKENS, TOKENS - 1) for a in (x, y))
         x, h = ops.gated_residual_rms_norm(x, y, self.gate, self.norm)
         h = ops.swiglu(ops.packed_linear(h, [self.w4, self.w5], 8))
         return x, ops.packed_linear(h, [self.w6], in_multiple=8), ops.clone(self.mlp_gate)

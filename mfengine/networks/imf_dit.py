@@ -125,12 +125,18 @@ class Block(nn.Module):
     """Transformer block: x + g1 * attention(norm(x)), then x + g2 * SwiGLU(norm(x)).
 
     As in `mfengine.networks.dit.Block`, its last branch and its gate are handed on, and the next norm adds them.
+
+    Args:
+        config: of the network.
+        compute_dtype: of the matrix products.
+        last: of a head, which needs the tokens of the patches alone: only they go through the SwiGLU and are returned.
     """
 
-    def __init__(self, config: IMFDiTConfig, compute_dtype: torch.dtype) -> None:
+    def __init__(self, config: IMFDiTConfig, compute_dtype: torch.dtype, last: bool = False) -> None:
         super().__init__()
         width = config.hidden_size
-        self.compute_dtype = compute_dtype
+        self.compute_dtype, self.last = compute_dtype, last
+        self.num_tokens, self.num_patches = config.num_tokens, config.num_tokens - config.num_prefix
         self.norm1, self.norm2 = RMSNorm(width), RMSNorm(width)
         self.attn, self.mlp = Attention(config), SwiGLU(config)
         self.attn_scale, self.mlp_scale = nn.Parameter(torch.zeros(width)), nn.Parameter(torch.zeros(width))
@@ -142,25 +148,24 @@ class Block(nn.Module):
             o = ops.rms_norm(x, self.norm1.weight, dtype=self.compute_dtype)
         else:
             x, o = ops.gated_residual_rms_norm(x, branch, gate, self.norm1.weight)
-        x, o = ops.gated_residual_rms_norm(x, self.attn(o), self.attn_scale, self.norm2.weight)
+        branch = self.attn(o)
+        if self.last:
+            x, branch = (ops.last_tokens(a, self.num_tokens, self.num_patches) for a in (x, branch))
+        x, o = ops.gated_residual_rms_norm(x, branch, self.attn_scale, self.norm2.weight)
         return x, self.mlp(o), ops.clone(self.mlp_scale)  # a gathered parameter is freed after the block
 
 
 class FinalLayer(nn.Module):
-    """Residual stream, with a gated branch still to be added, to patches (B, N', p * p * C)."""
+    """Residual stream of the patches, with a gated branch still to be added, to patches (B * N', p * p * C)."""
 
     def __init__(self, config: IMFDiTConfig) -> None:
         super().__init__()
         self.norm = RMSNorm(config.hidden_size)
         self.linear = Linear(config.hidden_size, config.patch_size**2 * config.in_channels)
-        self.num_tokens, self.num_prefix = config.num_tokens, config.num_prefix
 
     def forward(self, x: A, branch: A, gate: Tensor) -> A:
         _, o = ops.gated_residual_rms_norm(x, branch, gate, self.norm.weight)
-        return self.linear(ops.linear_map(self._patches, o))
-
-    def _patches(self, o: Tensor) -> Tensor:
-        return o.unflatten(0, (-1, self.num_tokens))[:, self.num_prefix :]
+        return self.linear(o)
 
 
 # ----------------------------------------------------------------------------
@@ -195,11 +200,13 @@ class IMFDiT(Network):
         self.t_min_tokens, self.t_max_tokens = tokens(config.interval_tokens), tokens(config.interval_tokens)
         self.time_tokens = tokens(config.time_tokens)
 
-        def blocks(depth: int) -> nn.ModuleList:
-            return nn.ModuleList(Block(config, compute_dtype) for _ in range(depth))
+        def head() -> nn.ModuleList:
+            last = config.head_depth - 1
+            return nn.ModuleList(Block(config, compute_dtype, last=i == last) for i in range(config.head_depth))
 
-        self.shared_blocks = blocks(config.depth - config.head_depth)
-        self.u_heads, self.v_heads = blocks(config.head_depth), blocks(config.head_depth)
+        trunk = config.depth - config.head_depth
+        self.shared_blocks = nn.ModuleList(Block(config, compute_dtype) for _ in range(trunk))
+        self.u_heads, self.v_heads = head(), head()
         self.u_final_layer = FinalLayer(config)
         self.v_final_layer: FinalLayer | None = FinalLayer(config)
         self.initialize_weights()

@@ -14,7 +14,7 @@ from mfengine.ops.adaln import adaln_modulate, gated_residual_adaln
 from mfengine.ops.attention import attention, attention_packed, rotary_attention
 from mfengine.ops.backend import use_backend
 from mfengine.ops.choice import use_attention
-from mfengine.ops.chunk import chunk, clone
+from mfengine.ops.chunk import chunk, clone, last_tokens
 from mfengine.ops.dual import Dual, add, linear_map
 from mfengine.ops.linear import fixed_weights, linear, packed_linear, sinusoid
 from mfengine.ops.node import one_node
@@ -34,6 +34,7 @@ __all__ = [
     "gated_residual_adaln",
     "gated_residual_rms_norm",
     "gelu",
+    "last_tokens",
     "linear",
     "linear_map",
     "one_node",

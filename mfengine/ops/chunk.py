@@ -1,11 +1,12 @@
-"""Equal parts of a tensor or a dual, and copies of parameters."""
+"""Parts of a tensor or a dual, and copies of parameters."""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from mfengine.ops.dual import A, Dual, primal_of
+from mfengine.ops.dual import A, Dual, linear_map, primal_of
 from mfengine.ops.node import recording
 
 
@@ -19,6 +20,24 @@ def chunk(x: A, chunks: int) -> tuple[A, ...]:
     return parts
 
 
+def last_tokens(x: A, num_tokens: int, count: int) -> A:
+    """Of each sample's tokens the last ones.
+
+    Args:
+        x: (B * num_tokens, D); or a dual, with a tangent (K * num_tokens, D) of its last K samples.
+        num_tokens: of a sample.
+        count: to keep, at most num_tokens.
+
+    Returns:
+        (B * count, D); of a dual the same with a tangent.
+    """
+    first = num_tokens - count
+    last = linear_map(lambda x: x.unflatten(0, (-1, num_tokens))[:, first:].flatten(0, 1), x)
+    if (tape := recording()) is not None:
+        tape.record(_padded, (primal_of(x),), (primal_of(last),), (), (first, count))
+    return last
+
+
 def clone(p: Tensor) -> Tensor:
     """A copy of a parameter, whose gradient is the parameter's: for what a block returns.
 
@@ -28,6 +47,10 @@ def clone(p: Tensor) -> Tensor:
     if (tape := recording()) is not None:
         tape.record(_same, (p,), (copy,), ())
     return copy
+
+
+def _padded(gradient: Tensor, first: int, count: int) -> tuple[Tensor]:
+    return (F.pad(gradient.unflatten(0, (-1, count)), (0, 0, first, 0)).flatten(0, 1),)
 
 
 def _same(gradient: Tensor) -> tuple[Tensor]:
