@@ -2,7 +2,7 @@
 
     python -m benchmarks.loss_compare                                        # with the accepted losses of this device
     python -m benchmarks.loss_compare --accept                               # accept them anew
-    python -m benchmarks.loss_compare --baseline="" --test="--accumulation 2"
+    python -m benchmarks.loss_compare --baseline="" --test="--recompute"
     python -m benchmarks.loss_compare --baseline main --test "HEAD --recompute"
 
 A side is options of `mfengine.train`, after a commit if it is not this working tree. Both sides train the digits from
