@@ -13,12 +13,13 @@ install: .venv/installed
 	$(BIN)/python -m mfengine.info | grep "^CUDA library"
 	touch $@
 
-# Trains a one-step generator of digits on real data, draws samples and measures them. Run again, it goes on from where it was.
+# Trains a one-step generator of digits on real data, draws samples, measures and reports. Run again, it goes on from where it was.
 demo: install
 	test -e data/digits/dataset.json || $(BIN)/python -m mfengine.prepare digits data/digits
 	$(BIN)/python -m mfengine.train digits --resume auto
 	$(BIN)/python -m mfengine.generate runs/digits --steps 1 --out runs/digits/grid.png
 	$(BIN)/python -m mfengine.evaluate runs/digits --data data/digits
+	$(BIN)/python -m mfengine.report runs/digits
 
 # In five minutes on two cores, the installation included.
 test: install lint

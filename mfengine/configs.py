@@ -64,8 +64,8 @@ def from_json(cls: type[C], values: Any, where: object, path: str = "") -> C:
     """A dataclass from JSON values such as `to_json` makes, each of the type that the dataclass says.
 
     Args:
-        cls: the dataclass. Its fields are numbers, texts, None, dictionaries, tuples and other dataclasses; a type of
-            another kind is not checked.
+        cls: the dataclass. Its fields are numbers, texts, paths, None, dictionaries, tuples and other dataclasses; a
+            type of another kind is not checked.
         values: of its fields; those with a default may be missing.
         where: they come from, for messages.
         path: of the values in there: "space." of those of {"space": {...}}.
@@ -112,6 +112,8 @@ def _typed(kind: Any, value: Any, where: object, path: str) -> Any:
         return tuple(_typed(k, v, where, f"{path}[{i}]") for i, (k, v) in enumerate(zip(kinds, value, strict=True)))
     if origin is Literal and value not in kinds:
         raise InputError(f"{where}: {path} is {_brief(value)}, not one of {', '.join(map(str, kinds))}")
+    if kind is Path and isinstance(value, str):
+        return Path(value)
     plain = origin or kind
     if plain not in NAMES:
         return value

@@ -27,6 +27,8 @@ OPTIONAL = {
         "flash-attn",
         "one more attention where no tangent is needed; pip install flash-attn",
     ),
+    "plotly": ("plotly", 'draws the curves of mfengine.report; pip install "mfengine[report]"'),
+    "wandb": ("wandb", "shows runs by --tracker wandb; pip install wandb"),
     "amp_C": ("apex", 'another AdamW for mfengine.optim.AdamWEMA(backend="apex"); from NVIDIA\'s repository'),
     "jvp_flash_attention": ("jvp_flash_attention", "only a peer in the benchmarks; pip install jvp_flash_attention"),
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from importlib import import_module
 from typing import Any, Literal, get_args
 
@@ -36,7 +36,8 @@ class AdamWEMA(torch.optim.Optimizer):
         betas: decay rates of the moments.
         eps: added to the root of the second moment.
         weight_decay: decoupled weight decay.
-        ema_decays: the decay d of each moving average, at most 8.
+        ema_decays: the decay d of each moving average, at most 8; or decays by a number that names the average, such as
+            its half-life.
         clip_norm: scale gradients so that their norm over all parameters and ranks is at most this.
         skip_nonfinite: leave out steps with gradients that are not finite. False saves the reading, unless `clip_norm`
             needs it.
@@ -61,6 +62,9 @@ class AdamWEMA(torch.optim.Optimizer):
         torch.Size([2, 4])
     """
 
+    ema_decays: dict[float, float]
+    """of each moving average, by its name, the decay of the next step: to be changed between steps, as `lr` is in
+    `param_groups`. It is not in the state dict"""
     copies: dict[Tensor, Tensor]
     """of each parameter, its copy"""
     skipped: Tensor
@@ -77,7 +81,7 @@ class AdamWEMA(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         *,
-        ema_decays: tuple[float, ...] = (0.9999,),
+        ema_decays: tuple[float, ...] | Mapping[float, float] = (0.9999,),
         clip_norm: float | None = None,
         skip_nonfinite: bool = True,
         copies: Iterable[Tensor] | None = None,
@@ -86,7 +90,10 @@ class AdamWEMA(torch.optim.Optimizer):
         if backend not in get_args(Backend):
             raise ValueError(f"there is no backend {backend}; accepted are {', '.join(get_args(Backend))}")
         check_settings(lr, betas, eps, weight_decay, ema_decays, clip_norm)
-        self.ema_decays, self.clip_norm, self.skip_nonfinite = tuple(ema_decays), clip_norm, skip_nonfinite
+        self.ema_decays = dict(
+            ema_decays if isinstance(ema_decays, Mapping) else zip(ema_decays, ema_decays, strict=True)
+        )
+        self.clip_norm, self.skip_nonfinite = clip_norm, skip_nonfinite
         self.copies = {}
         # "fused" is for load_state_dict: it keeps `step` on the device.
         settings = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "fused": True}
@@ -105,7 +112,7 @@ class AdamWEMA(torch.optim.Optimizer):
             ValueError: the optimizer does not hold the parameter, or no average of this decay.
         """
         if decay not in self.ema_decays:
-            raise ValueError(f"there is no moving average of decay {decay}; the decays are {self.ema_decays}")
+            raise ValueError(f"there is no moving average of decay {decay}; the decays are {tuple(self.ema_decays)}")
         if p not in self.state:  # which would get an entry if it were asked for one
             raise ValueError(f"a tensor of {tuple(p.shape)} is not a parameter of this optimizer")
         return self.state[p][_key(decay)]
@@ -255,7 +262,7 @@ class AdamWEMA(torch.optim.Optimizer):
         multi_tensor.library().adamw_ema(
             rows,
             **{name: group[name] for name in ("lr", "betas", "eps", "weight_decay")},
-            decays=self.ema_decays,
+            decays=tuple(self.ema_decays.values()),
             grad_scale=scale,
             skip=skip,
         )
@@ -310,7 +317,7 @@ class AdamWEMA(torch.optim.Optimizer):
 
     def _follow(self, rows: list[Row], skip: Tensor | None) -> None:
         """Averages and copies, by PyTorch."""
-        for i, decay in enumerate(self.ema_decays):
+        for i, decay in enumerate(self.ema_decays.values()):
             if skip is None:
                 torch_private.foreach_lerp([row.averages[i] for row in rows], [row.param for row in rows], 1 - decay)
                 continue
@@ -376,7 +383,7 @@ def check_settings(
     betas: tuple[float, float],
     eps: float,
     weight_decay: float,
-    ema_decays: tuple[float, ...] = (),
+    ema_decays: tuple[float, ...] | Mapping[float, float] = (),
     clip_norm: float | None = None,
 ) -> None:
     """ValueError if a setting of `AdamWEMA` is out of range."""
@@ -388,7 +395,8 @@ def check_settings(
         raise ValueError(f"weight_decay must not be negative, not {weight_decay}")
     if not all(0 <= beta < 1 for beta in betas):
         raise ValueError(f"betas must be in [0, 1), not {betas}")
-    if len(set(ema_decays)) < len(ema_decays) or not all(0 <= decay < 1 for decay in ema_decays):
+    decays = ema_decays.values() if isinstance(ema_decays, Mapping) else ema_decays
+    if len(set(ema_decays)) < len(ema_decays) or not all(0 <= decay < 1 for decay in decays):
         raise ValueError(f"ema_decays must be different numbers in [0, 1), not {ema_decays}")
     if len(ema_decays) > multi_tensor.MAX_AVERAGES:
         raise ValueError(f"ema_decays must be at most {multi_tensor.MAX_AVERAGES}, not {len(ema_decays)}")

@@ -61,7 +61,8 @@ uncompiled = _disable_dynamo
 compiler."""
 
 foreach_add, foreach_copy, foreach_lerp = torch._foreach_add_, torch._foreach_copy_, torch._foreach_lerp_
-foreach_norm, foreach_sub = torch._foreach_norm, torch._foreach_sub
+foreach_div, foreach_norm, foreach_sqrt = torch._foreach_div, torch._foreach_norm, torch._foreach_sqrt
+foreach_sub = torch._foreach_sub
 fused_adamw, fused_sgd = torch._fused_adamw_, torch._fused_sgd_
 """One operation on many tensors in few launches. `torch.optim` runs on these, but offers no average of weights, and no
 step that a flag on the device leaves out."""

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import argparse
+import shlex
+import shutil
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
 import tyro
 
+import mfengine
 from mfengine import cli
 from mfengine.configs import choose
 from mfengine.engine.config import TrainConfig
-from mfengine.engine.preflight import dry_run
+from mfengine.engine.preflight import dry_run, read_config
 from mfengine.engine.presets import PRESETS
 from mfengine.engine.trainer import train
 from mfengine.errors import InputError
@@ -25,6 +32,8 @@ class Arguments:
     """A run, and whether to do it."""
 
     run: Annotated[TrainConfig, tyro.conf.arg(name="")]
+    config: Path | None = None
+    """a run's config.json, which takes the place of a preset: other options go over it"""
     dry_run: bool = False
     """print parameters, memory, communication and length of the run, refuse what training would refuse, and stop"""
     ranks: int | None = None
@@ -36,27 +45,48 @@ class Arguments:
 
 
 def parse(args: Sequence[str]) -> Arguments:
-    """A preset with options over it; InputError for what there is not."""
+    """A preset, or a run's configuration, with options over it; InputError for what there is not."""
     if args and args[0] in ("-h", "--help"):
         print(
             f"usage: {PROG} [PRESET] [OPTIONS]\n\nTrain a one-step generator. Under torchrun, on all its processes.\n"
         )
         for name, (description, _) in PRESETS.items():
             print(f"  {name:10} {description}")
-        print(f"\nThe preset is digits if none is given. `{PROG} PRESET --help` lists its options.\n")
+        print(f"\nThe preset is digits if none is given. `{PROG} PRESET --help` lists its options.")
+        print("--config RUN/config.json takes the place of a preset, to repeat a run.\n")
         print(
             f"  {PROG} digits --resume auto\n  torchrun --nproc-per-node 8 -m mfengine.train xl2 --data DIR --name NAME"
         )
         raise SystemExit(0)
-    preset = "digits"
-    if args and not args[0].startswith("-"):
-        preset, args = choose("preset", args[0], PRESETS), args[1:]
+    known = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    known.add_argument("--config", type=Path)
     try:
-        return cli.parse(Arguments, args, f"{PROG} {preset}", default=Arguments(PRESETS[preset][1]))
+        path = known.parse_known_args(args)[0].config
+    except argparse.ArgumentError:
+        path = None  # the parser of all options says what is wrong
+    preset = "" if path else "digits"
+    if args and not args[0].startswith("-"):
+        if path:
+            raise InputError(f"{args[0]} and --config {path} are both given: omit one")
+        preset, args = choose("preset", args[0], PRESETS), args[1:]
+    default = PRESETS[preset][1] if path is None else read_config(path)
+    try:
+        return cli.parse(Arguments, args, f"{PROG} {preset}".rstrip(), default=Arguments(default, path))
     except InputError as error:
         if str(error).startswith("unexpected argument"):
             raise InputError(f"{error}: one preset comes first, then options") from None
         raise
+
+
+def provenance() -> dict[str, str]:
+    """Version of mfengine, its commit where it runs from a clone, and the command line of this process."""
+    facts = {"version": mfengine.__version__, "command": shlex.join(sys.orig_argv)}
+    root = Path(mfengine.__file__).parent.parent
+    if (root / ".git").exists() and shutil.which("git"):
+        describe = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
+        done = subprocess.run(describe, capture_output=True, text=True, check=False)
+        facts |= {"commit": done.stdout.strip()} if done.returncode == 0 else {}
+    return facts
 
 
 def main(args: Sequence[str]) -> int:
@@ -68,7 +98,7 @@ def main(args: Sequence[str]) -> int:
                 raise InputError(f"ranks is {arguments.ranks}, but torchrun started {here.size}: omit --ranks")
             dry_run(config, here, arguments.ranks or here.size)
             return 0
-        signum = train(config, here)
+        signum = train(config, here, provenance() if here.main else {})
     return 128 + signum if signum else 0
 
 

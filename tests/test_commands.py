@@ -20,11 +20,13 @@ from PIL import Image
 from mfengine import MeanFlow, cli
 from mfengine.data.format import LatentSpace
 from mfengine.data.writer import ArraySamples, order, write_dataset
-from mfengine.engine import telemetry
+from mfengine.engine import trackers, trainer
 from mfengine.engine.checkpoint import load_model, newest_checkpoint, read_description
+from mfengine.engine.config import OptimConfig
 from mfengine.engine.telemetry import METRICS, Telemetry
 from mfengine.errors import InputError, RankTrainingError
 from mfengine.methods import OBJECTIVES
+from mfengine.networks import dit
 
 
 @pytest.fixture(scope="module")
@@ -65,15 +67,17 @@ def test_finished_run_has_nothing_to_do(trained, digits):
     assert (newest_checkpoint(run) / "checkpoint.json").stat().st_mtime_ns == before
 
 
-def test_warm_up_repeats_itself(digits, tmp_path, monkeypatch, capsys):
-    """The learning rate follows from the step: a run that was killed while it rose ends as one that was not."""
+def test_schedules_repeat_themselves(digits, tmp_path, monkeypatch, capsys):
+    """Rates and decays follow from the step: a run that was killed within warm-up and ramp ends as one that was not."""
     args = (*SMALL, f"--data={digits}", "--steps=12", "--checkpoint-every=5", "--log-every=1", "--resume=auto")
     where = {"cwd": tmp_path, "monkeypatch": monkeypatch, "capsys": capsys}
-    train = ("mfengine.train", *args, "--optim.lr=1e-3", "--optim.warmup-epochs=0.16")  # of 1,797 / 32 steps each
+    schedule = ("--optim.lr=1e-3", "--optim.warmup-epochs=0.16", "--optim.schedule=cosine")  # of 1,797 / 32 steps each
+    train = ("mfengine.train", *args, *schedule, "--optim.ema-decays", "1e3", "0.5", "--optim.ema-rampup-ratio=0.5")
     assert run_in_process(*train, **where)[0] == 0
     run = tmp_path / "runs/digits"
     lines = [json.loads(line) for line in (run / METRICS).read_text().splitlines()]
-    assert [line["lr"] for line in lines] == pytest.approx([1e-3 * min(1, s / 8.985) for s in range(1, 13)])
+    falling = [5e-4 + 5e-4 * math.cos(math.pi * (s - 8.985) / (12 - 8.985)) for s in (9, 10, 11)]
+    assert [line["lr"] for line in lines] == pytest.approx([1e-3 * s / 8.985 for s in range(1, 9)] + [1e-3] + falling)
     whole = checkpoint_contents(run)
     for step in (10, 12):
         shutil.rmtree(run / f"checkpoints/step-{step:08d}")
@@ -81,6 +85,47 @@ def test_warm_up_repeats_itself(digits, tmp_path, monkeypatch, capsys):
     again = checkpoint_contents(run)
     assert again.keys() == whole.keys()
     assert all(torch.equal(again[k], whole[k]) for k in whole if torch.is_tensor(whole[k]))
+    by_halflife, by_decay = (load_model(run, decay).model.state_dict() for decay in (1e3, 0.5))
+    assert not all(torch.equal(by_halflife[k], by_decay[k]) for k in by_decay)
+
+
+def test_config_repeats_a_run_and_best_checkpoints_stay(digits, tmp_path, monkeypatch, capsys):
+    """Beside the newest: multiples of --keep-every, and the one with the least of a metric."""
+    where = {"cwd": tmp_path, "monkeypatch": monkeypatch, "capsys": capsys}
+    args = (*SMALL, f"--data={digits}", "--steps=7", "--log-every=1", "--checkpoint-every=1", "--optim.lr=1e-3")
+    kept = ("--keep=1", "--keep-every=3", "--keep-best=error")
+    code, _, err = run_in_process("mfengine.train", *args, *kept, "--name=first", **where)
+    assert code == 0, err
+    first = tmp_path / "runs/first"
+    errors = {line["step"]: line["error"] for line in map(json.loads, (first / METRICS).read_text().splitlines())}
+    steps = {int(path.name[-8:]) for path in (first / "checkpoints").iterdir()}
+    assert steps == {3, 6, 7, min(errors, key=errors.get)}
+
+    again = ("mfengine.train", "--config=runs/first/config.json", "--name=second", "--keep=2")
+    code, _, err = run_in_process(*again, **where)
+    assert code == 0, err
+    before, after = (json.loads((tmp_path / f"runs/{name}/config.json").read_text()) for name in ("first", "second"))
+    assert after == {**before, "name": "second", "keep": 2}
+    whole, repeated = (checkpoint_contents(tmp_path / "runs" / name) for name in ("first", "second"))
+    assert all(torch.equal(repeated[k], whole[k]) for k in whole if torch.is_tensor(whole[k]))
+
+
+def test_rates_and_decays():
+    """By hand, at 10 steps an epoch: warm-up, hold, fall; and EDM's half-life of min(500, 5 % of the samples seen)."""
+
+    def rates(schedule, steps, warmup_epochs=0.4, hold_epochs=0.8):
+        config = OptimConfig(1.0, schedule, warmup_epochs, hold_epochs)
+        return pytest.approx([config.rate(step, 10, 108) for step in steps])
+
+    assert rates("constant", (0, 1, 3, 4, 107)) == [0.25, 0.5, 1, 1, 1]
+    assert rates("cosine", (0, 3, 8, 58, 107)) == [0.25, 1, 1, 0.5, 0.5 - 0.5 * math.cos(math.pi / 100)]
+    assert rates("inverse-sqrt", (0, 7, 31, 71)) == [0.25, 1, 0.5, 1 / 3]
+    assert rates("inverse-sqrt", (0, 3, 99), 0, 0) == [1, 0.5, 0.1]
+    config = OptimConfig(ema_decays=(0.9, 500.0))
+    assert config.decays(0, 100) == {0.9: 0.9, 500.0: 0}
+    assert config.decays(20, 100)[500.0] == pytest.approx(0.5)  # 2,000 seen, so a half-life of 100
+    assert config.decays(10**6, 100)[500.0] == pytest.approx(0.5**0.2)
+    assert OptimConfig(ema_decays=(500.0,), ema_rampup_ratio=0).decays(0, 100)[500.0] == pytest.approx(0.5**0.2)
 
 
 def test_other_normalisation_than_expected_is_told(digits, tmp_path, monkeypatch, capsys):
@@ -189,6 +234,7 @@ def test_a_failure_that_only_one_rank_knows_of_is_told_by_it(monkeypatch, capsys
 def test_metrics_hold_the_peak_of_the_gpus_memory(initialized, expected, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: initialized)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 12_345_678_901)
+    monkeypatch.setattr(torch.cuda, "memory_stats", lambda: {"num_alloc_retries": 3})
     with Telemetry(tmp_path, True, 0, 1, 32, lambda: 1.0) as reports:
         reports.log(1, 0.5, 1e-4, 0)
     assert json.loads((tmp_path / METRICS).read_text())["memory_gb"] == expected
@@ -239,14 +285,14 @@ def test_tensorboard_that_cannot_write_does_not_end_the_run(tmp_path, monkeypatc
             tried.append(1)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(telemetry, "SummaryWriter", Writer)
+    monkeypatch.setattr(trackers, "SummaryWriter", Writer)
     with Telemetry(tmp_path, True, 0, 2, 32, lambda: 1e9) as reports:
         reports.log(1, 0.5, 1e-4, 0)
         reports.log(2, 1.0, 1e-4, 0)
         reports._retry_at = 0.0
         reports.picture(2, torch.zeros(4, 3, 8, 8))
     assert len(tried) == 2
-    assert capsys.readouterr().err.count("warning: TensorBoard's events cannot be written: ") == 1
+    assert capsys.readouterr().err.count("warning: the tracker cannot be written: ") == 1
     assert len((tmp_path / METRICS).read_text().splitlines()) == 2
 
 
@@ -386,6 +432,50 @@ def test_gradient_that_is_not_finite_skips_the_step(digits, tmp_path, monkeypatc
     assert code == 1
     assert "error: a gradient is not finite at step 3, after 0 skipped step(s); last whole checkpoint: " in err
     assert err.strip().endswith("step-00000002")
+
+
+PLANTED = {
+    "output of blocks.2.attn": lambda y: y._replace(primal=y.primal * math.nan),
+    "tangent of blocks.2.attn": lambda y: y._replace(tangent=y.tangent * math.nan),
+    "gradient of blocks.2.": lambda y: y._replace(primal=infinite_slope(y.primal)),
+}
+
+
+def infinite_slope(x):
+    return x + 0 * (x - x.detach()).sqrt()
+
+
+@pytest.mark.parametrize("where", PLANTED)
+def test_first_value_that_is_not_finite_is_named(where, digits, tmp_path, monkeypatch, capsys):
+    """Planted in the attention of block 2, from the third step on."""
+
+    class Planted(dit.Attention):
+        def forward(self, x):
+            y = super().forward(x)
+            return PLANTED[where](y) if self.planted and steps[0] > 3 else y  # a Dual
+
+    steps, planted = [0], []
+    loss = MeanFlow.loss
+
+    def counted(self, *args):
+        steps[0] += 1
+        return loss(self, *args)
+
+    def build(*args, **options):
+        planted.append(Planted(*args, **options))
+        planted[-1].planted = len(planted) % 4 == 3  # of networks of four blocks, the third
+        return planted[-1]
+
+    monkeypatch.setattr(dit, "Attention", build)
+    monkeypatch.setattr(MeanFlow, "loss", counted)
+    monkeypatch.setattr(trainer, "step_flops", lambda *_: 1e9)  # which counts on a network of its own
+    args = ("mfengine.train", *SMALL, f"--data={digits}", "--steps=6", "--model.depth=4", "--debug-nonfinite")
+    code, _, err = run_in_process(*args, cwd=tmp_path, monkeypatch=monkeypatch, capsys=capsys)
+    assert code == 1
+    what = "a gradient is" if where.startswith("gradient") else "the loss is"
+    assert re.search(
+        rf"error: {what} not finite at step \d.* \(the first value is in the {where}.* on rank 0\)", err
+    ), err
 
 
 def test_weights_that_are_not_finite_are_not_saved(digits, tmp_path):
@@ -573,14 +663,39 @@ def test_reader_that_leaves(tmp_path):
     assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
 
 
-def test_vae_decodes_latents(tmp_path):
+def small_vae(folder, channels):
     diffusers = pytest.importorskip("diffusers", reason="diffusers is an extra")
     torch.manual_seed(0)
     vae = diffusers.AutoencoderKL(
         block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4, norm_num_groups=4,
+        up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=channels, norm_num_groups=4,
     )  # fmt: skip
-    vae.save_pretrained(tmp_path / "vae")
+    vae.save_pretrained(folder)
+    return vae
+
+
+def test_pictures_of_a_run_are_decoded_and_end_in_a_strip(digits, tmp_path, monkeypatch, capsys):
+    """The first column of each picture, side by side; a VAE of other channels is refused before the first step."""
+    small_vae(tmp_path / "vae", 1)
+    small_vae(tmp_path / "other", 4)
+    train = ("mfengine.train", *SMALL, f"--data={digits}", "--steps=3", "--sample-every=1")
+    where = {"cwd": tmp_path, "monkeypatch": monkeypatch, "capsys": capsys}
+    code, _, err = run_in_process(*train, "--vae=other", **where)
+    assert (code, err.splitlines()[-1]) == (2, "error: --vae other has 4 latent channels, the data 1")
+    assert not (tmp_path / "runs").exists()
+    assert run_in_process(*train, "--vae=vae", **where)[0] == 0
+    run = tmp_path / "runs/digits"
+    pictures = [np.asarray(Image.open(run / f"samples/0000000{step}.png")) for step in (1, 2, 3)]
+    strip = np.asarray(Image.open(run / "strip.png"))
+    width, side = pictures[0].shape[1] // 8, 16 * 8 + 9  # of 16 x 16 pixels each, which 8 x 8 latents become
+    assert pictures[0].shape == (480 // side * side,) * 2 + (3,)
+    expected = np.concatenate([picture[:, :width] for picture in pictures], 1)
+    factor = len(strip) // len(expected)
+    assert np.array_equal(strip[::factor, ::factor], expected)
+
+
+def test_vae_decodes_latents(tmp_path):
+    vae = small_vae(tmp_path / "vae", 4)
     from mfengine.data.vae import VAE
 
     space = LatentSpace(shape=(4, 8, 8), num_classes=10, scale=0.2, bias=0.5)

@@ -139,6 +139,21 @@ def test_learning_rate_of_the_group_counts(device):
     assert_near(optimizer, parameters, reference)
 
 
+def test_decay_by_name_counts(device):
+    """Set between steps, as a half-life that grows with the run sets it."""
+    parameters = make_parameters(device.type)
+    optimizer = AdamWEMA(parameters, ema_decays={500.0: 0.0}, backend=device.backend)
+    expected = [p.detach().double().cpu() for p in parameters]
+    for step, decay in enumerate((0.0, 0.5, 0.9)):
+        set_gradients(parameters, step)
+        optimizer.ema_decays[500.0] = decay
+        optimizer.step()
+        expected = [a.lerp(p.detach().double().cpu(), 1 - decay) for a, p in zip(expected, parameters, strict=True)]
+    for p, average in zip(parameters, expected, strict=True):
+        if p.numel():
+            assert relative_error(optimizer.average(p, 500.0).cpu(), average) < 1e-6
+
+
 def test_golden_training_case(device):
     case = GoldenCase("guided_omega_train")
     case.model.to(device.type)

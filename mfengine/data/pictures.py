@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import Tensor
 from mfengine.data.format import LatentSpace
 from mfengine.files import write_atomic, writing
 
+GRID = 8  # rows and columns of a run's pictures
 MIN_SIZE = 480  # pixels of the longer side of a picture
 
 
@@ -48,11 +50,30 @@ def image_grid(images: Tensor, columns: int | None = None) -> Tensor:
     return grid
 
 
+def strip_over_time(pictures: Sequence[Path]) -> Tensor | None:
+    """The first column of each square grid of pictures, side by side, as one image (3, H, W) in [0, 1].
+
+    Args:
+        pictures: files of grids as `image_grid` lays out `GRID`^2 images, in order. Those of another size than the last
+            one are left out.
+    """
+    columns = []
+    for path in pictures:
+        pixels = np.asarray(Image.open(path).convert("RGB"))
+        columns.append(torch.from_numpy(pixels[:, : pixels.shape[1] // GRID].copy()).permute(2, 0, 1) / 255)
+    columns = [column for column in columns if column.shape == columns[-1].shape]
+    return torch.cat(columns, 2) if columns else None
+
+
+def enlarged(image: Tensor) -> Tensor:
+    """An image (C, H, W), if it is small, enlarged by a whole factor."""
+    factor = max(1, MIN_SIZE // max(image.shape[1:]))
+    return image.repeat_interleave(factor, dim=1).repeat_interleave(factor, dim=2)
+
+
 def save_picture(image: Tensor, path: Path) -> None:
     """Write an image (C, H, W) in [0, 1] as PNG, small ones enlarged by a whole factor; InputError if that fails."""
-    pixels = (image.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
-    factor = max(1, MIN_SIZE // max(pixels.shape[:2]))
-    pixels = pixels.repeat(factor, axis=0).repeat(factor, axis=1)
+    pixels = (enlarged(image).clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, Image.fromarray(pixels).save)

@@ -54,7 +54,9 @@ class Checkpointer:
     Args:
         folder: the run's.
         world: the ranks that write.
-        keep: how many to keep.
+        keep: how many to keep, the newest.
+        keep_every: those of each multiple of so many steps stay too.
+        best: the best of these steps, whose checkpoint stays too, or None.
         asynchronous: write while training goes on. `save` then only copies the state, into host memory that it
             allocates once (torch 2.11 does for each save), pinned if it comes from a GPU. `poll` and `wait` tell how
             the writing ended.
@@ -65,8 +67,17 @@ class Checkpointer:
         notes: what failed since the reader emptied the list.
     """
 
-    def __init__(self, folder: Path, world: World, keep: int, asynchronous: bool) -> None:
-        self._folder, self._world, self._keep = folder / "checkpoints", world, keep
+    def __init__(
+        self,
+        folder: Path,
+        world: World,
+        keep: int,
+        asynchronous: bool,
+        keep_every: int = 0,
+        best: Callable[[list[int]], int | None] = lambda steps: None,
+    ) -> None:
+        self._folder, self._world = folder / "checkpoints", world
+        self._keep, self._keep_every, self._best = keep, keep_every, best
         self._writer: ThreadPoolExecutor | None = None
         self._writing: Future[None] | None = None
         self._group: dist.ProcessGroup | None = None
@@ -139,13 +150,21 @@ class Checkpointer:
         self.newest, self.failed = whole, None
         if self._world.main:
             try:
-                for old in _whole_checkpoints(self._folder)[: -self._keep]:
+                for old in self._superfluous():
                     # Renamed first: a kill in the midst of the removal must not leave a folder that looks whole.
                     doomed = old.with_name(f".removed-{old.name}")
                     old.rename(doomed)
                     shutil.rmtree(doomed)
             except OSError as error:  # in use, say
                 self.notes.append(f"cannot remove {old}: {error.strerror}")
+
+    def _superfluous(self) -> list[Path]:
+        """Checkpoints to remove."""
+        whole = {int(path.name.removeprefix("step-")): path for path in _whole_checkpoints(self._folder)}
+        kept = {*[*whole][-self._keep :], self._best([*whole])}
+        if self._keep_every:
+            kept |= {step for step in whole if step % self._keep_every == 0}
+        return [path for step, path in whole.items() if step not in kept]
 
     def _gather(self, sums: dict[str, Sum]) -> dict[str, Sum]:
         """On rank 0, those of all ranks."""

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mfengine.configs import flatten, read_json, to_json
+from mfengine.configs import flatten, from_json, read_json, to_json
 from mfengine.data.format import Dataset
 from mfengine.data.loader import Loader
 from mfengine.data.normalisation import describe
@@ -22,6 +22,7 @@ from mfengine.engine.lock import LOCK
 from mfengine.engine.optim import adamw_ema
 from mfengine.engine.plan import make_plan
 from mfengine.engine.telemetry import METRICS, kept_metrics
+from mfengine.engine.trackers import check_tracker
 from mfengine.errors import InputError
 from mfengine.evaluation.frechet import check_dimensions
 from mfengine.files import write_atomic, writing
@@ -51,6 +52,7 @@ def check_run(config: TrainConfig, dataset: Dataset, world: World) -> None:
         InputError: model and data do not fit; kernels, attention or optimizer are unavailable; samples are to be
             measured in too many dimensions.
     """
+    check_tracker(config.tracker)
     dataset.check_model(config.model.latent_shape, config.model.num_classes)
     head = config.model.head_dim
     for option, name in (("ops", config.ops), ("attention", config.attention)):
@@ -131,6 +133,15 @@ def write_config(config: TrainConfig, dataset: Dataset) -> None:
     with writing(path):
         config.folder.mkdir(parents=True, exist_ok=True)
         write_atomic(path, json.dumps(_config_values(config, dataset), indent=1) + "\n")
+
+
+def read_config(path: Path) -> TrainConfig:
+    """The configuration that `write_config` wrote; InputError if it cannot be read."""
+    values = read_json(path)
+    model, method = NETWORKS.read(values, "model", path), OBJECTIVES.read(values, "method", path)
+    described = {"network", "objective", "space", "dataset"}  # beside the configuration
+    values = {name: value for name, value in values.items() if name not in described}
+    return from_json(TrainConfig, {**values, "model": model, "method": method}, path)
 
 
 def _config_values(config: TrainConfig, dataset: Dataset) -> dict[str, Any]:

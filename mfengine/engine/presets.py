@@ -50,6 +50,7 @@ PRESETS: dict[str, tuple[str, TrainConfig]] = {
             epochs=214,
             log_every=25,
             sample_every=500,
+            evaluate_every=250,
             checkpoint_every=250,
         ),
     ),

@@ -1,4 +1,4 @@
-"""What a run tells: the progress bar, metrics.jsonl, TensorBoard and pictures."""
+"""What a run tells: progress, metrics.jsonl, pictures, and a tracker."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -15,15 +15,16 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
-from mfengine.data.pictures import image_grid, save_picture
+from mfengine.data.pictures import enlarged, image_grid, save_picture, strip_over_time
+from mfengine.engine.trackers import TRACKERS, Tracker
 from mfengine.errors import InputError
 from mfengine.files import write_atomic, writing
 from mfengine.progress import progress
 
 METRICS = "metrics.jsonl"
-RETRY_S = 60.0  # after which TensorBoard is tried again
+STRIP = 24  # pictures in the strip, at most
+RETRY_S = 60.0  # after which the tracker is tried again
 
 
 class Telemetry:
@@ -36,6 +37,9 @@ class Telemetry:
         batch_size: samples per step.
         peak: measures the samples per second if all of the step's arithmetic ran at the devices' `peak_rate`; speed is
             told as a share of it, the MFU. Called again when a step was faster.
+        shown: the metrics that the progress bar shows, and the lines that stand for it where stderr is no terminal.
+        tracker: of `TRACKERS`, or none.
+        facts: what the tracker says of the run.
 
     A disk that fails later does not end the run: it is told once, and what can wait is written when the disk works
     again.
@@ -45,11 +49,23 @@ class Telemetry:
     """
 
     def __init__(
-        self, folder: Path, enabled: bool, step: int, total_steps: int, batch_size: int, peak: Callable[[], float]
+        self,
+        folder: Path,
+        enabled: bool,
+        step: int,
+        total_steps: int,
+        batch_size: int,
+        peak: Callable[[], float],
+        *,
+        shown: tuple[str, ...] = ("loss",),
+        tracker: str = "tensorboard",
+        facts: Mapping[str, Any] | None = None,
     ) -> None:
         self._enabled, self._batch_size, self._measure_peak = enabled, batch_size, peak
+        self._total_steps, self._shown = total_steps, shown
         self._last = (step, time.monotonic())
-        self._scalars: dict[str, list[float]] = {}  # of the steps since the last line
+        self._sums: dict[str, tuple[float, float]] = {}  # with their weights, of the steps since the last line
+        self._figures: dict[str, str] = {}  # that are not taken at every step, as they are shown
         if not enabled:
             return
         self._peak = peak()
@@ -57,10 +73,12 @@ class Telemetry:
         self._failing: set[str] = set()  # what could not be written when it was last tried
         self._unwritten = b""  # lines of metrics
         self._metrics = _continue_metrics(folder / METRICS, step)
-        self._tensorboard: SummaryWriter | None = None
+        self._make_tracker = None if tracker == "none" else TRACKERS[tracker]
+        self._tracker: Tracker | None = None
+        self._facts = facts or {}
         self._retry_at = 0.0
         self._excepthook, threading.excepthook = threading.excepthook, _leave_to_caller
-        self._bar = progress(total_steps * batch_size, "samples", initial=step * batch_size, scale=True)
+        self._bar = progress(total_steps, "steps", initial=step, enabled=sys.stderr.isatty())
 
     def __enter__(self) -> Telemetry:
         return self
@@ -71,25 +89,32 @@ class Telemetry:
             self._bar.close()
             self._metrics.close()
             with suppress(OSError):
-                if self._tensorboard is not None:
-                    self._tensorboard.close()
+                if self._tracker is not None:
+                    self._tracker.close()
             threading.excepthook = self._excepthook
 
-    def step(self, scalars: dict[str, float]) -> None:
-        """One more step, with its metrics, the means over all ranks whose loss is finite; nan if none has one."""
+    def step(self, figures: Mapping[str, tuple[float, float]]) -> None:
+        """One more step, with sums over all ranks whose loss is finite and what they are divided by to be means."""
         if self._enabled:
-            for name, value in scalars.items():
-                values = self._scalars.setdefault(name, [])
-                if np.isfinite(value):
-                    values.append(value)
-            shown = {name: f"{value:.4g}" for name, value in scalars.items()}
-            if rate := self._bar.format_dict["rate"]:
-                shown["mfu"] = f"{min(1, rate / self._peak):.0%}"
-            self._bar.set_postfix(shown, refresh=False)
-            self._bar.update(self._batch_size)
+            for name, (total, weight) in figures.items():
+                before = self._sums.get(name, (0.0, 0.0))
+                counts = np.isfinite(total)
+                self._sums[name] = (before[0] + total, before[1] + weight) if counts else before
+            if not self._bar.disable:
+                means = {name: figures[name][0] / (figures[name][1] or np.nan) for name in self._shown}
+                speed = self._batch_size * (self._bar.format_dict["rate"] or 0)
+                self._bar.set_postfix_str(self._shown_line(means, speed), refresh=False)
+                self._bar.update()
 
-    def log(self, step: int, epoch: float, lr: float, skipped_steps: int) -> None:
-        """Write a line of figures: means and speed since the last one, and the learning rate of the last step."""
+    def _shown_line(self, means: Mapping[str, float], speed: float) -> str:
+        """Of the progress: metrics, figures, samples per second and MFU."""
+        shown = {name: f"{means.get(name, np.nan):.4g}" for name in self._shown} | self._figures
+        if speed:
+            shown |= {"samples/s": f"{speed:.4g}", "mfu": f"{min(1, speed / self._peak):.0%}"}
+        return ", ".join(f"{name}={value}" for name, value in shown.items())
+
+    def log(self, step: int, epoch: float, lr: float, skipped_steps: int, **more: float) -> None:
+        """Write a line of figures: means and speed since the last one, the learning rate of the last step, and more."""
         if not self._enabled:
             return
         now = time.monotonic()
@@ -97,41 +122,52 @@ class Telemetry:
         speed = (step - since) * self._batch_size / (now - started)
         if speed > self._peak:  # measured while the device was busy otherwise
             self._peak = max(self._peak, self._measure_peak())
+        cuda = torch.cuda.is_initialized()
+        means = {name: total / weight if weight else np.nan for name, (total, weight) in self._sums.items()}
         line = {
             "step": step,
             "epoch": round(epoch, 4),
-            **{name: float(np.mean(values)) if values else None for name, values in self._scalars.items()},
+            **means,
             "lr": lr,
             "samples_per_second": round(speed, 1),
             "mfu": round(min(1, speed / self._peak), 4),
-            "memory_gb": round(torch.cuda.max_memory_allocated() / 1e9, 3) if torch.cuda.is_initialized() else None,
+            "memory_gb": round(torch.cuda.max_memory_allocated() / 1e9, 3) if cuda else None,
+            "alloc_retries": torch.cuda.memory_stats().get("num_alloc_retries") if cuda else None,
             "skipped_steps": skipped_steps,
+            **more,
         }
-        self._scalars.clear()
+        self._sums.clear()
         self._last = (step, now)
         self._write(line)
-
-        def add(writer: SummaryWriter) -> None:
-            for name, value in line.items():
-                if name != "step" and value is not None:
-                    writer.add_scalar(name, value, step)
-
-        self._events(step, add)
+        if self._bar.disable:
+            self.say(f"step {step}/{self._total_steps}: {self._shown_line(means, speed)}")
 
     def figure(self, step: int, name: str, value: float) -> None:
         """Write a figure that is not taken at every step: a line of its own, and printed."""
         if self._enabled:
-            self._write({"step": step, name: value if np.isfinite(value) else None})
-            self._events(step, lambda writer: writer.add_scalar(name, value, step))
+            self._write({"step": step, name: value})
+            self._figures[name] = f"{value:.4g}"
             self.say(f"step {step}: {name} {value:.4g}")
 
-    def picture(self, step: int, images: Tensor) -> None:
-        """Write a grid of images (B, 3, H, W) in [0, 1] as samples/STEP.png and to TensorBoard."""
+    def picture(self, step: int, images: Tensor, caption: str = "one step") -> None:
+        """Write a grid of images (B, 3, H, W) in [0, 1] as samples/STEP.png and to the tracker."""
         if self._enabled:
             grid, path = image_grid(images), self._folder / "samples" / f"{step:08d}.png"
             with self._tried("pictures"):
                 save_picture(grid, path)
-            self._events(step, lambda writer: writer.add_image("samples", grid, step))
+            self._track(step, lambda tracker: tracker.picture(step, enlarged(grid), caption))
+
+    def strip(self, step: int) -> None:
+        """Write strip.png: how the samples of the same noise have changed over the run's pictures."""
+        if not self._enabled:
+            return
+        pictures = sorted(path for path in (self._folder / "samples").glob("*.png") if path.stem.isdigit())
+        every = -(-len(pictures) // STRIP) or 1
+        with self._tried("pictures"):
+            strip = strip_over_time(pictures[::-1][::every][::-1])
+            if strip is not None:
+                save_picture(strip, self._folder / "strip.png")
+                self._track(step, lambda tracker: tracker.picture(step, strip, "the same noise over time"))
 
     def say(self, message: str) -> None:
         """Print a line without breaking the progress bar."""
@@ -146,18 +182,22 @@ class Telemetry:
                     self._unwritten = self._unwritten[self._metrics.write(self._unwritten) :]
 
     def _write(self, line: dict[str, Any]) -> None:
-        self._unwritten += (json.dumps(line) + "\n").encode()
+        """A line of metrics.jsonl, in which null stands for what is not finite; the tracker is told the rest."""
+        finite = {name: value for name, value in line.items() if value is not None and np.isfinite(value)}
+        self._unwritten += (json.dumps({name: finite.get(name) for name in line}) + "\n").encode()
         self.flush()
+        step = finite.pop("step")
+        self._track(step, lambda tracker: tracker.scalars(step, finite))
 
-    def _events(self, step: int, write: Callable[[SummaryWriter], object]) -> None:
-        """Write to TensorBoard; some time after a failure, by another writer, which begins another file."""
-        if time.monotonic() < self._retry_at:
+    def _track(self, step: int, show: Callable[[Tracker], object]) -> None:
+        """Show something in the tracker; some time after a failure, by another one."""
+        if self._make_tracker is None or time.monotonic() < self._retry_at:
             return
-        writer, self._tensorboard, self._retry_at = self._tensorboard, None, time.monotonic() + RETRY_S
-        with self._tried("TensorBoard's events"):
-            writer = writer or SummaryWriter(str(self._folder / "tensorboard"), purge_step=step)
-            write(writer)
-            self._tensorboard, self._retry_at = writer, 0.0
+        tracker, self._tracker, self._retry_at = self._tracker, None, time.monotonic() + RETRY_S
+        with self._tried("the tracker"):
+            tracker = tracker or self._make_tracker(self._folder, step, self._facts)
+            show(tracker)
+            self._tracker, self._retry_at = tracker, 0.0
 
     @contextmanager
     def _tried(self, what: str) -> Iterator[None]:
@@ -197,6 +237,13 @@ def kept_metrics(path: Path, step: int = 0) -> tuple[list[bytes], bool]:
             if line.endswith(b"\n"):
                 raise InputError(f"{path} is damaged at line {number}: repair it, or move it away") from None
     return kept, kept == lines
+
+
+def best_step(path: Path, metric: str, steps: Collection[int]) -> int | None:
+    """Of these steps, the one at which metrics.jsonl has the least of a metric; None where it has none."""
+    lines = map(json.loads, kept_metrics(path, max(steps))[0])
+    found = {line["step"]: line[metric] for line in lines if line["step"] in steps and line.get(metric) is not None}
+    return min(found, key=lambda step: found[step], default=None)
 
 
 def _continue_metrics(path: Path, step: int) -> Any:

@@ -7,13 +7,15 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     get_optimizer_state_dict,
@@ -23,7 +25,8 @@ from torch.distributed.checkpoint.state_dict import (
 from mfengine.configs import to_json
 from mfengine.data.format import Dataset
 from mfengine.data.loader import Loader
-from mfengine.data.pictures import draw_latents
+from mfengine.data.pictures import GRID, draw_latents
+from mfengine.data.vae import VAE
 from mfengine.device import HostCopy, step_generator, to_device
 from mfengine.engine.checkpoint import (
     Checkpointer,
@@ -37,31 +40,36 @@ from mfengine.engine.checkpoint import (
 from mfengine.engine.config import TrainConfig
 from mfengine.engine.distributed import prepare_model, reduce_gradients
 from mfengine.engine.flops import step_flops
+from mfengine.engine.health import WeightHealth
 from mfengine.engine.lock import hold
+from mfengine.engine.nonfinite import first_nonfinite
 from mfengine.engine.optim import adamw_ema, averaged, averages
 from mfengine.engine.plan import device_memory, make_plan
 from mfengine.engine.preflight import check_run, check_run_folder, other_normalisation, write_config
+from mfengine.engine.profile import Profile
 from mfengine.engine.rates import peak_rate
-from mfengine.engine.telemetry import Telemetry
-from mfengine.errors import RankTrainingError, TrainingError
+from mfengine.engine.telemetry import METRICS, Telemetry, best_step
+from mfengine.errors import InputError, RankTrainingError, TrainingError
 from mfengine.evaluation.frechet import Gaussian, fit_data, latent_distance
 from mfengine.evaluation.samples import SampleSet
-from mfengine.methods import OBJECTIVES
+from mfengine.methods import OBJECTIVES, Health
 from mfengine.networks import NETWORKS
 from mfengine.ops import fixed_weights, use_attention, use_backend
 from mfengine.optim import local
 from mfengine.ranks import World
 
-PICTURE_SAMPLES = 64
+Batch = tuple[Tensor, Tensor, Any]  # latents, labels on the host, draws
+PICTURE_SAMPLES = GRID**2
 MEASURED_SAMPLES = 10_000  # for --evaluate-every: the covariance of 4 x 32 x 32 latents needs more than 4,096
 
 
-def train(config: TrainConfig, world: World) -> int:
+def train(config: TrainConfig, world: World, provenance: Mapping[str, str] = MappingProxyType({})) -> int:
     """Train to the end of `config`, or until SIGTERM or SIGINT.
 
     Args:
         config: the run.
         world: the ranks that train.
+        provenance: version, commit and command line, for the tracker.
 
     Returns:
         0 at the end, or the number of the signal that stopped the run after it had written a checkpoint.
@@ -77,7 +85,7 @@ def train(config: TrainConfig, world: World) -> int:
     try:
         with ExitStack() as held, use_backend(config.ops), use_attention(config.attention):
             unlocked = world.on_main(lambda: held.enter_context(hold(config.folder)))
-            trainer = Trainer(config, world, dataset)
+            trainer = Trainer(config, world, dataset, provenance)
             if unlocked is not None:
                 trainer.telemetry.say(f"warning: {unlocked}")
             with caught_signals(world.main) as caught:
@@ -97,12 +105,13 @@ def train(config: TrainConfig, world: World) -> int:
 class Trainer:
     """One run on one rank: its state, and the loop that advances it."""
 
-    def __init__(self, config: TrainConfig, world: World, dataset: Dataset) -> None:
+    def __init__(self, config: TrainConfig, world: World, dataset: Dataset, provenance: Mapping[str, str]) -> None:
         self.config, self.world, self.dataset = config, world, dataset
         self.total_steps = config.total_steps(dataset.count)
         self.objective = OBJECTIVES.build(config.method)
         self.step = 0
         self.skipped = 0
+        self.first_bad = ""
         self.saved_at = time.monotonic()
 
         checkpoints = world.on_main(lambda: check_run_folder(config, dataset))
@@ -132,20 +141,26 @@ class Trainer:
         whole = not world.sharded and not config.compile
         self.optimizer = adamw_ema(self.model, config.optim, whole=whole, accumulation=config.accumulation)
         self.weights = fixed_weights(self.optimizer.copies)
+        self.weight_health = WeightHealth(self.model, self.optimizer, world, config.replicas)
         positions: dict[int, bytes] = {}
         damaged: list[str] = []
         if checkpoints:
             (positions, resumed), damaged = first_whole(checkpoints, self._resume)
             aside = (f"set aside as damaged-{path.name}" for path in checkpoints)
             notes += [f"{problem}; {where}" for problem, where in zip(damaged, aside, strict=False)] + resumed
+        self.profile = Profile(config.profiled if world.main else None, config.folder / "profile", self.model)
         self.loaders = self._open_data(positions)
         self.data = fit_data(dataset, world) if config.evaluate_every else None
+        self.vae: VAE | None = None
+        world.on_main(self._open_vae)
 
         # Nothing is written before here, so that wrong input leaves nothing behind.
         world.on_main(lambda: remove_leftovers(config.folder))
         world.on_main(lambda: write_config(config, dataset))
         world.on_main(lambda: set_aside(checkpoints[: len(damaged)]))
-        self.checkpointer = Checkpointer(config.folder, world, config.keep, asynchronous=world.device.type == "cuda")
+        self.checkpointer = Checkpointer(
+            config.folder, world, config.keep, world.device.type == "cuda", config.keep_every, self._best
+        )
         if world.main and device_memory(world.device) is not None:
             notes += make_plan(config, world).warnings(world.device)
 
@@ -153,7 +168,17 @@ class Trainer:
             flops = step_flops(config.model, config.method, config.local_batch(world.size))
             return world.size * peak_rate(world.device, model.compute_dtype) / flops
 
-        self.telemetry = Telemetry(config.folder, world.main, self.step, self.total_steps, config.batch_size, peak)
+        self.telemetry = Telemetry(
+            config.folder,
+            world.main,
+            self.step,
+            self.total_steps,
+            config.batch_size,
+            peak,
+            shown=(*self.objective.scalars[:1], "loss"),
+            tracker=config.tracker,
+            facts={**provenance, "config": to_json(config)},
+        )
         for note in notes:
             self.telemetry.say(note)
 
@@ -161,21 +186,23 @@ class Trainer:
         """Train until the end, or until `caught` holds a signal on any rank; returns the signal or 0."""
         with self.telemetry:
             while self.step < self.total_steps:
-                signum, overdue = self._train_step(caught)
+                with self.profile.step(self.step + 1):
+                    signum, overdue = self._train_step(caught)
                 self.checkpointer.poll()
                 self._tell()
+                if self.data is not None and self.step % self.config.evaluate_every == 0 and not signum:
+                    self._measure_samples(self.data)  # before checkpoints are removed, of which it may be the best
                 due = self.step % self.config.checkpoint_every == 0 or self.step == self.total_steps
                 if due or overdue or signum:
                     self._save()
                     self._tell()
                 if self.config.sample_every and self.step % self.config.sample_every == 0:
                     self._draw_samples()
-                if self.data is not None and self.step % self.config.evaluate_every == 0 and not signum:
-                    self._measure_samples(self.data)
                 if signum and self.step < self.total_steps:
                     break
             else:
                 signum = 0
+            self.telemetry.strip(self.step)
             self.checkpointer.wait()
         if self.checkpointer.failed:
             raise TrainingError(self.checkpointer.failed)
@@ -187,30 +214,45 @@ class Trainer:
 
     def _train_step(self, caught: list[int]) -> tuple[int, bool]:
         """One optimizer step; returns a signal that any rank has caught, or 0, and whether it is time to save."""
-        config, world = self.config, self.world
-        scalars = ("loss", *self.objective.scalars)
-        passes = []
+        config, world, started, data_wait = self.config, self.world, time.monotonic(), 0.0
+        passes: list[Health] = []
+        batches: list[Batch] = []
         for i, loader in enumerate(self.loaders):
             last = i == config.accumulation - 1
             generator = step_generator(config.seed, self.step, self._part(i))
-            latents, labels = loader.draw(generator)
+            asked = time.monotonic()
+            with self.profile.label("data"):
+                latents, labels = loader.draw(generator)
+            data_wait += time.monotonic() - asked
             draws = self.objective.draw(latents.shape, generator, world.device)
             with self.weights:
                 loss, metrics = self.objective.loss(self.model, latents, to_device(labels, world.device), draws)
-            passes.append(torch.stack([loss.detach(), *(metrics[name].mean() for name in scalars[1:])]))
+            passes.append(self.objective.health(loss, metrics, draws))
+            if config.debug_nonfinite:
+                batches.append((latents, labels, draws))
             if last:
                 # Copied before the backward is queued: reading it later waits for the forward only.
-                means = HostCopy(torch.cat([torch.stack(passes).mean(0), self.optimizer.skipped[None]]))
+                before = torch.stack([self.optimizer.skipped, self.optimizer.grad_norm])  # of the step before
+                copied = HostCopy(torch.cat([torch.stack([each.sums for each in passes]).sum(0), before]))
             reduce_gradients(self.model, last, config.reshard)
-            (loss / config.accumulation).backward()
+            with self.profile.label("backward"):
+                (loss / config.accumulation).backward()
 
         # Every rank decides the same: by what all of them have seen.
+        asked = time.monotonic()
+        *sums, skipped, grad_norm = copied.values()
+        names = passes[0].weights
+        weights = [sum(each.weights[name] for each in passes) for name in names]
         row = {
-            **dict(zip((*scalars, "skipped"), means.values(), strict=True)),
+            "loss": sums[0],
+            "skipped": skipped,
             "signal": caught[0] if caught else 0,
             "overdue": 0 < config.checkpoint_minutes * 60 <= time.monotonic() - self.saved_at,
+            "data_wait": data_wait,
         }
-        ranks = dict(zip(row, world.gather([*row.values()]).T, strict=True))  # of each name, (ranks,)
+        everyones = world.gather([*row.values(), *sums, *weights])
+        ranks = dict(zip(row, everyones.T, strict=False))  # of each name, (ranks,)
+        device_wait = time.monotonic() - asked
         if ranks["skipped"][0]:
             self._skipped_gradient()  # a step ago: no host has waited for it
         finite = ranks["loss"].isfinite()
@@ -218,22 +260,58 @@ class Trainer:
         if finite.all():
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
-            self.optimizer.step()
+            self.optimizer.ema_decays.update(config.optim.decays(self.step, config.batch_size))
+            with self.profile.label("optimizer"):
+                self.optimizer.step()
+            if config.debug_nonfinite and self.optimizer.skipped:
+                self.first_bad = self._first_nonfinite(batches)
         else:
             rank = int(finite.logical_not().nonzero()[0])
-            self._skipped(f"the loss is not finite at step {self.step + 1} on rank {rank}")
+            where = self._first_nonfinite(batches) if config.debug_nonfinite else ""
+            self._skipped(f"the loss is not finite at step {self.step + 1} on rank {rank}{where}")
         self.optimizer.zero_grad()
         self.step += 1
 
-        self.telemetry.step({name: float(ranks[name][finite].mean()) for name in scalars})
-        if self.step % config.log_every == 0 or self.step == self.total_steps:
-            self.telemetry.log(self.step, self.step * config.batch_size / self.dataset.count, lr, self.skipped)
+        totals, weights = everyones[finite, len(row) :].sum(0).view(2, -1).tolist()
+        host = time.monotonic() - started - data_wait - device_wait
+        seconds = {"data_wait": float(ranks["data_wait"].max()), "device_wait": device_wait, "host": host}
+        self.telemetry.step(
+            {
+                **dict(zip(names, zip(totals, weights, strict=True), strict=True)),
+                "grad_norm": (grad_norm, 1.0),
+                **{f"{name}_ms": (1000 * value, 1.0) for name, value in seconds.items()},
+            }
+        )
+        if self._logs(self.step):
+            epoch = self.step * config.batch_size / self.dataset.count
+            self.telemetry.log(self.step, epoch, lr, self.skipped, **self.weight_health.read())
+        if self._logs(self.step + 1):  # the next step waits for its forward, so it has this one's figures by then
+            self.weight_health.measure()
         return int(ranks["signal"].max()), bool(ranks["overdue"][0])
+
+    def _logs(self, step: int) -> bool:
+        return step % self.config.log_every == 0 or step == self.total_steps
 
     def _skipped_gradient(self) -> None:
         """The last step of the optimizer changed nothing."""
         self.optimizer.skipped.zero_()  # told once
-        self._skipped(f"a gradient is not finite at step {self.step}")
+        self._skipped(f"a gradient is not finite at step {self.step}{self.first_bad}")
+
+    def _first_nonfinite(self, batches: list[Batch]) -> str:
+        """Do the passes of a step again, whose loss or gradient is not finite, and say where that begins."""
+        self.optimizer.zero_grad()
+
+        def again() -> Iterator[tuple[str, Tensor]]:
+            for i, (latents, labels, draws) in enumerate(batches):
+                yield "latents", latents
+                with self.weights:
+                    labels = to_device(labels, self.world.device)
+                    loss, _ = self.objective.loss(self.model, latents, labels, draws)
+                yield "loss", loss
+                reduce_gradients(self.model, i == len(batches) - 1, self.config.reshard)
+                (loss / self.config.accumulation).backward()
+
+        return f" ({first_nonfinite(self.model, again, self.world)})"
 
     def _skipped(self, what: str) -> None:
         """Tell of a step that left the weights as they were; TrainingError if that has been so too often."""
@@ -254,7 +332,22 @@ class Trainer:
         labels = (torch.arange(PICTURE_SAMPLES, device=device) * space.num_classes) // PICTURE_SAMPLES
         with averaged(self.model, self.optimizer, self.config.optim.ema_decays[0]):
             latents = self.objective.sampler({})(self.model, noise, labels, 1)
-        self.telemetry.picture(self.step, draw_latents(latents.cpu(), space))
+        if not self.world.main:
+            return
+        if self.vae is not None:
+            self.telemetry.picture(self.step, self.vae.decode(latents, space).cpu(), "one step, decoded")
+        else:
+            what = "one step" if space.pixel_range is not None else "one step, first three channels of the latents"
+            self.telemetry.picture(self.step, draw_latents(latents.cpu(), space), what)
+
+    def _open_vae(self) -> None:
+        """On rank 0, which alone draws pictures."""
+        if self.config.vae is not None:
+            self.vae = VAE(self.config.vae, self.world.device)
+            if self.vae.channels != (channels := self.dataset.space.shape[0]):
+                raise InputError(
+                    f"--vae {self.config.vae} has {self.vae.channels} latent channels, the data {channels}"
+                )
 
     def _measure_samples(self, data: Gaussian) -> None:
         """Log how far one-step samples with averaged weights, the same each time, are from the data."""
@@ -311,6 +404,12 @@ class Trainer:
             },
             "ema": {str(d): averages(self.model, self.optimizer, d) for d in self.config.optim.ema_decays},
         }
+
+    def _best(self, steps: list[int]) -> int | None:
+        """Which of these steps has the least of the metric that --keep-best names."""
+        if self.config.keep_best is None:
+            return None
+        return best_step(self.config.folder / METRICS, self.config.keep_best, steps)
 
     def _tell(self) -> None:
         """Tell of checkpoints that could not be written, or not be removed: the next one is tried all the same."""

@@ -1,7 +1,7 @@
 """Objectives by name. Another one is put in from outside: `OBJECTIVES["mine"] = Mine`."""
 
 from mfengine.configs import Registry
-from mfengine.methods.base import Objective, ObjectiveConfig, Sampler
+from mfengine.methods.base import Health, Metrics, Objective, ObjectiveConfig, Sampler
 from mfengine.methods.improved_meanflow import ImprovedDraws, ImprovedMeanFlow, ImprovedMeanFlowConfig
 from mfengine.methods.meanflow import Draws, MeanFlow, MeanFlowConfig
 from mfengine.methods.sampling import sample
@@ -11,11 +11,13 @@ OBJECTIVES: Registry[Objective] = Registry("objective", meanflow=MeanFlow, **{"i
 __all__ = [
     "OBJECTIVES",
     "Draws",
+    "Health",
     "ImprovedDraws",
     "ImprovedMeanFlow",
     "ImprovedMeanFlowConfig",
     "MeanFlow",
     "MeanFlowConfig",
+    "Metrics",
     "Objective",
     "ObjectiveConfig",
     "Sampler",

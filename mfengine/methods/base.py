@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +23,36 @@ class ObjectiveConfig:
         """ValueError unless a local batch may have so many rows; a multiple of such a number is one, too."""
 
 
+class Metrics(dict[str, Tensor]):
+    """Scalars of one loss by name, to log or print; `metrics[name]` finds whole tensors, too, which stand apart.
+
+    Args:
+        scalars: () each. Detached here.
+        tensors: whole ones and those of rows, (B,). Detached here.
+    """
+
+    tensors: dict[str, Tensor]
+
+    def __init__(self, scalars: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+        super().__init__(_detached(scalars))
+        self.tensors = _detached(tensors)
+
+    def __missing__(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+
+def _detached(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: x.detach() if x.requires_grad else x for name, x in tensors.items()}
+
+
+class Health(NamedTuple):
+    """What a run logs of one local batch: means, as sums that add up over passes, ranks and steps."""
+
+    sums: Tensor  # (n,) float32 on the device, the first of the loss
+    weights: dict[str, float]
+    """by the name of each, how much it is the sum of: 1 of what is a mean already, the number of rows else"""
+
+
 class Objective(ABC):
     """Draws, loss and sampling. To be found by name, it is put into `mfengine.methods.OBJECTIVES`.
 
@@ -34,7 +64,7 @@ class Objective(ABC):
 
     Config: ClassVar[type[ObjectiveConfig]]
     scalars: ClassVar[tuple[str, ...]] = ()
-    """metrics whose means a run logs beside the loss"""
+    """metrics whose means a run logs beside the loss; the first is the one to watch"""
 
     def __init__(self, config: Any) -> None:
         self.config = config
@@ -57,8 +87,8 @@ class Objective(ABC):
         """
 
     @abstractmethod
-    def loss(self, model: Any, latents: Tensor, labels: Tensor, draws: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of one local batch, a scalar with a graph, and detached metrics by name.
+    def loss(self, model: Any, latents: Tensor, labels: Tensor, draws: Any) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """The loss of one local batch, a scalar with a graph, and detached metrics by name, as `Metrics`, say.
 
         Calls of the network come in one sequence whatever was drawn, because ranks that share it gather together.
 
@@ -68,6 +98,16 @@ class Objective(ABC):
             labels: (B,) int64.
             draws: of `draw`.
         """
+
+    def health(self, loss: Tensor, metrics: Mapping[str, Tensor], draws: Any) -> Health:
+        """What a run logs of one local batch. The host does not wait for the device.
+
+        Args:
+            loss, metrics: of `loss`.
+            draws: that they are of.
+        """
+        means = [loss.detach(), *(metrics[name].mean() for name in self.scalars)]
+        return Health(torch.stack(means), dict.fromkeys(("loss", *self.scalars), 1.0))
 
     @abstractmethod
     def sample(self, model: Any, noise: Tensor, labels: Tensor, steps: int = 1) -> Tensor:

@@ -25,8 +25,8 @@ from torch import Tensor
 
 from mfengine.device import device_generator, to_device
 from mfengine.errors import InputError
-from mfengine.methods.base import Objective, Sampler
-from mfengine.methods.intervals import IntervalConfig, check_shares, column
+from mfengine.methods.base import Health, Metrics, Objective, Sampler
+from mfengine.methods.intervals import IntervalConfig, by_kind, check_shares, column, row_kinds
 from mfengine.methods.sampling import sample
 from mfengine.networks.velocity import null_class
 from mfengine.ops import fixed_weights
@@ -85,6 +85,12 @@ class ImprovedDraws(NamedTuple):
     t_max: Tensor  # (B,) float32 on the host: up to this one; 1 in instant rows
 
 
+def guidance_now(draws: ImprovedDraws) -> Tensor:
+    """omega' of the paper (B,): the guidance weight of rows whose t is in the interval, else 1."""
+    inside = (draws.t_min <= draws.t) & (draws.t <= draws.t_max)
+    return torch.where(inside, draws.omega, 1)
+
+
 class ImprovedMeanFlow(Objective):
     """Draws and loss of improved MeanFlow training.
 
@@ -123,9 +129,7 @@ class ImprovedMeanFlow(Objective):
         return ImprovedDraws(t, r, noise, num_dropped, cfg.draw_omega(omega), t_min, t_max)
 
     @fixed_weights()
-    def loss(
-        self, model: Any, latents: Tensor, labels: Tensor, draws: ImprovedDraws
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, model: Any, latents: Tensor, labels: Tensor, draws: ImprovedDraws) -> tuple[Tensor, Metrics]:
         """The training loss of one local batch.
 
         Args:
@@ -136,9 +140,9 @@ class ImprovedMeanFlow(Objective):
             draws: of `draw`.
 
         Returns:
-            The loss, a scalar with a graph, and detached figures: `loss`, `loss_u`, `loss_v` (), the latter two mean
-            squared errors of V and v; `v_g`, `u`, `v` (B, C, H, W), and `v_c`, `du_dt` (K, C, H, W) of the K interval
-            rows.
+            The loss, a scalar with a graph, and detached metrics: `loss`, `loss_u`, `loss_v` (), the latter two mean
+            squared errors of V and v; and as tensors `error_u`, `error_v` (B,), the squared errors that these are of,
+            `v_g`, `u`, `v` (B, C, H, W), and `v_c`, `du_dt` (K, C, H, W) of the K interval rows.
 
         Raises:
             ValueError: the interval share does not divide B, or the model has no `num_classes`.
@@ -156,8 +160,7 @@ class ImprovedMeanFlow(Objective):
         null = null_class(model)
 
         # Velocities of the guidance, at h = 0 and for all times: v_u where it counts, v_c of interval rows.
-        inside = (draws.t_min <= draws.t) & (draws.t <= draws.t_max)
-        omega_now = torch.where(inside, draws.omega, 1)  # omega' of the paper
+        omega_now = guidance_now(draws)
         guided = (omega_now[draws.num_dropped :] != 1).nonzero()[:, 0] + draws.num_dropped
         interval = torch.arange(num_instant, batch)
         rows = torch.cat([guided, interval])
@@ -193,9 +196,16 @@ class ImprovedMeanFlow(Objective):
         error_u = (u + correction - v_g).square().flatten(1).sum(1)  # (B,), of the compound velocity V
         error_v = (v - v_g).square().flatten(1).sum(1)
         loss = (cfg.weighted(error_u) + cfg.weighted(error_v)).mean()
-        metrics = {"loss": loss, "loss_u": error_u.mean() / x[0].numel(), "loss_v": error_v.mean() / x[0].numel()}
-        metrics |= {"v_g": v_g, "v_c": v_c, "u": u, "v": v, "du_dt": du_dt}
-        return loss, {name: metric.detach() for name, metric in metrics.items()}
+        scalars = {"loss": loss, "loss_u": error_u.mean() / x[0].numel(), "loss_v": error_v.mean() / x[0].numel()}
+        tensors = {"error_u": error_u, "error_v": error_v, "v_g": v_g, "v_c": v_c, "u": u, "v": v, "du_dt": du_dt}
+        return loss, Metrics(scalars, tensors)
+
+    def health(self, loss: Tensor, metrics: Mapping[str, Tensor], draws: ImprovedDraws) -> Health:
+        rows = {name: metrics[name] for name in ("error_u", "error_v")}
+        guided = guidance_now(draws) != 1
+        guided[: draws.num_dropped] = False
+        kinds = row_kinds(draws.t, self.config.num_interval(len(draws.t)), draws.num_dropped, guided)
+        return by_kind(super().health(loss, metrics, draws), rows, metrics["du_dt"], kinds)
 
     def sample(
         self,

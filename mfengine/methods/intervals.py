@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mfengine.methods.base import ObjectiveConfig
+from mfengine.device import to_device
+from mfengine.methods.base import Health, ObjectiveConfig
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,39 @@ class IntervalConfig(ObjectiveConfig):
     def weighted(self, error: Tensor) -> Tensor:
         """Squared errors (B,) over a power of themselves, which is a constant to the gradient."""
         return error / (error.detach() + self.norm_eps) ** self.norm_p
+
+
+def by_kind(health: Health, rows: dict[str, Tensor], du_dt: Tensor, kinds: dict[str, Tensor]) -> Health:
+    """More of it: metrics of rows as means over each kind of row, the shares of the kinds, and the norm of du/dt.
+
+    Args:
+        health: of the batch.
+        rows: metrics (B,) by name. The mean of `error` over `instant` rows is named `error_instant`.
+        du_dt: (K, C, H, W) of the interval rows.
+        kinds: masks (B,) on the host, by name.
+    """
+    masks = torch.stack([*kinds.values()]).float()  # (k, B)
+    counts, batch = masks.sum(1).tolist(), masks.shape[1]
+    columns = torch.stack([*rows.values(), torch.ones_like(next(iter(rows.values())))], 1)  # (B, m + 1)
+    sums = (to_device(masks, columns.device) @ columns).T.flatten()
+    norm = torch.linalg.vector_norm(du_dt, dim=(1, 2, 3)).sum()
+    weights = {f"{name}_{kind}": count for name in rows for kind, count in zip(kinds, counts, strict=True)}
+    weights |= {f"share_{kind}": float(batch) for kind in kinds} | {"du_dt_norm": float(len(du_dt))}
+    return Health(torch.cat([health.sums, sums, norm[None]]), health.weights | weights)
+
+
+def row_kinds(t: Tensor, num_interval: int, num_dropped: int, guided: Tensor) -> dict[str, Tensor]:
+    """Masks (B,) of the kinds of rows that are told apart: thirds of t are low, middle and high.
+
+    Args:
+        t: (B,) on the host.
+        num_interval, num_dropped: the trailing and the leading rows that are such.
+        guided: (B,) bool on the host.
+    """
+    place = torch.arange(len(t))
+    interval, third = place >= len(t) - num_interval, (3 * t).long()
+    kinds = {"instant": ~interval, "interval": interval, "dropped": place < num_dropped, "guided": guided}
+    return kinds | {"t_low": third == 0, "t_middle": third == 1, "t_high": third >= 2}
 
 
 def check_shares(**shares: float) -> None:

@@ -14,6 +14,7 @@ host from `Draws`, before the step, so the step never waits for the device.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -21,8 +22,8 @@ import torch
 from torch import Tensor
 
 from mfengine.device import device_generator, to_device
-from mfengine.methods.base import Objective
-from mfengine.methods.intervals import IntervalConfig, check_shares, column
+from mfengine.methods.base import Health, Metrics, Objective
+from mfengine.methods.intervals import IntervalConfig, by_kind, check_shares, column, row_kinds
 from mfengine.methods.sampling import sample
 from mfengine.networks.velocity import AnyNetwork, null_class, velocity, velocity_and_jvp
 from mfengine.ops import fixed_weights
@@ -53,6 +54,12 @@ class MeanFlowConfig(IntervalConfig):
     def guided(self) -> bool:
         return self.omega != 1 or self.kappa != 0
 
+    def guided_rows(self, t: Tensor, num_dropped: int) -> Tensor:
+        """Which rows of times t (B,) are guided, if there is guidance: (B,) bool."""
+        rows = (t >= self.t_start) & (t <= self.t_end)
+        rows[:num_dropped] = False
+        return rows
+
 
 class Draws(NamedTuple):
     """Everything random in one step of B rows."""
@@ -71,7 +78,7 @@ class MeanFlow(Objective):
     """
 
     Config = MeanFlowConfig
-    scalars = ("v_loss",)
+    scalars = ("v_loss", "error")
     config: MeanFlowConfig
 
     def draw(
@@ -92,9 +99,7 @@ class MeanFlow(Objective):
         return Draws(t, r, noise, num_dropped)
 
     @fixed_weights()
-    def loss(
-        self, model: AnyNetwork, latents: Tensor, labels: Tensor, draws: Draws
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, model: AnyNetwork, latents: Tensor, labels: Tensor, draws: Draws) -> tuple[Tensor, Metrics]:
         """The training loss of one local batch.
 
         Args:
@@ -107,8 +112,9 @@ class MeanFlow(Objective):
             draws: of `draw`.
 
         Returns:
-            The loss, a scalar with a graph, and detached figures: `loss` (), `v_loss` (B,), the squared distance
-            to the sample's own velocity, and `v_g`, `u` (B, C, H, W), `du_dt` (K, C, H, W) of the K interval rows.
+            The loss, a scalar with a graph, and detached metrics: `loss` (), and as tensors `error`, `v_loss` (B,), the
+            squared distances of u to its target and to the sample's own velocity, `v_g`, `u` (B, C, H, W), and `du_dt`
+            (K, C, H, W) of the K interval rows.
 
         Raises:
             ValueError: the interval share does not divide B, or the model has no `num_classes` or returns another
@@ -132,9 +138,7 @@ class MeanFlow(Objective):
         # Guided velocity: v_g = omega v + (1 - omega - kappa) u(z, t, 0, null) + kappa u(z, t, 0, y).
         v_g = v.clone()
         if cfg.guided:
-            in_range = (draws.t >= cfg.t_start) & (draws.t <= cfg.t_end)
-            in_range[: draws.num_dropped] = False
-            guided = in_range.nonzero()[:, 0]
+            guided = cfg.guided_rows(draws.t, draws.num_dropped).nonzero()[:, 0]
             interval = to_device(guided[guided >= num_instant], device)
             instant = to_device(guided[guided < num_instant], device)
             guided = to_device(guided, device)
@@ -166,10 +170,17 @@ class MeanFlow(Objective):
             u_tgt = v_g.clone()
             u_tgt[num_instant:] -= column(h[num_instant:]) * du_dt
 
-        loss = cfg.weighted((u - u_tgt).square().flatten(1).sum(1)).mean()
+        error = (u - u_tgt).square().flatten(1).sum(1)
+        loss = cfg.weighted(error).mean()
         with torch.no_grad():
             v_loss = (u - v).square().flatten(1).sum(1)
-        return loss, {"loss": loss.detach(), "v_loss": v_loss, "v_g": v_g, "u": u.detach(), "du_dt": du_dt}
+        return loss, Metrics({"loss": loss}, {"error": error, "v_loss": v_loss, "v_g": v_g, "u": u, "du_dt": du_dt})
+
+    def health(self, loss: Tensor, metrics: Mapping[str, Tensor], draws: Draws) -> Health:
+        rows = {name: metrics[name] for name in ("error", "v_loss")}
+        guided = self.config.guided_rows(draws.t, draws.num_dropped) & self.config.guided
+        kinds = row_kinds(draws.t, self.config.num_interval(len(draws.t)), draws.num_dropped, guided)
+        return by_kind(super().health(loss, metrics, draws), rows, metrics["du_dt"], kinds)
 
     def sample(self, model: AnyNetwork, noise: Tensor, labels: Tensor, steps: int = 1) -> Tensor:
         return sample(model, noise, labels, steps)
