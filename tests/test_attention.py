@@ -312,8 +312,11 @@ VARIANTS = {  # head dim, queries, keys, heads of queries, heads of keys, option
 
 
 def arguments(name, dtype=torch.float32):
+    return arguments_of(*VARIANTS[name][:-1], dtype)
+
+
+def arguments_of(dim, queries, keys, heads, key_heads, dtype=torch.float32):
     """Primals of two samples, tangents of the last, and weights of output and tangent."""
-    dim, queries, keys, heads, key_heads, _ = VARIANTS[name]
     shapes = [(heads, queries, dim), (key_heads, keys, dim), (key_heads, keys, dim)]
     primals = [randn(i, 2, *shape, dtype=dtype) for i, shape in enumerate(shapes)]
     tangents = [randn(3 + i, 1, *shape, dtype=dtype) for i, shape in enumerate(shapes)]
@@ -342,17 +345,29 @@ def double(x):
     return x.double() if x.is_floating_point() else x
 
 
-@pytest.mark.parametrize("through", [False, True])
-@pytest.mark.parametrize("name", VARIANTS)
-def test_gradients_of_output_and_tangent(name, through):
-    options = VARIANTS[name][-1]
-    given = arguments(name)
+def assert_fused_equals_plain(given, options, through=True):
     wide = {key: double(x) if isinstance(x, torch.Tensor) else x for key, x in options.items()}
     exact = through_tangent(
         "torch", *([x.double() for x in xs] for xs in given), lambda *x: ops.attention(*x, **wide), through
     )
     actual = through_tangent("triton", *given, lambda *x: ops.attention(*x, **options), through)
     assert_close(actual, exact)
+
+
+@pytest.mark.parametrize("through", [False, True])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_gradients_of_output_and_tangent(name, through):
+    assert_fused_equals_plain(arguments(name), VARIANTS[name][-1], through)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("length", [1, 17, 100, 257])
+@pytest.mark.parametrize("dim", [16, 24, 64, 72, 96, 128])
+def test_gradients_over_head_dims_and_lengths(dim, length):
+    seen = randn(9, length, length) > -0.5
+    term = randn(9, length, length).masked_fill(~seen, -torch.inf)
+    for key_heads, options in ((2, {}), (1, {"is_causal": True}), (2, {"mask": seen}), (1, {"mask": term})):
+        assert_fused_equals_plain(arguments_of(dim, length, length, 2, key_heads), options)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
