@@ -5,6 +5,7 @@ import os
 import shutil
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -50,7 +51,7 @@ def test_checkpoints_in_the_background_equal_those_that_training_waits_for(digit
 
     monkeypatch.setattr(trainer.Trainer, "_train_step", step_and_tell)
     monkeypatch.setattr(dcp, "save", save_after_a_step)
-    monkeypatch.setattr(trainer, "Checkpointer", lambda *args, asynchronous: Checkpointer(*args, asynchronous=True))
+    monkeypatch.setattr(trainer, "Checkpointer", lambda *args, **options: Checkpointer(*args, **options | {"asynchronous": True}))
     background = run("background", *args, **where)
     names = [path.name for path in sorted(waiting.iterdir())]
     assert names == [path.name for path in sorted(background.iterdir())] == [f"step-{i:08d}" for i in range(1, 7)]
@@ -145,16 +146,15 @@ def test_checkpoint_minutes(digits, tmp_path, monkeypatch, capsys):
     """After so many minutes by rank 0's clock, counted from the last checkpoint; the weights stay what they are."""
     where = {"digits": digits, "cwd": tmp_path, "monkeypatch": monkeypatch, "capsys": capsys}
     expected = run("steps", "--steps=10", "--checkpoint-every=4", **where)
-    now = 0
+    now, train_step = 0, trainer.Trainer._train_step
 
-    class Clock:
-        @staticmethod
-        def monotonic():  # read once in each step, and once in each checkpoint
-            nonlocal now
-            now += 20
-            return now
+    def slow_step(*args):
+        nonlocal now
+        now += 20
+        return train_step(*args)
 
-    monkeypatch.setattr(trainer, "time", Clock)
+    monkeypatch.setattr(trainer.Trainer, "_train_step", slow_step)
+    monkeypatch.setattr(trainer, "time", SimpleNamespace(monotonic=lambda: now))
     timed = run("timed", "--steps=10", "--checkpoint-every=4", "--checkpoint-minutes=1", **where)
     assert [path.name[-2:] for path in sorted(timed.iterdir())] == ["03", "04", "07", "08", "10"]
     assert_same(timed.parent, expected.parent)

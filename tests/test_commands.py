@@ -384,7 +384,7 @@ def not_finite(tmp_path):
 
 def test_loss_that_is_not_finite_stops_the_run(tmp_path):
     not_finite(tmp_path)
-    args = ("mfengine.train", *SMALL, "--data=bad", "--steps=45", "--checkpoint-every=1")
+    args = ("mfengine.train", *SMALL, "--data=bad", "--steps=45", "--checkpoint-every=1", "--evaluate-every=0")
     done = run_command(*args, "--name=strict", cwd=tmp_path)
     assert done.returncode == 1
     kept = newest_checkpoint(tmp_path / "runs/strict")

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
 from mfengine.errors import InputError
 
@@ -39,6 +38,8 @@ class Tracker(Protocol):
 
 class TensorBoard:
     def __init__(self, folder: Path, step: int, facts: Mapping[str, Any]) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # a configuration can be read without it
+
         self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step)
         for name, value in facts.items():
             text = value if isinstance(value, str) else json.dumps(value, indent=1)

@@ -159,7 +159,12 @@ class Trainer:
         world.on_main(lambda: write_config(config, dataset))
         world.on_main(lambda: set_aside(checkpoints[: len(damaged)]))
         self.checkpointer = Checkpointer(
-            config.folder, world, config.keep, world.device.type == "cuda", config.keep_every, self._best
+            config.folder,
+            world,
+            config.keep,
+            asynchronous=world.device.type == "cuda",
+            keep_every=config.keep_every,
+            best=self._best,
         )
         if world.main and device_memory(world.device) is not None:
             notes += make_plan(config, world).warnings(world.device)
