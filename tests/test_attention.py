@@ -1,7 +1,7 @@
 """Every implementation of attention by the same tests: alone, compiled; and which one is chosen."""
 
-import json
 import itertools
+import json
 import sys
 from types import ModuleType
 from typing import get_args

@@ -51,7 +51,8 @@ def test_checkpoints_in_the_background_equal_those_that_training_waits_for(digit
 
     monkeypatch.setattr(trainer.Trainer, "_train_step", step_and_tell)
     monkeypatch.setattr(dcp, "save", save_after_a_step)
-    monkeypatch.setattr(trainer, "Checkpointer", lambda *args, **options: Checkpointer(*args, **options | {"asynchronous": True}))
+    given = {"asynchronous": True}
+    monkeypatch.setattr(trainer, "Checkpointer", lambda *args, **options: Checkpointer(*args, **options | given))
     background = run("background", *args, **where)
     names = [path.name for path in sorted(waiting.iterdir())]
     assert names == [path.name for path in sorted(background.iterdir())] == [f"step-{i:08d}" for i in range(1, 7)]
