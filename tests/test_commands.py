@@ -285,7 +285,7 @@ def test_tensorboard_that_cannot_write_does_not_end_the_run(tmp_path, monkeypatc
             tried.append(1)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(trackers, "SummaryWriter", Writer)
+    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter", Writer)
     with Telemetry(tmp_path, True, 0, 2, 32, lambda: 1e9) as reports:
         reports.log(1, 0.5, 1e-4, 0)
         reports.log(2, 1.0, 1e-4, 0)
