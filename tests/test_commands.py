@@ -20,7 +20,7 @@ from PIL import Image
 from mfengine import MeanFlow, cli
 from mfengine.data.format import LatentSpace
 from mfengine.data.writer import ArraySamples, order, write_dataset
-from mfengine.engine import trackers, trainer
+from mfengine.engine import trainer
 from mfengine.engine.checkpoint import load_model, newest_checkpoint, read_description
 from mfengine.engine.config import OptimConfig
 from mfengine.engine.telemetry import METRICS, Telemetry
