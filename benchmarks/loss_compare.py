@@ -60,13 +60,13 @@ def train(side: str, steps: int, data: Path) -> Side:
     commit = words.pop(0) if words and not words[0].startswith("-") else None
     with tempfile.TemporaryDirectory() as folder, _tree(commit, Path(folder)) as tree:
         (Path(folder) / "data").symlink_to(data)
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(tree)}
-        environment |= {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}  # the same sums each time
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(tree)}
+        env |= {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}  # the same sums each time
         command = [sys.executable, "-m", "mfengine.train", *RUN, f"--steps={steps}", *words]
-        _run(command, cwd=folder, env=environment)
+        _run(command, cwd=folder, env=env)
         run = Path(folder) / "runs/run"
         export = [sys.executable, "-m", "mfengine.export", str(run), "weights.safetensors"]
-        _run(export, cwd=folder, env=environment)
+        _run(export, cwd=folder, env=env)
         from safetensors.torch import load_file
 
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

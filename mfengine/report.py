@@ -16,7 +16,7 @@ import tyro
 from mfengine import cli
 from mfengine.configs import flatten, read_json
 from mfengine.engine.preflight import CONFIG
-from mfengine.engine.telemetry import METRICS, kept_metrics
+from mfengine.engine.telemetry import METRICS, kept_metrics, sample_pictures
 from mfengine.errors import InputError
 from mfengine.files import check_writable, write_atomic, writing
 
@@ -77,10 +77,8 @@ def read_run(folder: Path, colour: str) -> Run:
         raise InputError(f"{path} has no metrics yet: there is nothing to show")
     evaluated = read_json(folder / "metrics.json") if (folder / "metrics.json").exists() else {}
     evaluated = {name: value for name, value in evaluated.items() if name.endswith(("nfe", "_floor"))}
-    pictures = sorted((folder / "samples").glob("*.png"))
-    every = -(-len(pictures) // MANY) or 1
-    shown = [(f"step {int(p.stem)}", _data_url(p)) for p in pictures[::-1][::every][::-1] if p.stem.isdigit()]
-    return Run(folder.name, colour, flatten(config), curves, evaluated, shown)
+    pictures = [(f"step {int(path.stem)}", _data_url(path)) for path in sample_pictures(folder, MANY)]
+    return Run(folder.name, colour, flatten(config), curves, evaluated, pictures)
 
 
 def _data_url(path: Path) -> str:

@@ -89,9 +89,7 @@ PRESETS: dict[str, tuple[str, TrainConfig]] = {
                 interval_tokens=1,
                 time_tokens=1,
             ),
-            method=ImprovedMeanFlowConfig(
-                logit_mean=-0.8, logit_std=1.2, omega_max=2.0, omega=1.5, t_min=0.4, t_max=0.65
-            ),
+            method=ImprovedMeanFlowConfig(logit_mean=-0.8, logit_std=1.2, omega_max=2.0, omega=1.5),
             optim=OptimConfig(lr=1.5e-2, schedule="cosine", warmup_epochs=5, ema_decays=(0.98,)),
             batch_size=128,
             epochs=130,

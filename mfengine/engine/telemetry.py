@@ -22,7 +22,7 @@ from mfengine.errors import InputError
 from mfengine.files import write_atomic, writing
 from mfengine.progress import progress
 
-METRICS = "metrics.jsonl"
+METRICS, SAMPLES = "metrics.jsonl", "samples"
 STRIP = 24  # pictures in the strip, at most
 RETRY_S = 60.0  # after which the tracker is tried again
 
@@ -149,10 +149,10 @@ class Telemetry:
             self._figures[name] = f"{value:.4g}"
             self.say(f"step {step}: {name} {value:.4g}")
 
-    def picture(self, step: int, images: Tensor, caption: str = "one step") -> None:
+    def picture(self, step: int, images: Tensor, caption: str) -> None:
         """Write a grid of images (B, 3, H, W) in [0, 1] as samples/STEP.png and to the tracker."""
         if self._enabled:
-            grid, path = image_grid(images), self._folder / "samples" / f"{step:08d}.png"
+            grid, path = image_grid(images), self._folder / SAMPLES / f"{step:08d}.png"
             with self._tried("pictures"):
                 save_picture(grid, path)
             self._track(step, lambda tracker: tracker.picture(step, enlarged(grid), caption))
@@ -161,10 +161,8 @@ class Telemetry:
         """Write strip.png: how the samples of the same noise have changed over the run's pictures."""
         if not self._enabled:
             return
-        pictures = sorted(path for path in (self._folder / "samples").glob("*.png") if path.stem.isdigit())
-        every = -(-len(pictures) // STRIP) or 1
         with self._tried("pictures"):
-            strip = strip_over_time(pictures[::-1][::every][::-1])
+            strip = strip_over_time(sample_pictures(self._folder, STRIP))
             if strip is not None:
                 save_picture(strip, self._folder / "strip.png")
                 self._track(step, lambda tracker: tracker.picture(step, strip, "the same noise over time"))
@@ -216,6 +214,13 @@ def _leave_to_caller(failed: threading.ExceptHookArgs) -> None:
     """Say nothing of a disk that fails in TensorBoard's thread: its next call raises the error."""
     if not issubclass(failed.exc_type, OSError):
         threading.__excepthook__(failed)
+
+
+def sample_pictures(folder: Path, most: int) -> list[Path]:
+    """At most so many of a run's pictures, evenly spaced and in order, the newest among them; named by their steps."""
+    pictures = sorted(path for path in (folder / SAMPLES).glob("*.png") if path.stem.isdigit())
+    every = -(-len(pictures) // most) or 1
+    return pictures[::-1][::every][::-1]
 
 
 def kept_metrics(path: Path, step: int = 0) -> tuple[list[bytes], bool]:

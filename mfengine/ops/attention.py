@@ -426,9 +426,13 @@ def _varlen_backward(*inputs: Any) -> tuple[Tensor, ...]:
     return kernel.backward(q, k, v, o, lse, go, scale, is_causal, None, kernel.Sequences(*sequences))
 
 
-def _varlen_flops(q: Any, k: Any, v: Any, cu_q: Any, cu_k: Any, longest_q: int, longest_k: int, *_: Any) -> Any:
-    """As if every query saw as many keys as the longest sequence has: shapes tell no more."""
-    return _flops(q, (*k[:2], longest_k, k[3]), v)
+def _longest(k: Any, cu_q: Any, cu_k: Any, longest_q: int, longest_k: int, *_: Any) -> Any:
+    """Shape of keys as if every query saw as many as the longest sequence has: shapes tell no more."""
+    return (*k[:2], longest_k, k[3])
+
+
+def _varlen_flops(q: Any, k: Any, v: Any, *options: Any) -> Any:
+    return _flops(q, _longest(k, *options), v)
 
 
 def _varlen_backward_dual(*inputs: Any) -> tuple[Tensor, ...]:
@@ -439,7 +443,7 @@ def _varlen_backward_dual(*inputs: Any) -> tuple[Tensor, ...]:
 
 
 def _varlen_backward_dual_flops(q: Any, k: Any, v: Any, dq: Any, dk: Any, dv: Any, *options: Any) -> int:
-    return 21 * _varlen_flops(dq, dk, dv, *options)[0] // 2
+    return _backward_dual_flops(q, _longest(k, *options), v, dq, _longest(dk, *options), dv)
 
 
 ATTENTION_VARLEN = Op(
@@ -498,8 +502,8 @@ def _packed_backward_dual(
 
 
 def _packed_backward_dual_flops(qkv: Any, dqkv: Any, heads: int, tokens: int) -> int:
-    lead = (qkv[0] - dqkv[0], *qkv[1:])
-    return _packed_flops(lead, heads, tokens)[2] + 21 * _packed_flops(dqkv, heads, tokens)[0] // 2
+    head, dhead = (_head_shape(x, heads, tokens) for x in (qkv, dqkv))
+    return _backward_dual_flops(head, head, head, dhead, dhead, dhead)
 
 
 def _packed_shapes(qkv: Tensor, heads: int, tokens: int) -> tuple[Tensor, Tensor]:
@@ -509,9 +513,14 @@ def _packed_shapes(qkv: Tensor, heads: int, tokens: int) -> tuple[Tensor, Tensor
 
 
 def _packed_flops(qkv: Any, heads: int, tokens: int) -> tuple[int, int, int]:
-    *rows, width = qkv
-    head = (math.prod(rows) // tokens, heads, tokens, width // (3 * heads))
+    head = _head_shape(qkv, heads, tokens)
     return _flops(head, head, head)
+
+
+def _head_shape(qkv: Any, heads: int, tokens: int) -> tuple[int, ...]:
+    """(B, H, N, d) of queries, keys and values alike."""
+    *rows, width = qkv
+    return math.prod(rows) // tokens, heads, tokens, width // (3 * heads)
 
 
 ATTENTION_PACKED = Op(
