@@ -290,7 +290,7 @@ def test_tensorboard_that_cannot_write_does_not_end_the_run(tmp_path, monkeypatc
         reports.log(1, 0.5, 1e-4, 0)
         reports.log(2, 1.0, 1e-4, 0)
         reports._retry_at = 0.0
-        reports.picture(2, torch.zeros(4, 3, 8, 8))
+        reports.picture(2, torch.zeros(4, 3, 8, 8), "one step")
     assert len(tried) == 2
     assert capsys.readouterr().err.count("warning: the tracker cannot be written: ") == 1
     assert len((tmp_path / METRICS).read_text().splitlines()) == 2
