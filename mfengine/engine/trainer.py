@@ -43,7 +43,7 @@ from mfengine.engine.flops import step_flops
 from mfengine.engine.health import WeightHealth
 from mfengine.engine.lock import hold
 from mfengine.engine.nonfinite import first_nonfinite
-from mfengine.engine.optim import adamw_ema, averaged, averages
+from mfengine.engine.optim import adamw_ema, averages
 from mfengine.engine.plan import device_memory, make_plan
 from mfengine.engine.preflight import check_run, check_run_folder, other_normalisation, write_config
 from mfengine.engine.profile import Profile
@@ -335,7 +335,7 @@ class Trainer:
         generator = torch.Generator().manual_seed(self.config.seed)
         noise = torch.randn(PICTURE_SAMPLES, *space.shape, generator=generator).to(device)
         labels = (torch.arange(PICTURE_SAMPLES, device=device) * space.num_classes) // PICTURE_SAMPLES
-        with averaged(self.model, self.optimizer, self.config.optim.ema_decays[0]):
+        with self.optimizer.averaged(self.model):
             latents = self.objective.sampler({})(self.model, noise, labels, 1)
         if not self.world.main:
             return
@@ -359,7 +359,7 @@ class Trainer:
         config = self.config
         batch, sampler = config.local_batch(self.world.size), self.objective.sampler({})
         samples = SampleSet(self.dataset.space, MEASURED_SAMPLES, batch, config.seed, sampler=sampler)
-        with averaged(self.model, self.optimizer, config.optim.ema_decays[0]):
+        with self.optimizer.averaged(self.model):
             distance = latent_distance(self.model, samples, 1, data, self.world)
         self.telemetry.figure(self.step, "frechet_1nfe", distance)
 
