@@ -18,7 +18,8 @@ from mfengine.data.format import Dataset
 from mfengine.data.image_files import check_new
 from mfengine.data.pictures import draw_latents
 from mfengine.data.vae import VAE
-from mfengine.engine.checkpoint import Trained, check_decay, load_model, read_description
+from mfengine.engine.checkpoint import read_description
+from mfengine.engine.weights import Trained, check_decay, load_model
 from mfengine.errors import InputError
 from mfengine.evaluation.fidelity import SPLITS, Reference
 from mfengine.evaluation.metrics import Decode, Evaluation, write_metrics

@@ -13,7 +13,7 @@ from mfengine import cli
 from mfengine.configs import check_at_least, check_seed
 from mfengine.data.pictures import draw_latents, image_grid, save_picture
 from mfengine.data.vae import VAE
-from mfengine.engine.checkpoint import load_model
+from mfengine.engine.weights import load_model
 from mfengine.errors import InputError
 from mfengine.files import check_writable
 from mfengine.ranks import world

@@ -21,9 +21,10 @@ from mfengine import MeanFlow, cli
 from mfengine.data.format import LatentSpace
 from mfengine.data.writer import ArraySamples, order, write_dataset
 from mfengine.engine import trainer
-from mfengine.engine.checkpoint import load_model, newest_checkpoint, read_description
+from mfengine.engine.checkpoint import newest_checkpoint, read_description
 from mfengine.engine.config import OptimConfig
 from mfengine.engine.telemetry import METRICS, Telemetry
+from mfengine.engine.weights import load_model
 from mfengine.errors import InputError, RankTrainingError
 from mfengine.methods import OBJECTIVES
 from mfengine.networks import dit

@@ -11,9 +11,9 @@ from golden_cases import IMPROVED_NAMES, ImprovedCase, golden_case, relative_err
 from mfengine import IMFDiT, IMFDiTConfig, sample
 from mfengine.convert import to_imf
 from mfengine.data.normalisation import describe
-from mfengine.engine.checkpoint import load_model
 from mfengine.engine.distributed import prepare_model
 from mfengine.engine.presets import PRESETS
+from mfengine.engine.weights import load_model
 from mfengine.ranks import World
 
 
