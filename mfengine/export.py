@@ -38,7 +38,7 @@ class ExportArgs:
 
 
 def main(args: Sequence[str]) -> None:
-    config = cli.parse(ExportArgs, args, "python -m mfengine.export")
+    config = cli.parse(ExportArgs, args, "export")
     if config.out.suffix not in (".safetensors", ".pth"):
         raise InputError(f"{config.out} must end in .safetensors or .pth")
     if config.out.exists():

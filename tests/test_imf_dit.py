@@ -248,7 +248,7 @@ def test_published_weights_become_an_export(digits, tmp_path, monkeypatch, capsy
         capsys=capsys,
     )
     assert done[0] == 0, done[2]
-    model, space, _, objective = load_model(tmp_path / "model.safetensors")
+    model, space, _, objective, _ = load_model(tmp_path / "model.safetensors")
     assert describe(space) == "sd-vae-ft-mse"
     assert objective.conditions == {"omega": 8, "t_min": 0.4, "t_max": 0.65}
     noise, labels = case.image("sample/z"), torch.from_numpy(case.arrays["sample/y"]).long()

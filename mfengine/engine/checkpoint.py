@@ -244,6 +244,7 @@ class _Progress:
     parts: int = 1
     skipped_steps: int = 0
     ema_decays: tuple[float, ...] = (0.0,)
+    class_names: tuple[str, ...] = ()  # in the order of the labels, where the data set has them
 
     def __post_init__(self) -> None:
         check_at_least(0, step=self.step, skipped_steps=self.skipped_steps)
@@ -270,8 +271,8 @@ def read_description(checkpoint: Path) -> dict[str, Any]:
 
 def checked(description: dict[str, Any], where: Path) -> dict[str, Any]:
     """The description of a checkpoint or an export, once all of it is valid; otherwise InputError."""
-    names = [field.name for field in dataclasses.fields(_Progress)]
-    from_json(_Progress, {name: description[name] for name in names if name in description}, where)
+    fields = [field.name for field in dataclasses.fields(_Progress)]
+    from_json(_Progress, {name: description[name] for name in fields if name in description}, where)
     model = NETWORKS.read(description, "model", where)
     OBJECTIVES.read(description, "method", where)
     space = latent_space(description, where)
@@ -280,6 +281,8 @@ def checked(description: dict[str, Any], where: Path) -> dict[str, Any]:
             f"{where}: space.shape {space.shape} with {space.num_classes} classes does not fit the model, which takes "
             f"{model.latent_shape} with {model.num_classes}"
         )
+    if len(names := description.get("class_names", ())) not in (0, space.num_classes):
+        raise InputError(f"{where}: class_names has {len(names)} entries for {space.num_classes} classes")
     return description
 
 

@@ -439,6 +439,7 @@ class Trainer:
             "ema_decays": self.config.optim.ema_decays,
             **self.config.description(),
             "space": to_json(self.dataset.space),
+            "class_names": self.dataset.class_names,
         }
         self.checkpointer.save(self.step, state, description)
         self.saved_at = time.monotonic()

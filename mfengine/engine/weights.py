@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,6 +13,8 @@ from torch import Tensor
 
 from mfengine.configs import choose, parse_json, to_json
 from mfengine.data.format import LatentSpace
+from mfengine.data.pictures import draw_latents
+from mfengine.data.vae import VAE
 from mfengine.engine.checkpoint import checked, find_checkpoint, latent_space, load_state, read_description
 from mfengine.engine.config import OTHERS, TrainConfig
 from mfengine.engine.flops import meta_network
@@ -23,16 +27,98 @@ from mfengine.ranks import World
 
 
 class Trained(NamedTuple):
-    """A model with averaged weights, for sampling, on the host."""
+    """A model with averaged weights, ready to sample."""
 
     model: Network
     space: LatentSpace  # what its latents mean
     path: Path  # the checkpoint or export that was read
     objective: Objective  # how to sample from it
+    class_names: tuple[str, ...] = ()  # in the order of the labels, where the data set had them
+
+    def sample(self, labels: Sequence[int] | Tensor, steps: int = 1, seed: int = 0, **conditions: float) -> Tensor:
+        """Draw samples.
+
+        Args:
+            labels: (B,) classes.
+            steps: network evaluations per sample.
+            seed: of the noise.
+            conditions: what the objective takes beside labels, such as omega; those not given have the values of its
+                configuration.
+
+        Returns:
+            (B, C, H, W) float32 latents, on the model's device.
+
+        Raises:
+            InputError: a label is out of range, or there is no such condition.
+            ValueError: steps is less than 1.
+        """
+        y = torch.as_tensor(labels, dtype=torch.int64)
+        for label in y.unique().tolist():
+            self.label(label)
+        device = next(self.model.parameters()).device
+        noise = torch.randn(len(y), *self.space.shape, generator=torch.Generator().manual_seed(seed))
+        return self.objective.sampler(conditions)(self.model, noise.to(device), y.to(device), steps)
+
+    def images(self, latents: Tensor, vae: str | Path | None = None) -> Tensor:
+        """Latents (B, C, H, W) as images (B, 3, H', W') float32 in [0, 1].
+
+        Args:
+            latents: of `sample`.
+            vae: decodes them: a folder or hub name that diffusers loads. None shows pixels as they are, and of other
+                latents the first three channels.
+
+        Raises:
+            InputError: the VAE cannot be loaded, or takes other latents.
+        """
+        if vae is None:
+            return draw_latents(latents, self.space)
+        return VAE(vae, latents.device).decode(latents, self.space)
+
+    def label(self, name: int | str) -> int:
+        """A class, given by its number or its name; InputError if the model does not have it."""
+        if isinstance(name, str) and not name.lstrip("-").isdecimal():
+            if not self.class_names:
+                raise InputError(
+                    f"{self.path} has no names of classes: give 0 to {self.space.num_classes - 1}, not {name}"
+                )
+            return self.class_names.index(choose("class", name, self.class_names))
+        if not 0 <= (label := int(name)) < self.space.num_classes:
+            raise InputError(f"there is no label {label}; the model has 0 to {self.space.num_classes - 1}")
+        return label
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    ema_decay: float | None = None,
+    device: torch.device | str | None = None,
+    skip_checksums: bool = False,
+) -> Trained:
+    """Load a model to sample from; `mfengine.load`.
+
+    Args:
+        path: a run folder (its newest checkpoint is taken), a checkpoint folder, or an export (.safetensors).
+        ema_decay: which moving average; the first if None, as for an export, which holds one.
+        device: of the model; None takes a GPU where there is one.
+        skip_checksums: do not check the files of a checkpoint.
+
+    Raises:
+        InputError: there is no such thing, or it is damaged, or of an unknown architecture.
+
+    Example:
+        >>> import mfengine
+        >>> digits = mfengine.load("runs/digits")  # doctest: +SKIP
+        >>> latents = digits.sample([3, 7], steps=1)  # doctest: +SKIP
+        >>> digits.images(latents).shape  # doctest: +SKIP
+        torch.Size([2, 3, 8, 8])
+    """
+    trained = load_model(Path(path), ema_decay, skip_checksums)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return trained._replace(model=trained.model.to(device))
 
 
 def load_model(path: Path, ema_decay: float | None = None, skip_checksums: bool = False) -> Trained:
-    """A model to sample from, computing in float32.
+    """A model to sample from, on the host, computing in float32.
 
     Args:
         path: a run folder (its newest checkpoint is taken), a checkpoint folder, or an export (.safetensors).
@@ -54,7 +140,8 @@ def load_model(path: Path, ema_decay: float | None = None, skip_checksums: bool 
     model = NETWORKS.build(NETWORKS.read(description, "model", path)).for_sampling()
     _load_weights(model, weights, path)
     objective = OBJECTIVES.build(OBJECTIVES.read(description, "method", path))
-    return Trained(model.eval(), latent_space(description, path), path, objective)
+    names = tuple(description.get("class_names", ()))
+    return Trained(model.eval(), latent_space(description, path), path, objective, names)
 
 
 def _load_weights(model: Network, weights: dict[str, Tensor], path: Path) -> None:
