@@ -102,7 +102,7 @@ class InfoArgs:
 
 
 def main(args: Sequence[str]) -> None:
-    cli.parse(InfoArgs, args, "python -m mfengine.info")
+    cli.parse(InfoArgs, args, "info")
     table = rows()
     width = max(len(name) for name, _ in table)
     for name, state in table:

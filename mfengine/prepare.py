@@ -260,7 +260,7 @@ def main(args: Sequence[str]) -> None:
         raise InputError(f"say what to prepare: {', '.join(COMMANDS)}")
     name = choose("command", args[0], COMMANDS)
     _, arguments, action = COMMANDS[name]
-    action(cli.parse(arguments, args[1:], f"{PROG} {name}"))
+    action(cli.parse(arguments, args[1:], f"prepare {name}"))
 
 
 if __name__ == "__main__":

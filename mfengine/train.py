@@ -71,7 +71,7 @@ def parse(args: Sequence[str]) -> Arguments:
         preset, args = choose("preset", args[0], PRESETS), args[1:]
     default = PRESETS[preset][1] if path is None else read_config(path)
     try:
-        return cli.parse(Arguments, args, f"{PROG} {preset}".rstrip(), default=Arguments(default, path))
+        return cli.parse(Arguments, args, f"train {preset}".rstrip(), default=Arguments(default, path))
     except InputError as error:
         if str(error).startswith("unexpected argument"):
             raise InputError(f"{error}: one preset comes first, then options") from None

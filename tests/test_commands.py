@@ -21,9 +21,10 @@ from mfengine import MeanFlow, cli
 from mfengine.data.format import LatentSpace
 from mfengine.data.writer import ArraySamples, order, write_dataset
 from mfengine.engine import trainer
-from mfengine.engine.checkpoint import load_model, newest_checkpoint, read_description
+from mfengine.engine.checkpoint import newest_checkpoint, read_description
 from mfengine.engine.config import OptimConfig
 from mfengine.engine.telemetry import METRICS, Telemetry
+from mfengine.engine.weights import load_model
 from mfengine.errors import InputError, RankTrainingError
 from mfengine.methods import OBJECTIVES
 from mfengine.networks import dit
@@ -174,7 +175,7 @@ def test_sample_draws_the_same_from_run_checkpoint_and_export(trained, tmp_path)
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         pictures.append(np.asarray(Image.open(tmp_path / f"{i}.png")))
-    assert pictures[0].shape[1] > 1.5 * pictures[0].shape[0]  # two rows of four
+    assert pictures[0].shape[0] > 1.5 * pictures[0].shape[1]  # four rows of two classes
     assert np.array_equal(pictures[0], pictures[1])
     assert np.array_equal(pictures[0], pictures[2])
 
@@ -518,7 +519,7 @@ def test_weights_that_are_not_finite_are_not_saved(digits, tmp_path):
         (["mfengine.prepare"], "say what to prepare: digits"),
         (["mfengine.generate", "nowhere"], "nowhere is neither a checkpoint"),
         (["mfengine.generate", "RUN", "--labels", "10"], "there is no label 10; the model has 0 to 9"),
-        (["mfengine.generate", "RUN", "--steps=0"], "--steps must be at least 1, not 0"),
+        (["mfengine.generate", "RUN", "--steps=0"], "--steps must be different numbers, each at least 1"),
         (["mfengine.generate", "RUN", "--seed=-1"], "seed must be at least 0 and below 2^63, not -1"),
         (["mfengine.generate", "RUN", f"--seed={2**64}"], "seed must be at least 0 and below 2^63"),
         (["mfengine.train", "--seed=-1"], "seed must be at least 0 and below 2^63, not -1"),

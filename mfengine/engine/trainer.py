@@ -31,7 +31,6 @@ from mfengine.device import HostCopy, step_generator, to_device
 from mfengine.engine.checkpoint import (
     Checkpointer,
     first_whole,
-    load_initial_weights,
     load_state,
     read_description,
     remove_leftovers,
@@ -49,6 +48,7 @@ from mfengine.engine.preflight import check_run, check_run_folder, other_normali
 from mfengine.engine.profile import Profile
 from mfengine.engine.rates import peak_rate
 from mfengine.engine.telemetry import METRICS, Telemetry, best_step
+from mfengine.engine.weights import load_initial_weights
 from mfengine.errors import InputError, RankTrainingError, TrainingError
 from mfengine.evaluation.frechet import Gaussian, fit_data, latent_distance
 from mfengine.evaluation.samples import SampleSet
@@ -439,6 +439,7 @@ class Trainer:
             "ema_decays": self.config.optim.ema_decays,
             **self.config.description(),
             "space": to_json(self.dataset.space),
+            "class_names": self.dataset.class_names,
         }
         self.checkpointer.save(self.step, state, description)
         self.saved_at = time.monotonic()
