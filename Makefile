@@ -1,6 +1,9 @@
 # Everything runs in .venv, which `make install` makes with the tested versions of constraints.txt.
 PYTHON ?= python3
 BIN := .venv/bin
+# A module is compiled when it is first imported: pip would compile all of them, most of which nothing imports.
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: install demo test test-all lint docs bench gpu
 
@@ -8,9 +11,9 @@ install: .venv/installed
 
 .venv/installed: setup.py pyproject.toml constraints.txt CMakeLists.txt $(wildcard kernels/cuda/*)
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt setuptools cmake torch
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-build-isolation --editable ".[test]"
-	$(BIN)/python -m mfengine.info | grep "^CUDA library"
+	$(PIP) setuptools cmake
+	$(PIP) --no-build-isolation --editable ".[test]"
+	@test -e kernels/libmfengine_cuda.so || echo "CUDA library: not built; $(BIN)/python -m mfengine.info says why"
 	touch $@
 
 # Trains a one-step generator of digits on real data, draws samples, measures and reports. Run again, it goes on from where it was.
@@ -39,7 +42,7 @@ docs: .venv/docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 .venv/docs: .venv/installed
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-build-isolation --editable ".[docs]"
+	$(PIP) --no-build-isolation --editable ".[docs]"
 	touch $@
 
 # Throughput, beside baselines and the machine's ceilings; fails where it fell below the accepted figures.

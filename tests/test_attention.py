@@ -166,8 +166,10 @@ def test_no_rows(name):
         assert packed(randn(0, 0, 5, 3 * 2 * 16, dtype=torch.float16)).shape == (0, 5, 32)
 
 
-@pytest.mark.parametrize("name", ["torch", "triton", "sdpa"])  # that flash-attn compiles is its own matter
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize(
+    ("name", "dynamic"),  # that flash-attn compiles is its own matter
+    [("torch", True), ("triton", True), ("sdpa", True), pytest.param("triton", False, marks=pytest.mark.slow)],
+)
 def test_compiled(name, dynamic):
     """One graph, for any number of rows and tokens, and another when another attention is asked for."""
     torch._dynamo.reset()
@@ -355,8 +357,21 @@ def assert_fused_equals_plain(given, options, through=True):
     assert_close(actual, exact)
 
 
-@pytest.mark.parametrize("through", [False, True])
-@pytest.mark.parametrize("name", VARIANTS)
+REPEATED = ("causal", "mask of all samples", "whole blocks")  # branches of the kernels that the others take too
+
+
+@pytest.mark.parametrize(
+    ("name", "through"),
+    [
+        *((name, True) for name in VARIANTS if name not in REPEATED),
+        ("causal, more keys, grouped", False),
+        ("term of each head", False),
+        *(
+            pytest.param(name, True, marks=pytest.mark.slow)
+            for name in ("causal", "mask of all samples", "whole blocks")
+        ),
+    ],
+)
 def test_gradients_of_output_and_tangent(name, through):
     assert_fused_equals_plain(arguments(name), VARIANTS[name][-1], through)
 
@@ -403,7 +418,7 @@ def test_gradcheck_of_plain_attention_with_its_tangent(options):
 
 
 def test_gradients_through_the_tangent_repeat_bit_for_bit():
-    given = arguments("causal, more keys, grouped")
+    given = arguments_of(16, 20, 37, 2, 1)
     first, second = (through_tangent("triton", *given, ops.attention) for _ in range(2))
     assert all(map(torch.equal, first, second))
 
@@ -430,7 +445,7 @@ def test_packed_gradients_through_the_tangent(rows):
     assert_close(*results)
 
 
-@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("is_causal", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_sequences_equal_each_alone(is_causal):
     """One of them has no keys, another nothing at all."""
     lengths_q, lengths_k = (7, 0, 13), (0, 0, 33)
@@ -476,6 +491,7 @@ def test_gradient_of_a_mask_is_never_dropped():
     assert do.norm() > 0
 
 
+@pytest.mark.slow  # `test_compiled` compiles the same operators
 def test_compiled_with_a_mask():
     torch._dynamo.reset()
     primals, mask = arguments("mask of each sample, grouped")[0], VARIANTS["mask of each sample, grouped"][-1]["mask"]

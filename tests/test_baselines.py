@@ -68,6 +68,7 @@ def test_port_in_bfloat16_is_near_float32():
     assert 1e-4 < worst_error(actual, expected) < 0.03
 
 
+@pytest.mark.slow  # the eager one is compared above
 def test_compiled_port_agrees_with_the_papers_own_code(monkeypatch):
     """Dynamo's and AOTAutograd's graphs, where a JVP would get lost; Inductor takes a minute of C++ on two cores."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager", fullgraph=True))

@@ -190,12 +190,13 @@ def test_evaluate_writes_its_figures(trained, digits):
     assert "frechet_2nfe" in done.stdout
 
 
-def test_training_with_every_option(digits, tmp_path):
-    """bf16, compiled, recomputed, accumulated, clipped, guided: it runs, and its loss is finite."""
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_training_with_every_option(compiled, digits, tmp_path):
+    """bf16, recomputed, accumulated, clipped, guided, and compiled: it runs, and its loss is finite."""
     done = run_command(
-        "mfengine.train", *SMALL, f"--data={digits}", "--steps=3", "--precision=bfloat16", "--compile", "--recompute",
+        "mfengine.train", *SMALL, f"--data={digits}", "--steps=3", "--precision=bfloat16", "--recompute",
         "--accumulation=2", "--optim.clip-norm=1", "--method.omega=0.2", "--method.kappa=0.92", "--name=all",
-        cwd=tmp_path,
+        *["--compile"] * compiled, cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     line = json.loads((tmp_path / "runs/all/metrics.jsonl").read_text().splitlines()[-1])

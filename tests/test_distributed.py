@@ -79,6 +79,7 @@ def test_clipping_takes_the_norm_over_all_ranks(single, digits):
     assert_near(weights(single, "clipped-sharded"), weights(single, "clipped"))
 
 
+@pytest.mark.slow  # each half has its test
 def test_one_process_in_two_passes_continues_what_two_began(single, digits):
     train(digits, single, "passes", "--steps=7", *GUIDED, ranks=2)
     done = train(digits, single, "passes", *STEPS, *GUIDED, "--resume=auto", "--accumulation=2")
@@ -176,9 +177,10 @@ def test_allocator_uses_expandable_segments_unless_told_otherwise(name, monkeypa
     assert at_start == [expected]
 
 
-def test_on_two_ranks(host_library, tmp_path):
+@pytest.mark.parametrize("env", [None, pytest.param({}, marks=pytest.mark.slow)], ids=["forks", "torchrun"])
+def test_on_two_ranks(env, host_library, tmp_path):
     """The checks of rank_worker.py, one after the other in one process group."""
-    done = run_command("rank_worker", host_library.path, cwd=tmp_path, ranks=2, env={})  # torchrun itself
+    done = run_command("rank_worker", host_library.path, cwd=tmp_path, ranks=2, env=env)
     assert done.returncode == 0, done.stderr
     passed = [line.removeprefix("passed ") for line in done.stdout.splitlines() if line.startswith("passed ")]
     assert sorted(passed) == sorted(2 * [check.__name__ for check in CHECKS])

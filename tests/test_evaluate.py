@@ -256,6 +256,7 @@ def test_training_measures_its_samples(trained, digits):
     assert figures[10] > figures[20]
 
 
+@pytest.mark.slow  # the command, below, has two processes
 def test_two_processes_measure_the_same_and_a_resumed_run_repeats_it(trained, digits, tmp_path):
     """The model is sharded, 10,000 samples in slices of 16 dealt to two ranks."""
     for steps, resume in ((10, "never"), (20, "auto")):

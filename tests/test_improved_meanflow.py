@@ -132,7 +132,10 @@ def test_every_batch_makes_the_same_sequence_of_calls(name):
     assert calls == {((False, "v"), (bool(CONFIGS[name].interval_share), "uv"))}
 
 
-@pytest.mark.parametrize(("name", "most", "as_written"), [("imf-xl2", 5.3, 7.5), ("imf-b2", 6.8, 9)])
+@pytest.mark.parametrize(
+    ("name", "most", "as_written"),
+    [("imf-xl2", 5.3, 7.5), pytest.param("imf-b2", 6.8, 9, marks=pytest.mark.slow)],
+)
 def test_cost_of_a_step(name, most, as_written):
     """In F, the FLOPs of a sample drawn in one step."""
     config = PRESETS[name][1]

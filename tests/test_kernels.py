@@ -79,15 +79,18 @@ def check(op, primals, tangents, weights):
 # Attention.
 
 
-# The interpreter takes seconds for each of these, and ten for float32 in its small tiles. So: every class of tiles at
-# one query and a padded block of keys; every form of a head (one part, a part and a tail, padded or not) at whole
-# blocks; and blocks that neither queries nor keys fill.
+# The interpreter takes seconds for each of these, and ten for float32 in its small tiles. So: the classes of tiles at
+# one query and a padded block of keys; the forms of a head (one part, a part and a tail, padded or not) at whole
+# blocks; and blocks that neither queries nor keys fill. What repeats a class or a form is slow.
 ATTENTION = [
     *((dim, 1, 17, dtype) for dim in (8, 72, 128) for dtype in BOUNDS),
-    *((dim, 64, 64, torch.float16) for dim in (8, 24, 64, 72, 96, 120, 128)),
-    (72, 64, 128, torch.float16),
-    *((dim, 100, 37, torch.float16) for dim in (72, 128)),
+    *((dim, 64, 64, torch.float16) for dim in (24, 64)),
+    (72, 100, 37, torch.float16),
     (24, 33, 20, torch.float32),
+    *(
+        pytest.param(*case, torch.float16, marks=pytest.mark.slow)
+        for case in [*((dim, 64, 64) for dim in (8, 72, 96, 120, 128)), (72, 64, 128), (128, 100, 37)]
+    ),
 ]
 
 
@@ -103,8 +106,10 @@ def test_attention(dim, queries, keys, dtype):
     check(ops.attention, qkv(0, 3), qkv(1, 2), [randn(2, 3, 2, queries, dim, dtype=dtype)])
 
 
-@DTYPES
-@pytest.mark.parametrize("rows", [0, 1, 2])
+@pytest.mark.parametrize(
+    ("rows", "dtype"),
+    [*((1, dtype) for dtype in BOUNDS), (0, torch.float16), (2, torch.float16)],  # numbers of rows know no dtype
+)
 def test_attention_packed(rows, dtype):
     tokens, heads = (129 if dtype == torch.float16 else 49, 1) if rows == 1 else (33, 2)
     primals, tangents = [randn(0, 2, tokens, 3 * 16, dtype=dtype)], [randn(1, rows, tokens, 3 * 16, dtype=dtype)]
@@ -168,7 +173,7 @@ def test_padded_keys_add_nothing_where_the_log_sum_exp_is_very_negative(keys, dt
 
 
 @pytest.mark.parametrize("layout", ["odd strides", "odd pointers", "columns"])
-@DTYPES
+@pytest.mark.parametrize("dtype", [torch.float16])  # a copy for every dtype alike
 def test_attention_of_layouts_that_cannot_be_read_16_bytes_at_a_time(layout, dtype):
     def empty(tokens):
         if layout == "odd strides":
@@ -347,8 +352,10 @@ def test_plans_follow_configurations(monkeypatch):
 # adaLN and GELU.
 
 
-@DTYPES
-@pytest.mark.parametrize(("batch", "tokens", "width", "rows"), [(3, 17, 72, 1), (2, 33, 100, 2), (1, 1, 1152, 0)])
+@pytest.mark.parametrize(
+    ("batch", "tokens", "width", "rows", "dtype"),
+    [*((3, 17, 72, 1, dtype) for dtype in BOUNDS), (2, 33, 100, 2, torch.float16), (1, 1, 1152, 0, torch.float32)],
+)
 def test_adaln(batch, tokens, width, rows, dtype):
     """The residual stream is float32 whatever the rest is; the modulation is a slice of a wider product."""
 
@@ -523,7 +530,12 @@ def test_a_lane_holds_few_elements_of_rows_of_an_rms_norm(kernel, width):
 # The network on fused kernels.
 
 
-@pytest.mark.parametrize("name", [*NAMES, *(pytest.param(name, marks=pytest.mark.slow) for name in IMPROVED_NAMES)])
+SLOW_NAMES = [
+    name for name in (*NAMES, *IMPROVED_NAMES) if name != "guided_kappa"
+]  # which takes every branch of a step
+
+
+@pytest.mark.parametrize("name", ["guided_kappa", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW_NAMES)])
 def test_golden_cases_through_the_fused_path(name):
     case = golden_case(name)
     case.model.to(DEVICE)
@@ -690,6 +702,7 @@ def test_direct_launches_hand_the_driver_what_triton_does():
     assert "9 inputs alike" in compiling("tests.direct_launch_worker")
 
 
+@pytest.mark.slow  # compiles for three architectures; benchmarks/static.py has all of them
 def test_static_gate():
     """XL/2's dual attention: no stack, tensor cores, and accesses of 8 bytes and more, on all architectures."""
     output = gate("attention_packed XL/2 bf16 dual")

@@ -82,7 +82,10 @@ def test_bfloat16_computes_near_float32_and_returns_float32():
     assert all(p.grad.dtype == torch.float32 for p in half.parameters())
 
 
-def test_compiled_blocks_keep_output_tangent_and_gradient():
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_blocks_keep_output_tangent_and_gradient(backend):
+    """Graphs of Dynamo and AOTAutograd, where a tangent would get lost; Inductor takes a minute of C++."""
+    torch._dynamo.reset()
     model = small_model(torch.float32)
     z, t, h, y = inputs(5, torch.float32)
     tangents = (z[3:], t[3:], h[3:])
@@ -95,7 +98,7 @@ def test_compiled_blocks_keep_output_tangent_and_gradient():
 
     expected = run()
     for block in model.blocks:
-        block.forward = torch.compile(block.forward, fullgraph=True)
+        block.forward = torch.compile(block.forward, fullgraph=True, backend=backend)
     actual = run()
     assert expected[1].abs().sum() > 0  # a dropped tangent would be zero
     for a, e in zip(pytree.tree_leaves(actual), pytree.tree_leaves(expected), strict=True):
@@ -156,6 +159,7 @@ def test_bad_architecture(changes, message):
         small_model(**changes)
 
 
+@pytest.mark.slow  # Dynamo traces eight graphs
 def test_blocks_are_compiled_for_many_rows_and_for_one():
     """However many rows are guided: first for one number, then for any, and once more for a single row."""
     torch._dynamo.reset()  # what other tests compiled counts too

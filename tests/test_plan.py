@@ -133,10 +133,10 @@ def test_activations_count_storages_once_and_while_they_live():
     assert (live.now, live.peak) == (0, 240)
 
 
-@pytest.mark.parametrize(("ranks", "layout"), [
-    (2, {}), (2, {"reshard": True}), (16, {}), (16, {"reshard": True}), (16, {"replicas": 2}),
+@pytest.mark.parametrize(("ranks", "layout", "guided"), [  # each layout, and each once without guidance or with
+    (2, {}, True), (2, {"reshard": True}, False), (16, {}, False), (16, {"reshard": True}, True),
+    (16, {"replicas": 2}, True),
 ])  # fmt: skip
-@pytest.mark.parametrize("guided", [True, False])
 def test_communication_is_that_of_a_real_step(ranks, layout, guided):
     """Byte for byte, in the pass that issues it; 18 labels over 16 ranks are padded."""
     config = dataclasses.replace(CONFIG, **layout)

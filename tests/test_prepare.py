@@ -170,6 +170,7 @@ def test_description_says_what_it_was_made_of(whole, vae):
     assert labels.bincount().tolist() == [30] * 4
 
 
+@pytest.mark.slow  # torchrun, twice for each kill
 def test_two_processes_that_are_killed_write_what_one_writes(whole, arguments, tmp_path, pytestconfig):
     out, partial = tmp_path / "data", tmp_path / ".partial-data"
     command = ["mfengine.prepare", "images", arguments[0], out, *arguments[1:]]
