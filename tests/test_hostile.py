@@ -118,7 +118,7 @@ ENTRIES = {
 FEW = ("a partial", "another type")
 
 
-# Every pickle by one way in, and two by each of the others, which read by the same unpickler.
+# Every pickle by one way in, which has both unpicklers, and two by each of the others.
 @pytest.mark.parametrize(
     ("entry", "kinds"),
     [

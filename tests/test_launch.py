@@ -122,11 +122,11 @@ def test_other_commands_run_as_they_are(command, launch, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("command", "code", "requeued"),
-    [("mfengine.train", 143, True), ("mfengine.prepare", 143, True), ("mfengine.evaluate", 143, False),
-     ("mfengine.train", 1, False), ("mfengine.train", 0, False)],
+    ("sender", "command", "code", "requeued"),
+    [("script", "mfengine.train", 143, True), ("script", "mfengine.prepare", 143, True),
+     ("script", "mfengine.evaluate", 143, False), ("script", "mfengine.train", 1, False),
+     ("script", "mfengine.train", 0, False), ("another", "mfengine.train", 143, True)],
 )  # fmt: skip
-@pytest.mark.parametrize("sender", ["script", "another"])
 def test_stopped_by_sigterm(sender, command, code, requeued, launch, tmp_path):
     """Who sent it does not matter: the script waits for torchrun, and what can be continued goes back to the queue."""
     process = launch(command, "x", ON_TERM=str(code), RUNS_S="60")
