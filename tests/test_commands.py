@@ -18,12 +18,13 @@ from conftest import SMALL, checkpoint_contents, run_command, run_in_process
 from PIL import Image
 
 import mfengine
-from mfengine import MeanFlow, cli
+from mfengine import MeanFlow, __main__, cli, train
 from mfengine.data.format import LatentSpace
 from mfengine.data.writer import ArraySamples, order, write_dataset
 from mfengine.engine import trainer
 from mfengine.engine.checkpoint import newest_checkpoint, read_description
 from mfengine.engine.config import OptimConfig
+from mfengine.engine.presets import PRESETS
 from mfengine.engine.telemetry import METRICS, Telemetry
 from mfengine.engine.weights import load_model
 from mfengine.errors import InputError, RankTrainingError
@@ -239,6 +240,38 @@ def test_loaded_model_draws_samples(trained):
         model.sample([10])
     with pytest.raises(ValueError, match="there is no condition omga"):
         model.sample([1], omga=2.0)
+
+
+@pytest.mark.parametrize("preset", ["small-16", "imf-b2"])
+def test_network_takes_the_shapes_of_the_data(tmp_path, monkeypatch, capsys, preset):
+    moments = np.zeros((4, 1, 2, 3, 16, 16), np.float16)
+    samples = ArraySamples("own", LatentSpace((3, 16, 16), 5), moments, np.arange(4))
+    write_dataset(tmp_path / "own", samples)
+    model = train.parse([preset, f"--data={tmp_path / 'own'}"]).run.model
+    assert (model.latent_shape, model.num_classes) == ((3, 16, 16), 5)
+    assert model.hidden_size == PRESETS[preset][1].model.hidden_size
+    given = train.parse([preset, f"--data={tmp_path / 'own'}", "--model.num-classes=7"]).run.model
+    assert (given.latent_shape, given.num_classes) == ((3, 16, 16), 7)
+    assert train.parse([preset, "--data=nowhere"]).run.model == PRESETS[preset][1].model
+
+
+def test_script_runs_every_command(capsys, monkeypatch):
+    for name in __main__.COMMANDS:
+        monkeypatch.setattr(sys, "argv", ["/somewhere/bin/mfengine", name, "--help"])
+        with pytest.raises(SystemExit) as stop:
+            __main__.script()
+        assert not stop.value.code
+        assert f"usage: mfengine {name}" in capsys.readouterr().out
+    for args, code, said in (
+        (["--version"], 0, mfengine.__version__),
+        ([], 2, "train"),
+        (["trian"], 2, "the nearest is train"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["mfengine", *args])
+        with pytest.raises(SystemExit) as stop:
+            __main__.script()
+        assert (stop.value.code or 0) == code
+        assert said in "".join(capsys.readouterr())
 
 
 def test_evaluate_writes_its_figures(trained, digits):
