@@ -625,7 +625,7 @@ def test_weights_that_are_not_finite_are_not_saved(digits, tmp_path):
         (["mfengine.export", "RUN", "out.bin"], "must end in .safetensors or .pth"),
         (["mfengine.evaluate", "RUN", "--data=nowhere"], "dataset.json does not exist"),
         (["mfengine.train", "--steps=5", "digits"], "unexpected argument digits"),
-        (["mfengine.train", "qqqqqq"], "there is no preset qqqqqq; there are digits, b4"),
+        (["mfengine.train", "qqqqqq"], "there is no preset qqqqqq; there are digits, small-8"),
         (["mfengine.train", "--zzzzz=1"], "there is no option --zzzzz (`"),
         (["mfengine.train", "--batch-size=0"], "--batch-size must be at least 1, not 0"),
         (["mfengine.train", "--model.hidden-size=30"], "--model.hidden-size 30 is not a multiple of --model.num-heads"),
