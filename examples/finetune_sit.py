@@ -17,6 +17,7 @@ from mfengine.convert import from_sit
 from mfengine.data.format import Dataset
 from mfengine.data.loader import Loader
 from mfengine.data.pictures import draw_latents, labelled_grid, write_picture
+from mfengine.errors import InputError
 
 STEPS, BATCH = 1000, 128
 HEADS = {64: 4, 384: 6, 768: 12}  # attention heads by width; wider models have 16
@@ -45,6 +46,8 @@ def stand_in(loader):
 
 
 def main(args):
+    if len(args) not in (0, 2):
+        raise InputError(f"expected a checkpoint and a data set, or neither, not {len(args)} argument(s)")
     torch.manual_seed(0)
     path, data = args or (None, "data/digits")
     dataset = Dataset.open(Path(data))
