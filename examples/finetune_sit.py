@@ -16,7 +16,8 @@ from mfengine import DiT, MeanFlow, MeanFlowConfig, ModelConfig, cli, sample
 from mfengine.convert import from_sit
 from mfengine.data.format import Dataset
 from mfengine.data.loader import Loader
-from mfengine.data.pictures import draw_latents, image_grid, save_picture
+from mfengine.data.pictures import draw_latents, labelled_grid, write_picture
+from mfengine.errors import InputError
 
 STEPS, BATCH = 1000, 128
 HEADS = {64: 4, 384: 6, 768: 12}  # attention heads by width; wider models have 16
@@ -45,6 +46,8 @@ def stand_in(loader):
 
 
 def main(args):
+    if len(args) not in (0, 2):
+        raise InputError(f"expected a checkpoint and a data set, or neither, not {len(args)} argument(s)")
     torch.manual_seed(0)
     path, data = args or (None, "data/digits")
     dataset = Dataset.open(Path(data))
@@ -61,11 +64,11 @@ def main(args):
     model.load_state_dict(state)
 
     noise, labels = torch.randn(10, *dataset.space.shape), torch.arange(10)
-    rows = [sample(model, noise, labels, steps) for steps in (1, 4, 64)]
+    rows = {f"SiT, {steps} step(s)": sample(model, noise, labels, steps) for steps in (1, 4, 64)}
     train(model, MeanFlowConfig(), loader)
-    rows.append(sample(model, noise, labels))
-    save_picture(image_grid(draw_latents(torch.cat(rows), dataset.space), columns=10), Path("finetune_sit.png"))
-    print("finetune_sit.png: the SiT in 1, 4 and 64 steps, then fine-tuned in 1 step, from the same noise")
+    rows["fine-tuned, 1 step"] = sample(model, noise, labels)
+    blocks = {name: draw_latents(latents, dataset.space) for name, latents in rows.items()}
+    write_picture(labelled_grid(blocks, [str(label) for label in range(10)]), Path("finetune_sit.png"))
 
 
 if __name__ == "__main__":

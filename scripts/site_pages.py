@@ -1,8 +1,7 @@
-"""MkDocs hooks: pages of the site that are files of the repository's root, and links between both.
+"""MkDocs hooks: files outside of docs/ that belong to the site, and links to and from them.
 
 README.md is the first page. It links to pages as docs/NAME.md, and pages link to it as ../README.md, so that links work
-in a clone; on the site all of them are beside each other. Links to other files of the repository become plain text,
-because the site does not have them.
+in a clone; on the site all of them are beside each other. Links to files that the site does not have become plain text.
 """
 
 import re
@@ -12,6 +11,7 @@ from mkdocs.structure.files import File
 
 ROOT = Path(__file__).parent.parent
 PAGES = {"README.md": "index.md", "CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}
+PAGES |= {path: path for path in (f"examples/{file.name}" for file in sorted((ROOT / "examples").glob("*.py")))}
 LINK = re.compile(r"(!?)\[([^\]]*)\]\((?!\w+:|#)([^)#\s]+)(#[^)\s]*)?\)")
 
 
@@ -23,7 +23,7 @@ def on_files(files, config):
 
 def on_page_markdown(markdown, page, config, files):
     uri = page.file.src_uri
-    folder = ROOT if uri in PAGES.values() else (Path(config.docs_dir) / uri).parent
+    folder = ROOT if uri in PAGES.values() else Path(config.docs_dir, uri).parent
 
     def link(match):
         image, text, target, anchor = match.groups(default="")
