@@ -490,7 +490,7 @@ def test_run_folder_that_cannot_be_written_to(trained, digits, tmp_path, monkeyp
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--save=x.npz"], "latents of (4, 8, 8) become images by a VAE: give it with --vae"),
+        (["--save=x.npz"], "latents of (4, 8, 8) need a VAE to become images: give it with --vae"),
         (["--save=x", "--vae=empty"], "cannot load the VAE empty"),
         (["--save=x", "--vae=THREE"], "the VAE has 3 latent channels, the model 4"),
         (["--reference=good.npz", "--vae=VAE"], "the images of good.npz are 8 x 8, those of the model 16 x 16"),

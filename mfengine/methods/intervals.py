@@ -31,7 +31,7 @@ class IntervalConfig(ObjectiveConfig):
     def __post_init__(self) -> None:
         check_shares(interval_share=self.interval_share, label_dropout=self.label_dropout)
         if not self.norm_p >= 0:
-            raise ValueError(f"norm_p must not be negative, not {self.norm_p}")
+            raise ValueError(f"norm_p must be at least 0, not {self.norm_p}")
         for name in ("logit_std", "norm_eps"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, not {getattr(self, name)}")

@@ -48,7 +48,7 @@ class MeanFlowConfig(IntervalConfig):
         if self.t_start > self.t_end:
             raise ValueError(f"t_start {self.t_start} is above t_end {self.t_end}: nothing would be guided")
         if not self.kappa >= 0:
-            raise ValueError(f"kappa must not be negative, not {self.kappa}")
+            raise ValueError(f"kappa must be at least 0, not {self.kappa}")
 
     @property
     def guided(self) -> bool:
