@@ -513,7 +513,7 @@ def test_weights_that_are_not_finite_are_not_saved(digits, tmp_path):
         (["mfengine.train", "--data=DATA", "--model.num-classes=5"], "has 10 classes; --model.num-classes is 5"),
         (["mfengine.train", "--data=DATA", "--replicas=2"], "replicas 2 does not divide the 1 rank(s)"),
         (["mfengine.train", "--data=DATA", "--init=nowhere"], "nowhere is neither a checkpoint"),
-        (["mfengine.train", "--data=DATA", "--device=cuda"], "device cuda was asked for"),
+        (["mfengine.train", "--data=DATA", "--device=cuda"], "--device cuda is unavailable"),
         (["mfengine.prepare", "digits", "DATA"], "is not an empty folder"),
         (["mfengine.prepare", "digts", "out"], "there is no command digts; the nearest is digits"),
         (["mfengine.prepare"], "no command is given: choose one of digits"),
@@ -537,7 +537,7 @@ def test_weights_that_are_not_finite_are_not_saved(digits, tmp_path):
         (["mfengine.train", "--optim.lr=inf"], "--optim.lr must be finite, not inf"),
         (
             ["mfengine.train", "--method.t-start=0.8", "--method.t-end=0.2"],
-            "--method.t-start 0.8 is above --method.t-end",
+            "--method.t-start must be at most --method.t-end 0.2, not 0.8",
         ),
         (["mfengine.train", "--method.norm-p=-1"], "--method.norm-p must be at least 0, not -1.0"),
         (["mfengine.train", "--init-reverse-time"], "--init-reverse-time needs --init"),
