@@ -17,8 +17,8 @@ install: .venv/installed
 demo: install
 	test -e data/digits/dataset.json || $(BIN)/python -m mfengine.prepare digits data/digits
 	$(BIN)/python -m mfengine.train digits --resume auto
-	$(BIN)/python -m mfengine.generate runs/digits --steps 1 --out runs/digits/grid.png
 	$(BIN)/python -m mfengine.evaluate runs/digits --data data/digits
+	$(BIN)/python -m mfengine.generate runs/digits --data data/digits --steps 1 2 --per-label 3 --out runs/digits/grid.png
 	$(BIN)/python -m mfengine.report runs/digits
 
 # In five minutes on two cores, the installation included.

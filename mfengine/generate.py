@@ -109,7 +109,9 @@ def main(args: Sequence[str]) -> None:
                 blocks["real"] = torch.cat([decode(part.to(here.device), space).cpu() for part in real.split(64)])
             for steps in config.steps:
                 parts = images(steps, World(0, 1, here.device))
-                blocks[f"{steps} step{'s' if steps > 1 else ''}"] = torch.cat([part for _, part in parts])
+                blocks[{1: "one step", 2: "two steps"}.get(steps, f"{steps} steps")] = torch.cat(
+                    [part for _, part in parts]
+                )
             write_picture(labelled_grid(blocks, names), config.out)
     if here.main:
         conditions = {**objective.conditions, **config.conditions}

@@ -70,9 +70,9 @@ def _library() -> str:
     try:
         why = multi_tensor.library().why_not()
     except OSError as error:
-        why = str(error)
+        return f"{error}; mfengine.optim.AdamWEMA uses PyTorch's kernels"
     if why is not None:
-        return f"{why}; mfengine.optim.AdamWEMA uses PyTorch's kernels"
+        return f"built; mfengine.optim.AdamWEMA uses PyTorch's kernels here, since {why}"
     return "mfengine.optim.AdamWEMA in one pass over memory"
 
 
