@@ -43,7 +43,7 @@ __version__ = "0.2.0"
 
 
 def __getattr__(name: str) -> Any:
-    """What takes long to import, or needs packages that kernels do without, is imported at its first use."""
+    """Import lazily what takes long, or needs packages that the kernels do not need."""
     if name in ("convert", "optim"):
         return import_module(f"mfengine.{name}")
     if name == "load":

@@ -1,4 +1,4 @@
-"""The script `mfengine`: `mfengine train ...` is `python -m mfengine.train ...`."""
+"""The script `mfengine`: `mfengine train ...` is the same as `python -m mfengine.train ...`."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from mfengine.configs import choose
 from mfengine.errors import InputError
 
 COMMANDS = {
-    "prepare": "write data sets of latents, and check them",
+    "prepare": "write and check data sets of latents",
     "train": "train a one-step generator",
     "generate": "draw samples",
     "evaluate": "measure samples: Frechet distance, FID, precision and recall",
-    "report": "compare runs on one page of HTML",
-    "export": "write averaged weights into one file",
-    "info": "show what is active in this environment",
+    "report": "compare runs on one HTML page",
+    "export": "write averaged weights to one file",
+    "info": "show which features this environment has",
 }
 
 
@@ -33,7 +33,7 @@ def main(args: Sequence[str]) -> int | None:
         print("On several GPUs: torchrun --nproc-per-node 8 -m mfengine.train ...")
         if args:
             return None
-        raise InputError(f"say what to do: {', '.join(COMMANDS)}")
+        raise InputError(f"no command is given: choose one of {', '.join(COMMANDS)}")
     name = choose("command", args[0], COMMANDS)
     done: int | None = import_module(f"mfengine.{name}").main(args[1:])
     return done

@@ -34,7 +34,7 @@ Data = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DATA")]
 
 
 def program(command: str) -> str:
-    """How the user called a command: by the script `mfengine`, or as a module."""
+    """How the user called a command: through the script `mfengine`, or as a module."""
     return f"mfengine {command}" if Path(sys.argv[0]).name == "mfengine" else f"python -m mfengine.{command}"
 
 
@@ -42,15 +42,14 @@ def parse(arguments: type[T], args: Sequence[str], command: str, default: T | No
     """Parse a command line into a dataclass.
 
     Args:
-        arguments: the dataclass. A ValueError of its own, which calls fields by their names, is told with those of
-            their options.
+        arguments: the dataclass. If it raises a ValueError that names fields, the message names their options instead.
         args: the command line.
         command: what the user called, such as train.
-        default: values of options that are not given; the dataclass's own if None.
+        default: values of options that are not given; None takes the dataclass's own.
 
     Raises:
-        InputError: the command line is wrong, or a number is not finite; for an option that does not exist it names
-            one that is like it.
+        InputError: the command line is wrong, or a number is not finite. For an option that does not exist, the message
+            names the nearest one.
     """
     report, prog = io.StringIO(), program(command)
     names = [name for name, _ in _options(default or arguments)]
@@ -64,7 +63,7 @@ def parse(arguments: type[T], args: Sequence[str], command: str, default: T | No
         if not stop.code:
             raise  # --help
         message = re.sub(r"^Error parsing (?!--)[\w.]+: ", "", _message(report.getvalue()))
-    except ValueError as error:  # tyro lets that of a nested dataclass without a name pass
+    except ValueError as error:  # tyro does not catch that of a nested dataclass without a name
         message = str(error)
     if message.startswith("Missing from "):
         missing = re.findall(r"(?:^Missing from .*?: |\(required\) )(--[\w.-]+|[A-Z]+)", message)
@@ -84,7 +83,7 @@ def parse(arguments: type[T], args: Sequence[str], command: str, default: T | No
 
 
 def _message(report: str) -> str:
-    """What is wrong, out of tyro's report: a title, then parts divided by rules, all of it in a frame or not."""
+    """The error message in tyro's report, which is a title and parts divided by rules, with or without a frame."""
     framed = "│" in report
     lines = [line.strip(" │") for line in report.splitlines() if not line.startswith(("╭", "╰"))]
     parts = [list(part) for rule, part in groupby(lines, lambda line: bool(line) and not line.strip("─-")) if not rule]
@@ -92,8 +91,10 @@ def _message(report: str) -> str:
 
 
 def _options(arguments: Any, prefix: str = "--") -> Iterator[tuple[str, Any]]:
-    """Options of a dataclass or an instance, and their values; nested ones are --outer.inner, or --inner if the outer
-    one is named ""."""
+    """Options of a dataclass or an instance, with their values.
+
+    Nested options are --outer.inner, or --inner if the outer field is named "".
+    """
     hints = get_type_hints(arguments if isinstance(arguments, type) else type(arguments), include_extras=True)
     for field in dataclasses.fields(arguments):
         kind, *marks = get_args(hint) if get_origin(hint := hints[field.name]) is Annotated else (hint,)
@@ -107,7 +108,7 @@ def _options(arguments: Any, prefix: str = "--") -> Iterator[tuple[str, Any]]:
 
 
 def _check_finite(parsed: Any) -> None:
-    """ValueError if a number is infinite or not one."""
+    """ValueError if a number is infinite or NaN."""
     for option, value in _options(parsed):
         values = value.values() if isinstance(value, dict) else value if isinstance(value, tuple) else (value,)
         for number in values:
@@ -116,7 +117,7 @@ def _check_finite(parsed: Any) -> None:
 
 
 def _nearest(option: str, names: list[str]) -> str | None:
-    """The option that is like a mistaken one, which may lack its prefix, if one is."""
+    """The option most similar to a mistaken one, which may lack its prefix; None if none is similar."""
 
     def likeness(name: str) -> float:
         forms = {name, "--" + name.rpartition(".")[2].removeprefix("--")}
@@ -127,7 +128,7 @@ def _nearest(option: str, names: list[str]) -> str | None:
 
 
 def _with_options(message: str, names: list[str]) -> str:
-    """A message about fields, with the names of their options: of the first word, and of each that has a hyphen."""
+    """A message about fields, with option names in place of field names: the first word, and each with underscores."""
     fields = {name.rpartition(".")[2].removeprefix("--").replace("-", "_"): name for name in reversed(names)}
     return re.sub(r"^[a-z_]+\b|(?<![\w.-])[a-z]+(_[a-z]+)+\b", lambda word: fields.get(word[0], word[0]), message)
 
@@ -135,32 +136,32 @@ def _with_options(message: str, names: list[str]) -> str:
 def run(command: Callable[[Sequence[str]], int | None]) -> None:
     """Run a command on the process's arguments and exit with its code.
 
-    2 is for what the user can mend, wrong input and disks that are full or read-only; 1 for a failed run. Either ends
-    with one line.
+    The code is 2 for what the user can fix (wrong input, a full or read-only disk) and 1 for a failed run. Both print
+    one line.
     """
     try:
         code = command(sys.argv[1:])
         sys.stdout.flush()
-    except BrokenPipeError:  # who read has left, as `head` does
+    except BrokenPipeError:  # the reader has exited, as `head` does
         _discard_output()
         code = 128 + signal.SIGPIPE
     except (InputError, TrainingError, OSError) as error:
-        # What is wrong is wrong on every rank alike and the first one says it, unless only one rank can know.
+        # Most errors occur on every rank, so the first rank reports them. Other ranks report what only they know.
         rank = int(os.environ.get("RANK", 0))
         own = isinstance(error, (RankError, RankTrainingError, OSError))
         text = reason(error) if isinstance(error, OSError) else error
         line = f"error: {f'rank {rank}: ' if rank and own else ''}{text}"
         if rank == 0 or own:
             print(line, file=sys.stderr)
-        if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # torchrun ends with its own report, which quotes this
+        if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # torchrun quotes this in its own report
             with contextlib.suppress(OSError):
                 Path(report).write_text(json.dumps({"message": line, "timestamp": int(time.time())}))
         if isinstance(error, OSError):
             _discard_output()
         code = 1 if isinstance(error, TrainingError) else 2
     except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # again, while threads are ending: no traceback
-        sys.unraisablehook = lambda _: None  # objects that were half made say nothing as they go
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback for another Ctrl-C while threads end
+        sys.unraisablehook = lambda _: None  # nor from the destructors of half-constructed objects
         if int(os.environ.get("RANK", 0)) == 0:
             print("\ninterrupted", file=sys.stderr)
         code = 128 + signal.SIGINT
@@ -168,5 +169,5 @@ def run(command: Callable[[Sequence[str]], int | None]) -> None:
 
 
 def _discard_output() -> None:
-    """What is buffered for stdout goes nowhere, without a word."""
+    """Redirect what is buffered for stdout to the null device, so that flushing it raises no error."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,4 +1,4 @@
-"""Configuration dataclasses as JSON, checks that several of them share, and what they configure, by name."""
+"""Configuration dataclasses: conversion to and from JSON, shared checks, and registries of classes by name."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mfengine.errors import InputError
 
 C = TypeVar("C")
 
-ALIKE = 0.6  # from this likeness on, by difflib, one name may be meant by another
+ALIKE = 0.6  # difflib ratio from which one name may be a misspelling of another
 NAMES = {int: "an integer", float: "a number", str: "a text", bool: "true or false", dict: "an object"}
 
 
@@ -26,7 +26,7 @@ def check_seed(seed: int) -> None:
 
 
 def check_at_least(least: int, **values: int | None) -> None:
-    """ValueError that names the first of the values that is smaller; None is not given."""
+    """ValueError that names the first value below `least`; None stands for an option that is not given."""
     for name, value in values.items():
         if value is not None and value < least:
             raise ValueError(f"{name} must be at least {least}, not {value}")
@@ -50,7 +50,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def parse_json(text: str | bytes, where: object) -> dict[str, Any]:
-    """The JSON object in a text; InputError, which names `where` it stands, if it holds something else."""
+    """The JSON object in a text; InputError, which names its origin `where`, if it is anything else."""
     try:
         values = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -61,14 +61,14 @@ def parse_json(text: str | bytes, where: object) -> dict[str, Any]:
 
 
 def from_json(cls: type[C], values: Any, where: object, path: str = "") -> C:
-    """A dataclass from JSON values such as `to_json` makes, each of the type that the dataclass says.
+    """A dataclass from JSON values as `to_json` returns them, checked against the types of its fields.
 
     Args:
-        cls: the dataclass. Its fields are numbers, texts, paths, None, dictionaries, tuples and other dataclasses; a
-            type of another kind is not checked.
-        values: of its fields; those with a default may be missing.
-        where: they come from, for messages.
-        path: of the values in there: "space." of those of {"space": {...}}.
+        cls: the dataclass. Its fields are numbers, strings, paths, None, dictionaries, tuples and other dataclasses;
+            other types are not checked.
+        values: of its fields; fields with a default may be missing.
+        where: origin of the values, for messages.
+        path: prefix of the fields in messages, such as "space." for the values of {"space": {...}}.
 
     Raises:
         InputError: a field is unknown or missing, its value has another type or is not finite, or the dataclass
@@ -79,7 +79,7 @@ def from_json(cls: type[C], values: Any, where: object, path: str = "") -> C:
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     unknown = sorted(values.keys() - fields.keys())
     if unknown:
-        raise InputError(f"{where}: {path}{unknown[0]} is unknown: written by another version of mfengine")
+        raise InputError(f"{where}: {path}{unknown[0]} is unknown; it may be of another version of mfengine: remove it")
     for name, field in fields.items():
         required = field.default is field.default_factory is dataclasses.MISSING
         if required and name not in values:
@@ -94,14 +94,14 @@ def from_json(cls: type[C], values: Any, where: object, path: str = "") -> C:
 
 
 def _typed(kind: Any, value: Any, where: object, path: str) -> Any:
-    """A JSON value as a value of a type; InputError if it is none."""
+    """A JSON value converted to a type; InputError if it does not fit."""
     origin, kinds = get_origin(kind), get_args(kind)
     if dataclasses.is_dataclass(kind) and isinstance(kind, type):
         return value if isinstance(value, kind) else from_json(kind, value, where, f"{path}.")
     if origin in (Union, UnionType):
         if value is None and NoneType in kinds:
             return None
-        # A number, or a list of them: which one a value is for, its own type says.
+        # For a union of a number and a list of numbers, the value's own type decides.
         kinds = tuple(kind for kind in kinds if kind is not NoneType)
         fitting = (kind for kind in kinds if (get_origin(kind) is tuple) == isinstance(value, (list, tuple)))
         return _typed(next(fitting, kinds[0]), value, where, path)
@@ -139,7 +139,7 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def choose(what: str, name: Any, names: Collection[str]) -> str:
-    """`name` if it is among `names`; otherwise InputError that gives all of them, and the one that is like it."""
+    """`name` if it is among `names`; otherwise InputError that lists them and names the nearest one."""
     if isinstance(name, str) and name in names:
         return name
     near = difflib.get_close_matches(str(name), names, n=1, cutoff=ALIKE)
@@ -151,8 +151,8 @@ class Registry(dict[str, type[C]]):
     """Classes by name, each with its configuration dataclass as `Config`.
 
     Args:
-        what: they are, for messages.
-        classes: by name; the first is meant where version 0.1 wrote no name.
+        what: kind of the classes, for messages.
+        classes: by name; the first is the default for descriptions of version 0.1, which have no name.
     """
 
     def __init__(self, what: str, **classes: type[C]) -> None:
@@ -161,22 +161,24 @@ class Registry(dict[str, type[C]]):
 
     @property
     def unnamed(self) -> dict[str, str]:
-        """What a description of version 0.1 means."""
+        """The name that descriptions of version 0.1 imply."""
         return {self.what: next(iter(self))}
 
     def name_of(self, config: Any) -> str:
-        """Whose configuration it is; InputError if that was not put in."""
+        """The name of the class that this configures; InputError if it is not registered."""
         for name, cls in self.items():
             if cls.Config is type(config):  # type: ignore[attr-defined]
                 return name
-        raise InputError(f"no {self.what} has the configuration {type(config).__name__}: {', '.join(self)} do not")
+        raise InputError(
+            f"{type(config).__name__} does not configure a known {self.what}: register it, or use {', '.join(self)}"
+        )
 
     def build(self, config: Any, *args: Any) -> C:
-        """An instance of the class whose configuration it is."""
+        """An instance of the class that this configures."""
         return self[self.name_of(config)](config, *args)  # type: ignore[call-arg]
 
     def describe(self, config: Any, key: str) -> dict[str, Any]:
-        """JSON values from which `read` makes the configuration again: {what: name, key: fields}."""
+        """JSON values from which `read` restores the configuration: {what: name, key: fields}."""
         return {self.what: self.name_of(config), key: to_json(config)}
 
     def read(self, description: dict[str, Any], key: str, where: object) -> Any:

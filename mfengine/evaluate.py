@@ -1,4 +1,4 @@
-"""`python -m mfengine.evaluate CHECKPOINT --data FOLDER --reference STATS_OR_FOLDER`: how good samples are."""
+"""`python -m mfengine.evaluate CHECKPOINT --data FOLDER --reference STATS_OR_FOLDER`: measure sample quality."""
 
 from __future__ import annotations
 
@@ -41,53 +41,54 @@ from mfengine.ranks import World, world
 
 @dataclass(frozen=True)
 class EvaluateArgs:
-    """Measure samples of a trained model. Under torchrun, on all of its processes; the samples are the same.
+    """Measure samples of a trained model. Under torchrun, all processes share the work and draw the same samples.
 
-    Against its data set: the Frechet distance of latents as the encoder gave them, without another network, and for
-    images of few pixels the share read as their label. Against reference images: FID, Inception Score, precision and
+    Against its data set (--data): the Frechet distance in latent space, without another network, and for small images
+    the share classified as their label. Against reference images (--reference): FID, Inception Score, precision and
     recall.
     """
 
     checkpoint: cli.Checkpoint
     """a run folder, one of its checkpoints, or an export (.safetensors)"""
     steps: tuple[int, ...] = (1, 2)
-    """network evaluations per sample; all metrics are taken for each value, in a sweep for the first one"""
-    # torchrun on Python 3.11 stumbles over --num, which is how options of its own begin.
+    """network evaluations per sample; metrics are computed for each value, with --sweep for the first value only"""
+    # torchrun on Python 3.11 rejects --num as an ambiguous abbreviation of its own options.
     num: Annotated[int, tyro.conf.arg(aliases=("--num-samples",))] = 2000
-    """samples to draw; 50000 is usual for FID. Under torchrun write --num-samples"""
+    """number of samples to draw; 50000 is usual for FID. Under torchrun, write --num-samples"""
     labels: Literal["balanced", "random"] = "balanced"
-    """of the samples: in turn, so that classes are equally many, or drawn at random"""
+    """labels of the samples: balanced cycles through the classes, random draws them uniformly"""
     conditions: dict[str, float] = field(default_factory=dict)
-    """what the model's objective takes beside labels, as in --conditions omega 7.5 t_min 0.4; those that are not given
-    have the values of its configuration"""
+    """conditions of the model's objective in addition to labels, such as --conditions omega 7.5 t_min 0.4; the others
+    default to the model's configuration"""
     seed: int = 0
-    """noise and label of a sample derive from it and the sample's number"""
+    """seed; the noise and label of a sample depend on it and on the sample's number"""
     ema_decay: float | None = None
-    """which moving average; the run's first if not given"""
+    """decay of the moving average of the weights to use; by default the run's first"""
     skip_checksums: bool = False
-    """read a checkpoint without comparing the checksums of its files; their sizes are compared anyway"""
+    """do not verify the checksums of checkpoint files when reading; file sizes are still verified"""
     batch_size: int = 64
-    """samples per call of the network, on one rank"""
+    """samples per call of the network on one rank"""
 
     sweep: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=VALUE,VALUE ...")] = ()
-    """measure all combinations of values of conditions, steps and ema_decay, such as omega=1,2,4 steps=1,2. A table has
-    the best one first, by FID or else by Frechet distance, and a heat map shows all"""
+    """measure all combinations of these values of conditions, steps and ema_decay, such as omega=1,2,4 steps=1,2. A
+    table lists the best combination first, by FID or else by Frechet distance, and a heat map shows all"""
 
     data: Path | None = None
     """the data set the model was trained on"""
     reference: Path | None = None
-    """a folder of images, or an .npz with mu and sigma of Inception features, images (arr_0), or both, as ADM's"""
+    """reference images: a folder of images, or an .npz file with mu and sigma of Inception features, images (arr_0), or
+    both, as ADM publishes"""
     inception: Path | None = None
-    """a file with the weights of torch-fidelity's Inception; torch-fidelity fetches them if not given"""
+    """file with the weights of torch-fidelity's Inception network; by default torch-fidelity downloads them"""
     vae: str | None = None
-    """decode latents with this VAE: a folder or hub name that diffusers loads"""
+    """VAE that decodes the latents: a folder or hub name that diffusers loads"""
     save: Path | None = None
-    """write the images, of the first of --steps: NAME.npz as ADM's evaluation takes it, or a folder for PNG files"""
+    """write the images of the first of --steps: NAME.npz in the format of ADM's evaluation, or a folder of PNG files"""
     out: Path | None = None
-    """where to write the metrics; metrics.json, or sweep.json, in the run folder if not given, nowhere for an export.
-    Those of the same samples that are there already stay, and a sweep goes on after them"""
+    """file for the metrics; by default metrics.json, or sweep.json, in the run folder, and no file for an export.
+    Metrics of the same samples that the file already has are kept, and a sweep measures only what is missing"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto takes a GPU where there is one"""
+    """device to compute on; auto takes a GPU if there is one"""
 
     def __post_init__(self) -> None:
         check_at_least(2, num=self.num)
@@ -101,16 +102,16 @@ class EvaluateArgs:
             )
         if self.reference is not None and self.num < SPLITS:
             raise ValueError(
-                f"num must be at least {SPLITS} with --reference: Inception Score splits the samples in so many"
+                f"num must be at least {SPLITS} with --reference: Inception Score divides samples into {SPLITS} splits"
             )
         if self.inception is not None and self.reference is None:
-            raise ValueError("inception needs --reference")
+            raise ValueError("inception needs --reference: no other metric uses Inception features")
         if self.sweep and (self.save is not None or (self.data is None and self.reference is None)):
-            raise ValueError("sweep needs --data or --reference to measure against, and writes no images for --save")
+            raise ValueError("sweep needs --data or --reference to measure against, and cannot be combined with --save")
         if self.sweep and self.out is not None and self.out.suffix != ".json":
-            raise ValueError(f"out {self.out} must end in .json with --sweep: its picture ends in .png")
+            raise ValueError(f"out {self.out} must end in .json with --sweep: the heat map ends in .png")
         if self.vae is not None and self.reference is None and self.save is None:
-            raise ValueError("vae needs --reference or --save: nothing else is measured on images")
+            raise ValueError("vae needs --reference or --save: nothing else uses decoded images")
 
 
 def main(args: Sequence[str]) -> None:
@@ -134,7 +135,7 @@ def main(args: Sequence[str]) -> None:
         if out is None and (dataset is not None or reference is not None) and path.parent.name == "checkpoints":
             out = path.parent.parent / ("sweep.json" if axes else "metrics.json")
         if axes and out is None:
-            raise InputError(f"{path} is not in a run folder: say with --out where to write the rows of --sweep")
+            raise InputError(f"{path} is not in a run folder: give --out to name the file for the rows of --sweep")
         if out is not None:
             check_file(out)
         if out is not None and axes:
@@ -148,7 +149,7 @@ def main(args: Sequence[str]) -> None:
             elif space.pixel_range is not None:
                 decode = draw_latents
             else:
-                raise InputError(f"latents of {space.shape} become images by a VAE: give it with --vae")
+                raise InputError(f"latents of {space.shape} need a VAE to become images: give it with --vae")
         begin = partial(
             Evaluation,
             SampleSet(space, config.num, config.batch_size, config.seed, config.labels),
@@ -202,15 +203,15 @@ def main(args: Sequence[str]) -> None:
 
 
 def check_axes(axes: Axes, config: EvaluateArgs, trained: Trained) -> None:
-    """InputError, before anything is drawn, for settings that there are not, or that an option says already."""
+    """InputError, before anything is drawn, for unknown settings and for settings that an option also sets."""
     check_matplotlib()
-    for name in config.conditions:  # whose values fit some combinations, perhaps
+    for name in config.conditions:  # names only: the values may be valid in some combinations
         choose("condition", name, trained.objective.conditions)
     for name in axes:
         choose("setting to sweep", name, (*trained.objective.conditions, "steps", "ema_decay"))
         if name in config.conditions or (name == "ema_decay" and config.ema_decay is not None):
-            raise InputError(f"{name} is in --sweep: omit it elsewhere")
-    for decay in axes.get("ema_decay", ()):  # an export was refused when it was to be read
+            raise InputError(f"{name} is given twice: omit it from --sweep or from the other option")
+    for decay in axes.get("ema_decay", ()):  # an export has already been refused when it was read
         check_decay(trained.path, read_description(trained.path), decay)
 
 
@@ -223,13 +224,13 @@ def sweep(
     begin: Callable[[], Evaluation],
     here: World,
 ) -> None:
-    """Measure all combinations, those that `out` has not yet, and show them; every rank calls it.
+    """Measure all combinations that are not yet in `out`, and show them; every rank calls it.
 
     Args:
         config: the command line.
-        axes: what is combined.
+        axes: the values to combine.
         origin: what all rows have in common.
-        out: the file of rows; the picture has its name and .png.
+        out: the file of rows; the heat map has its name with .png.
         trained: the model with the first of the moving averages.
         begin: reads what samples are compared with.
         here: the ranks that share the work.
@@ -248,7 +249,7 @@ def sweep(
     if not rows:
         raise InputError(f"no combination of --sweep can be drawn: {left_out[0]}")
     if left_out and here.main:
-        print(f"note: {len(left_out)} combination(s) left out, as {left_out[0]}", file=sys.stderr)
+        print(f"note: {len(left_out)} combination(s) left out, such as {left_out[0]}", file=sys.stderr)
 
     metric = "frechet" if config.reference is None else "fid"
     there = here.on_main(lambda: read_rows(out))
@@ -257,7 +258,7 @@ def sweep(
     measured = [key(row) for row in found]
     pending = [row for row in rows if row not in measured]
     decays = axes.get("ema_decay", (config.ema_decay,))
-    pending.sort(key=lambda row: decays.index(row["ema_decay"]))  # so that each one's weights are read once
+    pending.sort(key=lambda row: decays.index(row["ema_decay"]))  # so that the weights of each decay are read once
     decay = decays[0]
     evaluation = begin() if pending else None
     for number, row in enumerate(pending, start=len(found) + 1):

@@ -1,4 +1,4 @@
-"""`python -m mfengine.export CHECKPOINT OUT`: averaged weights in one file."""
+"""`python -m mfengine.export CHECKPOINT OUT`: write averaged weights to one file."""
 
 from __future__ import annotations
 
@@ -19,22 +19,24 @@ from mfengine.files import check_file
 
 @dataclass(frozen=True)
 class ExportArgs:
-    """Write the moving average of a checkpoint's weights into one file.
+    """Write a moving average of a checkpoint's weights to one file.
 
-    As .safetensors with its configuration as metadata, which all commands take; or, of improved MeanFlow, as .pth for
-    the authors' PyTorch code. With --preset, weights that others have published become such a .safetensors.
+    A .safetensors file holds the configuration as metadata, and all commands accept it. A .pth file, for improved
+    MeanFlow, is in the format of the authors' PyTorch code. With --preset, published weights of another project are
+    converted to such a .safetensors file.
     """
 
     checkpoint: cli.Checkpoint
-    """a checkpoint, or a run folder, whose newest checkpoint is taken; with --preset another project's .pt or .pth"""
+    """a checkpoint, or a run folder, whose newest checkpoint is used; with --preset, a .pt or .pth file of another
+    project"""
     out: cli.Out
     """a new file, NAME.safetensors or NAME.pth"""
     ema_decay: float | None = None
-    """which moving average; the run's first if not given"""
+    """decay of the moving average of the weights to write; by default the run's first"""
     skip_checksums: bool = False
-    """read a checkpoint without comparing the checksums of its files; their sizes are compared anyway"""
+    """do not verify the checksums of checkpoint files when reading; file sizes are still verified"""
     preset: str | None = None
-    """whose network, sampling and latents another project's weights are of, such as imf-xl2"""
+    """preset that describes the network, sampling and latents of another project's weights, such as imf-xl2"""
 
 
 def main(args: Sequence[str]) -> None:
@@ -55,9 +57,9 @@ def main(args: Sequence[str]) -> None:
 def _export_published(path: Path, out: Path, name: str) -> None:
     preset = PRESETS[name][1]
     if path.suffix not in OTHERS or out.suffix != ".safetensors":
-        raise InputError(f"--preset makes a .safetensors of a {' or '.join(OTHERS)}, not {out} of {path}")
+        raise InputError(f"--preset converts a {' or '.join(OTHERS)} file to .safetensors, not {path} to {out}")
     if preset.normalisation is None:
-        raise InputError(f"nobody has published weights of the preset {name}: it does not say which latents they take")
+        raise InputError(f"there are no published weights for preset {name}: choose one that states a normalisation")
     space = LatentSpace(preset.model.latent_shape, preset.model.num_classes)
     export_other(path, out, preset, published(space, preset.normalisation))
 

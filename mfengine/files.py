@@ -1,4 +1,4 @@
-"""Files that are never half-written: they get their name when they are whole."""
+"""Atomic writes: a file gets its name only when it is complete."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from pathlib import Path
 
 from mfengine.errors import InputError
 
-# What file systems that cannot sync a folder, or anything, answer: network and FUSE ones, mostly.
+# Errors of file systems that cannot sync a folder, or anything: mostly network and FUSE file systems.
 NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.EISDIR, errno.EACCES, errno.EPERM)
 
 
 def write_atomic(path: Path, content: str | bytes | Callable[[Path], object]) -> None:
-    """Write a file under another name in the same folder, sync it, and rename it to `path`.
+    """Write a file under a temporary name in the same folder, sync it, and rename it to `path`.
 
     Args:
         path: an existing file is replaced. The folder must exist.
-        content: text, bytes, or a function that writes a file of the name it is given; that name has the suffix of
+        content: text, bytes, or a function that writes the file whose path it is given; that path has the suffix of
             `path`.
 
     Raises:
-        OSError: the file cannot be written. Then `path` is as it was, and nothing is left beside it.
+        OSError: the file cannot be written. `path` is then unchanged, and the temporary file is removed.
     """
     partial = path.with_name(f".partial-{path.name}")
     try:
@@ -40,7 +40,7 @@ def write_atomic(path: Path, content: str | bytes | Callable[[Path], object]) ->
 
 
 def sync(path: Path) -> None:
-    """Make the content of a file, or renaming in a folder, survive a power cut, if the file system can.
+    """Make the content of a file, or renames in a folder, survive a power cut, if the file system supports it.
 
     Raises:
         OSError: the disk failed or is full.
@@ -57,24 +57,24 @@ def sync(path: Path) -> None:
 
 
 def check_writable(path: Path) -> None:
-    """InputError unless a file can be made in the folder of `path`, or in the nearest one above that exists."""
+    """InputError unless a file can be created in the folder of `path`, or in its nearest existing parent."""
     folder = next(above for above in path.absolute().parents if above.exists())
     if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
-        raise InputError(f"cannot write {path}: {folder} is not a folder that can be written to")
+        raise InputError(f"cannot write {path}: {folder} is not a writable folder")
 
 
 def check_file(path: Path) -> None:
-    """InputError if there is a folder in the place of a file that is to be written, or none to write it in."""
+    """InputError if `path` is a folder, or if its folder does not exist or is not writable."""
     if path.is_dir():
         raise InputError(f"{path} is a folder: name a file in it")
     if not path.parent.is_dir():
-        raise InputError(f"folder {path.parent} does not exist")
+        raise InputError(f"cannot write {path}: folder {path.parent} does not exist; create it first")
     check_writable(path)
 
 
 @contextmanager
 def writing(path: Path, kind: Callable[[str], InputError] = InputError) -> Iterator[None]:
-    """Turn an OSError inside into one line, as a `kind` of InputError."""
+    """Convert an OSError inside to a one-line `kind` of InputError."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""`python -m mfengine.generate CHECKPOINT --steps 1 --out grid.png`: draw samples as one picture or as single files."""
+"""`python -m mfengine.generate CHECKPOINT --steps 1 --out grid.png`: draw samples as one picture or one file each."""
 
 from __future__ import annotations
 
@@ -27,38 +27,38 @@ from mfengine.ranks import World, world
 
 @dataclass(frozen=True)
 class GenerateArgs:
-    """Draw samples of a trained model, with its averaged weights, as one picture or as single files."""
+    """Draw samples from the averaged weights of a trained model, as one picture or as one file per sample."""
 
     checkpoint: cli.Checkpoint
     """a run folder, one of its checkpoints, or an export (.safetensors)"""
     out: Path = Path("samples.png")
-    """NAME.png: one picture, a column per class and a block of rows per value of --steps; an existing file is replaced.
-    A name without a suffix: an empty or new folder for one file per sample, NUMBER-CLASS.png; under torchrun all ranks
-    share the work"""
+    """NAME.png for one picture, with a column per class and a block of rows per value of --steps; an existing file is
+    replaced. A name without a suffix is an empty or new folder for one file per sample, NUMBER-CLASS.png; under
+    torchrun, all ranks share the work"""
     steps: tuple[int, ...] = (1,)
-    """network evaluations per sample"""
+    """network evaluations per sample; several values give several blocks of rows in the picture"""
     labels: tuple[str, ...] = ()
-    """classes to draw, by number, or by name where the data set has names; the first ten if not given"""
+    """classes to draw, by number, or by name if the data set has class names; by default the first ten"""
     per_label: int = 10
     """number of samples of each class"""
     data: Path | None = None
-    """a data set: the picture begins with real images of the same classes"""
+    """a data set; the picture then begins with real images of the same classes"""
     conditions: dict[str, float] = field(default_factory=dict)
-    """what the model's objective takes beside labels, as in --conditions omega 7.5 t_min 0.4; those not given have the
-    values of its configuration"""
+    """conditions of the model's objective in addition to labels, such as --conditions omega 7.5 t_min 0.4; the others
+    default to the model's configuration"""
     seed: int = 0
     """seed of the noise"""
     ema_decay: float | None = None
-    """which moving average of the weights; the run's first if not given"""
+    """decay of the moving average of the weights to use; by default the run's first"""
     skip_checksums: bool = False
-    """read a checkpoint without comparing the checksums of its files; their sizes are compared anyway"""
+    """do not verify the checksums of checkpoint files when reading; file sizes are still verified"""
     vae: str | None = None
-    """decode latents with this VAE: a folder or hub name that diffusers loads. Without it, the first three channels of
-    latents are shown"""
+    """VAE that decodes the latents: a folder or hub name that diffusers loads. Without it, the picture shows the first
+    three channels of the latents"""
     batch_size: int = 64
     """samples per call of the network"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto takes a GPU where there is one"""
+    """device to compute on; auto takes a GPU if there is one"""
 
     def __post_init__(self) -> None:
         if not self.steps or min(self.steps) < 1 or len(set(self.steps)) < len(self.steps):
@@ -66,9 +66,9 @@ class GenerateArgs:
         check_at_least(1, per_label=self.per_label, batch_size=self.batch_size)
         check_seed(self.seed)
         if self.out.suffix not in (".png", ""):
-            raise ValueError(f"out {self.out} must end in .png, or have no suffix for a folder")
+            raise ValueError(f"out {self.out} must end in .png for a picture, or have no suffix for a folder")
         if self.out.suffix == "" and (len(self.steps) > 1 or self.data is not None):
-            raise ValueError(f"out {self.out} is a folder, for samples of one value of --steps and without --data")
+            raise ValueError(f"out {self.out} is a folder: give one value of --steps and omit --data, or name a .png")
 
 
 def main(args: Sequence[str]) -> None:
@@ -102,7 +102,7 @@ def main(args: Sequence[str]) -> None:
 
         if single:
             _write_files(config.out, count, images(config.steps[0], here), names, here)
-        elif here.main:  # alone: a picture has few samples
+        elif here.main:  # rank 0 alone: a picture has few samples
             blocks = {}
             if dataset is not None:
                 real = real_latents(dataset, labels, config.per_label)
@@ -134,9 +134,9 @@ def real_latents(dataset: Dataset, labels: Sequence[int], rows: int) -> Tensor:
     """Latents of the data, row by row, with a column for each label: (n, C, H, W) float32.
 
     Args:
-        dataset: where they are taken from, the first of each class.
-        labels: of the columns.
-        rows: wanted; there are fewer where a class has fewer samples.
+        dataset: provides the latents; the first samples of each class are taken.
+        labels: classes of the columns.
+        rows: maximum number of rows; fewer if a class has fewer samples.
 
     Raises:
         InputError: a class has no samples.

@@ -437,11 +437,11 @@ def check_settings(
 ) -> None:
     """ValueError if a setting of `AdamWEMA` is out of range."""
     if not lr >= 0:
-        raise ValueError(f"lr must not be negative, not {lr}")
+        raise ValueError(f"lr must be at least 0, not {lr}")
     if not eps > 0:
         raise ValueError(f"eps must be positive, not {eps}")
     if not weight_decay >= 0:
-        raise ValueError(f"weight_decay must not be negative, not {weight_decay}")
+        raise ValueError(f"weight_decay must be at least 0, not {weight_decay}")
     if not all(0 <= beta < 1 for beta in betas):
         raise ValueError(f"betas must be in [0, 1), not {betas}")
     decays = ema_decays.values() if isinstance(ema_decays, Mapping) else ema_decays

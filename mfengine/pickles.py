@@ -1,9 +1,9 @@
-"""Reads pickles without executing anything that they say: what `torch.save` wrote, and dicts of numpy's arrays.
+"""Reads pickles without executing their code: files of `torch.save`, and dicts of NumPy arrays.
 
-A pickle is a program: it names functions, by module and name, and calls them. For files of `torch.save` PyTorch has a
-restricted unpickler. For dicts of arrays, here no name is looked up. The few by which numpy pickles arrays and numbers
-stand for functions of this file, every other is refused; and nothing that pickle hands out can be changed or derived
-from, so one record leaves no trace for the next.
+A pickle is a program: it names functions by module and name, and calls them. For files of `torch.save`, PyTorch has a
+restricted unpickler. For dicts of arrays, the unpickler here imports nothing. The few names that NumPy uses to pickle
+arrays and numbers are mapped to functions of this file, and every other name is refused. The unpickled objects cannot
+be modified or subclassed, so one record cannot affect the next.
 """
 
 from __future__ import annotations
@@ -23,27 +23,27 @@ warnings.filterwarnings("ignore", message="Detected pickle protocol")  # it is r
 
 
 class Refused(pickle.UnpicklingError):
-    """The pickle asks for something other than arrays and plain values; the message names it."""
+    """The pickle contains something other than arrays and plain values; the message names it."""
 
 
 def load_tensors(source: Path | BytesIO) -> Any:
-    """What `torch.save` wrote, on the host: tensors, containers and plain values.
+    """The content of a file of `torch.save`, on the host: tensors, containers and plain values.
 
     Raises:
-        Refused: there is something else in it.
+        Refused: the file contains something else.
         OSError: the file cannot be read.
-        ValueError: it is no whole file of `torch.save`.
+        ValueError: it is not a complete file of `torch.save`.
     """
     try:
         return torch.load(source, map_location="cpu", weights_only=True)
     except OSError:
         raise
-    except Exception as error:  # of the unpickler and the zip reader, which break in many ways on what is no such file
+    except Exception as error:  # the unpickler and the zip reader raise many types of errors on other files
         raise explained(error) from None
 
 
 def explained(error: BaseException) -> ValueError | Refused:
-    """An error of `torch.load`, with what is wrong alone: PyTorch's text recommends to execute the file."""
+    """An error of `torch.load` reduced to its cause: PyTorch's message recommends executing the file."""
     if named := re.search(r"GLOBAL (\S+)", str(error)):
         return Refused(named[1])
     if reason := re.search(r"WeightsUnpickler error:\s*(.+)", str(error)):
@@ -57,20 +57,20 @@ def load_record(data: bytes) -> dict[Any, Any]:
     """A flat dict of numpy arrays of numbers, numbers, strings, bytes and None.
 
     Args:
-        data: of `pickle.dumps`, any protocol.
+        data: the result of `pickle.dumps`, in any protocol.
 
     Returns:
-        What was pickled; arrays are read-only, numpy's numbers are Python's.
+        The dict; arrays are read-only, and NumPy's numbers are converted to Python's.
 
     Raises:
-        Refused: there is something else in it.
-        ValueError: it is not a whole pickle of a dict.
+        Refused: the pickle contains something else.
+        ValueError: it is not a complete pickle of a dict.
     """
     try:
         record = _Unpickler(BytesIO(data)).load()
     except Refused:
         raise
-    except Exception as error:  # of pickle's machine, which breaks in many ways on what is no pickle
+    except Exception as error:  # pickle raises many types of errors on other data
         raise ValueError(f"it is not a pickle: {error}") from None
     if not isinstance(record, dict):
         raise ValueError(f"it is a pickled {_brief(record)}, not a dict")
@@ -87,7 +87,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 class _Function:
-    """What a name in the pickle stands for. The pickle can call it, and do nothing else to it."""
+    """What a name in the pickle refers to. The pickle can only call it."""
 
     __slots__ = ("_call",)
 
@@ -107,7 +107,7 @@ class _Dtype:
     __slots__ = ("dtype",)
 
     def __init__(self, code: str, *_: Any) -> None:
-        # Of this kind and width alone: numpy's own parser of codes also takes objects, strings and structures.
+        # Only these kinds and widths: NumPy's parser of codes also accepts objects, strings and structures.
         if not (isinstance(code, str) and code[:1] in tuple("fiub") and code[1:] in ("1", "2", "4", "8")):
             raise Refused(f"numpy.dtype({_brief(code)})")
         self.dtype = np.dtype(code)
@@ -139,7 +139,7 @@ def _array(raw: Any, dtype: Any, shape: Any, order: str = "C") -> np.ndarray:
 
 
 def _buffered(*args: Any) -> _Array:
-    """`_frombuffer`, by which protocol 5 pickles a contiguous array."""
+    """`_frombuffer`, which protocol 5 uses to pickle a contiguous array."""
     array = _Array()
     array.array = _array(*args)
     return array
@@ -150,14 +150,14 @@ def _scalar(dtype: Any, raw: Any) -> Any:
 
 
 def _latin1(text: str, encoding: str) -> bytes:
-    """`_codecs.encode`, by which protocols below 3 pickle bytes."""
+    """`_codecs.encode`, which protocols below 3 use to pickle bytes."""
     if encoding not in ("latin1", "latin-1"):
         raise Refused(f"_codecs.encode to {_brief(encoding)}")
     return str.encode(text, "latin-1")
 
 
 def _no_bytes() -> bytes:
-    """`bytes()`, by which protocols below 3 pickle those of an empty array."""
+    """`bytes()`, which protocols below 3 use to pickle the data of an empty array."""
     return b""
 
 

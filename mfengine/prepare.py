@@ -29,19 +29,19 @@ from mfengine.ranks import world
 
 @dataclass(frozen=True)
 class DigitsArgs:
-    """The 1,797 real 8 x 8 images that scikit-learn carries, as one-channel latents without variance."""
+    """Write the 1,797 handwritten digits of scikit-learn, 8 x 8 pixels, as one-channel latents without variance."""
 
     out: cli.Out
     """an empty or new folder"""
     seed: int = 0
-    """of the order in which samples are written"""
+    """seed of the order in which samples are written"""
 
     def __post_init__(self) -> None:
         check_seed(self.seed)
 
 
 def digits(args: DigitsArgs) -> None:
-    """Write the digits: moments (1, 2, 1, 8, 8), pixels 0 to 16 and a standard deviation of 0."""
+    """Write the digits as moments (1, 2, 1, 8, 8): pixels from 0 to 16 and a standard deviation of 0."""
     check_vacant(args.out)
     try:
         from sklearn.datasets import load_digits
@@ -50,42 +50,43 @@ def digits(args: DigitsArgs) -> None:
     data = load_digits()
     pixels = data.images[:, None]  # (1797, 1, 8, 8)
     moments = np.stack([pixels, np.zeros_like(pixels)], axis=1)[:, None]
-    # Pixels from 0, black, to 16 have mean 4.9 and standard deviation 6.0.
+    # Pixels, from 0 (black) to 16, have mean 4.9 and standard deviation 6.0.
     space = LatentSpace(shape=(1, 8, 8), num_classes=10, scale=1 / 6, bias=5.0, pixel_range=(0.0, 16.0))
     report(write_dataset(args.out, ArraySamples("digits", space, moments, data.target), seed=args.seed))
 
 
 @dataclass(frozen=True)
 class ImagesArgs:
-    """Images of any sizes, cropped to squares as ADM does and encoded by a VAE. Goes on where it was killed."""
+    """Crop images of any size to squares, as ADM does, and encode them with a VAE. Run again, it resumes."""
 
     src: cli.Source
-    """a folder with a folder per class, WebDataset tars (one, or a folder of them), or an LMDB: see docs/data.md"""
+    """a folder with a subfolder per class, a WebDataset tar or a folder of tars, or an LMDB; see docs/data.md"""
     out: cli.Out
     """an empty or new folder"""
     vae: str
-    """a folder or hub name that diffusers loads as AutoencoderKL"""
+    """the VAE: a folder or hub name that diffusers loads as AutoencoderKL"""
     size: int = 256
-    """side of the squares, in pixels; smaller images are enlarged"""
+    """side of the squares in pixels; smaller images are enlarged"""
     precision: Precision = "float32"
-    """of the VAE's convolutions and matrix products"""
+    """precision of the VAE's convolutions and matrix products"""
     normalisation: Normalisation | None = None
-    """of latents: by the VAE's published mean and standard deviation of each channel (sd-vae-ft-mse, as iMF expects),
-    by 0.18215 (sd, as MeanFlow expects), or by those measured; by the VAE's own scaling_factor if not given"""
+    """normalisation of the latents: the published mean and standard deviation of each channel (sd-vae-ft-mse, which iMF
+    expects), the factor 0.18215 (sd, which MeanFlow expects), or the measured ones; by default the VAE's own
+    scaling_factor"""
     batch_size: int = 64
-    """images encoded at a time by each rank"""
+    """images that each rank encodes at a time"""
     seed: int = 0
-    """of the order in which samples are written"""
+    """seed of the order in which samples are written"""
     shard_samples: int | None = None
-    """samples per shard; as many as make about 1 GB if not given"""
+    """samples per shard; by default as many as fit in about 1 GB"""
     max_broken: float = 0.001
-    """the share of images that may be unreadable: they are listed and left out"""
+    """share of images that may be unreadable; they are left out and listed in broken.jsonl"""
     num_classes: int | None = None
-    """labels are 0 to this less 1, for a subset without the last class, say; the highest label says it if not given"""
+    """number of classes, for example of a subset without the last class; by default the highest label plus 1"""
     one_class: bool = False
-    """all images are of one class, in whatever folders they lie"""
+    """treat all images as one class, whatever their folders"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto takes a GPU where there is one"""
+    """device to compute on; auto takes a GPU if there is one"""
 
     def __post_init__(self) -> None:
         check_at_least(1, size=self.size, batch_size=self.batch_size, num_classes=self.num_classes)
@@ -94,11 +95,11 @@ class ImagesArgs:
 
 def images(args: ImagesArgs) -> None:
     """Encode images, on every rank."""
-    with world(args.device, timeout=timedelta(hours=1)) as here:  # one rank lists the source, which may take long
+    with world(args.device, timeout=timedelta(hours=1)) as here:  # one rank lists the source while the others wait
         here.on_main(lambda: check_vacant(args.out, args.src))
-        torch.backends.cudnn.allow_tf32 = False  # PyTorch lets convolutions round float32 to 10 bits of mantissa
+        torch.backends.cudnn.allow_tf32 = False  # else convolutions round float32 to 10 bits of mantissa
         vae = VAE(args.vae, here.device, args.precision)
-        vae.space(args.size, num_classes=1)  # refuses a size before the source is listed, which may take long
+        vae.space(args.size, num_classes=1)  # checks the size before the source is listed, which may take long
         source = here.on_main(lambda: open_source(args.src, args.one_class))
         samples = EncodedImages(args.out.absolute().name, source, vae, args.size, args.batch_size, args.num_classes)
         if here.main:
@@ -125,42 +126,43 @@ def report(dataset: Dataset) -> None:
 
 @dataclass(frozen=True)
 class ImportArgs:
-    """Latents that others have prepared: LMDB, .pt or .npy files, found by looking.
+    """Import latents that other projects have prepared: LMDB, .pt or .npy files. The format is detected.
 
-    An LMDB of pickled moments, .pt files with image and label, or a folder or zip of .npy with a dataset.json, as
-    docs/data.md describes them. Pickles are never executed.
+    The source is an LMDB of pickled moments, a folder of .pt files with image and label, or a folder or zip of .npy
+    files with a dataset.json; see docs/data.md. Pickles are never executed.
     """
 
     source: cli.Source
-    """folder, LMDB or zip; nothing is written to it"""
+    """a folder, LMDB or zip, which is only read"""
     out: cli.Out
     """an empty or new folder"""
     num_classes: int | None = None
-    """labels are 0 to this less 1; for .npy files the highest label says it if not given"""
+    """number of classes; for .npy files by default the highest label plus 1"""
     normalisation: Normalisation | None = None
-    """of latents: by the VAE's published mean and standard deviation of each channel (sd-vae-ft-mse, as iMF expects),
-    by 0.18215 (sd, as MeanFlow expects), or by those measured; by scale and bias if not given"""
+    """normalisation of the latents: the published mean and standard deviation of each channel (sd-vae-ft-mse, which iMF
+    expects), the factor 0.18215 (sd, which MeanFlow expects), or the measured ones; by default --scale and --bias"""
     scale: float | None = None
-    """latents are (mean + std normal - bias) scale; for four channels 0.18215, as Stable Diffusion's, if not given"""
+    """factor that normalises latents: (mean + std * noise - bias) * scale; by default 0.18215 for four channels, as in
+    Stable Diffusion"""
     bias: float = 0.0
-    """see scale"""
+    """offset that normalises latents: (mean + std * noise - bias) * scale"""
     seed: int = 0
-    """of the order in which samples are written"""
+    """seed of the order in which samples are written"""
     max_broken: float = 0.0
-    """share of samples that may be unreadable: those are left out and listed in broken.jsonl"""
+    """share of samples that may be unreadable; they are left out and listed in broken.jsonl"""
 
     def __post_init__(self) -> None:
         check_at_least(1, num_classes=self.num_classes)
         if self.scale is not None and not self.scale > 0:
             raise ValueError(f"scale must be positive, not {self.scale}")
         if self.normalisation is not None and (self.scale is not None or self.bias):
-            raise ValueError(f"normalisation {self.normalisation} says scale and bias: omit --scale and --bias")
+            raise ValueError(f"normalisation {self.normalisation} sets scale and bias: omit --scale and --bias")
         check_settings(self.seed, self.max_broken)
 
 
 def import_latents(args: ImportArgs) -> None:
     """Import a source of latents; under torchrun, all ranks share the work."""
-    with world("cpu", timeout=timedelta(hours=1)) as here:  # listing a source may take one rank longer than another
+    with world("cpu", timeout=timedelta(hours=1)) as here:  # some ranks may list the source more slowly than others
         here.on_main(lambda: check_vacant(args.out, args.source))
         scale = args.scale if args.normalisation is None else 1.0
         samples = ImportedSamples(args.source, args.num_classes, scale, args.bias)
@@ -178,14 +180,14 @@ def import_latents(args: ImportArgs) -> None:
 
 @dataclass(frozen=True)
 class CheckArgs:
-    """Read a data set from end to end: checksums, indices, every sample, statistics."""
+    """Check a data set completely: checksums, indices, every sample, statistics."""
 
     folder: cli.Data
-    """a data set; nothing is written to it"""
+    """a data set, which is only read"""
 
 
 def check(args: CheckArgs) -> None:
-    """Say what is wrong with a data set, a line each, or that nothing is."""
+    """Print one line per problem of a data set, or a summary if there is none."""
     found = verify(args.folder)
     for line in found.warnings:
         print(f"warning: {line}", file=sys.stderr)
@@ -193,14 +195,14 @@ def check(args: CheckArgs) -> None:
     counts, dataset = found.class_counts, found.dataset
     mean, std = (", ".join(f"{x:.3g}" for x in values) for values in (found.mean, found.std))
     print(
-        f"{args.folder} is whole: {dataset.count} samples in {len(dataset.shards)} shard(s), {dataset.flips} flip(s) "
+        f"{args.folder} is intact: {dataset.count} samples in {len(dataset.shards)} shard(s), {dataset.flips} flip(s) "
         f"of {dataset.space.shape}, {len(counts)} classes of {min(counts.values())} to {max(counts.values())}; "
-        f"latents, normalised by {describe(dataset.space)}, have by channel mean {mean} and standard deviation {std}"
+        f"normalised by {describe(dataset.space)}, latents have mean {mean} and standard deviation {std} by channel"
     )
 
 
 def check_whole(found: Report) -> None:
-    """InputError, after a line for each problem, if a data set has one."""
+    """Print a line for each problem of a data set; InputError if there is any."""
     for line in found.problems:
         print(f"problem: {line}", file=sys.stderr)
     if found.problems:
@@ -209,12 +211,13 @@ def check_whole(found: Report) -> None:
 
 @dataclass(frozen=True)
 class NormaliseArgs:
-    """Change how latents are normalised, by scale and bias in dataset.json. Samples stay as the encoder gave them."""
+    """Change how latents are normalised: scale and bias in dataset.json. The samples themselves stay unchanged."""
 
     folder: cli.Data
-    """a data set; its dataset.json is rewritten"""
+    """a data set, whose dataset.json is rewritten"""
     to: Normalisation
-    """as of `prepare images`; measured reads the whole data set"""
+    """new normalisation: the published mean and standard deviation of each channel (sd-vae-ft-mse), the factor 0.18215
+    (sd), or the measured ones, which takes a pass over the data set"""
 
 
 def normalise(args: NormaliseArgs) -> None:
@@ -232,8 +235,8 @@ def normalise(args: NormaliseArgs) -> None:
     with writing(path):
         write_atomic(path, json.dumps(values, indent=1) + "\n")
     print(
-        f"{path}: latents are normalised by {describe(space)}, no longer by {describe(dataset.space)}. A run that "
-        "began before refuses to continue so: change it back for that run, or start another"
+        f"{path}: latents are now normalised by {describe(space)}, before by {describe(dataset.space)}. Earlier runs "
+        "on this data cannot be resumed now: change it back for them, or start new ones"
     )
 
 
@@ -250,13 +253,13 @@ COMMANDS: dict[str, tuple[str, type[Any], Callable[[Any], None]]] = {
 def main(args: Sequence[str]) -> None:
     if not args or args[0] in ("-h", "--help"):
         prog = cli.program("prepare")
-        print(f"usage: {prog} COMMAND ...\n\nWrite data sets of latents, check one, or normalise it otherwise.\n")
+        print(f"usage: {prog} COMMAND ...\n\nWrite data sets of latents, check them, or change their normalisation.\n")
         for name, (operands, arguments, _) in COMMANDS.items():
             print(f"  {name} {operands:{16 - len(name)}} {(arguments.__doc__ or '').splitlines()[0]}")
         print(f"\n`{prog} COMMAND --help` lists a command's options.")
         if args:
             raise SystemExit(0)
-        raise InputError(f"say what to prepare: {', '.join(COMMANDS)}")
+        raise InputError(f"no command is given: choose one of {', '.join(COMMANDS)}")
     name = choose("command", args[0], COMMANDS)
     _, arguments, action = COMMANDS[name]
     action(cli.parse(arguments, args[1:], f"prepare {name}"))

@@ -1,4 +1,4 @@
-"""Ranks and devices: starting them, and agreeing between them."""
+"""Ranks and devices: process groups, and exchanges between hosts."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class World:
-    """This process among all. A single process has no process group, unless it is a mesh of its own."""
+    """This rank and the number of ranks. A single process has no process group unless it is a mesh of one rank."""
 
     rank: int
     size: int
     device: torch.device
     one_rank_mesh: bool = False
-    """a single process shards its model too, over itself"""
+    """a single process also shards its model, over itself"""
 
     @property
     def main(self) -> bool:
@@ -40,10 +40,10 @@ class World:
         return self.size > 1 or self.one_rank_mesh
 
     def gather(self, row: list[float]) -> Tensor:
-        """Everyone's row of figures, (size, len(row)) float64, by way of the hosts: no device waits for it.
+        """The rows of all ranks, (size, len(row)) float64, exchanged between the hosts without waiting for devices.
 
         Raises:
-            TrainingError: a rank has ended, or has not come within the timeout.
+            TrainingError: a rank has ended, or has not answered within the timeout.
         """
         mine = torch.tensor(row, dtype=torch.float64)
         if self.size == 1:
@@ -56,7 +56,7 @@ class World:
         return torch.stack(rows)
 
     def gather_rows(self, x: Tensor) -> Tensor | None:
-        """Everyone's rows, (n, ...) of each rank after those of the ranks before, on the host of rank 0; else None."""
+        """The rows (n, ...) of all ranks, concatenated in order of rank, on the host of rank 0; None on other ranks."""
         x = x.cpu()
         if self.size == 1:
             return x
@@ -68,12 +68,16 @@ class World:
         return torch.cat([rows[:n] for rows, n in zip(everyones, counts, strict=True)]) if everyones else None
 
     def add_up(self, x: Tensor) -> None:
-        """Sum of everyone's `x`, in place."""
+        """Sum `x` over all ranks, in place."""
         if self.size > 1:
             dist.all_reduce(x)
 
     def on_main(self, action: Callable[[], T]) -> T:
-        """Run `action` on rank 0; every rank gets its result, or its InputError or OSError as an InputError."""
+        """Run `action` on rank 0 and return its result on every rank.
+
+        Raises:
+            InputError: on every rank, if the action raises an InputError or OSError.
+        """
         outcome: list[Any] = [None, None]
         if self.main:
             try:
@@ -91,15 +95,15 @@ class World:
 
 @contextmanager
 def world(device: str, timeout: timedelta = timedelta(minutes=10), one_rank_mesh: bool = False) -> Iterator[World]:
-    """Join the other processes that torchrun started, if it did.
+    """Join the process group of torchrun, if torchrun started this process.
 
     Args:
-        device: "cpu", "cuda", or "auto" for a GPU where there is one.
+        device: "cpu", "cuda", or "auto" for a GPU if there is one.
         timeout: how long the ranks wait for each other.
-        one_rank_mesh: a single process has a process group as well, and shards its model over itself.
+        one_rank_mesh: a single process also has a process group, and shards its model over itself.
 
     Raises:
-        InputError: there is no such device.
+        InputError: the device is unavailable.
     """
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -107,9 +111,10 @@ def world(device: str, timeout: timedelta = timedelta(minutes=10), one_rank_mesh
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
         if not torch.cuda.is_available():
-            raise InputError("device cuda was asked for, but torch finds no GPU; use --device cpu")
+            raise InputError("--device cuda is unavailable: torch finds no GPU; use --device cpu")
         if local_rank >= torch.cuda.device_count():
-            raise RankError(f"local rank {local_rank} has no GPU: there are {torch.cuda.device_count()}")
+            count = torch.cuda.device_count()
+            raise RankError(f"local rank {local_rank} has no GPU: start at most {count} process(es) on this host")
         expandable_segments()
         torch.cuda.set_device(local_rank)
         here = torch.device("cuda", local_rank)
@@ -118,9 +123,9 @@ def world(device: str, timeout: timedelta = timedelta(minutes=10), one_rank_mesh
     joined = World(rank, size, here, one_rank_mesh)
     if joined.sharded:
         backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
-        store = dist.HashStore() if size == 1 else None  # in this process's memory: there is nobody to meet
+        store = dist.HashStore() if size == 1 else None  # a single process needs no server to meet others
         dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=size)
     yield joined
     if joined.sharded:  # not after an error: the other ranks may be waiting for this one
-        gc.collect()  # sharded modules are in cycles; a group that they hold aborts the interpreter's exit at times
+        gc.collect()  # sharded modules are in cycles, and a process group that they hold can abort at exit
         dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""`python -m mfengine.report RUN [RUN ...]`: compare runs on one page of HTML that needs nothing else."""
+"""`python -m mfengine.report RUN [RUN ...]`: compare runs on one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Run(NamedTuple):
 
 
 def read_run(folder: Path, colour: str) -> Run:
-    """A run folder; InputError if it is none, or damaged."""
+    """A run folder; InputError if it is not one, or is damaged."""
     config, path = read_json(folder / CONFIG), folder / METRICS
     curves: dict[str, tuple[list[int], list[float]]] = {}
     for line in map(json.loads, kept_metrics(path, sys.maxsize)[0]):
@@ -74,7 +74,7 @@ def read_run(folder: Path, colour: str) -> Run:
                 steps.append(line["step"])
                 values.append(value)
     if not curves:
-        raise InputError(f"{path} has no metrics yet: there is nothing to show")
+        raise InputError(f"{path} has no metrics yet: let the run reach its first line of metrics (--log-every)")
     evaluated = read_json(folder / "metrics.json") if (folder / "metrics.json").exists() else {}
     evaluated = {name: value for name, value in evaluated.items() if name.endswith(("nfe", "_floor"))}
     pictures = [(f"step {int(path.stem)}", _data_url(path)) for path in sample_pictures(folder, MANY)]
@@ -86,7 +86,7 @@ def _data_url(path: Path) -> str:
 
 
 def results(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
-    """Rows of the first table: how far runs came, how fast they were, how good they are."""
+    """Rows of the first table: progress, throughput and sample quality of the runs."""
 
     def row(name: str, values: Sequence[float | str | None]) -> tuple[str, list[str]]:
         return name, ["" if v is None else v if isinstance(v, str) else f"{v:.4g}" for v in values]
@@ -116,7 +116,7 @@ def differences(runs: Sequence[Run]) -> list[tuple[str, list[Any]]]:
 
 
 def plots(runs: Sequence[Run]) -> tuple[list[str], list[str]]:
-    """Plots as HTML: those to look at first, and the others. The blocks of a network share one for each run."""
+    """Plots as HTML: the most important ones, and the others. The blocks of a network share one plot per run."""
     from plotly.graph_objects import Figure, Scatter
 
     def plot(title: str, lines: list[Scatter]) -> str:
@@ -149,12 +149,12 @@ def plots(runs: Sequence[Run]) -> tuple[list[str], list[str]]:
 
 @dataclass(frozen=True)
 class ReportArgs:
-    """Compare runs on one page: curves, samples, metrics, throughput, and where their configurations differ."""
+    """Compare runs on one HTML page: curves, samples, metrics, throughput and differences in their configurations."""
 
     runs: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN")]
     """run folders"""
     out: Path | None = None
-    """the page; report.html in the first run's folder if not given"""
+    """the page to write; by default report.html in the first run's folder"""
 
 
 def main(args: Sequence[str]) -> None:

@@ -29,33 +29,35 @@ from mfengine.ranks import world
 
 @dataclass(frozen=True)
 class Arguments:
-    """A run, and whether to do it."""
+    """A run, and whether only to plan it."""
 
     run: Annotated[TrainConfig, tyro.conf.arg(name="")]
     config: Path | None = None
-    """a run's config.json, which takes the place of a preset: other options go over it"""
+    """config.json of a run, in place of a preset; other options override its values"""
     dry_run: bool = False
-    """print parameters, memory, communication and length of the run, refuse what training would refuse, and stop"""
+    """print the parameters, memory, communication and length of the run, make the checks that training makes, and
+    exit"""
     ranks: int | None = None
-    """with --dry-run: plan for so many ranks; those that torchrun started if not given"""
+    """number of ranks to plan for with --dry-run; by default the number that torchrun started"""
 
     def __post_init__(self) -> None:
         if self.ranks is not None and (not self.dry_run or self.ranks < 1):
-            raise ValueError("ranks needs --dry-run, and is at least 1; torchrun says how many ranks train")
+            raise ValueError("ranks needs --dry-run and must be at least 1; to train on several ranks, use torchrun")
 
 
 def parse(args: Sequence[str]) -> Arguments:
-    """A preset, or a run's configuration, with options over it; InputError for what there is not."""
+    """A preset, or a run's configuration, overridden by options; InputError if a name is unknown."""
     if args and args[0] in ("-h", "--help"):
         prog = cli.program("train")
         print(
-            f"usage: {prog} [PRESET] [OPTIONS]\n\nTrain a one-step generator. Under torchrun, on all its processes.\n"
+            f"usage: {prog} [PRESET] [OPTIONS]\n\n"
+            "Train a one-step generator. Under torchrun, all processes share the work.\n"
         )
         for name, (description, _) in PRESETS.items():
             print(f"  {name:10} {description}")
-        print(f"\nThe preset is digits if none is given. `{prog} PRESET --help` lists its options.")
-        print("--config RUN/config.json takes the place of a preset, to repeat a run.")
-        print("Size and channels of latents and the number of classes are those of the data set, unless given.\n")
+        print(f"\nThe default preset is digits. `{prog} PRESET --help` lists the options and their defaults.")
+        print("To repeat a run, give --config RUN/config.json in place of a preset.")
+        print("The size and channels of latents and the number of classes default to those of the data set.\n")
         print(
             f"  {prog} digits --resume auto\n  torchrun --nproc-per-node 8 -m mfengine.train xl2 --data DIR --name NAME"
         )
@@ -67,18 +69,18 @@ def parse(args: Sequence[str]) -> Arguments:
         given = known.parse_known_args(args)[0]
         path, data = given.config, given.data
     except argparse.ArgumentError:
-        path = data = None  # the parser of all options says what is wrong
+        path = data = None  # the parser of all options reports the error
     preset = "" if path else "digits"
     if args and not args[0].startswith("-"):
         if path:
-            raise InputError(f"{args[0]} and --config {path} are both given: omit one")
+            raise InputError(f"preset {args[0]} and --config {path} are both given: omit one")
         preset, args = choose("preset", args[0], PRESETS), args[1:]
     default = for_data(PRESETS[preset][1], data) if path is None else read_config(path)
     try:
         return cli.parse(Arguments, args, f"train {preset}".rstrip(), default=Arguments(default, path))
     except InputError as error:
         if str(error).startswith("unexpected argument"):
-            raise InputError(f"{error}: one preset comes first, then options") from None
+            raise InputError(f"{error}: give one preset first, then options") from None
         raise
 
 
@@ -95,7 +97,7 @@ def for_data(preset: TrainConfig, data: Path | None) -> TrainConfig:
 
 
 def provenance() -> dict[str, str]:
-    """Version of mfengine, its commit where it runs from a clone, and the command line of this process."""
+    """Version of mfengine, its commit if it runs from a clone, and the command line of this process."""
     facts = {"version": mfengine.__version__, "command": shlex.join(sys.orig_argv)}
     root = Path(mfengine.__file__).parent.parent
     if (root / ".git").exists() and shutil.which("git"):

@@ -423,7 +423,7 @@ def references(folder):
         (["--data=DATA", "--number=3"], "there is no option --number; the nearest is --num"),
         (["--data=DATA", "--out=nowhere/x.json"], "folder nowhere does not exist"),
         (["--data=DATA", "--out=images"], "images is a folder: name a file in it"),
-        (["--data=DATA", "--save=good.npz/x"], "good.npz is not a folder that can be written to"),
+        (["--data=DATA", "--save=good.npz/x"], "good.npz is not a writable folder"),
         (["--data=DATA", "--seed=-1"], "seed must be at least 0 and below 2^63, not -1"),
         (["--data=DATA", "--ema-decay=0.1"], "no moving average of decay 0.1; it has [0.5]"),
         (["--data=DATA", "--sweep", "omega=1"], "no setting to sweep omega; there are steps, ema_decay"),
@@ -438,7 +438,7 @@ def references(folder):
         (["--data=DATA", "--conditions", "omega"], "--conditions takes pairs of a name and a number, as in"),
         (["--data=DATA", "--conditions", "omega", "x"], "--conditions takes pairs of a name and a number, as in"),
         (["--data=nowhere"], "dataset.json does not exist"),
-        (["--data=DATA", "--device=cuda"], "device cuda was asked for"),
+        (["--data=DATA", "--device=cuda"], "--device cuda is unavailable"),
         (["--data=LATENTS"], "holds latents of (4, 8, 8); the model takes (1, 8, 8)"),
         (["--save=images"], "images is not an empty folder"),
         (["--save=good.npz"], "good.npz exists: choose another name"),
@@ -483,15 +483,13 @@ def test_run_folder_that_cannot_be_written_to(trained, digits, tmp_path, monkeyp
         "mfengine.evaluate", trained[0], f"--data={digits}", cwd=tmp_path, monkeypatch=monkeypatch, capsys=capsys
     )
     assert code == 2
-    assert errors == (
-        f"error: cannot write {trained[0] / 'metrics.json'}: {trained[0]} is not a folder that can be written to\n"
-    )
+    assert errors == (f"error: cannot write {trained[0] / 'metrics.json'}: {trained[0]} is not a writable folder\n")
 
 
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--save=x.npz"], "latents of (4, 8, 8) become images by a VAE: give it with --vae"),
+        (["--save=x.npz"], "latents of (4, 8, 8) need a VAE to become images: give it with --vae"),
         (["--save=x", "--vae=empty"], "cannot load the VAE empty"),
         (["--save=x", "--vae=THREE"], "the VAE has 3 latent channels, the model 4"),
         (["--reference=good.npz", "--vae=VAE"], "the images of good.npz are 8 x 8, those of the model 16 x 16"),

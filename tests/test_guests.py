@@ -112,7 +112,7 @@ def read(path):
 def test_sweep_shows_the_best_first(swept, run, tmp_path):
     pytest.importorskip("matplotlib", reason="matplotlib is an extra")
     out, err = succeed(swept())
-    assert "note: 8 combination(s) left out, as strength 0, t_min 2, steps 1, ema_decay 0.5: t_min must be" in err
+    assert "note: 8 combination(s) left out, such as strength 0, t_min 2, steps 1, ema_decay 0.5: t_min must be" in err
     assert f"row {ROWS} of {ROWS}: 100%" in err
     rows = read(tmp_path / "runs/sketch/sweep.json")
     distances = [row["frechet"] for row in rows]
@@ -204,14 +204,14 @@ def test_wrong_sweeps(swept, run, tmp_path):
         (("--sweep", "strenth=1"), "no setting to sweep strenth; the nearest is strength, all are strength, t_min, st"),
         (("--sweep", "t_min=2"), "no combination of --sweep can be drawn: t_min 2: t_min must be between 0 and 1"),
         (("--sweep", "t_min=1", "--conditions", "strenth", "2"), "no condition strenth; the nearest is strength"),
-        (("--sweep", "strength=1", "--conditions", "strength", "2"), "strength is in --sweep: omit it elsewhere"),
-        (("--sweep", "ema_decay=0.5", "--ema-decay=0.9"), "ema_decay is in --sweep: omit it elsewhere"),
+        (("--sweep", "strength=1", "--conditions", "strength", "2"), "strength is given twice: omit it from --sweep"),
+        (("--sweep", "ema_decay=0.5", "--ema-decay=0.9"), "ema_decay is given twice: omit it from --sweep"),
         (("--sweep", "steps=1", "--out=other.json"), "other.json is not a list of rows, as a sweep writes it"),
     ):
         code, _, err = swept(*args)
         assert (code, err.count("\n"), message in err) == (2, 1, True), err
     for args, message in (
-        (("--sweep", "steps=1"), "x.safetensors is not in a run folder: say with --out where to write"),
+        (("--sweep", "steps=1"), "x.safetensors is not in a run folder: give --out to name the file"),
         (("--sweep", "ema_decay=0.5", "--out=x.json"), "x.safetensors is an export, which holds one moving average"),
     ):
         code, _, err = run("mfengine.evaluate", "x.safetensors", "--data=data", *args)

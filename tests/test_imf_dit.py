@@ -224,7 +224,7 @@ def test_through_all_commands(digits, tmp_path, monkeypatch, capsys):
     assert pictures[0] == pictures[1]
     code, _, err = run("mfengine.export", "model.pth", "small.safetensors", "--preset=digits-imf")
     assert code == 2
-    assert "nobody has published weights of the preset digits-imf" in err
+    assert "there are no published weights for preset digits-imf" in err
     code, _, err = run("mfengine.export", "model.pth", "large.safetensors", "--preset=imf-b2")
     assert code == 2
     assert "model.pth is of another architecture" in err

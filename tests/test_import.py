@@ -157,7 +157,7 @@ def test_round_trip(form, tmp_path, where):
         assert found == samples
     code, out, _ = prepare("check", "out", **where)
     assert code == 0
-    assert "out is whole: 23 samples" in out
+    assert "out is intact: 23 samples" in out
 
 
 def test_two_ranks_write_what_one_writes(tmp_path):
@@ -196,7 +196,7 @@ def test_named_normalisations(tmp_path, where):
 
     code, out, err = prepare("normalise", "out", "--to=sd", **where)
     assert code == 0, err
-    assert "latents are normalised by sd, no longer by sd-vae-ft-mse. A run that began before refuses" in out
+    assert "latents are now normalised by sd, before by sd-vae-ft-mse. Earlier runs" in out
     assert Dataset.open(tmp_path / "out").space == replace(space, scale=0.18215, bias=0.0)
     assert prepare("normalise", "out", "--to=measured", **where)[0] == 0
     out = prepare("check", "out", **where)[1]
@@ -567,7 +567,7 @@ def test_check_warns(change, message, imported, tmp_path, where):
     describe(folder, change)
     code, out, err = prepare("check", "data", **where)
     assert code == 0
-    assert "data is whole" in out
+    assert "data is intact" in out
     assert message in err
 
 
@@ -577,5 +577,5 @@ def test_check_says_what_the_latents_are(imported, tmp_path, where):
     assert "3 shard(s), 1 flip(s) of (4, 6, 6), 5 classes of 4 to 5" in out
     mean, log_variance = posteriors(1)
     spread = 0.18215 * np.sqrt((mean**2 + np.exp(log_variance)).mean((0, 1, 3, 4)))
-    found = re.search("latents, normalised by sd, have by channel mean .* and standard deviation (.*)", out)[1]
+    found = re.search("normalised by sd, latents have mean .* and standard deviation (.*) by channel", out)[1]
     assert [float(x) for x in found.split(", ")] == pytest.approx(spread, rel=0.02)

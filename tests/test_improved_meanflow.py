@@ -190,7 +190,7 @@ def test_samples_take_the_settings_of_the_objective_unless_told_otherwise():
     ("conditions", "message"),
     [
         ({"omega": 0.5}, "omega must be at least 1, not 0.5"),
-        ({"t_min": 0.8}, r"t_min 0\.8 is above t_max 0\.65"),
+        ({"t_min": 0.8}, r"t_min must be at most t_max 0\.65, not 0\.8"),
         ({"t_max": 1.5}, "t_max must be between 0 and 1"),
         ({"kappa": 1.0}, "there is no condition kappa"),
     ],

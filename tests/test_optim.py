@@ -389,7 +389,7 @@ def test_sum_of_squares(device):
         ({"ema_decays": (0.9, 0.9)}, "different"),
         ({"ema_decays": tuple(i / 10 for i in range(9))}, "ema_decays must be at most 8, not 9"),
         ({"clip_norm": 0.0}, "clip_norm must be positive, not 0"),
-        ({"lr": -1.0}, "lr must not be negative, not -1"),
+        ({"lr": -1.0}, "lr must be at least 0, not -1"),
         ({"betas": (0.9, 1.0)}, r"betas must be in \[0, 1\)"),
         ({"copies": []}, "there are 1 parameters, but 0 copies"),
         ({"copies": [torch.zeros(3)]}, "must be bfloat16"),

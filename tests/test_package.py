@@ -135,9 +135,9 @@ def test_info(tmp_path):
     rows = {line.split()[0]: line.split(None, 1)[1] for line in out.splitlines()}
     assert rows["torch"] == torch.__version__
     assert rows["mfengine"] == mfengine.__version__
-    assert rows["apex"] == "installed, but does not import: libcudart.so.11: cannot open shared object file"
-    assert torch.cuda.is_available() or rows["ops"] == "torch: plain PyTorch, as tensors are on the CPU"
-    assert torch.cuda.is_available() or rows["attention"].startswith("sdpa where no tangent is needed; flash-attn is")
+    assert rows["apex"] == "installed, but cannot be imported: libcudart.so.11: cannot open shared object file"
+    assert torch.cuda.is_available() or rows["ops"] == "torch: plain PyTorch, since tensors are on the CPU"
+    assert torch.cuda.is_available() or rows["attention"].startswith("sdpa without a tangent; flash-attn is")
     missing = [name for name in ("flash_attn", "jvp_flash_attention") if find_spec(name) is None]
     assert all(rows[name.replace("flash_attn", "flash-attn")].startswith("not installed (") for name in missing)
 

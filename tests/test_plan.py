@@ -236,8 +236,8 @@ def test_run_that_can_be_continued(run_folder, digits, where):
     [
         (["--ranks=3"], "--batch-size 32 is not a multiple of ranks x --accumulation = 3 x 1"),
         (["--ranks=2", "--replicas=4"], "replicas 4 does not divide the 2 rank(s)"),
-        (["--optim.ema-decays", "0.9", "0.9"], "--optim.ema-decays must be different numbers"),
-        (["--ranks=0"], "--ranks needs --dry-run, and is at least 1"),
+        (["--optim.ema-decays", "0.9", "0.9"], "--optim.ema-decays must not repeat a number"),
+        (["--ranks=0"], "--ranks needs --dry-run and must be at least 1"),
         (["--data=nowhere"], "dataset.json does not exist"),
         (["--data=CUT"], "000000.tar has"),
         (["--data=BROKEN"], "has a label outside of 0 to 9"),

@@ -21,7 +21,7 @@ from mfengine.ops.choice import Attention
 from mfengine.optim import Backend as OptimBackend
 from mfengine.optim import check_settings
 
-OTHERS = (".pt", ".pth")  # how files with weights of other projects are named
+OTHERS = (".pt", ".pth")  # suffixes of files with weights of other projects
 Schedule = Literal["constant", "cosine", "inverse-sqrt"]
 
 
@@ -30,14 +30,14 @@ class OptimConfig:
     """AdamW and the moving averages of the weights."""
 
     lr: float = 1e-4
-    """learning rate, the highest of the schedule"""
+    """learning rate at the peak of the schedule"""
     schedule: Schedule = "constant"
-    """of the learning rate after warm-up and hold: constant, cosine to 0 at the end of the run, or the inverse square
-    root of the step"""
+    """learning rate after warm-up and hold: constant, cosine decay to 0 at the end of the run, or proportional to the
+    inverse square root of the step"""
     warmup_epochs: float = 0
-    """passes over the data in which the learning rate rises linearly from 0"""
+    """epochs over which the learning rate rises linearly from 0"""
     hold_epochs: float = 0
-    """passes over the data, the warm-up among them, before the learning rate falls"""
+    """epochs, including the warm-up, before the learning rate starts to decay"""
     betas: tuple[float, float] = (0.9, 0.95)
     """Adam's decay rates"""
     eps: float = 1e-8
@@ -45,32 +45,33 @@ class OptimConfig:
     weight_decay: float = 0.0
     """decoupled weight decay"""
     clip_norm: float | None = None
-    """clip the gradient's global norm to this; None does not clip"""
+    """clip the gradient's global norm to this value; None disables clipping"""
     ema_decays: tuple[float, ...] = (0.9999,)
-    """one moving average of the weights per decay; the first one is sampled from. A number above 1 is a half-life in
-    samples, 500e3 say, from which the decay follows"""
+    """decay of each moving average of the weights; samples are drawn with the first average. A number above 1 is a
+    half-life in samples, such as 500e3"""
     ema_rampup_ratio: float = 0.05
-    """half-lives are at most this share of the samples seen so far; 0 does not shorten them"""
+    """limit half-lives to this fraction of the samples seen so far; 0 sets no limit"""
     backend: OptimBackend = "auto"
-    """what computes a step: mfengine's CUDA library in one pass, PyTorch, or apex; auto takes the first it can"""
+    """implementation of the optimizer step: mfengine's CUDA library in one pass, PyTorch, or apex; auto takes the first
+    that is available"""
 
     def __post_init__(self) -> None:
         if not self.lr > 0:
             raise ValueError(f"lr must be positive, not {self.lr}")
         for name in ("warmup_epochs", "hold_epochs", "ema_rampup_ratio"):
             if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must not be negative, nor infinite, not {getattr(self, name)}")
+                raise ValueError(f"{name} must be at least 0 and finite, not {getattr(self, name)}")
         if not self.ema_decays:
             raise ValueError("ema_decays must be one or more numbers")
         if not all(0 <= entry < 1 or 1 < entry < math.inf for entry in self.ema_decays):
-            raise ValueError(f"ema_decays must be decays below 1, or half-lives in samples, not {self.ema_decays}")
+            raise ValueError(f"ema_decays must be decays in [0, 1) or half-lives above 1, not {self.ema_decays}")
         decays = dict.fromkeys(self.ema_decays, 0.0)
         if len(decays) < len(self.ema_decays):
-            raise ValueError(f"ema_decays must be different numbers, not {self.ema_decays}")
+            raise ValueError(f"ema_decays must not repeat a number, not {self.ema_decays}")
         check_settings(self.lr, self.betas, self.eps, self.weight_decay, decays, self.clip_norm)
 
     def rate(self, step: int, steps_per_epoch: float, total_steps: int) -> float:
-        """Learning rate of the optimizer step after `step` others of `total_steps`."""
+        """Learning rate of the optimizer step that follows `step` steps, out of `total_steps`."""
         warmup = self.warmup_epochs * steps_per_epoch
         hold = max(warmup, self.hold_epochs * steps_per_epoch)
         factor = min(1.0, (step + 1) / warmup) if warmup else 1.0
@@ -81,7 +82,10 @@ class OptimConfig:
         return self.lr * factor
 
     def decays(self, step: int, batch_size: int) -> dict[float, float]:
-        """Of each average in the step after `step` others, by its entry in `ema_decays` (EDM, arXiv 2206.00364)."""
+        """Decay of each average, by its entry in `ema_decays`, in the step that follows `step` steps.
+
+        Half-lives and their ramp-up are those of EDM (arXiv 2206.00364).
+        """
         seen = step * batch_size
         decays = {}
         for entry in self.ema_decays:
@@ -95,7 +99,7 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Everything that defines a training run. The types of `model` and `method` say which network and objective."""
+    """Everything that defines a training run. The types of `model` and `method` select network and objective."""
 
     model: NetworkConfig
     method: ObjectiveConfig
@@ -104,78 +108,82 @@ class TrainConfig:
     data: Path = Path("data/latents")
     """folder with dataset.json, as written by mfengine.prepare"""
     normalisation: Published | None = None
-    """of the latents that this configuration was published with; a warning tells where the data has another"""
+    """normalisation of the latents that this configuration was published with; a warning appears if the data's differs.
+    None disables the check"""
     name: str = "run"
-    """the run's folder is RUNS/NAME"""
+    """name of the run; its folder is RUNS/NAME"""
     runs: Path = Path("runs")
-    """where run folders are kept"""
+    """folder that holds the run folders"""
 
     batch_size: int = 256
-    """samples per optimizer step, over all ranks"""
+    """samples per optimizer step, summed over all ranks"""
     accumulation: int = 1
     """split each rank's share of the batch into this many passes, to save memory"""
     epochs: float = 240
-    """how long to train, in passes over the data"""
+    """length of training in passes over the data"""
     steps: int | None = None
-    """how long to train, in optimizer steps; overrides epochs"""
+    """length of training in optimizer steps; overrides epochs"""
     seed: int = 0
-    """weights, order of the data, times, noise and dropped labels derive from it"""
+    """seed of the weights, the order of the data, times, noise and dropped labels"""
     init: Path | None = None
-    """start from these weights: a run, a checkpoint, an export, or another project's (.pt)"""
+    """start from these weights: a run, a checkpoint, an export, or a .pt or .pth file of another project"""
     init_reverse_time: bool = False
-    """the .pt has data at t = 1 and predicts data minus noise, as the original SiT does"""
+    """the .pt file given as --init has data at t = 1 and predicts data minus noise, as the original SiT does"""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto takes a GPU where there is one"""
+    """device to train on; auto takes a GPU if there is one"""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """of matrix products; auto is bfloat16 on GPUs and float32 on CPUs. Weights stay float32"""
+    """precision of matrix products; auto is bfloat16 on GPUs and float32 on CPUs. Weights stay in float32"""
     ops: Backend = "auto"
-    """fused Triton kernels, or plain PyTorch; auto takes the kernels on GPUs in bfloat16"""
+    """fused Triton kernels (triton) or plain PyTorch (torch); auto takes the kernels on GPUs in bfloat16"""
     attention: Attention = "auto"
-    """who computes attention that needs no tangent; auto is what --ops says and else PyTorch's SDPA"""
+    """implementation of attention without a tangent; auto follows --ops if that is set, and is PyTorch's SDPA
+    otherwise"""
     compile: bool = False
     """compile the blocks with torch.compile"""
     recompute: bool = False
     """activation checkpointing: recompute each block in the backward to save memory"""
     shard: Literal["auto", "always"] = "auto"
-    """shard parameters and optimizer state (FSDP2) over several ranks, or always: over a single one, too, to test it"""
+    """shard parameters and optimizer state over the ranks (FSDP2): auto if there are several, always also for a single
+    rank, as a test"""
     replicas: int = 1
-    """HSDP: keep this many copies of the sharded model, one per node say; it divides the ranks"""
+    """copies of the sharded model (HSDP), for example one per node; must divide the number of ranks"""
     reshard: bool = False
     """free gathered parameters after each forward: less memory, more communication"""
 
     log_every: int = 50
     """steps between lines in metrics.jsonl and the tracker"""
     tracker: TrackerName = "tensorboard"
-    """shows figures and pictures of the run beside its own files; wandb takes the library of that name"""
+    """where to show metrics and sample pictures in addition to the run's own files; wandb needs the package wandb"""
     sample_every: int = 5000
     """steps between sample pictures; 0 draws none"""
     vae: str | None = None
-    """decode sample pictures with this VAE: a folder or hub name that diffusers loads. Without it the first three
-    channels of latents are drawn"""
+    """VAE that decodes sample pictures: a folder or hub name that diffusers loads. Without it, pictures show the first
+    three channels of the latents"""
     evaluate_every: int = 0
-    """steps between measurements of one-step samples: their Frechet distance from the data, in latents; 0 takes none"""
+    """steps between measurements of the Frechet distance of one-step samples to the data, in latent space; 0 disables
+    them"""
     checkpoint_every: int = 5000
-    """steps between checkpoints; one is always written at the end"""
+    """steps between checkpoints; the end of the run always writes one"""
     checkpoint_minutes: float = 0
-    """minutes after which a checkpoint is written as well, by the clock of rank 0; 0 counts steps alone"""
+    """also write a checkpoint after this many minutes, by the clock of rank 0; 0 disables this"""
     keep: int = 3
-    """newest checkpoints to keep"""
+    """number of newest checkpoints to keep"""
     keep_every: int = 0
-    """keep those of each multiple of so many steps as well"""
+    """also keep the checkpoints whose step is a multiple of this number; 0 disables this"""
     keep_best: str | None = None
-    """keep the checkpoint at whose step this metric of metrics.jsonl was least as well: frechet_1nfe, say"""
+    """also keep the checkpoint with the lowest value of this metric of metrics.jsonl, such as frechet_1nfe"""
     max_skipped_steps: int = 0
-    """steps with a loss or gradient that is not finite to skip before giving up"""
+    """how many steps with a non-finite loss or gradient to skip before the run fails"""
     profile: str | None = None
-    """START:STOP profiles those steps, counted from 1, into the run's folder profile: a trace and a table"""
+    """START:STOP profiles these steps, counted from 1; a trace and a table go to the folder profile of the run"""
     debug_nonfinite: bool = False
-    """where loss or gradient is not finite, do the step again and say where the first such value is; the host then
-    waits for the device after each step"""
+    """repeat a step with a non-finite loss or gradient and report where the first non-finite value appears; with this
+    option, the host waits for the device after each step"""
     resume: Literal["never", "auto"] = "never"
-    """auto continues the run folder's newest whole checkpoint, if there is one"""
+    """auto resumes from the newest intact checkpoint of the run folder, if there is one"""
     skip_checksums: bool = False
-    """read checkpoints without comparing the checksums of their files; their sizes are compared anyway"""
+    """do not verify the checksums of checkpoint files when reading; file sizes are still verified"""
 
     def __post_init__(self) -> None:
         names = ("batch_size", "accumulation", "replicas", "log_every", "checkpoint_every", "keep", "steps")
@@ -184,18 +192,18 @@ class TrainConfig:
             raise ValueError(f"name must be the name of a folder, not '{self.name}'")
         for name in ("sample_every", "evaluate_every", "keep_every", "max_skipped_steps", "checkpoint_minutes"):
             if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must not be negative, not {getattr(self, name)}")
+                raise ValueError(f"{name} must be at least 0, not {getattr(self, name)}")
         if not 0 < self.epochs < math.inf:
             raise ValueError(f"epochs must be positive, not {self.epochs}")
         if self.init_reverse_time and (self.init is None or self.init.suffix not in OTHERS):
             raise ValueError(f"init_reverse_time needs --init with another project's weights ({' or '.join(OTHERS)})")
         check_seed(self.seed)
         if self.profile is not None and self.profiled is None:
-            raise ValueError(f"profile must be START:STOP, two steps from 1 on as in 10:12, not {self.profile}")
+            raise ValueError(f"profile must be START:STOP with 1 <= START <= STOP, such as 10:12, not {self.profile}")
 
     @property
     def profiled(self) -> tuple[int, int] | None:
-        """The first and the last step that are profiled."""
+        """The first and the last step to profile."""
         match = re.fullmatch(r"(\d+):(\d+)", self.profile or "")
         span = (int(match[1]), int(match[2])) if match else (0, 0)
         return span if 1 <= span[0] <= span[1] else None
@@ -209,7 +217,7 @@ class TrainConfig:
         return self.steps or max(1, round(self.epochs * count / self.batch_size))
 
     def learning_rate(self, step: int, count: int) -> float:
-        """That of the optimizer step after `step` others, over a data set of `count` samples."""
+        """Learning rate of the optimizer step that follows `step` steps, for a data set of `count` samples."""
         return self.optim.rate(step, count / self.batch_size, self.total_steps(count))
 
     def compute_dtype(self, device: torch.device) -> torch.dtype:
@@ -218,11 +226,11 @@ class TrainConfig:
         return getattr(torch, self.precision)
 
     def description(self) -> dict[str, Any]:
-        """What every checkpoint says of it: network and objective, by name and with their settings."""
+        """What every checkpoint records: network and objective, by name and with their settings."""
         return {**NETWORKS.describe(self.model, "model"), **OBJECTIVES.describe(self.method, "method")}
 
     def local_batch(self, world_size: int) -> int:
-        """Rows of one forward pass on one rank; InputError if the batch cannot be divided so."""
+        """Rows of one forward pass on one rank; InputError if the batch cannot be divided evenly."""
         parts = world_size * self.accumulation
         if self.batch_size % parts:
             raise InputError(
@@ -233,5 +241,5 @@ class TrainConfig:
         try:
             self.method.check_batch(local)
         except ValueError as error:
-            raise InputError(f"{error}; change --batch-size, --accumulation or an option --method.*") from None
+            raise InputError(f"{error}; change --batch-size, --accumulation or one of the --method options") from None
         return local

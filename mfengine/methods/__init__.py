@@ -1,4 +1,4 @@
-"""Objectives by name. Another one is put in from outside: `OBJECTIVES["mine"] = Mine`."""
+"""Objectives by name. To add your own: `OBJECTIVES["mine"] = Mine`."""
 
 from mfengine.configs import Registry
 from mfengine.methods.base import Health, Metrics, Objective, ObjectiveConfig, Sampler

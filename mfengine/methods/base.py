@@ -1,4 +1,4 @@
-"""What an objective must offer, so that the engine can train with it and sample without knowing it by name."""
+"""The interface of objectives. The engine trains and samples through it, without knowing any objective by name."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ class ObjectiveConfig:
     """Settings of an `Objective`, a frozen dataclass: options `--method.NAME`, written into every checkpoint."""
 
     def check_batch(self, rows: int) -> None:
-        """ValueError unless a local batch may have so many rows; a multiple of such a number is one, too."""
+        """ValueError unless a local batch may have this many rows; multiples of a valid number are valid too."""
 
 
 class Metrics(dict[str, Tensor]):
-    """Scalars of one loss by name, to log or print; `metrics[name]` finds whole tensors, too, which stand apart.
+    """Scalars of one loss by name, to log or print; `metrics[name]` also finds the tensors, which iteration omits.
 
     Args:
         scalars: () each. Detached here.
-        tensors: whole ones and those of rows, (B,). Detached here.
+        tensors: all others, such as values per row (B,). Detached here.
     """
 
     tensors: dict[str, Tensor]
@@ -46,15 +46,15 @@ def _detached(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 class Health(NamedTuple):
-    """What a run logs of one local batch: means, as sums that add up over passes, ranks and steps."""
+    """What a run logs of one local batch: sums and weights, added up over passes, ranks and steps to form means."""
 
     sums: Tensor  # (n,) float32 on the device, the first of the loss
     weights: dict[str, float]
-    """by the name of each, how much it is the sum of: 1 of what is a mean already, the number of rows else"""
+    """by name, the weight of each sum: 1 if it is already a mean, otherwise the number of rows"""
 
 
 class Objective(ABC):
-    """Draws, loss and sampling. To be found by name, it is put into `mfengine.methods.OBJECTIVES`.
+    """Draws, loss and sampling. An entry in `mfengine.methods.OBJECTIVES` makes it available by name.
 
     The engine counts FLOPs, memory and communication of a step by calling these on meta tensors.
 
@@ -64,33 +64,33 @@ class Objective(ABC):
 
     Config: ClassVar[type[ObjectiveConfig]]
     scalars: ClassVar[tuple[str, ...]] = ()
-    """metrics whose means a run logs beside the loss; the first is the one to watch"""
+    """metrics whose means a run logs in addition to the loss; the progress bar shows the first"""
 
     def __init__(self, config: Any) -> None:
         self.config = config
 
     @property
     def conditions(self) -> dict[str, float]:
-        """What `sample` takes beside labels, by name, and the values that it takes when none are given."""
+        """Conditions that `sample` takes in addition to labels: names and default values."""
         return {}
 
     @abstractmethod
     def draw(
         self, shape: tuple[int, ...] | torch.Size, generator: torch.Generator, device: torch.device | str = "cpu"
     ) -> Any:
-        """All that is random in one step on latents (B, C, H, W).
+        """Draw everything random in one step on latents (B, C, H, W).
 
         Args:
             shape: (B, C, H, W).
             generator: a host generator.
-            device: of the latents; of the meta device where the engine counts.
+            device: of the latents; the meta device when the engine counts FLOPs or memory.
         """
 
     @abstractmethod
     def loss(self, model: Any, latents: Tensor, labels: Tensor, draws: Any) -> tuple[Tensor, Mapping[str, Tensor]]:
-        """The loss of one local batch, a scalar with a graph, and detached metrics by name, as `Metrics`, say.
+        """The loss of one local batch, a scalar with a graph, and detached metrics by name, for example a `Metrics`.
 
-        Calls of the network come in one sequence whatever was drawn, because ranks that share it gather together.
+        The sequence of network calls must not depend on the draws: ranks that share a network gather it together.
 
         Args:
             model: the network.
@@ -104,27 +104,26 @@ class Objective(ABC):
 
         Args:
             loss, metrics: of `loss`.
-            draws: that they are of.
+            draws: of the same batch.
         """
         means = [loss.detach(), *(metrics[name].mean() for name in self.scalars)]
         return Health(torch.stack(means), dict.fromkeys(("loss", *self.scalars), 1.0))
 
     @abstractmethod
     def sample(self, model: Any, noise: Tensor, labels: Tensor, steps: int = 1) -> Tensor:
-        """Latents (B, C, H, W) from noise of that shape and labels (B,), by so many calls of the network.
+        """Latents (B, C, H, W) from noise of the same shape and labels (B,), in `steps` calls of the network.
 
-        Conditions are further parameters, floats with a default.
+        Conditions are additional parameters: floats with a default.
 
         Raises:
             ValueError: steps is less than 1.
         """
 
     def sampler(self, conditions: Mapping[str, float]) -> Sampler:
-        """`sample` under these conditions, the others as in `self.conditions`.
+        """`sample` with these conditions; the others have the values of `self.conditions`.
 
         Raises:
-            InputError: there is no condition of such a name, or, by objectives that look at values, one is out of
-                range.
+            InputError: a condition is unknown, or an objective that checks values finds one out of range.
         """
         for name in conditions:
             choose("condition", name, self.conditions)

@@ -37,17 +37,17 @@ class ImprovedMeanFlowConfig(IntervalConfig):
     """The objective's settings, in the paper's symbols."""
 
     interval_share: float = 0.5
-    """share of each local batch with r < t"""
+    """fraction of the rows of each local batch with r < t"""
     omega_beta: float = 1.0
-    """guidance weights are drawn with a density proportional to omega^-omega_beta"""
+    """exponent of the density of guidance weights in training, which is proportional to omega^-omega_beta"""
     omega_max: float = 8.0
-    """from 1 to this"""
+    """largest guidance weight in training; the smallest is 1"""
     omega: float = 8.0
-    """guidance weight of samples, unless another is asked for"""
+    """default guidance weight for sampling"""
     t_min: float = 0.4
-    """the guidance of samples applies from this time on"""
+    """default start of the interval [t_min, t_max] of times with guidance in sampling"""
     t_max: float = 0.65
-    """up to this one"""
+    """default end of the interval [t_min, t_max] of times with guidance in sampling"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -65,12 +65,12 @@ class ImprovedMeanFlowConfig(IntervalConfig):
 
 
 def check_conditions(omega: float, t_min: float, t_max: float) -> None:
-    """ValueError unless samples can be drawn so."""
+    """ValueError unless these conditions are valid for sampling."""
     if not omega >= 1:
         raise ValueError(f"omega must be at least 1, not {omega}")
     check_shares(t_min=t_min, t_max=t_max)
     if t_min > t_max:
-        raise ValueError(f"t_min {t_min} is above t_max {t_max}: nothing would be guided")
+        raise ValueError(f"t_min must be at most t_max {t_max}, not {t_min}: no time would be guided")
 
 
 class ImprovedDraws(NamedTuple):
@@ -81,8 +81,8 @@ class ImprovedDraws(NamedTuple):
     noise: Tensor  # (B, C, H, W) float32, on the device of the latents
     num_dropped: int  # leading rows whose label becomes the null class
     omega: Tensor  # (B,) float32 on the host: the guidance weight
-    t_min: Tensor  # (B,) float32 on the host: it applies from this time on; 0 in instant rows
-    t_max: Tensor  # (B,) float32 on the host: up to this one; 1 in instant rows
+    t_min: Tensor  # (B,) float32 on the host: the earliest guided time; 0 in instant rows
+    t_max: Tensor  # (B,) float32 on the host: the latest guided time; 1 in instant rows
 
 
 def guidance_now(draws: ImprovedDraws) -> Tensor:
@@ -133,16 +133,16 @@ class ImprovedMeanFlow(Objective):
         """The training loss of one local batch.
 
         Args:
-            model: an `IMFDiT`, or what takes and returns the same, with an attribute `num_classes`, which is the null
-                class. It is called twice whatever the draws are, so that ranks that share its parameters stay together.
+            model: an `IMFDiT`, or a network with the same interface; its attribute `num_classes` is the null class. It
+                is called twice for any draws, so ranks that share the parameters stay in step.
             latents: (B, C, H, W) float32, clean.
             labels: (B,) int64.
             draws: of `draw`.
 
         Returns:
-            The loss, a scalar with a graph, and detached metrics: `loss`, `loss_u`, `loss_v` (), the latter two mean
-            squared errors of V and v; and as tensors `error_u`, `error_v` (B,), the squared errors that these are of,
-            `v_g`, `u`, `v` (B, C, H, W), and `v_c`, `du_dt` (K, C, H, W) of the K interval rows.
+            The loss, a scalar with a graph, and detached metrics: `loss` (), and the mean squared errors `loss_u` of V
+            and `loss_v` of v (); and as tensors the squared errors `error_u`, `error_v` (B,), the velocities `v_g`,
+            `u`, `v` (B, C, H, W), and `v_c`, `du_dt` (K, C, H, W) of the K interval rows.
 
         Raises:
             ValueError: the interval share does not divide B, or the model has no `num_classes`.
@@ -159,12 +159,12 @@ class ImprovedMeanFlow(Objective):
         v_t = e - x
         null = null_class(model)
 
-        # Velocities of the guidance, at h = 0 and for all times: v_u where it counts, v_c of interval rows.
+        # Velocities for the guidance, at h = 0 and for all times: v_u of guided rows, v_c of interval rows.
         omega_now = guidance_now(draws)
         guided = (omega_now[draws.num_dropped :] != 1).nonzero()[:, 0] + draws.num_dropped
         interval = torch.arange(num_instant, batch)
         rows = torch.cat([guided, interval])
-        rows = rows if len(rows) else torch.zeros(1, dtype=torch.int64)  # a call all the same
+        rows = rows if len(rows) else torch.zeros(1, dtype=torch.int64)  # the network is always called
         at = to_device(rows, device)
         y = labels[at]
         y[: len(guided)] = null

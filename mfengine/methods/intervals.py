@@ -16,22 +16,22 @@ class IntervalConfig(ObjectiveConfig):
     """Settings that the objectives share, in the symbols of arXiv 2505.13447."""
 
     interval_share: float = 0.25
-    """share of each local batch with r < t; 0 is plain flow matching"""
+    """fraction of the rows of each local batch with r < t; 0 is plain flow matching"""
     label_dropout: float = 0.1
     """probability that a label becomes the null class"""
     logit_mean: float = -0.4
-    """times are sigmoid of a normal with this mean"""
+    """mean of the normal distribution whose sigmoid gives the times"""
     logit_std: float = 1.0
-    """and this standard deviation"""
+    """standard deviation of the normal distribution whose sigmoid gives the times"""
     norm_p: float = 1.0
-    """power of the adaptive weight 1 / (error + norm_eps)^norm_p"""
+    """exponent of the adaptive weight 1 / (error + norm_eps)^norm_p"""
     norm_eps: float = 0.01
-    """offset in the adaptive weight"""
+    """offset in the adaptive weight 1 / (error + norm_eps)^norm_p"""
 
     def __post_init__(self) -> None:
         check_shares(interval_share=self.interval_share, label_dropout=self.label_dropout)
         if not self.norm_p >= 0:
-            raise ValueError(f"norm_p must not be negative, not {self.norm_p}")
+            raise ValueError(f"norm_p must be at least 0, not {self.norm_p}")
         for name in ("logit_std", "norm_eps"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
@@ -47,8 +47,11 @@ class IntervalConfig(ObjectiveConfig):
         return round(rows)
 
     def draw_rows(self, batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor, int]:
-        """Times t and r (B,), float32 on the host, r < t in the trailing rows alone, and the number of rows, from the
-        first on, whose label becomes the null class.
+        """Draw times and label dropout.
+
+        Returns:
+            Times t and r (B,), float32 on the host, with r < t only in the trailing rows; and the number of leading
+            rows whose label becomes the null class.
         """
         num_instant = batch - self.num_interval(batch)
         times = torch.sigmoid(torch.randn(2, batch, generator=generator) * self.logit_std + self.logit_mean)
@@ -57,12 +60,12 @@ class IntervalConfig(ObjectiveConfig):
         return t, r, int((torch.rand(batch, generator=generator) < self.label_dropout).sum())
 
     def weighted(self, error: Tensor) -> Tensor:
-        """Squared errors (B,) over a power of themselves, which is a constant to the gradient."""
+        """Squared errors (B,) divided by a power of themselves, which has no gradient."""
         return error / (error.detach() + self.norm_eps) ** self.norm_p
 
 
 def by_kind(health: Health, rows: dict[str, Tensor], du_dt: Tensor, kinds: dict[str, Tensor]) -> Health:
-    """More of it: metrics of rows as means over each kind of row, the shares of the kinds, and the norm of du/dt.
+    """Extend `health` by row metrics averaged over each kind of row, the shares of the kinds, and the norm of du/dt.
 
     Args:
         health: of the batch.
@@ -81,11 +84,11 @@ def by_kind(health: Health, rows: dict[str, Tensor], du_dt: Tensor, kinds: dict[
 
 
 def row_kinds(t: Tensor, num_interval: int, num_dropped: int, guided: Tensor) -> dict[str, Tensor]:
-    """Masks (B,) of the kinds of rows that are told apart: thirds of t are low, middle and high.
+    """Masks (B,) of the kinds of rows that a run logs separately; t_low, t_middle and t_high are thirds of [0, 1].
 
     Args:
         t: (B,) on the host.
-        num_interval, num_dropped: the trailing and the leading rows that are such.
+        num_interval, num_dropped: the number of trailing interval rows and of leading rows with dropped labels.
         guided: (B,) bool on the host.
     """
     place = torch.arange(len(t))
@@ -95,7 +98,7 @@ def row_kinds(t: Tensor, num_interval: int, num_dropped: int, guided: Tensor) ->
 
 
 def check_shares(**shares: float) -> None:
-    """ValueError that names the first which is not between 0 and 1."""
+    """ValueError that names the first value that is not between 0 and 1."""
     for name, share in shares.items():
         if not 0 <= share <= 1:
             raise ValueError(f"{name} must be between 0 and 1, not {share}")

@@ -36,19 +36,19 @@ class MeanFlowConfig(IntervalConfig):
     omega: float = 1.0
     """guidance weight of the sample's own velocity"""
     kappa: float = 0.0
-    """guidance weight of the network's conditional velocity; omega 1 and kappa 0 is no guidance"""
+    """guidance weight of the network's conditional velocity; omega 1 with kappa 0 disables guidance"""
     t_start: float = 0.0
-    """guidance applies to t in [t_start, t_end]"""
+    """start of the interval [t_start, t_end] of times t with guidance"""
     t_end: float = 1.0
-    """guidance applies to t in [t_start, t_end]"""
+    """end of the interval [t_start, t_end] of times t with guidance"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_shares(t_start=self.t_start, t_end=self.t_end)
         if self.t_start > self.t_end:
-            raise ValueError(f"t_start {self.t_start} is above t_end {self.t_end}: nothing would be guided")
+            raise ValueError(f"t_start must be at most t_end {self.t_end}, not {self.t_start}: no row would be guided")
         if not self.kappa >= 0:
-            raise ValueError(f"kappa must not be negative, not {self.kappa}")
+            raise ValueError(f"kappa must be at least 0, not {self.kappa}")
 
     @property
     def guided(self) -> bool:
@@ -104,9 +104,9 @@ class MeanFlow(Objective):
 
         Args:
             model: the network u(z, t, h, y), z (B, C, H, W), t and h (B,), y (B,) int64 -> (B, C, H, W); its attribute
-                `num_classes` is the null class. One with `takes_tangents`, as `DiT`, gives du/dt itself; any other is
-                differentiated by `torch.func.jvp`. Calls come in the same sequence whatever the draws are, with a row
-                of zeros if need be, so that ranks that share its parameters stay together.
+                `num_classes` is the null class. A network with `takes_tangents`, such as `DiT`, returns du/dt itself;
+                any other is differentiated by `torch.func.jvp`. The sequence of calls does not depend on the draws (a
+                row of zeros replaces an empty batch), so ranks that share the parameters stay in step.
             latents: (B, C, H, W) float32, clean.
             labels: (B,) int64.
             draws: of `draw`.
@@ -117,10 +117,10 @@ class MeanFlow(Objective):
             (K, C, H, W) of the K interval rows.
 
         Raises:
-            ValueError: the interval share does not divide B, or the model has no `num_classes` or returns another
-                shape than that of z.
+            ValueError: the interval share does not divide B, the model has no `num_classes`, or it returns a shape
+                other than that of z.
             TypeError: the model does not return a tensor.
-            NotImplementedError: something in the model cannot be differentiated forward.
+            NotImplementedError: an operator of the model does not support forward-mode differentiation.
         """
         cfg, device = self.config, latents.device
         batch, num_interval = latents.shape[0], cfg.num_interval(latents.shape[0])

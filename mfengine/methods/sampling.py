@@ -19,7 +19,7 @@ def sample(model: Any, noise: Tensor, labels: Tensor, steps: int = 1, **conditio
         noise: (B, C, H, W) float32, standard normal.
         labels: (B,) int64.
         steps: network evaluations, at least 1.
-        conditions: what the model takes beside: of an `IMFDiT` omega, t_min and t_max.
+        conditions: additional inputs of the model, such as omega, t_min and t_max of an `IMFDiT`.
 
     Returns:
         (B, C, H, W) float32 latents.
