@@ -201,9 +201,9 @@ def compiled(name: str, arch: int) -> list[dict[str, Any]]:
 def narrow_accesses(name: str, kernel: str) -> int:
     """How many accesses under 8 bytes are due.
 
-    In the backward through the tangent a lane reads two packed values of each of up to 8 rows. Where two layouts or only
-    one half are wanted, the compiler reads 4 bytes, which the lanes of a warp share. A tail of 16 columns by 16 rows,
-    as heads of 72 and 80 have in each of four operands, is 4 bytes per lane.
+    In the backward through the tangent a lane reads two packed values of each of up to 8 rows. Where two layouts, or
+    only one half, are wanted, the compiler reads 4 bytes, which the lanes of a warp share. A tail of 16 columns by 16
+    rows, as heads of 72 and 80 have in each of four operands, is 4 bytes per lane.
     """
     odd = "odd" in name or "sequences" in name
     due = ROW_STATISTICS.get(kernel, 0) * (2 if odd else 1)

@@ -388,7 +388,8 @@ def _zero_gradients(inputs: Any, lse: Tensor, mean: Tensor, seen: Any, gradients
         gradient.zero_()
 
 
-# No stack on sm_90. On sm_80 64 columns spill 8 to 32 bytes with a flag. Times: not measured yet.
+# Up to 96 padded columns, no stack on sm_90 and sm_100 but for one launch; docs/kernels.md lists those that spill.
+# `maxnreg`: or the assembler takes 32 registers and spills thousands of bytes on sm_80. Times: not measured yet.
 CONFIGS: dict[str, dict[str, Config]] = {
     "delta": dict.fromkeys(("narrow", "medium", "wide", "float32"), Config(BLOCK_M=32, num_warps=4, num_stages=1)),
     "backward_kv": {
