@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install demo test test-all lint bench gpu
+.PHONY: install demo test test-all lint docs bench gpu
 
 install: .venv/installed
 
@@ -17,8 +17,8 @@ install: .venv/installed
 demo: install
 	test -e data/digits/dataset.json || $(BIN)/python -m mfengine.prepare digits data/digits
 	$(BIN)/python -m mfengine.train digits --resume auto
-	$(BIN)/python -m mfengine.generate runs/digits --steps 1 --out runs/digits/grid.png
 	$(BIN)/python -m mfengine.evaluate runs/digits --data data/digits
+	$(BIN)/python -m mfengine.generate runs/digits --data data/digits --steps 1 2 --per-label 3 --out runs/digits/grid.png
 	$(BIN)/python -m mfengine.report runs/digits
 
 # In five minutes on two cores, the installation included.
@@ -33,6 +33,14 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The pages of docs/ and the reference of the public names as a site, in site/; fails where a link leads nowhere.
+docs: .venv/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
+.venv/docs: .venv/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-build-isolation --editable ".[docs]"
+	touch $@
 
 # Throughput, beside baselines and the machine's ceilings; fails where it fell below the accepted figures.
 bench: install

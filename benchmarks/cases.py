@@ -9,7 +9,7 @@ import itertools
 import math
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,14 +24,26 @@ from torch.utils._pytree import tree_leaves
 from benchmarks.baselines.port import Port, PortDiT, jvp_flash_attention, math_sdpa, modulate, plain_attention, sdpa
 from benchmarks.measure import Row, device_name, summarise
 from benchmarks.roofline import predicted_seconds
-from benchmarks.workload import IMPLEMENTATIONS, OBJECTIVES, Call, make_model, small, tiny, torch_pair, training_step
-from mfengine import ModelConfig, ops, sample
+from benchmarks.workload import (
+    IMPLEMENTATIONS,
+    IMPROVED,
+    OBJECTIVES,
+    Call,
+    make_model,
+    of_blocks,
+    small,
+    tiny,
+    torch_pair,
+    training_step,
+)
+from mfengine import ops, sample
 from mfengine.data.format import Dataset, LatentSpace
 from mfengine.data.loader import Loader
 from mfengine.data.writer import ArraySamples, write_dataset
 from mfengine.engine.flops import sample_flops, step_flops
 from mfengine.engine.presets import PRESETS
 from mfengine.kernels import multi_tensor
+from mfengine.networks.layers import TransformerConfig
 from mfengine.ops import OPS, Dual
 from mfengine.ops.attention import ATTENTION
 from mfengine.ops.backend import Backend
@@ -99,7 +111,7 @@ class Machine:
         """The GPU whose ceilings predict a step; a rehearsal goes through that, too."""
         return "h200" if self.rehearse else device_name(self.device)
 
-    def model(self, preset: str) -> ModelConfig:
+    def model(self, preset: str) -> Any:
         config = PRESETS[preset][1].model
         return config if self.gpu else tiny(config) if self.rehearse else small(config)
 
@@ -107,10 +119,10 @@ class Machine:
         """What `model(preset)` is called in the tables."""
         return preset if self.gpu else "tiny" if self.rehearse else "small"
 
-    def state(self) -> ModelConfig:
+    def state(self) -> Any:
         """A network whose weights no cache holds."""
         config = PRESETS["xl2" if self.gpu else "b2"][1].model
-        return config if self.gpu else tiny(config) if self.rehearse else replace(config, depth=2)
+        return config if self.gpu else tiny(config) if self.rehearse else of_blocks(config, 2)
 
 
 def fitting_batch(machine: Machine, preset: str) -> int:
@@ -226,7 +238,7 @@ if find_spec("jvp_flash_attention"):
     OTHERS_WITH_JVP["attention"] = {"jvp_flash_attention": jvp_flash_attention}
 
 
-def op_shape(config: ModelConfig, batch: int) -> Shape:
+def op_shape(config: TransformerConfig, batch: int) -> Shape:
     return Shape(batch, config.num_tokens, config.num_heads, config.hidden_size // config.num_heads)
 
 
@@ -427,13 +439,13 @@ def attention_call(
 
 
 def step(machine: Machine, preset: str, batch: int, objective: str, peer: Callable[..., Call] | None = None) -> Case:
-    """Our step and its peers on the same random latents, with the same draws."""
-    config, method = machine.model(preset), OBJECTIVES[objective]
+    """Our step and its peers on the same random latents, with the same draws; improved MeanFlow has no peers."""
+    config, method = machine.model(preset), (OBJECTIVES | IMPROVED)[objective]
     arguments = (config, method, batch, machine.device, machine.dtype)
     implementations: dict[str, Callable[[], Call]] = {
         implementation: partial(training_step, *arguments, implementation=implementation)
         for implementation in IMPLEMENTATIONS
-        if usable(implementation, machine)
+        if usable(implementation, machine) and (objective in OBJECTIVES or implementation == OURS)
     }
     if peer is not None:
         implementations["peer"] = partial(peer, *arguments)

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from benchmarks.cases import outputs_of, random_on
 from benchmarks.measure import ROOT
-from benchmarks.workload import OBJECTIVES, make_model, training_step
-from mfengine import MeanFlow, ModelConfig
+from benchmarks.workload import make_model, training_step
+from mfengine.methods import OBJECTIVES, ObjectiveConfig
+from mfengine.networks.layers import TransformerConfig
 from mfengine.ops import OPS, Dual, use_attention, use_backend
 from mfengine.ops.backend import Backend
 from mfengine.ops.choice import Attention, why_not
@@ -120,9 +121,9 @@ def check_attention(by: Attention, shape: Shape, dtype: torch.dtype, name: str, 
 def check_golden(name: str, device: torch.device) -> Check:
     """Loss and gradients of the paper's own code, in float32."""
     sys.path.insert(0, str(ROOT / "tests"))
-    from golden_cases import GoldenCase, relative_error
+    from golden_cases import golden_case, relative_error
 
-    case = GoldenCase(name)
+    case = golden_case(name)
     case.model.to(device)
     latents, labels, draws = case.batch("in")
     draws = draws._replace(noise=draws.noise.to(device))
@@ -135,19 +136,26 @@ def check_golden(name: str, device: torch.device) -> Check:
 
 
 def check_step(
-    config: ModelConfig, batch: int, dtype: torch.dtype, name: str, device: torch.device, backend: Backend = "triton"
+    config: TransformerConfig,
+    objective: ObjectiveConfig,
+    batch: int,
+    dtype: torch.dtype,
+    name: str,
+    device: torch.device,
+    backend: Backend = "triton",
 ) -> Check:
-    """Loss and gradient of a guided step through our kernels."""
-    method = MeanFlow(OBJECTIVES["guided"])
+    """Loss and gradient of a step through our kernels."""
+    method = OBJECTIVES.build(objective)
     generator = torch.Generator().manual_seed(0)
-    latents = torch.randn(batch, config.in_channels, config.input_size, config.input_size, generator=generator)
+    latents = torch.randn(batch, *config.latent_shape, generator=generator)
     labels = torch.arange(batch) % config.num_classes
     draws = method.draw(latents.shape, generator)
 
     def run(compute_dtype: torch.dtype, backend: Backend) -> list[Tensor]:
         wide = torch.float64 if compute_dtype == torch.float64 else torch.float32
         model = make_model(config, device, compute_dtype).to(wide)
-        inputs = draws._replace(t=draws.t.to(wide), r=draws.r.to(wide), noise=draws.noise.to(device, wide))
+        inputs = type(draws)(*(x.to(wide) if isinstance(x, Tensor) else x for x in draws))
+        inputs = inputs._replace(noise=inputs.noise.to(device))
         with use_backend(backend):
             loss, _ = method.loss(model, latents.to(device, wide), labels.to(device), inputs)
             loss.backward()
@@ -156,9 +164,11 @@ def check_step(
     return compare(name, run(dtype, backend), run(dtype, "torch"), run(torch.float64, "torch"))
 
 
-def check_waits(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Check:
+def check_waits(
+    config: TransformerConfig, objective: ObjectiveConfig, dtype: torch.dtype, name: str, device: torch.device
+) -> Check:
     """A step must not make the host wait for the device."""
-    step = training_step(config, OBJECTIVES["guided"], 16, device, dtype)
+    step = training_step(config, objective, 16, device, dtype)
     step()
     note = ""
     if device.type == "cuda":
@@ -170,7 +180,7 @@ def check_waits(config: ModelConfig, dtype: torch.dtype, device: torch.device) -
     finally:
         if device.type == "cuda":
             torch.cuda.set_sync_debug_mode("default")
-    return {"check": "the host does not wait in a step", "error": 0.0, "bound": 0.0, "note": note}
+    return {"check": name, "error": 0.0, "bound": 0.0, "note": note}
 
 
 def check_optimizer(backend: OptimBackend, device: torch.device, steps: int = 200) -> Check:

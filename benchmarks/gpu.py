@@ -1,10 +1,10 @@
 """`python -m benchmarks.gpu`: is everything right on this GPU, and how fast is it?
 
 One command for ten minutes with a GPU, most valuable first: checks of what XL/2 uses, its step at 32 rows, the kernels
-beside their peers, its step at as many rows as fit, B/2, the remaining checks, compiled peers. Every line of the report
-is a task of its own, in another process: one that raises, runs out of memory, hangs or ends the process costs nothing
-but itself. Checks run in parallel on all cores, because compiling their kernels takes the time, and they compile what
-the timings after them use. With OUT set, $OUT/gpu.json is written anew after each task;
+beside their peers, its step at as many rows as fit, improved MeanFlow, B/2, the remaining checks, compiled peers. Every
+line of the report is a task of its own, in another process: one that raises, runs out of memory, hangs or ends the
+process costs nothing but itself. Checks run in parallel on all cores, because compiling their kernels takes the time,
+and they compile what the timings after them use. With OUT set, $OUT/gpu.json is written anew after each task;
 `python -m benchmarks.report` makes full tables of it.
 
 Needs torch, triton and numpy only. `--rehearse` runs all of it in miniature on a CPU, so that no time with a GPU is
@@ -24,7 +24,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -38,12 +38,14 @@ from benchmarks.measure import ceilings, environment, make_clock, measure
 from benchmarks.one_rank import check_one_rank
 from benchmarks.report import compact
 from benchmarks.split import guided_split, synchronise
+from benchmarks.workload import IMPROVED, OBJECTIVES, of_blocks
 from mfengine.device import expandable_segments
 from mfengine.files import write_atomic
 from mfengine.ops.table import Shape
 from mfengine.ranks import World
 
 START_S = 20  # in which a worker imports PyTorch and finds its device, at a guess
+IMPROVED_STEPS = (("imf-xl2", 32), ("imf-xl2", 64), ("imf-b2", 256))  # 38, 61 and 52 GB by `mfengine.train --dry-run`
 PATIENCE, PATIENCE_S = 8, 60.0  # a task may run so many times as long as was expected, and so many seconds more
 
 Part = dict[str, Any]  # of the report: lists are appended to what it has under the same name, dictionaries merged
@@ -75,12 +77,11 @@ def _tasks(machine: Machine, many: int) -> Iterator[Task]:
     gpu, device, dtype = machine.gpu, machine.device, machine.dtype
     few = 32 if gpu else 4
 
-    yield from _checks_of_a_preset(machine, "xl2")
+    yield from _checks_of_a_preset(machine, "xl2", "guided")
     for backend in ("cuda", "torch") if gpu else ("torch",):
         steps = 200 if gpu else 10
         yield _check("xl2", f"AdamWEMA {backend}", 10, partial(checks.check_optimizer, backend, device, steps))
-    waits = partial(checks.check_waits, replace(machine.model("b2"), depth=2), dtype, device)
-    yield _check("xl2", "the host does not wait in a step", 20, waits)
+    yield _check_of_waits("xl2", machine, "b2", "guided")
     yield Task("xl2", "FSDP2 on one rank", 20, False, lambda: {"checks": check_one_rank(device)})
 
     stage = f"xl2 of {few}"
@@ -102,8 +103,13 @@ def _tasks(machine: Machine, many: int) -> Iterator[Task]:
     for case in (*cases.optimizer(machine), *cases.sampler(machine)):
         yield from _timed(stage, machine, case)
 
+    yield from _checks_of_a_preset(machine, "imf-xl2", "improved")
+    yield _check_of_waits("imf-xl2", machine, "imf-b2", "improved")
+    for preset, batch in IMPROVED_STEPS if gpu else (("imf-xl2", few),):
+        yield from _timed("imf-xl2", machine, cases.step(machine, preset, batch, "improved"))
+
     if gpu:
-        yield from _checks_of_a_preset(machine, "b2")
+        yield from _checks_of_a_preset(machine, "b2", "guided")
         for batch in (few, 256):
             yield from _timed("b2", machine, cases.step(machine, "b2", batch, "guided"))
         yield _split("b2", machine, "b2", few)
@@ -114,20 +120,26 @@ def _tasks(machine: Machine, many: int) -> Iterator[Task]:
     yield from _timed("compiled peers", machine, cases.step(machine, "xl2", few, "guided"), compiled=True)
 
 
-def _checks_of_a_preset(machine: Machine, preset: str) -> Iterator[Task]:
+def _checks_of_a_preset(machine: Machine, preset: str, objective: str) -> Iterator[Task]:
     """Its step at two blocks, and each op at its shapes: they compile all kernels of its timings."""
-    config = replace(machine.model(preset), depth=2)
-    shape = op_shape(config, 4)
-    dtype = machine.dtype
-    name = f"guided step, {machine.name(preset)} of {config.depth} blocks"
-    yield _check(preset, name, 60, partial(checks.check_step, config, 8, dtype, name, machine.device, machine.backend))
+    config, method = of_blocks(machine.model(preset), 2), (OBJECTIVES | IMPROVED)[objective]
+    shape, dtype = op_shape(config, 4), machine.dtype
+    name = f"{objective} step, {machine.name(preset)} of {config.depth} blocks"
+    run = partial(checks.check_step, config, method, 8, dtype, name, machine.device, machine.backend)
+    yield _check(preset, name, 60, run)
     yield from _op_checks(preset, machine, shape, dtype)
+
+
+def _check_of_waits(stage: str, machine: Machine, preset: str, objective: str) -> Task:
+    config, method = of_blocks(machine.model(preset), 2), (OBJECTIVES | IMPROVED)[objective]
+    name = f"the host does not wait in a step, {objective}"
+    return _check(stage, name, 20, partial(checks.check_waits, config, method, machine.dtype, name, machine.device))
 
 
 def _remaining_checks(machine: Machine) -> Iterator[Task]:
     """Golden cases; ops over dtypes, head dims and odd lengths; every implementation of attention."""
     gpu, device = machine.gpu, machine.device
-    for name in ("guided_kappa", "guided_omega_train", "unguided"):
+    for name in ("guided_kappa", "guided_omega_train", "unguided", "imf_train", "imf_beta"):
         yield _check("remaining", f"golden {name}", 60, partial(checks.check_golden, name, device))
     examples = [(Shape(2, 7, 1, 24), torch.float16)]
     if gpu:

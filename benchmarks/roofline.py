@@ -35,18 +35,18 @@ LARGEST = 10  # rows of the table of operators
 
 @dataclass(frozen=True)
 class Assumptions:
-    """What is assumed of a GPU and its host, beside the data sheet."""
+    """Assumptions about a GPU and its host, in addition to the data sheet."""
 
     matrix_share: float = 0.8
     """share of the data sheet's rate that products reach: H100 and H200, 790 TFLOP/s on large random matrices"""
     memory_share: float = 0.9
-    """share of the data sheet's memory bandwidth that is reached: large copies, 3.0 TB/s on an H100, 4.3 on an H200"""
+    """share of the data sheet's memory bandwidth that kernels reach: large copies, 3.0 TB/s (H100), 4.3 TB/s (H200)"""
     kernel_us: float = 2.5
-    """us that the device takes for any kernel at least"""
+    """least device time of a kernel, in us"""
     host_operator_us: float = 5.0
-    """us of the host for each dispatched operator, the Python around it and autograd included"""
+    """host time per dispatched operator in us, including the surrounding Python code and autograd"""
     host_launch_us: float = 10.0
-    """us of the host for each operator that launches a kernel, beside that"""
+    """additional host time per operator that launches a kernel, in us"""
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -55,9 +55,9 @@ class Assumptions:
 
 
 def gpu_data_sheet(name: str) -> DataSheet:
-    """Of a GPU by its name; InputError if it is not known."""
+    """The data sheet of a GPU by its name; InputError if the name is unknown."""
     if (sheet := data_sheet(name)) is None:
-        raise InputError(f"there is no GPU {name}; known are {', '.join('-'.join(w).lower() for w in DATA_SHEETS)}")
+        raise InputError(f"unknown GPU {name}; known are {', '.join('-'.join(w).lower() for w in DATA_SHEETS)}")
     return sheet
 
 
@@ -66,9 +66,9 @@ class Cost(NamedTuple):
 
     seconds: float
     bound: str
-    """by which ceiling: product, memory or launch; empty for a view"""
+    """the ceiling that bounds it: product, memory or launch; empty for a view"""
     waves: float
-    """of output tiles over the multiprocessors; 0 for all but matrix products"""
+    """waves of output tiles over the multiprocessors; 0 unless the operator is a matrix product"""
 
 
 @dataclass(frozen=True)
@@ -80,12 +80,12 @@ class Roofline:
     rows: int
     operators: Counter[Operator]
     primal: Counter[Operator]
-    """those of the forward without tangents"""
+    """operators of the forward without tangents"""
     measured_host: float | None = None
-    """seconds of the host for a step, where they are known"""
+    """measured host time of a step in seconds, if known"""
 
     def cost(self, operator: Operator) -> Cost:
-        """Of one call. The last wave of a matrix product takes as long as a full one, however few tiles it has."""
+        """The least time of one call. The last wave of a matrix product takes as long as a full one."""
         if not operator.launches:
             return Cost(0.0, "", 0.0)
         peak = self.sheet.single_tflops if operator.dtype in ("f32", "f64") else self.sheet.tflops
@@ -101,7 +101,7 @@ class Roofline:
 
     @cached_property
     def kinds(self) -> dict[str, dict[str, float]]:
-        """Seconds of the device by pass and kind; the tangent is what the forward takes beyond one without tangents."""
+        """Device seconds by pass and kind; the tangent is the time of the forward beyond one without tangents."""
         found: dict[str, defaultdict[str, float]] = {
             name: defaultdict(float) for name in ("guidance", "primal", "tangent", "backward", "optimizer")
         }
@@ -117,7 +117,7 @@ class Roofline:
 
     @cached_property
     def bounds(self) -> dict[str, float]:
-        """Seconds of the device by what takes them; the last waves of products apart from their FLOPs."""
+        """Device seconds by cause; the last waves of products are separate from their FLOPs."""
         found = dict.fromkeys(("product", "last wave", "memory", "launch"), 0.0)
         for operator, n in self.operators.items():
             seconds, bound, waves = self.cost(operator)
@@ -129,7 +129,7 @@ class Roofline:
 
     @cached_property
     def device(self) -> dict[Phase, float]:
-        """Seconds of the device by phase."""
+        """Device seconds by phase."""
         found = dict.fromkeys(PHASES, 0.0)
         for operator, n in self.operators.items():
             found[operator.phase] += n * self.cost(operator).seconds
@@ -137,7 +137,7 @@ class Roofline:
 
     @cached_property
     def dispatched(self) -> dict[Phase, int]:
-        """Operators by phase, views included."""
+        """Dispatched operators by phase, including views."""
         return {name: sum(n for o, n in self.operators.items() if o.phase == name) for name in PHASES}
 
     @cached_property
@@ -147,7 +147,7 @@ class Roofline:
 
     @cached_property
     def host(self) -> dict[Phase, float]:
-        """Seconds of the host by phase; a measured sum is divided as the modelled one."""
+        """Host seconds by phase; a measured sum is divided in the proportions of the model."""
         per_operator, per_launch = self.assumed.host_operator_us / 1e6, self.assumed.host_launch_us / 1e6
         found = {name: per_operator * self.dispatched[name] + per_launch * self.launches[name] for name in PHASES}
         scale = 1.0 if self.measured_host is None else self.measured_host / sum(found.values())
@@ -155,7 +155,7 @@ class Roofline:
 
     @property
     def seconds(self) -> float:
-        """Of the step: each phase takes the longer of device and host."""
+        """Time of the step: each phase takes the longer of device and host."""
         return sum(max(self.device[name], self.host[name]) for name in PHASES)
 
     @property
@@ -187,11 +187,11 @@ def roofline(
     Args:
         model, method, rows, optim, gathered: the step, as for `step_operators`.
         gpu: a name as for `data_sheet`.
-        assumed: the defaults if None.
-        measured_host: seconds that the host takes for the step, in place of the modelled ones.
+        assumed: assumptions; None means the defaults.
+        measured_host: measured host time of the step in seconds, which replaces the modelled one.
 
     Raises:
-        InputError: the GPU is not known, or the objective does not divide so many rows.
+        InputError: the GPU is unknown, or the objective cannot divide this number of rows.
     """
     sheet = gpu_data_sheet(gpu)
     try:
@@ -203,7 +203,7 @@ def roofline(
 
 
 def predicted_seconds(model: NetworkConfig, method: ObjectiveConfig, rows: int, gpu: str) -> float:
-    """Of a training step on a GPU; 0 if its data sheet is not known."""
+    """Seconds of a training step on a GPU; 0 if its data sheet is unknown."""
     return roofline(model, method, rows, gpu).seconds if data_sheet(gpu) else 0.0
 
 
@@ -238,7 +238,7 @@ def report(found: Roofline) -> dict[str, Any]:
 
 
 def markdown(found: Roofline, name: str, gpu: str) -> str:
-    """Passes and kinds, the largest operators, and device beside host."""
+    """Passes and kinds, the largest operators, and the times of device and host."""
     device, host = sum(found.device.values()), sum(found.host.values())
     passes = list(found.kinds)
     kinds = Counter({k: sum(s.get(k, 0.0) for s in found.kinds.values()) for s in found.kinds.values() for k in s})
@@ -259,10 +259,8 @@ def markdown(found: Roofline, name: str, gpu: str) -> str:
             f"{rate / found.sheet.tflops:.0%} of the data sheet's rate, and {found.bytes / 1e9:.1f} GB.",
             table(["ms by kind and pass", *passes, "all", "share"], lines),
             _by_phase(found),
-            "What the device takes that time for: "
-            + ", ".join(f"{name} {1e3 * s:.1f} ms" for name, s in found.bounds.items())
-            + ".",
-            f"The {LARGEST} largest operators are what to attack next:",
+            "Device time by cause: " + ", ".join(f"{name} {1e3 * s:.1f} ms" for name, s in found.bounds.items()) + ".",
+            f"The {LARGEST} largest operators:",
             _largest(found, device),
         ]
     )
@@ -303,20 +301,20 @@ def _largest(found: Roofline, device: float) -> str:
 
 
 def assumptions(found: Roofline, gpu: str) -> str:
-    """What the times rest on, as a Markdown list."""
+    """The assumptions behind the times, as a Markdown list."""
     sheet, assumed = found.sheet, found.assumed
     return "\n".join(
         [
-            f"- {gpu.upper()} by its data sheet: {sheet.tflops:,.1f} TFLOP/s in bfloat16 products, "
+            f"- {gpu.upper()} data sheet: {sheet.tflops:,.1f} TFLOP/s in bfloat16 products, "
             f"{sheet.single_tflops:g} in float32, {sheet.gb_per_s:,.0f} GB/s, {sheet.multiprocessors} multiprocessors.",
-            f"- Products reach {assumed.matrix_share:.0%} of that, memory {assumed.memory_share:.0%}.",
+            f"- Products reach {assumed.matrix_share:.0%} of these rates, memory {assumed.memory_share:.0%}.",
             f"- A matrix product takes whole waves of {TILE} x {TILE} tiles over the multiprocessors.",
-            "- Attention's FLOPs run at the rate of products, those included that its backward computes again.",
+            "- Attention's FLOPs run at the rate of products, including those that its backward recomputes.",
             "- An operator reads and writes each tensor once, in device memory: nothing stays in a cache.",
-            f"- Each operator but a view is one kernel, which takes the device at least {assumed.kernel_us:g} us.",
+            f"- Each operator except a view is one kernel of at least {assumed.kernel_us:g} us on the device.",
             f"- The host takes {assumed.host_operator_us:g} us for each operator, and {assumed.host_launch_us:g} us "
-            "more if it launches.",
-            "- Primal is a forward without tangents. Tangent is the rest of the forward, with target and loss.",
+            "more if the operator launches a kernel.",
+            "- *Primal* is a forward without tangents. *Tangent* is the rest of the forward, with target and loss.",
         ]
     )
 
@@ -330,17 +328,21 @@ def main(argv: Sequence[str]) -> None:
     parser = _Parser(
         prog="benchmarks.roofline", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("preset", help=f"what is trained: {', '.join(PRESETS)}")
-    parser.add_argument("--rows", type=int, nargs="+", default=[32], help="rows of the GPU in a step")
-    parser.add_argument("--gpu", default="h200", help="a name such as h100-pcie")
-    parser.add_argument("--host-ms", type=float, help="measured time of the host for a step, in place of the model's")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all operators and sums there")
+    parser.add_argument("preset", help=f"preset to model: {', '.join(PRESETS)}")
+    parser.add_argument(
+        "--rows", type=int, nargs="+", default=[32], help="rows per GPU and step; several values give several tables"
+    )
+    parser.add_argument("--gpu", default="h200", help="GPU whose data sheet to use, such as h100-pcie")
+    parser.add_argument(
+        "--host-ms", type=float, help="measured host time of a step in ms, which replaces the modelled one"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write all operators and sums to FILE")
     args = parser.parse_args(argv)
     config = PRESETS[choose("preset", args.preset, PRESETS)][1]
     if min(args.rows) < 1 or (args.host_ms is not None and not args.host_ms > 0):
         raise InputError("--rows and --host-ms must be positive")
     if args.json and not args.json.parent.is_dir():
-        raise InputError(f"there is no folder {args.json.parent} to write {args.json.name} to")
+        raise InputError(f"cannot write {args.json}: the folder {args.json.parent} does not exist")
     host = None if args.host_ms is None else args.host_ms / 1e3
     found = [
         roofline(config.model, config.method, rows, args.gpu, optim=config.optim, measured_host=host)

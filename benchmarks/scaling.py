@@ -378,7 +378,7 @@ def main(argv: Sequence[str]) -> None:
     args = parse(Arguments, argv, "python -m benchmarks.scaling")
     for path in (args.json, args.plot):
         if path and not path.parent.is_dir():
-            raise InputError(f"there is no folder {path.parent} to write {path.name} to")
+            raise InputError(f"cannot write {path}: the folder {path.parent} does not exist")
     if args.plot:
         try:
             import matplotlib  # noqa: F401

@@ -1,21 +1,27 @@
 """Counts of a training step that need no GPU, and where its time goes; `--guard` compares the counts exactly."""
 
+import itertools
+
 import pytest
 import torch
 
 from benchmarks.cases import UPDATES
 from benchmarks.counts import count, count_optimizer, count_roofline
 from benchmarks.split import guided_split
-from benchmarks.workload import OBJECTIVES
+from benchmarks.workload import IMPROVED, OBJECTIVES
 from mfengine.engine.presets import PRESETS
 from mfengine.ranks import World
 
 
-@pytest.mark.parametrize("name", ["mfengine", "port"])
-@pytest.mark.parametrize("objective", OBJECTIVES)
-@pytest.mark.parametrize("preset", ["b2", "l2", "xl2"])
+@pytest.mark.parametrize(
+    ("preset", "objective", "name"),
+    [
+        *itertools.product(["b2", "l2", "xl2"], OBJECTIVES, ["mfengine", "port"]),
+        *itertools.product(["imf-b2", "imf-xl2"], IMPROVED, ["mfengine"]),
+    ],
+)
 def test_counts(preset, objective, name, session):
-    counts = count(PRESETS[preset][1].model, OBJECTIVES[objective], name)
+    counts = count(PRESETS[preset][1].model, (OBJECTIVES | IMPROVED)[objective], name)
     session.counts[f"{preset}, {objective}, {name}"] = counts
     assert counts["forwards"] >= 3 - 1e-3
     assert counts.get("host_waits", 0) == 0

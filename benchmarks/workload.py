@@ -14,10 +14,13 @@ import torch
 from torch import Tensor
 
 from benchmarks.baselines.port import Port, PortDiT, jvp_flash_attention, sdpa
-from mfengine import DiT, Draws, MeanFlow, MeanFlowConfig, ModelConfig
+from mfengine import DiT, MeanFlowConfig, methods
 from mfengine.engine.config import OptimConfig
 from mfengine.engine.optim import adamw_ema
 from mfengine.engine.presets import PRESETS
+from mfengine.methods import ImprovedMeanFlowConfig, ObjectiveConfig
+from mfengine.networks import NETWORKS, IMFDiTConfig, Network, NetworkConfig
+from mfengine.networks.layers import TransformerConfig
 from mfengine.ops import fixed_weights
 
 OBJECTIVES: dict[str, MeanFlowConfig] = {
@@ -25,19 +28,20 @@ OBJECTIVES: dict[str, MeanFlowConfig] = {
     "unguided": MeanFlowConfig(),
     "guided": PRESETS["xl2"][1].method,
 }
+IMPROVED: dict[str, ImprovedMeanFlowConfig] = {"improved": PRESETS["imf-xl2"][1].method}  # of an IMFDiT
 
 
 Call = Callable[[], Any]
-Update = Callable[[Tensor, Tensor, Draws], None]  # latents (B, C, H, W), labels (B,), draws: one optimizer step
+Update = Callable[[Tensor, Tensor, Any], None]  # latents (B, C, H, W), labels (B,), draws: one optimizer step
 
 
-def engine_update(model: DiT, objective: MeanFlowConfig) -> Update:
+def engine_update(model: Network, objective: ObjectiveConfig) -> Update:
     """mfengine's step on one device."""
     optimizer = adamw_ema(model, OptimConfig(), whole=True)
     weights = fixed_weights(optimizer.copies)
-    method = MeanFlow(objective)
+    method = methods.OBJECTIVES.build(objective)
 
-    def update(latents: Tensor, labels: Tensor, draws: Draws) -> None:
+    def update(latents: Tensor, labels: Tensor, draws: Any) -> None:
         with weights:
             loss, _ = method.loss(model, latents, labels, draws)
         loss.backward()
@@ -79,7 +83,7 @@ def port_update(model: DiT, objective: MeanFlowConfig, **options: Any) -> Update
     network.load_state_dict(model.state_dict())
     optimizer_step = torch_pair(list(network.parameters()))
 
-    def update(latents: Tensor, labels: Tensor, draws: Draws) -> None:
+    def update(latents: Tensor, labels: Tensor, draws: Any) -> None:
         port.loss(network, latents, labels, draws).backward()
         optimizer_step()
         network.zero_grad()
@@ -87,7 +91,7 @@ def port_update(model: DiT, objective: MeanFlowConfig, **options: Any) -> Update
     return update
 
 
-IMPLEMENTATIONS: dict[str, Callable[[DiT, MeanFlowConfig], Update]] = {
+IMPLEMENTATIONS: dict[str, Callable[[Any, Any], Update]] = {
     "mfengine": engine_update,
     "port": port_update,
     "port SDPA": partial(port_update, attention=sdpa),
@@ -98,20 +102,23 @@ IMPLEMENTATIONS: dict[str, Callable[[DiT, MeanFlowConfig], Update]] = {
 
 
 def training_step(
-    model_config: ModelConfig,
-    objective: MeanFlowConfig,
+    model_config: TransformerConfig,
+    objective: ObjectiveConfig,
     batch: int,
     device: torch.device,
     compute_dtype: torch.dtype,
     num_inputs: int = 4,
     implementation: str = "mfengine",
 ) -> Callable[[], None]:
-    """A function that does one optimizer step of one of IMPLEMENTATIONS, on `num_inputs` batches in turn."""
+    """A function that does one optimizer step of one of IMPLEMENTATIONS, on `num_inputs` batches in turn.
+
+    The peers know MeanFlow with a `DiT` alone.
+    """
     model = make_model(model_config, device, compute_dtype)
     update = IMPLEMENTATIONS[implementation](model, objective)
-    method = MeanFlow(objective)
+    method = methods.OBJECTIVES.build(objective)
     generator = torch.Generator().manual_seed(0)
-    shape = (batch, model_config.in_channels, model_config.input_size, model_config.input_size)
+    shape = (batch, *model_config.latent_shape)
     latents = [torch.randn(shape, generator=generator).to(device) for _ in range(num_inputs)]
     labels = [torch.randint(model_config.num_classes, (batch,), generator=generator).to(device) for _ in latents]
     draws = [method.draw(shape, generator) for _ in latents]
@@ -126,22 +133,28 @@ def training_step(
     return step
 
 
-def make_model(config: ModelConfig, device: torch.device, compute_dtype: torch.dtype = torch.float32) -> DiT:
-    """A network whose output is not zero, as adaLN-zero makes it at first."""
+def make_model(config: NetworkConfig, device: torch.device, compute_dtype: torch.dtype = torch.float32) -> Any:
+    """A network whose output is not zero, as gates and last layers of zeros make it at first."""
     torch.manual_seed(0)
     with device:
-        model = DiT(config, compute_dtype).to(device)
+        model = NETWORKS.build(config, compute_dtype).to(device)
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.02 * torch.randn_like(p))
     return model
 
 
-def small(config: ModelConfig) -> ModelConfig:
+def small(config: TransformerConfig) -> Any:
     """The same network, narrow and shallow, for a machine without a GPU."""
-    return dataclasses.replace(config, hidden_size=128, depth=2, num_heads=4, input_size=16)
+    return of_blocks(dataclasses.replace(config, hidden_size=128, num_heads=4, input_size=16), 2)
 
 
-def tiny(config: ModelConfig) -> ModelConfig:
+def tiny(config: TransformerConfig) -> Any:
     """The same network, as small as it can be."""
-    return dataclasses.replace(config, hidden_size=32, depth=2, num_heads=2, input_size=4)
+    return of_blocks(dataclasses.replace(config, hidden_size=32, num_heads=2, input_size=4), 2)
+
+
+def of_blocks(config: TransformerConfig, depth: int) -> Any:
+    """The same network with so many blocks; one of them is the head, where there are heads."""
+    heads = {"head_depth": 1} if isinstance(config, IMFDiTConfig) else {}
+    return dataclasses.replace(config, depth=depth, **heads)

@@ -72,8 +72,10 @@ class Library:
 
     def why_not(self) -> str | None:
         """Why the current device cannot be used, or None."""
+        if self.device == "cuda" and not torch.cuda.is_available():
+            return "PyTorch finds no GPU"
         if code := self._lib.mfengine_ready():
-            return f"built, but {self._lib.mfengine_error(code).decode()}"
+            return str(self._lib.mfengine_error(code).decode())
         oldest = self._lib.mfengine_oldest()
         if oldest and (capability := torch.cuda.get_device_capability()) < divmod(oldest, 10):
             return f"built for sm_{oldest} and later, this GPU is sm_{capability[0]}{capability[1]}"

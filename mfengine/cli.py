@@ -33,21 +33,26 @@ Out = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]
 Data = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DATA")]
 
 
-def parse(arguments: type[T], args: Sequence[str], prog: str, default: T | None = None) -> T:
+def program(command: str) -> str:
+    """How the user called a command: by the script `mfengine`, or as a module."""
+    return f"mfengine {command}" if Path(sys.argv[0]).name == "mfengine" else f"python -m mfengine.{command}"
+
+
+def parse(arguments: type[T], args: Sequence[str], command: str, default: T | None = None) -> T:
     """Parse a command line into a dataclass.
 
     Args:
         arguments: the dataclass. A ValueError of its own, which calls fields by their names, is told with those of
             their options.
         args: the command line.
-        prog: what the user called.
+        command: what the user called, such as train.
         default: values of options that are not given; the dataclass's own if None.
 
     Raises:
         InputError: the command line is wrong, or a number is not finite; for an option that does not exist it names
             one that is like it.
     """
-    report = io.StringIO()
+    report, prog = io.StringIO(), program(command)
     names = [name for name, _ in _options(default or arguments)]
     try:
         with contextlib.redirect_stderr(report):

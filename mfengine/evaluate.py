@@ -18,7 +18,8 @@ from mfengine.data.format import Dataset
 from mfengine.data.image_files import check_new
 from mfengine.data.pictures import draw_latents
 from mfengine.data.vae import VAE
-from mfengine.engine.checkpoint import Trained, check_decay, load_model, read_description
+from mfengine.engine.checkpoint import read_description
+from mfengine.engine.weights import Trained, check_decay, load_model
 from mfengine.errors import InputError
 from mfengine.evaluation.fidelity import SPLITS, Reference
 from mfengine.evaluation.metrics import Decode, Evaluation, write_metrics
@@ -113,7 +114,7 @@ class EvaluateArgs:
 
 
 def main(args: Sequence[str]) -> None:
-    config = cli.parse(EvaluateArgs, args, "python -m mfengine.evaluate")
+    config = cli.parse(EvaluateArgs, args, "evaluate")
     axes = parse_axes(config.sweep)
     if config.save is not None:
         check_new(config.save)
@@ -124,7 +125,7 @@ def main(args: Sequence[str]) -> None:
     with world(config.device) as here:
         ema_decay = axes["ema_decay"][0] if "ema_decay" in axes else config.ema_decay
         trained = load_model(config.checkpoint, ema_decay, config.skip_checksums)
-        model, space, path, objective = trained
+        model, space, path, objective, _ = trained
         if axes:
             check_axes(axes, config, trained)
         else:
@@ -189,6 +190,11 @@ def main(args: Sequence[str]) -> None:
     if out is not None:
         write_metrics(metrics, origin, out)
         print(f"written to {out}")
+    if "frechet_floor" in metrics:
+        reached = ", ".join(f"{metrics[f'frechet_{steps}nfe']:.1f} in {steps} step(s)" for steps in config.steps)
+        print(
+            f"Frechet distance {reached}; two random halves of the real data are {metrics['frechet_floor']:.1f} apart"
+        )
 
 
 # ----------------------------------------------------------------------------

@@ -10,9 +10,9 @@ from mfengine import cli
 from mfengine.configs import choose
 from mfengine.data.format import LatentSpace
 from mfengine.data.normalisation import published
-from mfengine.engine.checkpoint import export_model, export_other
 from mfengine.engine.config import OTHERS
 from mfengine.engine.presets import PRESETS
+from mfengine.engine.weights import export_model, export_other
 from mfengine.errors import InputError
 from mfengine.files import check_file
 
@@ -38,7 +38,7 @@ class ExportArgs:
 
 
 def main(args: Sequence[str]) -> None:
-    config = cli.parse(ExportArgs, args, "python -m mfengine.export")
+    config = cli.parse(ExportArgs, args, "export")
     if config.out.suffix not in (".safetensors", ".pth"):
         raise InputError(f"{config.out} must end in .safetensors or .pth")
     if config.out.exists():

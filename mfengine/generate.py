@@ -1,78 +1,160 @@
-"""`python -m mfengine.generate CHECKPOINT --steps 1 --out grid.png`: draw a grid of samples."""
+"""`python -m mfengine.generate CHECKPOINT --steps 1 --out grid.png`: draw samples as one picture or as single files."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from mfengine import cli
 from mfengine.configs import check_at_least, check_seed
-from mfengine.data.pictures import draw_latents, image_grid, save_picture
+from mfengine.data.format import Dataset, iterate_means
+from mfengine.data.image_files import ImageWriter, check_new
+from mfengine.data.pictures import draw_latents, labelled_grid, write_picture
 from mfengine.data.vae import VAE
-from mfengine.engine.checkpoint import load_model
+from mfengine.engine.weights import load_model
 from mfengine.errors import InputError
+from mfengine.evaluation.samples import SampleSet
 from mfengine.files import check_writable
-from mfengine.ranks import world
+from mfengine.progress import progress
+from mfengine.ranks import World, world
 
 
 @dataclass(frozen=True)
-class SampleArgs:
-    """Draw samples of a trained model, with its averaged weights, as one picture."""
+class GenerateArgs:
+    """Draw samples of a trained model, with its averaged weights, as one picture or as single files."""
 
     checkpoint: cli.Checkpoint
     """a run folder, one of its checkpoints, or an export (.safetensors)"""
     out: Path = Path("samples.png")
-    """the picture; an existing one is replaced"""
-    steps: int = 1
+    """NAME.png: one picture, a column per class and a block of rows per value of --steps; an existing file is replaced.
+    A name without a suffix: an empty or new folder for one file per sample, NUMBER-CLASS.png; under torchrun all ranks
+    share the work"""
+    steps: tuple[int, ...] = (1,)
     """network evaluations per sample"""
-    labels: tuple[int, ...] = ()
-    """classes to draw, one row each; the first ten if not given"""
+    labels: tuple[str, ...] = ()
+    """classes to draw, by number, or by name where the data set has names; the first ten if not given"""
     per_label: int = 10
-    """samples of each class"""
+    """number of samples of each class"""
+    data: Path | None = None
+    """a data set: the picture begins with real images of the same classes"""
     conditions: dict[str, float] = field(default_factory=dict)
-    """what the model's objective takes beside labels, as in --conditions omega 7.5 t_min 0.4; those that are not given
-    have the values of its configuration"""
+    """what the model's objective takes beside labels, as in --conditions omega 7.5 t_min 0.4; those not given have the
+    values of its configuration"""
     seed: int = 0
-    """of the noise"""
+    """seed of the noise"""
     ema_decay: float | None = None
-    """which moving average; the run's first if not given"""
+    """which moving average of the weights; the run's first if not given"""
     skip_checksums: bool = False
     """read a checkpoint without comparing the checksums of its files; their sizes are compared anyway"""
     vae: str | None = None
-    """decode latents with this VAE: a folder or hub name that diffusers loads. Without it they are drawn as they are"""
+    """decode latents with this VAE: a folder or hub name that diffusers loads. Without it, the first three channels of
+    latents are shown"""
+    batch_size: int = 64
+    """samples per call of the network"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes a GPU where there is one"""
 
     def __post_init__(self) -> None:
-        check_at_least(1, steps=self.steps, per_label=self.per_label)
+        if not self.steps or min(self.steps) < 1 or len(set(self.steps)) < len(self.steps):
+            raise ValueError("steps must be different numbers, each at least 1")
+        check_at_least(1, per_label=self.per_label, batch_size=self.batch_size)
         check_seed(self.seed)
+        if self.out.suffix not in (".png", ""):
+            raise ValueError(f"out {self.out} must end in .png, or have no suffix for a folder")
+        if self.out.suffix == "" and (len(self.steps) > 1 or self.data is not None):
+            raise ValueError(f"out {self.out} is a folder, for samples of one value of --steps and without --data")
 
 
 def main(args: Sequence[str]) -> None:
-    config = cli.parse(SampleArgs, args, "python -m mfengine.generate")
-    if config.out.suffix != ".png":
-        raise InputError(f"--out {config.out} must end in .png")
-    if config.out.is_dir():
+    config = cli.parse(GenerateArgs, args, "generate")
+    single = config.out.suffix == ""
+    if single:
+        check_new(config.out)
+    elif config.out.is_dir():
         raise InputError(f"--out {config.out} is a folder: name a file in it")
     check_writable(config.out)
+    dataset = None if config.data is None else Dataset.open(config.data)
     with world(config.device) as here:
-        model, space, path, objective = load_model(config.checkpoint, config.ema_decay, config.skip_checksums)
+        trained = load_model(config.checkpoint, config.ema_decay, config.skip_checksums)
+        model, space, path, objective, class_names = trained
         sampler = objective.sampler(config.conditions)
-        classes = config.labels or tuple(range(min(10, space.num_classes)))
-        for label in classes:
-            if not 0 <= label < space.num_classes:
-                raise InputError(f"there is no label {label}; the model has 0 to {space.num_classes - 1}")
+        labels = tuple(map(trained.label, config.labels or range(min(10, space.num_classes))))
+        names = [class_names[label] if class_names else str(label) for label in labels]
+        if dataset is not None:
+            dataset.check_model(space.shape, space.num_classes)
         decode = VAE(config.vae, here.device).decode if config.vae else draw_latents
-        labels = torch.tensor(classes).repeat_interleave(config.per_label)
-        noise = torch.randn(len(labels), *space.shape, generator=torch.Generator().manual_seed(config.seed))
-        latents = sampler(model.to(here.device), noise.to(here.device), labels.to(here.device), config.steps)
-        save_picture(image_grid(decode(latents, space), columns=config.per_label), config.out)
-    taken = "".join(f", {name} {value:g}" for name, value in {**objective.conditions, **config.conditions}.items())
-    print(f"{config.out}: {len(labels)} samples of {path} in {config.steps} step(s){taken}")
+        count = len(labels) * config.per_label
+        samples = SampleSet(space, count, config.batch_size, config.seed, labels, sampler)
+        model.to(here.device)
+
+        def images(steps: int, world: World) -> Iterator[tuple[range, Tensor]]:
+            """This rank's share of the samples: their numbers, and images (n, 3, H, W) in [0, 1] on the host."""
+            with progress(count, "samples", f"{steps} step(s)", enabled=here.main and count > config.batch_size) as bar:
+                for rows, latents, _ in samples.draw(model, steps, world):
+                    yield rows, decode(latents, space).cpu()
+                    bar.update(len(rows))
+
+        if single:
+            _write_files(config.out, count, images(config.steps[0], here), names, here)
+        elif here.main:  # alone: a picture has few samples
+            blocks = {}
+            if dataset is not None:
+                real = real_latents(dataset, labels, config.per_label)
+                blocks["real"] = torch.cat([decode(part.to(here.device), space).cpu() for part in real.split(64)])
+            for steps in config.steps:
+                parts = images(steps, World(0, 1, here.device))
+                blocks[{1: "one step", 2: "two steps"}.get(steps, f"{steps} steps")] = torch.cat(
+                    [part for _, part in parts]
+                )
+            write_picture(labelled_grid(blocks, names), config.out)
+    if here.main:
+        conditions = {**objective.conditions, **config.conditions}
+        taken = "".join(f", {name} {value:g}" for name, value in conditions.items())
+        print(f"{config.out}: {count} samples of {path} in {' and '.join(map(str, config.steps))} step(s){taken}")
+
+
+def _write_files(out: Path, count: int, parts: Iterator[tuple[range, Tensor]], names: list[str], here: World) -> None:
+    """Write the samples of all ranks as files; sample i is of the class names[i modulo their number]."""
+    safe = [re.sub(r"[^\w.-]+", "-", name) for name in names]
+    writer: ImageWriter | None = None
+    for rows, part in parts:
+        writer = writer or ImageWriter(out, count, part.shape[2], part.shape[3], here)
+        writer.write(rows, (part * 255).round().to(torch.uint8), [safe[i % len(safe)] for i in rows])
+    assert writer is not None
+    writer.finish()
+
+
+def real_latents(dataset: Dataset, labels: Sequence[int], rows: int) -> Tensor:
+    """Latents of the data, row by row, with a column for each label: (n, C, H, W) float32.
+
+    Args:
+        dataset: where they are taken from, the first of each class.
+        labels: of the columns.
+        rows: wanted; there are fewer where a class has fewer samples.
+
+    Raises:
+        InputError: a class has no samples.
+    """
+    found: dict[int, list[Tensor]] = {label: [] for label in labels}
+    for _, means, classes in iterate_means(dataset, batch=256):
+        for mean, label in zip(means, classes.tolist(), strict=True):
+            if len(found.get(label, range(rows))) < rows:
+                found[label].append(torch.from_numpy(mean))
+        if all(len(each) == rows for each in found.values()):
+            break
+    missing = [label for label, each in found.items() if not each]
+    if missing:
+        raise InputError(f"{dataset.folder} has no samples of class {missing[0]}")
+    fewest = min(map(len, found.values()))
+    chosen = torch.stack([found[label][row] for row in range(fewest) for label in labels])
+    scale, bias = dataset.space.factors(chosen.device)
+    return (chosen - bias) * scale
 
 
 if __name__ == "__main__":

@@ -69,9 +69,9 @@ def _library() -> str:
     try:
         why = multi_tensor.library().why_not()
     except OSError as error:
-        why = str(error)
+        return f"{error}; mfengine.optim.AdamWEMA runs PyTorch's kernels"
     if why is not None:
-        return f"{why}; mfengine.optim.AdamWEMA runs PyTorch's kernels"
+        return f"built; mfengine.optim.AdamWEMA runs PyTorch's kernels here, since {why}"
     return "mfengine.optim.AdamWEMA in one pass over memory"
 
 
@@ -102,7 +102,7 @@ class InfoArgs:
 
 
 def main(args: Sequence[str]) -> None:
-    cli.parse(InfoArgs, args, "python -m mfengine.info")
+    cli.parse(InfoArgs, args, "info")
     table = rows()
     width = max(len(name) for name, _ in table)
     for name, state in table:

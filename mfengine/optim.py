@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any, Literal, get_args
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from mfengine import torch_private
@@ -58,8 +60,8 @@ class AdamWEMA(torch.optim.Optimizer):
         >>> optimizer = AdamWEMA(model.parameters(), lr=1e-3, ema_decays=(0.999, 0.9999), clip_norm=1.0)
         >>> model(torch.randn(8, 4)).square().mean().backward()
         >>> optimizer.step()
-        >>> optimizer.average(model.weight, 0.999).shape
-        torch.Size([2, 4])
+        >>> with optimizer.averaged(model, 0.999):
+        ...     predictions = model(torch.randn(8, 4))
     """
 
     ema_decays: dict[float, float]
@@ -95,6 +97,7 @@ class AdamWEMA(torch.optim.Optimizer):
         )
         self.clip_norm, self.skip_nonfinite = clip_norm, skip_nonfinite
         self.copies = {}
+        self._inside_averaged = False
         # "fused" is for load_state_dict: it keeps `step` on the device.
         settings = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "fused": True}
         super().__init__(params, settings)
@@ -116,6 +119,46 @@ class AdamWEMA(torch.optim.Optimizer):
         if p not in self.state:  # which would get an entry if it were asked for one
             raise ValueError(f"a tensor of {tuple(p.shape)} is not a parameter of this optimizer")
         return self.state[p][_key(decay)]
+
+    @contextmanager
+    def averaged(self, model: nn.Module, decay: float | None = None) -> Iterator[None]:
+        """A context in which the model has the weights of a moving average. It gets its own back, bit for bit.
+
+        Buffers stay as they are. It takes the memory of one more copy of the parameters. All ranks of an FSDP2 model
+        enter it together.
+
+        Args:
+            model: its parameters are this optimizer's.
+            decay: which moving average; the first if None.
+
+        Raises:
+            ValueError: the optimizer does not hold a parameter of the model, or no average of this decay.
+            RuntimeError: contexts are nested, or `step` is called in one.
+        """
+        if self._inside_averaged:
+            raise RuntimeError("the model has the weights of a moving average already")
+        if decay is None:
+            if not self.ema_decays:
+                raise ValueError("the optimizer has no moving average: ema_decays is empty")
+            decay = next(iter(self.ema_decays))
+        averages = [local(self.average(p, decay)) for p in model.parameters()]
+        own = [local(p).detach().clone() for p in model.parameters()]
+        self._load(model, averages)
+        self._inside_averaged = True
+        try:
+            yield
+        finally:
+            self._inside_averaged = False
+            self._load(model, own)
+
+    @torch.no_grad()
+    def _load(self, model: nn.Module, values: list[Tensor]) -> None:
+        """Replace this rank's part of each parameter of the model."""
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # so that the next forward gathers what the shards hold then
+        torch_private.foreach_copy([local(p) for p in model.parameters()], values)
+        self.refresh_copies()
 
     # ------------------------------------------------------------------------
     # State: there from the beginning, so that it can be saved, and loaded into, before the first step.
@@ -188,7 +231,13 @@ class AdamWEMA(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step with the gradients that are there; returns what `closure` does."""
+        """One step with the gradients that are there; returns what `closure` does.
+
+        Raises:
+            RuntimeError: the parameters are a moving average, inside `averaged`.
+        """
+        if self._inside_averaged:
+            raise RuntimeError("the parameters are a moving average: leave `averaged` before the next step")
         loss = None
         if closure is not None:
             with torch.enable_grad():

@@ -26,8 +26,6 @@ from mfengine.errors import InputError
 from mfengine.files import write_atomic, writing
 from mfengine.ranks import world
 
-PROG = "python -m mfengine.prepare"
-
 
 @dataclass(frozen=True)
 class DigitsArgs:
@@ -251,16 +249,17 @@ COMMANDS: dict[str, tuple[str, type[Any], Callable[[Any], None]]] = {
 
 def main(args: Sequence[str]) -> None:
     if not args or args[0] in ("-h", "--help"):
-        print(f"usage: {PROG} COMMAND ...\n\nWrite data sets of latents, check one, or normalise it otherwise.\n")
+        prog = cli.program("prepare")
+        print(f"usage: {prog} COMMAND ...\n\nWrite data sets of latents, check one, or normalise it otherwise.\n")
         for name, (operands, arguments, _) in COMMANDS.items():
             print(f"  {name} {operands:{16 - len(name)}} {(arguments.__doc__ or '').splitlines()[0]}")
-        print(f"\n`{PROG} COMMAND --help` lists a command's options.")
+        print(f"\n`{prog} COMMAND --help` lists a command's options.")
         if args:
             raise SystemExit(0)
         raise InputError(f"say what to prepare: {', '.join(COMMANDS)}")
     name = choose("command", args[0], COMMANDS)
     _, arguments, action = COMMANDS[name]
-    action(cli.parse(arguments, args[1:], f"{PROG} {name}"))
+    action(cli.parse(arguments, args[1:], f"prepare {name}"))
 
 
 if __name__ == "__main__":

@@ -158,7 +158,7 @@ class ReportArgs:
 
 
 def main(args: Sequence[str]) -> None:
-    config = cli.parse(ReportArgs, args, "python -m mfengine.report")
+    config = cli.parse(ReportArgs, args, "report")
     if not config.runs:
         raise InputError("RUN must be given")
     out = config.out or config.runs[0] / "report.html"

@@ -8,7 +8,8 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -17,14 +18,13 @@ import tyro
 import mfengine
 from mfengine import cli
 from mfengine.configs import choose
+from mfengine.data.format import Dataset
 from mfengine.engine.config import TrainConfig
 from mfengine.engine.preflight import dry_run, read_config
 from mfengine.engine.presets import PRESETS
 from mfengine.engine.trainer import train
 from mfengine.errors import InputError
 from mfengine.ranks import world
-
-PROG = "python -m mfengine.train"
 
 
 @dataclass(frozen=True)
@@ -47,35 +47,51 @@ class Arguments:
 def parse(args: Sequence[str]) -> Arguments:
     """A preset, or a run's configuration, with options over it; InputError for what there is not."""
     if args and args[0] in ("-h", "--help"):
+        prog = cli.program("train")
         print(
-            f"usage: {PROG} [PRESET] [OPTIONS]\n\nTrain a one-step generator. Under torchrun, on all its processes.\n"
+            f"usage: {prog} [PRESET] [OPTIONS]\n\nTrain a one-step generator. Under torchrun, on all its processes.\n"
         )
         for name, (description, _) in PRESETS.items():
             print(f"  {name:10} {description}")
-        print(f"\nThe preset is digits if none is given. `{PROG} PRESET --help` lists its options.")
-        print("--config RUN/config.json takes the place of a preset, to repeat a run.\n")
+        print(f"\nThe preset is digits if none is given. `{prog} PRESET --help` lists its options.")
+        print("--config RUN/config.json takes the place of a preset, to repeat a run.")
+        print("Size and channels of latents and the number of classes are those of the data set, unless given.\n")
         print(
-            f"  {PROG} digits --resume auto\n  torchrun --nproc-per-node 8 -m mfengine.train xl2 --data DIR --name NAME"
+            f"  {prog} digits --resume auto\n  torchrun --nproc-per-node 8 -m mfengine.train xl2 --data DIR --name NAME"
         )
         raise SystemExit(0)
     known = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     known.add_argument("--config", type=Path)
+    known.add_argument("--data", type=Path)
     try:
-        path = known.parse_known_args(args)[0].config
+        given = known.parse_known_args(args)[0]
+        path, data = given.config, given.data
     except argparse.ArgumentError:
-        path = None  # the parser of all options says what is wrong
+        path = data = None  # the parser of all options says what is wrong
     preset = "" if path else "digits"
     if args and not args[0].startswith("-"):
         if path:
             raise InputError(f"{args[0]} and --config {path} are both given: omit one")
         preset, args = choose("preset", args[0], PRESETS), args[1:]
-    default = PRESETS[preset][1] if path is None else read_config(path)
+    default = for_data(PRESETS[preset][1], data) if path is None else read_config(path)
     try:
-        return cli.parse(Arguments, args, f"{PROG} {preset}".rstrip(), default=Arguments(default, path))
+        return cli.parse(Arguments, args, f"train {preset}".rstrip(), default=Arguments(default, path))
     except InputError as error:
         if str(error).startswith("unexpected argument"):
             raise InputError(f"{error}: one preset comes first, then options") from None
         raise
+
+
+def for_data(preset: TrainConfig, data: Path | None) -> TrainConfig:
+    """A preset whose network takes the latents and classes of its data set, or of the one in `data`.
+
+    Where there is no such data set, or the network cannot take its latents, the preset is as it was: training refuses
+    it then, and says why.
+    """
+    with suppress(ValueError):
+        dataset = Dataset.read(data or preset.data)
+        return replace(preset, model=preset.model.for_latents(dataset.space.shape, dataset.space.num_classes))
+    return preset
 
 
 def provenance() -> dict[str, str]:

@@ -345,7 +345,7 @@ OPTIONS = [
     case("generate", says="CHECKPOINT"),
     case("generate runs/digits extra", says="unexpected argument extra"),
     case("generate runs/digits --stepz 1", says="the nearest is --steps"),
-    case("generate runs/digits --steps 0", says="--steps must be at least 1, not 0"),
+    case("generate runs/digits --steps 0", says="--steps must be different numbers, each at least 1"),
     case("generate runs/digits --per-label 0", says="--per-label must be at least 1, not 0"),
     case("generate runs/digits --seed=-1", says="--seed must"),
     case("generate runs/digits --labels 10", says="there is no label 10; the model has 0 to 9"),

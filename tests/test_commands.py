@@ -17,16 +17,21 @@ import torch
 from conftest import SMALL, checkpoint_contents, run_command, run_in_process
 from PIL import Image
 
-from mfengine import MeanFlow, cli
+import mfengine
+from mfengine import MeanFlow, __main__, cli, train
 from mfengine.data.format import LatentSpace
 from mfengine.data.writer import ArraySamples, order, write_dataset
 from mfengine.engine import trainer
-from mfengine.engine.checkpoint import load_model, newest_checkpoint, read_description
+from mfengine.engine.checkpoint import newest_checkpoint, read_description
 from mfengine.engine.config import OptimConfig
+from mfengine.engine.presets import PRESETS
 from mfengine.engine.telemetry import METRICS, Telemetry
+from mfengine.engine.weights import load_model
 from mfengine.errors import InputError, RankTrainingError
+from mfengine.evaluation.samples import SampleSet
 from mfengine.methods import OBJECTIVES
 from mfengine.networks import dit
+from mfengine.ranks import World
 
 
 @pytest.fixture(scope="module")
@@ -174,9 +179,99 @@ def test_sample_draws_the_same_from_run_checkpoint_and_export(trained, tmp_path)
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         pictures.append(np.asarray(Image.open(tmp_path / f"{i}.png")))
-    assert pictures[0].shape[1] > 1.5 * pictures[0].shape[0]  # two rows of four
+    assert pictures[0].shape[0] > 1.2 * pictures[0].shape[1]  # four rows of two classes
     assert np.array_equal(pictures[0], pictures[1])
     assert np.array_equal(pictures[0], pictures[2])
+
+
+def test_generate_shows_real_images_beside_samples(trained, digits, tmp_path, monkeypatch, capsys):
+    args = ("mfengine.generate", trained[0], "--labels", "3", "7", "--per-label=2")
+    sizes = []
+    for more in (["--steps=1"], ["--steps", "1", "2"], ["--steps", "1", "2", f"--data={digits}"]):
+        code, out, _ = run_in_process(*args, *more, cwd=tmp_path, monkeypatch=monkeypatch, capsys=capsys)
+        assert code == 0
+        sizes.append(Image.open(tmp_path / "samples.png").size)
+    assert "4 samples" in out
+    assert sizes[1][0] == sizes[2][0] < 200  # two columns
+    assert sizes[2][1] - sizes[1][1] == sizes[1][1] - sizes[0][1] > 100  # a block of rows more each time
+
+
+def test_generate_writes_single_files(trained, tmp_path, monkeypatch, capsys):
+    args = ("mfengine.generate", trained[0], "--out=many", "--labels", "3", "7", "--per-label=2", "--batch-size=3")
+    code, _, _ = run_in_process(*args, cwd=tmp_path, monkeypatch=monkeypatch, capsys=capsys)
+    assert code == 0
+    files = sorted(path.name for path in (tmp_path / "many").iterdir())
+    assert files == ["000000-3.png", "000001-7.png", "000002-3.png", "000003-7.png"]
+    picture = np.asarray(Image.open(tmp_path / "many/000001-7.png"))
+    expected = mfengine.load(trained[0], device="cpu")
+    samples = SampleSet(expected.space, 4, 3, labels=(3, 7), sampler=expected.objective.sampler({}))
+    _, latents, _ = next(samples.draw(expected.model, 1, World(0, 1, torch.device("cpu"))))
+    pixels = (expected.images(latents)[1] * 255).round().permute(1, 2, 0).numpy()
+    assert np.array_equal(picture, pixels)
+    code, _, errors = run_in_process(*args, cwd=tmp_path, monkeypatch=monkeypatch, capsys=capsys)
+    assert code == 2
+    assert "many is not an empty folder" in errors
+
+
+def test_classes_are_drawn_by_name(trained, tmp_path, monkeypatch, capsys):
+    checkpoint = tmp_path / "named"
+    shutil.copytree(newest_checkpoint(trained[0]), checkpoint)
+    description = json.loads((checkpoint / "checkpoint.json").read_text())
+    names = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+    assert description["class_names"] == []  # the digits have none
+    (checkpoint / "checkpoint.json").write_text(json.dumps({**description, "class_names": names}))
+    draw = ("mfengine.generate", checkpoint, "--skip-checksums", "--per-label=1", "--out=drawn", "--labels")
+    code, _, _ = run_in_process(*draw, "seven", "3", cwd=tmp_path, monkeypatch=monkeypatch, capsys=capsys)
+    assert code == 0
+    assert {path.name for path in (tmp_path / "drawn").iterdir()} == {"000000-seven.png", "000001-three.png"}
+    code, _, errors = run_in_process(*draw, "sevn", cwd=tmp_path / "named", monkeypatch=monkeypatch, capsys=capsys)
+    assert code == 2
+    assert "there is no class sevn; the nearest is seven" in errors
+
+
+def test_loaded_model_draws_samples(trained):
+    model = mfengine.load(trained[0], ema_decay=0.5)
+    latents = model.sample([3, 7, 7], steps=2, seed=1)
+    assert latents.shape == (3, 1, 8, 8)
+    assert torch.equal(latents, model.sample(torch.tensor([3, 7, 7]), 2, 1))
+    assert not torch.equal(latents, model.sample([3, 7, 7], 2, seed=2))
+    assert model.images(latents).shape == (3, 3, 8, 8)
+    with pytest.raises(ValueError, match="there is no label 10; the model has 0 to 9"):
+        model.sample([10])
+    with pytest.raises(ValueError, match="there is no condition omga"):
+        model.sample([1], omga=2.0)
+
+
+@pytest.mark.parametrize("preset", ["small-16", "imf-b2"])
+def test_network_takes_the_shapes_of_the_data(tmp_path, monkeypatch, capsys, preset):
+    moments = np.zeros((4, 1, 2, 3, 16, 16), np.float16)
+    samples = ArraySamples("own", LatentSpace((3, 16, 16), 5), moments, np.arange(4))
+    write_dataset(tmp_path / "own", samples)
+    model = train.parse([preset, f"--data={tmp_path / 'own'}"]).run.model
+    assert (model.latent_shape, model.num_classes) == ((3, 16, 16), 5)
+    assert model.hidden_size == PRESETS[preset][1].model.hidden_size
+    given = train.parse([preset, f"--data={tmp_path / 'own'}", "--model.num-classes=7"]).run.model
+    assert (given.latent_shape, given.num_classes) == ((3, 16, 16), 7)
+    assert train.parse([preset, "--data=nowhere"]).run.model == PRESETS[preset][1].model
+
+
+def test_script_runs_every_command(capsys, monkeypatch):
+    for name in __main__.COMMANDS:
+        monkeypatch.setattr(sys, "argv", ["/somewhere/bin/mfengine", name, "--help"])
+        with pytest.raises(SystemExit) as stop:
+            __main__.script()
+        assert not stop.value.code
+        assert f"usage: mfengine {name}" in capsys.readouterr().out
+    for args, code, said in (
+        (["--version"], 0, mfengine.__version__),
+        ([], 2, "train"),
+        (["trian"], 2, "the nearest is train"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["mfengine", *args])
+        with pytest.raises(SystemExit) as stop:
+            __main__.script()
+        assert (stop.value.code or 0) == code
+        assert said in "".join(capsys.readouterr())
 
 
 def test_evaluate_writes_its_figures(trained, digits):
@@ -187,6 +282,7 @@ def test_evaluate_writes_its_figures(trained, digits):
     assert figures["frechet_1nfe"] > 100 > 25 > figures["frechet_floor"] > 10  # twenty steps teach little
     assert 0 <= figures["accuracy_1nfe"] <= 1
     assert "frechet_2nfe" in done.stdout
+    assert "two random halves of the real data are" in done.stdout.splitlines()[-1]
 
 
 def test_training_with_every_option(digits, tmp_path):
@@ -518,7 +614,7 @@ def test_weights_that_are_not_finite_are_not_saved(digits, tmp_path):
         (["mfengine.prepare"], "say what to prepare: digits"),
         (["mfengine.generate", "nowhere"], "nowhere is neither a checkpoint"),
         (["mfengine.generate", "RUN", "--labels", "10"], "there is no label 10; the model has 0 to 9"),
-        (["mfengine.generate", "RUN", "--steps=0"], "--steps must be at least 1, not 0"),
+        (["mfengine.generate", "RUN", "--steps=0"], "--steps must be different numbers, each at least 1"),
         (["mfengine.generate", "RUN", "--seed=-1"], "seed must be at least 0 and below 2^63, not -1"),
         (["mfengine.generate", "RUN", f"--seed={2**64}"], "seed must be at least 0 and below 2^63"),
         (["mfengine.train", "--seed=-1"], "seed must be at least 0 and below 2^63, not -1"),
@@ -529,7 +625,7 @@ def test_weights_that_are_not_finite_are_not_saved(digits, tmp_path):
         (["mfengine.export", "RUN", "out.bin"], "must end in .safetensors or .pth"),
         (["mfengine.evaluate", "RUN", "--data=nowhere"], "dataset.json does not exist"),
         (["mfengine.train", "--steps=5", "digits"], "unexpected argument digits"),
-        (["mfengine.train", "qqqqqq"], "there is no preset qqqqqq; there are digits, b4"),
+        (["mfengine.train", "qqqqqq"], "there is no preset qqqqqq; there are digits, small-8"),
         (["mfengine.train", "--zzzzz=1"], "there is no option --zzzzz (`"),
         (["mfengine.train", "--batch-size=0"], "--batch-size must be at least 1, not 0"),
         (["mfengine.train", "--model.hidden-size=30"], "--model.hidden-size 30 is not a multiple of --model.num-heads"),

@@ -13,7 +13,7 @@ from rank_worker import CHECKS
 from benchmarks.one_rank import check_one_rank
 from mfengine.data.format import LatentSpace
 from mfengine.data.writer import ArraySamples, order, write_dataset
-from mfengine.engine.checkpoint import load_model
+from mfengine.engine.weights import load_model
 from mfengine.ranks import world
 
 GUIDED = ("--method.omega=0.2", "--method.kappa=0.92", "--method.t-end=0.75")

@@ -22,7 +22,8 @@ from mfengine.data.format import Dataset, LatentSpace, iterate_means, read_means
 from mfengine.data.image_files import ImageArchive, ImageFolder
 from mfengine.data.vae import VAE
 from mfengine.data.writer import ArraySamples, order, write_dataset
-from mfengine.engine.checkpoint import load_model, newest_checkpoint
+from mfengine.engine.checkpoint import newest_checkpoint
+from mfengine.engine.weights import load_model
 from mfengine.errors import InputError, RankError
 from mfengine.evaluation.frechet import Moments, data_moments, fit_data, frechet_distance, latent_distance
 from mfengine.evaluation.metrics import SAMPLES, LabelReader, write_metrics

@@ -103,6 +103,8 @@ def test_rehearsal_needs_only_torch_triton_and_numpy(bare, tmp_path):
     report = json.loads((tmp_path / "gpu.json").read_text())
     assert {row["suite"] for row in report["rows"]} == {"step", "kernels", "attention", "optimizer", "sampler"}
     assert {"environment", "ceilings", "checks", "splits"} <= report.keys()
+    (improved,) = (row for row in report["rows"] if row["case"] == "improved, tiny of 4")
+    assert min(improved["flops"], improved["predicted"]) > 0
     assert "predicted ms" in out
     assert not {"missing", "errors"} & report.keys()
 
@@ -223,7 +225,7 @@ def test_order_of_a_gpu(monkeypatch):
     tasks = list(gpu.plan(GPU, many=192).values())
     stages = list(dict.fromkeys(task.stage for task in tasks))
     attention = ["kernels of xl2", "attention of xl2"]
-    assert stages == ["xl2", "xl2 of 32", *attention, "xl2 of 192", "b2", "remaining", "compiled peers"]
+    assert stages == ["xl2", "xl2 of 32", *attention, "xl2 of 192", "imf-xl2", "b2", "remaining", "compiled peers"]
     assert all("compiled" in task.name for task in tasks if task.stage == "compiled peers")
     before = next(i for i, task in enumerate(tasks) if task.name == "step: guided, xl2 of 32: mfengine")
     assert gpu.START_S + sum(t.seconds / (1 if t.alone else 16) for t in tasks[:before]) < 120
@@ -231,6 +233,7 @@ def test_order_of_a_gpu(monkeypatch):
     names = {task.name for task in tasks}  # our own attention is timed where SDPA is the default
     for mode in ("primal", "forward + backward"):
         assert f"kernels: attention, {mode}, xl2 of 32: mfengine, Triton" in names
+    assert {"step: improved, imf-xl2 of 64: mfengine", "step: improved, imf-b2 of 256: mfengine"} <= names
     assert next(t.name for t in tasks if t.stage == "kernels of xl2") == "kernels: attention, dual, xl2 of 32: mfengine"
 
 

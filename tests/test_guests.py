@@ -12,8 +12,9 @@ from PIL import Image
 from safetensors import safe_open
 
 from mfengine import evaluate
-from mfengine.engine.checkpoint import load_model, newest_checkpoint
+from mfengine.engine.checkpoint import newest_checkpoint
 from mfengine.engine.presets import PRESETS
+from mfengine.engine.weights import load_model
 from mfengine.evaluation import sweep
 from mfengine.evaluation.samples import SampleSet
 from mfengine.methods import OBJECTIVES

@@ -11,9 +11,9 @@ from golden_cases import IMPROVED_NAMES, ImprovedCase, golden_case, relative_err
 from mfengine import IMFDiT, IMFDiTConfig, sample
 from mfengine.convert import to_imf
 from mfengine.data.normalisation import describe
-from mfengine.engine.checkpoint import load_model
 from mfengine.engine.distributed import prepare_model
 from mfengine.engine.presets import PRESETS
+from mfengine.engine.weights import load_model
 from mfengine.ranks import World
 
 
@@ -248,7 +248,7 @@ def test_published_weights_become_an_export(digits, tmp_path, monkeypatch, capsy
         capsys=capsys,
     )
     assert done[0] == 0, done[2]
-    model, space, _, objective = load_model(tmp_path / "model.safetensors")
+    model, space, _, objective, _ = load_model(tmp_path / "model.safetensors")
     assert describe(space) == "sd-vae-ft-mse"
     assert objective.conditions == {"omega": 8, "t_min": 0.4, "t_max": 0.65}
     noise, labels = case.image("sample/z"), torch.from_numpy(case.arrays["sample/y"]).long()

@@ -16,7 +16,7 @@ FLOORS = (
     {"methods"},
     {"backend", "data", "evaluation"},
     {"engine"},
-    {"__init__", "cli", "convert", "evaluate", "export", "generate", "info", "report", "prepare", "train"},
+    {"__init__", "__main__", "cli", "convert", "evaluate", "export", "generate", "info", "report", "prepare", "train"},
 )
 """Packages and modules of mfengine, from the ground up; a package's own modules import each other as they like."""
 

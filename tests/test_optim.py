@@ -405,6 +405,35 @@ def test_wrong_settings(settings, message, monkeypatch):
         AdamWEMA([nn.Parameter(torch.zeros(3))], **settings)
 
 
+def test_averaged_swaps_weights_in_and_out():
+    torch.manual_seed(0)
+    model = torch.nn.Linear(4, 3)
+    copies = [torch.empty_like(p, dtype=torch.bfloat16, requires_grad=False) for p in model.parameters()]
+    optimizer = AdamWEMA(model.parameters(), lr=0.1, ema_decays=(0.5, 0.9), copies=copies)
+    for _ in range(3):
+        model(torch.randn(8, 4)).square().mean().backward()
+        optimizer.step()
+    own = [p.detach().clone() for p in model.parameters()]
+    for decay in (None, 0.5, 0.9):
+        with optimizer.averaged(model, decay):
+            for p, copy in zip(model.parameters(), copies, strict=True):
+                assert torch.equal(p, optimizer.average(p, decay or 0.5))
+                assert torch.equal(copy, p.detach().bfloat16())
+            with pytest.raises(RuntimeError, match="leave `averaged` before the next step"):
+                optimizer.step()
+            with pytest.raises(RuntimeError, match="already"), optimizer.averaged(model):
+                pass
+        for p, copy, value in zip(model.parameters(), copies, own, strict=True):
+            assert torch.equal(p, value)
+            assert torch.equal(copy, value.bfloat16())
+    with pytest.raises(ValueError, match="no moving average of decay"), optimizer.averaged(model, 0.7):
+        pass
+    with pytest.raises(ZeroDivisionError), optimizer.averaged(model):
+        raise ZeroDivisionError
+    assert all(map(torch.equal, model.parameters(), own))
+    optimizer.step()
+
+
 def test_average_that_is_not_there():
     p, other = (nn.Parameter(torch.zeros(3)) for _ in range(2))
     optimizer = AdamWEMA([p], ema_decays=(0.9,))

@@ -193,11 +193,11 @@ def test_table_has_the_largest_operators_first(found):
     ("args", "message"),
     [
         (("xl3",), "there is no preset xl3; the nearest is xl2"),
-        (("b2", "--gpu", "h400"), "there is no GPU h400; known are gb200, b200, "),
+        (("b2", "--gpu", "h400"), "unknown GPU h400; known are gb200, b200, "),
         (("b2", "--rows", "3"), "does not divide a local batch of 3"),
         (("b2", "--rows", "0"), "must be positive"),
         (("b2", "--rows", "many"), "invalid int value"),
-        (("b2", "--json", "nowhere/out.json"), "there is no folder nowhere"),
+        (("b2", "--json", "nowhere/out.json"), "cannot write nowhere/out.json: the folder nowhere does not exist"),
     ],
 )
 def test_bad_arguments_are_one_line(args, message, tmp_path, monkeypatch, capsys):

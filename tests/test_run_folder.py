@@ -16,8 +16,9 @@ import torch
 from conftest import SMALL, checkpoint_contents, forks, run_command, run_in_fork, run_in_process
 
 from mfengine.engine import checkpoint, lock
-from mfengine.engine.checkpoint import checkpoints_of, load_model, newest_checkpoint
+from mfengine.engine.checkpoint import checkpoints_of, newest_checkpoint
 from mfengine.engine.telemetry import METRICS
+from mfengine.engine.weights import load_model
 from mfengine.errors import InputError
 
 

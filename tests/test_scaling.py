@@ -134,9 +134,9 @@ def test_command(tmp_path, monkeypatch, capsys):
         (("--hardware.matrix-share=0",), "--hardware.matrix-share must be positive"),
         (("--measured=nowhere.json",), "cannot read nowhere.json"),
         (("--measured=other.json",), "has no measured step"),
-        (("--json=nowhere/out.json",), "there is no folder nowhere"),
+        (("--json=nowhere/out.json",), "cannot write nowhere/out.json: the folder nowhere does not exist"),
         (("--nodes=3",), "there is no option --nodes"),
-        (("--gpu=h400",), "there is no GPU h400"),
+        (("--gpu=h400",), "unknown GPU h400"),
     ],
 )
 def test_bad_arguments(args, message, tmp_path, monkeypatch, capsys):

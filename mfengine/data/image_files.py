@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
@@ -144,8 +144,11 @@ class ImageWriter:
 
         self._begin = world.on_main(begin)
 
-    def write(self, rows: range, images: Tensor) -> None:
-        """Write images (n, 3, H, W) uint8 as those of the numbers `rows`; RankError where that fails."""
+    def write(self, rows: range, images: Tensor, names: Sequence[str] = ()) -> None:
+        """Write images (n, 3, H, W) uint8 as those of the numbers `rows`; RankError where that fails.
+
+        Single files are named by their number, and by what `names` has for each image.
+        """
         pixels = images.permute(0, 2, 3, 1).cpu().numpy()
         with self._writing(RankError):
             if self._array is not None:
@@ -154,8 +157,9 @@ class ImageWriter:
                     file.seek(self._begin + rows.start * self._size)
                     file.write(pixels.tobytes())
             else:
-                for i, image in zip(rows, pixels, strict=True):
-                    Image.fromarray(image).save(self._partial / f"{i:06d}.png", compress_level=1)
+                endings = [f"-{name}" for name in names] or [""] * len(rows)
+                for i, ending, image in zip(rows, endings, pixels, strict=True):
+                    Image.fromarray(image).save(self._partial / f"{i:06d}{ending}.png", compress_level=1)
 
     def finish(self) -> None:
         """Give the images their name; every rank calls it."""

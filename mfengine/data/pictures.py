@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from mfengine.data.format import LatentSpace
@@ -15,6 +15,7 @@ from mfengine.files import write_atomic, writing
 
 GRID = 8  # rows and columns of a run's pictures
 MIN_SIZE = 480  # pixels of the longer side of a picture
+CELL = 48  # pixels of an image's longer side in a labelled grid, at least
 
 
 def draw_latents(latents: Tensor, space: LatentSpace) -> Tensor:
@@ -50,6 +51,41 @@ def image_grid(images: Tensor, columns: int | None = None) -> Tensor:
     return grid
 
 
+def labelled_grid(blocks: Mapping[str, Tensor], columns: Sequence[str]) -> Image.Image:
+    """Images with headings: a block of rows for each entry, with its name at the left, under the names of the columns.
+
+    Small images are enlarged smoothly, by a whole factor.
+
+    Args:
+        blocks: images (B, 3, H, W) in [0, 1] by name, row by row; all of one size. A last row may be incomplete.
+        columns: their names; those that are wider than their column are cut off.
+    """
+    first = next(iter(blocks.values()))
+    height, width = first.shape[2:]
+    factor = max(1, -(-CELL // max(height, width)))
+    height, width = height * factor, width * factor
+    size = max(11, height // 8)
+    font, line = ImageFont.load_default(size), round(size * 1.5)
+    gap = max(1, height // 16)
+    left = round(max(map(font.getlength, blocks))) + line
+    rows = {name: -(-len(images) // len(columns)) for name, images in blocks.items()}
+    total = line + sum(count * (height + gap) + line // 2 for count in rows.values())
+    canvas = Image.new("RGB", (left + len(columns) * (width + gap), total), "white")
+    draw = ImageDraw.Draw(canvas)
+    for i, text in enumerate(columns):
+        while font.getlength(text) > width and text.strip("…"):
+            text = f"{text.rstrip('…')[:-1]}…"
+        draw.text((left + i * (width + gap) + width / 2, line / 2), text, "black", font, anchor="mm")
+    top = line
+    for name, images in blocks.items():
+        draw.text((left - line / 2, top + rows[name] * (height + gap) / 2), name, "black", font, anchor="rm")
+        for i, image in enumerate(images):
+            cell = Image.fromarray(_pixels(image)).resize((width, height), Image.Resampling.BICUBIC)
+            canvas.paste(cell, (left + i % len(columns) * (width + gap), top + i // len(columns) * (height + gap)))
+        top += rows[name] * (height + gap) + line // 2
+    return canvas
+
+
 def strip_over_time(pictures: Sequence[Path]) -> Tensor | None:
     """The first column of each square grid of pictures, side by side, as one image (3, H, W) in [0, 1].
 
@@ -73,7 +109,16 @@ def enlarged(image: Tensor) -> Tensor:
 
 def save_picture(image: Tensor, path: Path) -> None:
     """Write an image (C, H, W) in [0, 1] as PNG, small ones enlarged by a whole factor; InputError if that fails."""
-    pixels = (enlarged(image).clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+    write_picture(Image.fromarray(_pixels(enlarged(image))), path)
+
+
+def write_picture(picture: Image.Image, path: Path) -> None:
+    """Write a picture as PNG, atomically, and its folder if it is missing; InputError if that fails."""
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, Image.fromarray(pixels).save)
+        write_atomic(path, picture.save)
+
+
+def _pixels(image: Tensor) -> np.ndarray:
+    """(H, W, C) uint8 of an image (C, H, W) in [0, 1]."""
+    return (image.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()

@@ -1,8 +1,8 @@
-"""Checkpoints: written aside and renamed when whole, read into a run or as a model to sample from.
+"""Checkpoints: written under another name and renamed when whole, and read into a run.
 
 A checkpoint is a folder `checkpoints/step-00001000` with the shards of `torch.distributed.checkpoint` and
 `checkpoint.json`, which says what is in them, with their sizes and checksums. A folder of that name was whole when it
-got it. How files are written and read is in `storage.py`.
+got it. How files are written and read is in `storage.py`; `weights.py` reads models from them.
 """
 
 from __future__ import annotations
@@ -19,24 +19,21 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import Tensor
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
-from mfengine.configs import check_at_least, choose, from_json, parse_json, read_json, to_json
+from mfengine.configs import check_at_least, from_json, read_json
 from mfengine.data.format import LatentSpace
-from mfengine.engine.config import OTHERS, TrainConfig
-from mfengine.engine.flops import meta_network
 from mfengine.engine.storage import Planner, Reader, Sum, Writer, intact
 from mfengine.errors import InputError
 from mfengine.files import sync, write_atomic, writing
-from mfengine.methods import OBJECTIVES, Objective
-from mfengine.networks import NETWORKS, Network
-from mfengine.pickles import Refused, explained, load_tensors
+from mfengine.methods import OBJECTIVES
+from mfengine.networks import NETWORKS
+from mfengine.pickles import Refused, explained
 from mfengine.ranks import World
 
 # A single process has no process group, which is as it should be.
@@ -199,6 +196,16 @@ def checkpoints_of(run: Path) -> list[Path]:
     return _whole_checkpoints(run / "checkpoints")[::-1]
 
 
+def find_checkpoint(path: Path) -> Path:
+    """A checkpoint, or the newest one of a run folder; InputError if the path is neither."""
+    if (path / DESCRIPTION).is_file() and not path.resolve().name.startswith("."):
+        return path
+    newest = newest_checkpoint(path)
+    if newest is None:
+        raise InputError(f"{path} is neither a checkpoint, nor a run folder with one, nor a .safetensors file")
+    return newest
+
+
 def first_whole(checkpoints: list[Path], read: Callable[[Path], T]) -> tuple[T, list[str]]:
     """What `read` makes of the first checkpoint that it can read, and what is wrong with each one before.
 
@@ -237,6 +244,7 @@ class _Progress:
     parts: int = 1
     skipped_steps: int = 0
     ema_decays: tuple[float, ...] = (0.0,)
+    class_names: tuple[str, ...] = ()  # in the order of the labels, where the data set has them
 
     def __post_init__(self) -> None:
         check_at_least(0, step=self.step, skipped_steps=self.skipped_steps)
@@ -258,25 +266,27 @@ def read_description(checkpoint: Path) -> dict[str, Any]:
             raise InputError(f"{checkpoint} is damaged: {name} is missing")
         if (size := file.stat().st_size) != expected.bytes:
             raise InputError(f"{checkpoint} is damaged: {name} has {size} bytes, not {expected.bytes}")
-    return _checked(description, path)
+    return checked(description, path)
 
 
-def _checked(description: dict[str, Any], where: Path) -> dict[str, Any]:
+def checked(description: dict[str, Any], where: Path) -> dict[str, Any]:
     """The description of a checkpoint or an export, once all of it is valid; otherwise InputError."""
-    names = [field.name for field in dataclasses.fields(_Progress)]
-    from_json(_Progress, {name: description[name] for name in names if name in description}, where)
+    fields = [field.name for field in dataclasses.fields(_Progress)]
+    from_json(_Progress, {name: description[name] for name in fields if name in description}, where)
     model = NETWORKS.read(description, "model", where)
     OBJECTIVES.read(description, "method", where)
-    space = _space(description, where)
+    space = latent_space(description, where)
     if (space.shape, space.num_classes) != (model.latent_shape, model.num_classes):
         raise InputError(
             f"{where}: space.shape {space.shape} with {space.num_classes} classes does not fit the model, which takes "
             f"{model.latent_shape} with {model.num_classes}"
         )
+    if len(names := description.get("class_names", ())) not in (0, space.num_classes):
+        raise InputError(f"{where}: class_names has {len(names)} entries for {space.num_classes} classes")
     return description
 
 
-def _space(description: dict[str, Any], where: Path) -> LatentSpace:
+def latent_space(description: dict[str, Any], where: Path) -> LatentSpace:
     return from_json(LatentSpace, description.get("space"), where, "space.")
 
 
@@ -359,191 +369,3 @@ def _reason(error: BaseException) -> str:
     if cause is not None and cause.strerror:
         return cause.strerror
     return (str(error).strip() or type(error).__name__).splitlines()[-1]
-
-
-# ----------------------------------------------------------------------------
-# Models to sample from.
-
-
-class Trained(NamedTuple):
-    """A model with averaged weights, for sampling, on the host."""
-
-    model: Network
-    space: LatentSpace  # what its latents mean
-    path: Path  # the checkpoint or export that was read
-    objective: Objective  # how to sample from it
-
-
-def load_model(path: Path, ema_decay: float | None = None, skip_checksums: bool = False) -> Trained:
-    """A model to sample from, computing in float32.
-
-    Args:
-        path: a run folder (its newest checkpoint is taken), a checkpoint folder, or an export (.safetensors).
-        ema_decay: which moving average; the first if None, as for an export, which holds one.
-        skip_checksums: do not check the files of a checkpoint.
-
-    Raises:
-        InputError: there is no such thing, or it is damaged, or it is of another architecture, or its network or
-            objective is unknown.
-    """
-    if path.suffix == ".safetensors":
-        if ema_decay is not None:
-            raise InputError(f"{path} is an export, which holds one moving average: omit its decay, or give the run")
-        weights, description = _read_export(path)
-    else:
-        path = _find_checkpoint(path)
-        description = read_description(path)
-        weights = _read_average(path, description, ema_decay, True, skip_checksums)
-    model = NETWORKS.build(NETWORKS.read(description, "model", path)).for_sampling()
-    _load_weights(model, weights, path)
-    objective = OBJECTIVES.build(OBJECTIVES.read(description, "method", path))
-    return Trained(model.eval(), _space(description, path), path, objective)
-
-
-def _load_weights(model: Network, weights: dict[str, Tensor], path: Path) -> None:
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        raise InputError(f"{path} is of another architecture: {str(error).splitlines()[1].strip():.200}") from None
-
-
-def export_model(checkpoint: Path, out: Path, ema_decay: float | None = None, skip_checksums: bool = False) -> Path:
-    """Write a moving average of what sampling needs into a file; the checkpoint read.
-
-    Args:
-        checkpoint: a checkpoint, or a run folder.
-        out: NAME.safetensors, with the description as metadata, or NAME.pth in the form of `Network.to_original`.
-        ema_decay: which moving average; None takes the run's first.
-        skip_checksums: do not check the files of the checkpoint.
-
-    Raises:
-        InputError: there is no such checkpoint, or it cannot be written so.
-    """
-    if checkpoint.suffix == ".safetensors":
-        raise InputError(f"{checkpoint} is an export already: give a checkpoint or a run folder")
-    checkpoint = _find_checkpoint(checkpoint)
-    description = read_description(checkpoint)
-    weights = _read_average(checkpoint, description, ema_decay, True, skip_checksums)
-    if out.suffix == ".safetensors":
-        of_the_run = ("parts", "skipped_steps", "ema_decays", "files", "crc32")
-        _write_export(out, weights, {key: value for key, value in description.items() if key not in of_the_run})
-        return checkpoint
-    network = NETWORKS[choose("network", {**NETWORKS.unnamed, **description}["network"], NETWORKS)]
-    try:
-        original = network.to_original(weights)
-    except ValueError as error:
-        raise InputError(f"cannot write {out}: {error}") from None
-    with writing(out):
-        write_atomic(out, lambda partial: torch.save(original, partial))
-    return checkpoint
-
-
-def export_other(path: Path, out: Path, config: TrainConfig, space: LatentSpace) -> None:
-    """Write another project's weights into NAME.safetensors, as an export of a run of `config` has them.
-
-    Raises:
-        InputError: they cannot be read, are of another architecture, or cannot be written.
-    """
-    model = NETWORKS.build(config.model)
-    _load_weights(model, _read_other(type(model), path, config.init_reverse_time)[0], path)
-    weights = {name: value.contiguous() for name, value in model.for_sampling().state_dict().items()}
-    _write_export(out, weights, {**config.description(), "space": to_json(space), "step": 0})
-
-
-def _write_export(out: Path, weights: dict[str, Tensor], description: dict[str, Any]) -> None:
-    from safetensors import SafetensorError  # here, since `make gpu` runs without it
-    from safetensors.torch import save_file
-
-    try:
-        with writing(out):
-            metadata = {"mfengine": json.dumps(description)}
-            write_atomic(out, lambda partial: save_file(weights, partial, metadata=metadata))
-    except SafetensorError as error:
-        raise InputError(f"cannot write {out}: {error}") from None
-
-
-def load_initial_weights(model: Network, path: Path, reverse_time: bool, skip_checksums: bool = False) -> list[str]:
-    """Start `model` from other weights.
-
-    Args:
-        model: on the host.
-        path: what `load_model` takes, or another project's checkpoint (.pt, .pth) as `Network.convert` takes it.
-        reverse_time: of `Network.convert`.
-        skip_checksums: do not check the files of a checkpoint.
-
-    Returns:
-        The parameters that it left fresh: an export has none that only training uses.
-
-    Raises:
-        InputError: there is no such thing, or it is of another architecture.
-    """
-    fresh: list[str] = []
-    if path.suffix in OTHERS:
-        weights, fresh = _read_other(type(model), path, reverse_time)
-    elif path.suffix == ".safetensors":
-        weights, _ = _read_export(path)
-        sampled = meta_network(model.config).for_sampling().state_dict()
-        own = {name: value for name, value in model.state_dict().items() if name not in sampled}
-        fresh = [name for name in own if name not in weights]
-        weights = own | weights
-    else:
-        checkpoint = _find_checkpoint(path)
-        weights = _read_average(checkpoint, read_description(checkpoint), None, False, skip_checksums)
-    _load_weights(model, weights, path)
-    return fresh
-
-
-def _read_other(network: type[Network], path: Path, reverse_time: bool) -> tuple[dict[str, Tensor], list[str]]:
-    """Another project's weights, complete, and those that it does not have."""
-    try:
-        weights, fresh, _ = network.convert(load_tensors(path), reverse_time)
-    except Refused as name:
-        raise InputError(f"{path} would run {name}, if it were unpickled: refused") from None
-    except (OSError, RuntimeError, ValueError) as error:
-        raise InputError(f"cannot read {path}: {str(error).splitlines()[0]}") from None
-    except (AttributeError, EOFError, KeyError, TypeError) as error:
-        raise InputError(f"cannot read {path}: it is not a state dict of tensors: {error!r:.100}") from None
-    return weights, fresh
-
-
-def _find_checkpoint(path: Path) -> Path:
-    if (path / DESCRIPTION).is_file() and not path.resolve().name.startswith("."):
-        return path
-    newest = newest_checkpoint(path)
-    if newest is None:
-        raise InputError(f"{path} is neither a checkpoint, nor a run folder with one, nor a .safetensors file")
-    return newest
-
-
-def check_decay(checkpoint: Path, description: dict[str, Any], decay: float) -> None:
-    """InputError unless a checkpoint of this description has a moving average of this decay."""
-    if decay not in description["ema_decays"]:
-        raise InputError(f"{checkpoint} has no moving average of decay {decay}; it has {description['ema_decays']}")
-
-
-def _read_average(
-    checkpoint: Path, description: dict[str, Any], decay: float | None, sampling: bool, skip_checksums: bool
-) -> dict[str, Tensor]:
-    """A moving average of all weights, or of those that sampling needs."""
-    decay = description["ema_decays"][0] if decay is None else decay
-    check_decay(checkpoint, description, decay)
-    model = meta_network(NETWORKS.read(description, "model", checkpoint))
-    shapes = (model.for_sampling() if sampling else model).state_dict()
-    state = {"ema": {str(decay): {name: torch.empty(value.shape) for name, value in shapes.items()}}}
-    load_state(checkpoint, description, state, World(0, 1, torch.device("cpu")), skip_checksums)
-    return state["ema"][str(decay)]
-
-
-def _read_export(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    from safetensors import safe_open  # likewise
-
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            names = file.keys()
-            weights = {name: file.get_tensor(name) for name in names}
-    except Exception as error:  # safetensors has no public base class for its errors
-        raise InputError(f"cannot read {path}: {error}") from None
-    if "mfengine" not in metadata:
-        raise InputError(f"{path} was not written by mfengine.export: it has no configuration")
-    return weights, _checked(parse_json(metadata["mfengine"], path), path)

@@ -95,13 +95,6 @@ def reduce_gradients(model: nn.Module, enabled: bool, reshard: bool) -> None:
         model.set_reshard_after_backward(enabled or reshard)
 
 
-def free_gathered(model: nn.Module) -> None:
-    """Drop gathered parameters, so that the next forward gathers what the shards hold then."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
-
-
 def _recomputed(forward: Callable[..., Any], without_tangents: bool) -> Callable[..., Any]:
     """Activation checkpointing of a block; its tangents, which no backward needs, can be left out the second time."""
 

@@ -15,7 +15,7 @@ from mfengine.configs import flatten, from_json, read_json, to_json
 from mfengine.data.format import Dataset
 from mfengine.data.loader import Loader
 from mfengine.data.normalisation import describe
-from mfengine.engine.checkpoint import checkpoints_of, first_whole, load_initial_weights, read_description
+from mfengine.engine.checkpoint import checkpoints_of, first_whole, read_description
 from mfengine.engine.config import TrainConfig
 from mfengine.engine.flops import meta_network
 from mfengine.engine.lock import LOCK
@@ -23,6 +23,7 @@ from mfengine.engine.optim import adamw_ema
 from mfengine.engine.plan import make_plan
 from mfengine.engine.telemetry import METRICS, kept_metrics
 from mfengine.engine.trackers import check_tracker
+from mfengine.engine.weights import load_initial_weights
 from mfengine.errors import InputError
 from mfengine.evaluation.frechet import check_dimensions
 from mfengine.files import write_atomic, writing

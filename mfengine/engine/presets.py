@@ -21,6 +21,18 @@ def _imagenet(name: str, patch: int, width: int, depth: int, heads: int, epochs:
     )
 
 
+def _small(size: int, patch: int) -> tuple[str, TrainConfig]:
+    """DiT-S (arXiv 2212.09748) for data of one's own."""
+    return (
+        f"your own latents, {size} x {size}: 33 M parameters, patches of {patch} x {patch}",
+        TrainConfig(
+            name=f"small-{size}",
+            model=ModelConfig(input_size=size, patch_size=patch, hidden_size=384, depth=12, num_heads=6),
+            method=MeanFlowConfig(),
+        ),
+    )
+
+
 def _improved(name: str, width: int, depth: int, heads: int, omega: float, t_min: float, t_max: float) -> TrainConfig:
     """A configuration of arXiv 2512.02012: ImageNet latents of 4 x 32 x 32."""
     return TrainConfig(
@@ -54,6 +66,9 @@ PRESETS: dict[str, tuple[str, TrainConfig]] = {
             checkpoint_every=250,
         ),
     ),
+    "small-8": _small(8, 1),
+    "small-16": _small(16, 2),
+    "small-32": _small(32, 2),
     "b4": ("ImageNet 256, 131 M parameters, 80 epochs", _imagenet("b4", 4, 768, 12, 12, 80, omega=1.0, kappa=0.5)),
     "b2": ("ImageNet 256, 131 M parameters, 240 epochs", _imagenet("b2", 2, 768, 12, 12, 240, omega=1.0, kappa=0.5)),
     "m2": (

@@ -31,7 +31,6 @@ from mfengine.device import HostCopy, step_generator, to_device
 from mfengine.engine.checkpoint import (
     Checkpointer,
     first_whole,
-    load_initial_weights,
     load_state,
     read_description,
     remove_leftovers,
@@ -43,12 +42,13 @@ from mfengine.engine.flops import step_flops
 from mfengine.engine.health import WeightHealth
 from mfengine.engine.lock import hold
 from mfengine.engine.nonfinite import first_nonfinite
-from mfengine.engine.optim import adamw_ema, averaged, averages
+from mfengine.engine.optim import adamw_ema, averages
 from mfengine.engine.plan import device_memory, make_plan
 from mfengine.engine.preflight import check_run, check_run_folder, other_normalisation, write_config
 from mfengine.engine.profile import Profile
 from mfengine.engine.rates import peak_rate
 from mfengine.engine.telemetry import METRICS, Telemetry, best_step
+from mfengine.engine.weights import load_initial_weights
 from mfengine.errors import InputError, RankTrainingError, TrainingError
 from mfengine.evaluation.frechet import Gaussian, fit_data, latent_distance
 from mfengine.evaluation.samples import SampleSet
@@ -335,7 +335,7 @@ class Trainer:
         generator = torch.Generator().manual_seed(self.config.seed)
         noise = torch.randn(PICTURE_SAMPLES, *space.shape, generator=generator).to(device)
         labels = (torch.arange(PICTURE_SAMPLES, device=device) * space.num_classes) // PICTURE_SAMPLES
-        with averaged(self.model, self.optimizer, self.config.optim.ema_decays[0]):
+        with self.optimizer.averaged(self.model):
             latents = self.objective.sampler({})(self.model, noise, labels, 1)
         if not self.world.main:
             return
@@ -359,7 +359,7 @@ class Trainer:
         config = self.config
         batch, sampler = config.local_batch(self.world.size), self.objective.sampler({})
         samples = SampleSet(self.dataset.space, MEASURED_SAMPLES, batch, config.seed, sampler=sampler)
-        with averaged(self.model, self.optimizer, config.optim.ema_decays[0]):
+        with self.optimizer.averaged(self.model):
             distance = latent_distance(self.model, samples, 1, data, self.world)
         self.telemetry.figure(self.step, "frechet_1nfe", distance)
 
@@ -439,6 +439,7 @@ class Trainer:
             "ema_decays": self.config.optim.ema_decays,
             **self.config.description(),
             "space": to_json(self.dataset.space),
+            "class_names": self.dataset.class_names,
         }
         self.checkpointer.save(self.step, state, description)
         self.saved_at = time.monotonic()

@@ -29,8 +29,8 @@ class SampleSet:
     batch: int
     """samples per call of the network"""
     seed: int = 0
-    labels: Literal["balanced", "random"] = "balanced"
-    """balanced: sample i has label i modulo the number of classes"""
+    labels: Literal["balanced", "random"] | tuple[int, ...] = "balanced"
+    """balanced: sample i has label i modulo the number of classes; or those that samples have in turn"""
     sampler: Sampler = sample
     """of the model's objective"""
 
@@ -66,4 +66,6 @@ class SampleSet:
         noise = torch.randn(self.space.shape, generator=generator)
         if self.labels == "balanced":
             return noise, torch.tensor(i % self.space.num_classes)
+        if isinstance(self.labels, tuple):
+            return noise, torch.tensor(self.labels[i % len(self.labels)])
         return noise, torch.randint(self.space.num_classes, (), generator=generator)

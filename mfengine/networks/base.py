@@ -20,6 +20,14 @@ class NetworkConfig(ABC):
     def latent_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of the latents that it takes."""
 
+    def for_latents(self, shape: tuple[int, int, int], num_classes: int) -> Self:
+        """The same architecture for latents (C, H, W) of so many classes; itself if it takes no others.
+
+        Raises:
+            ValueError: the architecture does not take such latents.
+        """
+        return self
+
     @property
     def head_dim(self) -> int | None:
         """Channels of an attention head, where `mfengine.ops` computes attention."""

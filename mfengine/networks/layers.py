@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +46,12 @@ class TransformerConfig(NetworkConfig):
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         return (self.in_channels, self.input_size, self.input_size)
+
+    def for_latents(self, shape: tuple[int, int, int], num_classes: int) -> Self:
+        channels, height, width = shape
+        if height != width:
+            raise ValueError(f"latents must be square, not {height} x {width}")
+        return replace(self, in_channels=channels, input_size=height, num_classes=num_classes)
 
     @property
     def head_dim(self) -> int:
