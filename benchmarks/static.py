@@ -109,7 +109,7 @@ def attention_cases() -> Iterator[Case]:
         "grouped mask": (4, {"mask": torch.empty(tokens, tokens, dtype=torch.bool)}),
         "term": (heads, {"mask": torch.empty(heads, tokens, tokens)}),
     }
-    for dim, (label, dtype) in product((64, 72, 96, 128), (("bf16", torch.bfloat16), ("fp16", torch.float16))):
+    for dim, (label, dtype) in product((64, 72, 80, 96, 128), (("bf16", torch.bfloat16), ("fp16", torch.float16))):
         for variant, (groups, options) in variants.items():
             q, k, v = torch.empty(3, batch, heads, tokens, dim, dtype=dtype).unbind(0)
             arguments, name = (q, k[:, :groups], v[:, :groups]), f"attention d{dim} {label} {variant}"
@@ -201,10 +201,15 @@ def compiled(name: str, arch: int) -> list[dict[str, Any]]:
 def narrow_accesses(name: str, kernel: str) -> int:
     """How many accesses under 8 bytes are due.
 
-    A tail of 16 columns by 16 rows, as the backward through the tangent has of heads of 72, is 4 bytes per lane.
+    In the backward through the tangent a lane reads two packed values of each of up to 8 rows. Where two layouts, or
+    only one half, are wanted, the compiler reads 4 bytes, which the lanes of a warp share. A tail of 16 columns by 16
+    rows, as heads of 72 and 80 have in each of four operands, is 4 bytes per lane.
     """
     odd = "odd" in name or "sequences" in name
-    return ROW_STATISTICS.get(kernel, 0) * (2 if odd else 1) + (16 if "d72" in name and "through" in name else 0)
+    due = ROW_STATISTICS.get(kernel, 0) * (2 if odd else 1)
+    if "through" in name:
+        due += (16 if kernel == "backward_kv_kernel" else 0) + (4 if "d72" in name or "d80" in name else 0)
+    return due
 
 
 def faults(row: dict[str, Any], dots: bool, narrow: int) -> list[str]:

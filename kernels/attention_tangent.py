@@ -388,7 +388,8 @@ def _zero_gradients(inputs: Any, lse: Tensor, mean: Tensor, seen: Any, gradients
         gradient.zero_()
 
 
-# No stack on sm_90. On sm_80 64 columns spill 8 to 32 bytes with a flag. Times: not measured yet.
+# Up to 96 padded columns, no stack on sm_90 and sm_100 but for one launch; docs/kernels.md lists those that spill.
+# `maxnreg`: or the assembler takes 32 registers and spills thousands of bytes on sm_80. Times: not measured yet.
 CONFIGS: dict[str, dict[str, Config]] = {
     "delta": dict.fromkeys(("narrow", "medium", "wide", "float32"), Config(BLOCK_M=32, num_warps=4, num_stages=1)),
     "backward_kv": {
@@ -400,7 +401,7 @@ CONFIGS: dict[str, dict[str, Config]] = {
     "backward_q": {
         "narrow": Config(BLOCK_M=64, BLOCK_N=16, num_warps=4, num_stages=1),
         "medium": Config(BLOCK_M=64, BLOCK_N=16, num_warps=4, num_stages=2),
-        "wide": Config(BLOCK_M=64, BLOCK_N=16, num_warps=4, num_stages=2),
+        "wide": Config(BLOCK_M=64, BLOCK_N=16, num_warps=4, num_stages=2, maxnreg=255),
         "float32": Config(BLOCK_M=16, BLOCK_N=16, num_warps=4, num_stages=1),
     },
 }
@@ -409,11 +410,11 @@ CONFIGS: dict[str, dict[str, Config]] = {
 def pieces(dim: int, dtype: torch.dtype) -> tuple[list[tuple[bool, ...]], list[tuple[bool, ...]]]:
     """Which of the gradients gk, gv, gdk, gdv, and which of gq, gdq, one launch computes.
 
-    Each is a sum in registers, and those of more than 64 columns do not fit together in half precision. A block takes
-    12, 15 or 17 products for keys and values, and 9 or 11 for queries.
+    Each is a sum in registers, and four do not fit together in half precision. A block takes 15 products for keys and
+    values of up to 96 columns and 17 beyond, and 9 or 11 for queries.
     """
     columns = sum(widths(dim))
-    if columns <= 64 or dtype == torch.float32:
+    if dtype == torch.float32:
         return [(True,) * 4], [(True,) * 2]
     keys, values, both = (True, False, True, False), (False, True, False, True), (True, True)
     if columns <= 96:

@@ -18,6 +18,8 @@ from mfengine.ops import Dual, choice
 pytest.importorskip("triton", reason="the fused kernels need triton")
 
 from mfengine.kernels import attention as kernel
+from mfengine.kernels import attention_tangent
+from mfengine.kernels.launch import Config
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAMES = [name for name in get_args(choice.Attention) if name != "auto"]
@@ -341,7 +343,7 @@ def assert_close(actual, exact, bound=1e-5):
         if e.norm() > 1e-9:
             assert relative_error(a.cpu(), e.cpu()) <= bound, i
         else:
-            assert a.abs().max() <= 1e-6, i
+            assert a.abs().max() <= bound, i  # of values of order 1
 
 
 def double(x):
@@ -377,12 +379,22 @@ def test_gradients_of_output_and_tangent(name, through):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("dim", "length"), [*itertools.product([16, 24, 64, 72, 96, 128], [1, 17]), (16, 100)])
-def test_gradients_over_head_dims_and_lengths(dim, length):
+@pytest.mark.parametrize(
+    ("dim", "length"),
+    [*itertools.product([16, 24, 64, 72, 80, 96, 128], [1, 17, 100]), *itertools.product([16, 72, 128], [257])],
+)
+def test_gradients_over_head_dims_and_lengths(dim, length, monkeypatch):
+    """More than one of the smallest blocks in tiles of 128, since the interpreter takes its time by the program."""
+    if length > 17:
+        for module in (kernel, attention_tangent):
+            for configs in module.CONFIGS.values():
+                options = configs["float32"].kwargs
+                blocks = {key: 128 for key in options if key.startswith("BLOCK")}
+                monkeypatch.setitem(configs, "float32", Config(**options | blocks))
     seen = randn(9, length, length) > -0.5
     term = randn(9, length, length).masked_fill(~seen, -torch.inf)
-    for key_heads, options in ((2, {}), (1, {"is_causal": True}), (2, {"mask": seen}), (1, {"mask": term})):
-        assert_fused_equals_plain(arguments_of(dim, length, length, 2, key_heads), options)
+    for heads, options in ((1, {}), (2, {"is_causal": True}), (1, {"mask": seen}), (2, {"mask": term})):
+        assert_fused_equals_plain(arguments_of(dim, length, length, heads, 1), options)
 
 
 @pytest.mark.parametrize("name", VARIANTS)

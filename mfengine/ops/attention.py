@@ -383,7 +383,7 @@ def _flops(
 
 
 def _backward_dual_flops(q: Any, k: Any, v: Any, dq: Any, dk: Any, dv: Any, *options: Any) -> int:
-    """As the kernels of up to 64 columns do it: 12 products for keys and values, 9 for queries."""
+    """The least: 12 products for keys and values, 9 for queries."""
     lead = (q[0] - dq[0], *q[1:])
     return _flops(lead, k, v, *options)[2] + 21 * _flops(dq, dk, dv, *options)[0] // 2
 
