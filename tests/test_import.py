@@ -192,7 +192,7 @@ def test_named_normalisations(tmp_path, where):
     assert space.bias == (0.86488, -0.27787343, 0.21616915, 0.3738409)
     assert space.scale == pytest.approx([1 / x for x in (4.85503674, 5.31922414, 3.93725398, 3.9870003)])
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
-    assert "latents, normalised by sd-vae-ft-mse, have" in prepare("check", "out", **where)[1]
+    assert "normalised by sd-vae-ft-mse, latents have" in prepare("check", "out", **where)[1]
 
     code, out, err = prepare("normalise", "out", "--to=sd", **where)
     assert code == 0, err
