@@ -183,7 +183,7 @@ def test_command_writes_every_operator(tmp_path, monkeypatch, capsys):
 
 
 def test_table_has_the_largest_operators_first(found):
-    lines = markdown(found, "small", "h200").rpartition("next:\n\n")[2].splitlines()[2:]
+    lines = markdown(found, "small", "h200").rpartition("largest operators:\n\n")[2].splitlines()[2:]
     shares = [float(line.split("|")[-2].strip().rstrip("%")) for line in lines]
     assert len(shares) == 10
     assert shares == sorted(shares, reverse=True)
