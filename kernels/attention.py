@@ -930,8 +930,8 @@ def tile_class(dim: int, dtype: torch.dtype) -> str:
     return "narrow" if columns <= 80 else "medium" if columns <= 96 else "wide"
 
 
-# Plain and causal rows have no stack on sm_80, sm_90, sm_100 by `python -m benchmarks.static`; docs/kernels.md lists what
-# spills. For sm_90 tiles were searched that keep the tensor
+# By `python -m benchmarks.static`, plain and causal rows have no stack on sm_80, sm_90, sm_100; docs/kernels.md lists
+# what spills. For sm_90 tiles were searched that keep the tensor
 # cores busy for 80 % or more of a main loop's modelled cycles and leave room for two or more programs of four warps per
 # multiprocessor; of the dual for "medium", 88 and 96 columns, one of eight. `maxnreg` stands where the assembler would
 # rather spill than take more registers. Times: not measured yet.
