@@ -242,7 +242,7 @@ OPTIONS = [
     case("train xl3", says="there is no preset xl3; the nearest is xl2"),
     case("train digits xl2", says="unexpected argument xl2"),
     case("train --steps 5 digits", says="give one preset first"),
-    case("train qqqqqq", says="there is no preset qqqqqq; there are digits, b4"),
+    case("train qqqqqq", says="there is no preset qqqqqq; there are digits, small-8"),
     case("train ''"),
     case("train --lr 1", says="the nearest is --optim.lr"),
     case("train --batch-sise 4", says="the nearest is --batch-size"),

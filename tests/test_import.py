@@ -200,7 +200,7 @@ def test_named_normalisations(tmp_path, where):
     assert Dataset.open(tmp_path / "out").space == replace(space, scale=0.18215, bias=0.0)
     assert prepare("normalise", "out", "--to=measured", **where)[0] == 0
     out = prepare("check", "out", **where)[1]
-    mean, std = re.search("mean (.*) and standard deviation (.*)", out).groups()
+    mean, std = re.search("mean (.*) and standard deviation (.*) by channel", out).groups()
     np.testing.assert_allclose([float(x) for x in mean.split(", ")], 0, atol=1e-12)
     assert std == "1, 1, 1, 1"
     assert prepare("normalise", "out", "--to=sd-vae-ft-mse", **where)[0] == 0
