@@ -930,11 +930,10 @@ def tile_class(dim: int, dtype: torch.dtype) -> str:
     return "narrow" if columns <= 80 else "medium" if columns <= 96 else "wide"
 
 
-# By `python -m benchmarks.static`, plain and causal rows have no stack on sm_80, sm_90, sm_100; docs/kernels.md lists
-# what spills. For sm_90 tiles were searched that keep the tensor
-# cores busy for 80 % or more of a main loop's modelled cycles and leave room for two or more programs of four warps per
-# multiprocessor; of the dual for "medium", 88 and 96 columns, one of eight. `maxnreg` stands where the assembler would
-# rather spill than take more registers. Times: not measured yet.
+# docs/kernels.md lists the launches that `python -m benchmarks.static` refuses. For sm_90 tiles were searched that keep
+# the tensor cores busy for 80 % or more of a main loop's modelled cycles and leave room for two or more programs of
+# four warps per multiprocessor; of the dual for "medium", 88 and 96 columns, one of eight. `maxnreg` stands where the
+# assembler would rather spill than take more registers. Times: not measured yet.
 CONFIGS: dict[str, dict[str, Config]] = {
     "forward": {
         "narrow": Config(BLOCK_M=64, BLOCK_N=128, num_warps=4, num_stages=2),

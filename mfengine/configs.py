@@ -79,7 +79,7 @@ def from_json(cls: type[C], values: Any, where: object, path: str = "") -> C:
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     unknown = sorted(values.keys() - fields.keys())
     if unknown:
-        raise InputError(f"{where}: {path}{unknown[0]} is unknown; it may be of another version of mfengine: remove it")
+        raise InputError(f"{where}: {path}{unknown[0]} is unknown: another version of mfengine wrote it")
     for name, field in fields.items():
         required = field.default is field.default_factory is dataclasses.MISSING
         if required and name not in values:

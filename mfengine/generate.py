@@ -108,10 +108,8 @@ def main(args: Sequence[str]) -> None:
                 real = real_latents(dataset, labels, config.per_label)
                 blocks["real"] = torch.cat([decode(part.to(here.device), space).cpu() for part in real.split(64)])
             for steps in config.steps:
-                parts = images(steps, World(0, 1, here.device))
-                blocks[{1: "one step", 2: "two steps"}.get(steps, f"{steps} steps")] = torch.cat(
-                    [part for _, part in parts]
-                )
+                name = {1: "one step", 2: "two steps"}.get(steps, f"{steps} steps")
+                blocks[name] = torch.cat([part for _, part in images(steps, World(0, 1, here.device))])
             write_picture(labelled_grid(blocks, names), config.out)
     if here.main:
         conditions = {**objective.conditions, **config.conditions}

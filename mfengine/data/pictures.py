@@ -38,10 +38,10 @@ def draw_latents(latents: Tensor, space: LatentSpace) -> Tensor:
     return images.clamp(0, 1)
 
 
-def image_grid(images: Tensor, columns: int | None = None) -> Tensor:
+def image_grid(images: Tensor) -> Tensor:
     """Lay out images (B, C, H, W) in rows, as near to a square as can be, with a margin: (C, H', W')."""
     count, channels, height, width = images.shape
-    columns = columns or int(np.ceil(np.sqrt(count)))
+    columns = int(np.ceil(np.sqrt(count)))
     rows = -(-count // columns)
     margin = max(1, height // 16)
     grid = images.new_ones(channels, rows * (height + margin) + margin, columns * (width + margin) + margin)
