@@ -189,7 +189,7 @@ def test_means_that_cannot_be_read(tmp_path):
     kept = index.read_text()
     for wrong, message in (
         (kept.replace("label", "lebal"), "'label'"),
-        (kept.replace(" 4 ", "99999 4 "), "it ends before samples that its index lists"),
+        (kept.replace(" 4 ", "99999 4 "), "it ends before the last sample in its index"),
     ):
         index.write_text(wrong)
         with pytest.raises(RankError, match=rf"cannot read .*000000.tar: {message}"):
@@ -380,7 +380,7 @@ def test_too_little_memory_to_decode(vae, monkeypatch):
         raise torch.OutOfMemoryError
 
     monkeypatch.setattr(decoder._vae, "decode", too_little)
-    with pytest.raises(RankError, match="too small to decode 2 latents at a time: choose fewer, as by --batch-size"):
+    with pytest.raises(RankError, match="too little GPU memory to decode 2 latents at a time: choose a smaller batch"):
         decoder.decode(torch.zeros(2, *LATENTS.shape), LATENTS)
 
 
@@ -448,8 +448,8 @@ def references(folder):
         (["--reference=keys.npz"], "keys.npz has cov, mean; reference statistics are mu and sigma"),
         (["--reference=mu.npz"], "mu.npz: mu is (64,); of Inception features it is (2048,)"),
         (["--reference=sigma.npz"], "sigma.npz: sigma is (64, 2048); of Inception features it is (2048, 2048)"),
-        (["--reference=float.npz"], "arr_0 is float64 (5, 8, 8, 3); images are uint8 (N, H, W, 3)"),
-        (["--reference=planar.npz"], "arr_0 is uint8 (5, 3, 8, 8); images are uint8 (N, H, W, 3)"),
+        (["--reference=float.npz"], "arr_0 is float64 (5, 8, 8, 3); images must be uint8 (N, H, W, 3)"),
+        (["--reference=planar.npz"], "arr_0 is uint8 (5, 3, 8, 8); images must be uint8 (N, H, W, 3)"),
         (["--reference=few.npz"], "few.npz has 3 image(s); a reference has more than 3"),
         (["--reference=object.npz"], "arr_0 is object"),
         (["--reference=broken.npz"], "broken.npz is not an .npz file"),
@@ -491,7 +491,7 @@ def test_run_folder_that_cannot_be_written_to(trained, digits, tmp_path, monkeyp
     [
         (["--save=x.npz"], "latents of (4, 8, 8) need a VAE to become images: give it with --vae"),
         (["--save=x", "--vae=empty"], "cannot load the VAE empty"),
-        (["--save=x", "--vae=THREE"], "the VAE has 3 latent channels, the model 4"),
+        (["--save=x", "--vae=THREE"], "the VAE has 3 latent channels; the model has 4"),
         (["--reference=good.npz", "--vae=VAE"], "the images of good.npz are 8 x 8, those of the model 16 x 16"),
         (["--reference=images", "--vae=VAE"], "the images of images are 8 x 8, those of the model 16 x 16"),
     ],

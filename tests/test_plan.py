@@ -240,7 +240,7 @@ def test_run_that_can_be_continued(run_folder, digits, where):
         (["--ranks=0"], "--ranks needs --dry-run and must be at least 1"),
         (["--data=nowhere"], "dataset.json does not exist"),
         (["--data=CUT"], "000000.tar has"),
-        (["--data=BROKEN"], "has a label outside of 0 to 9"),
+        (["--data=BROKEN"], "has a label outside 0 to 9"),
         (["--model.num-classes=5"], "has 10 classes; --model.num-classes is 5"),
         (["--init=nowhere"], "nowhere is neither a checkpoint"),
         (["--init=list.pt"], "no DiT in this checkpoint"),
