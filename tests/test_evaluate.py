@@ -213,7 +213,7 @@ def test_data_that_training_refuses_is_not_measured(tmp_path, values, labels, me
 def test_labels_of_one_class_cannot_be_read(tmp_path):
     moments = np.zeros((3, 1, 2, 1, 2, 2))
     samples = ArraySamples("x", LatentSpace((1, 2, 2), num_classes=4), moments, np.array([1, 1, 1]))
-    with pytest.raises(InputError, match="samples of one class"):
+    with pytest.raises(InputError, match="samples of only one class"):
         LabelReader(write_dataset(tmp_path / "data", samples))
 
 
@@ -331,7 +331,7 @@ def test_too_few_samples_are_told(export, tmp_path, monkeypatch, capsys):
     args = ("mfengine.evaluate", export, "--data=data", "--steps=1", "--out=metrics.json")
     code, _, errors = run_in_process(*args, "--num=256", cwd=tmp_path, monkeypatch=monkeypatch, capsys=capsys)
     assert code == 0, errors
-    assert "note: 256 samples leave a covariance of 256 dimensions singular" in errors
+    assert "note: 256 samples are too few: the covariance of 256 dimensions is singular" in errors
     figures = json.loads((tmp_path / "metrics.json").read_text())
     named = {*SAMPLES} - {"conditions"}  # which are named where some were given
     assert figures.keys() == {"frechet_1nfe", "frechet_floor", *named, "data"}  # no pixels, no labels to read
@@ -446,11 +446,11 @@ def references(folder):
         (["--reference=nowhere"], "reference nowhere is neither a folder of images nor an .npz file"),
         (["--reference=w.pt"], "reference w.pt is neither"),
         (["--reference=keys.npz"], "keys.npz has cov, mean; reference statistics are mu and sigma"),
-        (["--reference=mu.npz"], "mu.npz: mu is (64,); of Inception features it is (2048,)"),
-        (["--reference=sigma.npz"], "sigma.npz: sigma is (64, 2048); of Inception features it is (2048, 2048)"),
+        (["--reference=mu.npz"], "mu.npz: mu is (64,); for Inception features it must be (2048,)"),
+        (["--reference=sigma.npz"], "sigma.npz: sigma is (64, 2048); for Inception features it must be (2048, 2048)"),
         (["--reference=float.npz"], "arr_0 is float64 (5, 8, 8, 3); images must be uint8 (N, H, W, 3)"),
         (["--reference=planar.npz"], "arr_0 is uint8 (5, 3, 8, 8); images must be uint8 (N, H, W, 3)"),
-        (["--reference=few.npz"], "few.npz has 3 image(s); a reference has more than 3"),
+        (["--reference=few.npz"], "few.npz has 3 image(s); a reference needs more than 3"),
         (["--reference=object.npz"], "arr_0 is object"),
         (["--reference=broken.npz"], "broken.npz is not an .npz file"),
         (["--reference=empty"], "empty has no images (.jpg"),
@@ -492,8 +492,8 @@ def test_run_folder_that_cannot_be_written_to(trained, digits, tmp_path, monkeyp
         (["--save=x.npz"], "latents of (4, 8, 8) need a VAE to become images: give it with --vae"),
         (["--save=x", "--vae=empty"], "cannot load the VAE empty"),
         (["--save=x", "--vae=THREE"], "the VAE has 3 latent channels; the model has 4"),
-        (["--reference=good.npz", "--vae=VAE"], "the images of good.npz are 8 x 8, those of the model 16 x 16"),
-        (["--reference=images", "--vae=VAE"], "the images of images are 8 x 8, those of the model 16 x 16"),
+        (["--reference=good.npz", "--vae=VAE"], "the images of good.npz are 8 x 8, but those of the model are 16 x 16"),
+        (["--reference=images", "--vae=VAE"], "the images of images are 8 x 8, but those of the model are 16 x 16"),
     ],
 )
 def test_decoders_and_references_that_do_not_fit(export, vae, tmp_path, monkeypatch, capsys, args, message):
@@ -568,7 +568,7 @@ def test_samples_that_are_not_finite(export, digits, tmp_path, monkeypatch, caps
         cwd=tmp_path, monkeypatch=monkeypatch, capsys=capsys,
     )  # fmt: skip
     assert code == 2
-    assert errors.splitlines()[-1] == "error: samples in 1 step(s) are not finite: these weights cannot be measured"
+    assert errors.splitlines()[-1] == "error: samples in 1 step(s) are not finite: these weights cannot be evaluated"
     assert not (tmp_path / "x.json").exists()
 
 
