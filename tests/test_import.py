@@ -210,7 +210,7 @@ def test_named_normalisations(tmp_path, where):
 def test_named_normalisation_of_other_latents(digits, tmp_path, where):
     shutil.copytree(digits, tmp_path / "data")
     code, _, err = prepare("normalise", "data", "--to=sd", **where)
-    assert (code, err) == (2, "error: normalisation sd is of 4 channels; these latents have 1\n")
+    assert (code, err) == (2, "error: normalisation sd is for 4 channels; these latents have 1\n")
     assert (tmp_path / "data/dataset.json").read_bytes() == (digits / "dataset.json").read_bytes()
 
 
@@ -368,7 +368,7 @@ def test_malicious_pt_is_refused(tmp_path, where):
     torch.save({"image": torch.zeros(8, 6, 6), "label": Payload(tmp_path / "mark")}, source / "00000007.pt")
     code, _, err = prepare("import", source, "out", "--num-classes=5", "--max-broken=0.5", **where)
     assert code == 2
-    assert "00000007.pt would run posix.system, if it were unpickled: refused" in err
+    assert "00000007.pt would run posix.system when unpickled: refused" in err
     assert not (tmp_path / "mark").exists()
 
 

@@ -426,7 +426,7 @@ def test_averaged_swaps_weights_in_and_out():
         for p, copy, value in zip(model.parameters(), copies, own, strict=True):
             assert torch.equal(p, value)
             assert torch.equal(copy, value.bfloat16())
-    with pytest.raises(ValueError, match="no moving average of decay"), optimizer.averaged(model, 0.7):
+    with pytest.raises(ValueError, match="no moving average with decay"), optimizer.averaged(model, 0.7):
         pass
     with pytest.raises(ZeroDivisionError), optimizer.averaged(model):
         raise ZeroDivisionError

@@ -169,14 +169,16 @@ def test_plan_that_does_not_fit_is_a_warning(digits, monkeypatch, where):
     monkeypatch.setattr(planning, "device_memory", lambda device: 20 * 10**9)
     assert make_plan(PRESETS["xl2"][1], on_gpus(8)).warnings(GPU) == []
     (line,) = make_plan(PRESETS["xl2"][1], on_gpus(2)).warnings(GPU)
-    assert "per rank and the device has 20.00 GB: more --accumulation, --recompute or more ranks take less" in line
+    assert (
+        "per rank, but the device has 20.00 GB: save memory with more --accumulation, --recompute or more ranks" in line
+    )
     code, out, _ = run_in_process("mfengine.train", "xl2", "--dry-run", "--ranks=2", **where)
     assert (code, line in out) == (2, True)  # there is no data
 
     for module in (planning, trainer):
         monkeypatch.setattr(module, "device_memory", lambda device: 1000)
     code, _, err = run_in_process("mfengine.train", *SMALL, f"--data={digits}", "--steps=1", **where)
-    assert (code, "warning: the plan takes" in err) == (0, True)
+    assert (code, "warning: the plan needs" in err) == (0, True)
 
 
 # ----------------------------------------------------------------------------
@@ -244,7 +246,7 @@ def test_run_that_can_be_continued(run_folder, digits, where):
         (["--model.num-classes=5"], "has 10 classes; --model.num-classes is 5"),
         (["--init=nowhere"], "nowhere is neither a checkpoint"),
         (["--init=list.pt"], "no DiT in this checkpoint"),
-        (["--init=RUN/digits", "--model.depth=2"], "is of another architecture"),
+        (["--init=RUN/digits", "--model.depth=2"], "has another architecture"),
         (["--runs=RUN"], "holds a run: continue it with --resume auto"),
         (["--runs=RUN", "--resume=auto", "--seed=7"], "has a run with seed 0, not 7"),
         (["--batch-size=8192", "--ranks=2048"], "has 1797 samples, too few for 2048 parts"),
