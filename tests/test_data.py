@@ -188,7 +188,7 @@ def truncate(path, size):
         (lambda d: edit(d, count=100), "dataset.json: count is 100, but the shards do not add up to it"),
         (lambda d: (d.folder / "000001.tar").unlink(), "000001.tar is missing"),
         (lambda d: truncate(d.folder / "000001.tar", 0), "000001.tar has 0 bytes"),
-        (lambda d: truncate(d.folder / "000002.tar", 1024), "000002.tar has 1024 bytes, dataset.json says"),
+        (lambda d: truncate(d.folder / "000002.tar", 1024), "000002.tar has 1024 bytes; dataset.json says"),
         (lambda d: (d.folder / "000000.idx").unlink(), "000000.idx is missing"),
         (lambda d: truncate(d.folder / "000000.idx", 0), "000000.idx does not list the 40 samples"),
         (lambda d: edit(d, space={**json.loads(json.dumps(vars(SPACE))), "shape": [2, 4, 4]}), "bytes per sample"),
@@ -229,7 +229,7 @@ def test_data_of_another_model(dataset, shape, num_classes, message):
 def test_label_out_of_range(dataset):
     edit(dataset, space={**json.loads(json.dumps(vars(SPACE))), "num_classes": 50})
     loader = Loader(Dataset.open(dataset.folder), 101, 0, 1, seed=0, device=CPU)
-    with pytest.raises(RankError, match="label outside of 0 to 49"):
+    with pytest.raises(RankError, match="label outside 0 to 49"):
         next(loader)
 
 
@@ -301,7 +301,7 @@ def contents(folder):
 @pytest.mark.parametrize(
     ("shape", "label", "message"),
     [
-        ((1, 2, 2, 3, 4), 0, r"sample 0 of n has moments of \(1, 2, 2, 3, 4\), not \(1, 2, 2, 3, 3\)"),
+        ((1, 2, 2, 3, 4), 0, r"sample 0 of n has moments of shape \(1, 2, 2, 3, 4\), not \(1, 2, 2, 3, 3\)"),
         ((1, 2, 2, 3, 3), 101, "sample 0 of n has label 101; labels are 0 to 100"),
     ],
 )
@@ -368,7 +368,7 @@ def test_writer_does_a_shard_again_that_lost_bytes(tmp_path, dataset):
 @pytest.mark.parametrize(
     ("change", "options", "message"),
     [
-        ({}, {"seed": 1}, "was begun with seed 0, not 1: it cannot be continued so; remove it"),
+        ({}, {"seed": 1}, "was begun with seed 0, not 1: continue with the same, or remove it"),
         ({}, {"shard_samples": 20}, "was begun with shard_samples 40, not 20"),
         ({}, {"normalisation": "measured"}, "was begun with normalisation None, not measured"),
         ({"provenance": {"vae": {"sha256": "ab"}}}, {}, "was begun with provenance.vae.sha256 None, not ab"),
@@ -400,7 +400,7 @@ def test_broken_samples_are_listed_and_left_out(tmp_path):
 def test_too_many_broken_samples(tmp_path):
     """They are listed as far as they were found, and a larger share continues."""
     samples = unreliable(broken=(3, 5))
-    with pytest.raises(InputError, match=r"2 of the first 101 .* 0.01 of all 101 may be .* is image [35]: no image"):
+    with pytest.raises(InputError, match=r"2 of the first 101 .* allows 0.01 of all 101. .* is image [35]: no image"):
         write_dataset(tmp_path / "data", samples, shard_samples=40, max_broken=0.01)
     assert not (tmp_path / "data").exists()
     assert len((tmp_path / f".partial-data/{BROKEN}").read_text().splitlines()) == 2

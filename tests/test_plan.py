@@ -237,14 +237,14 @@ def test_run_that_can_be_continued(run_folder, digits, where):
     ("args", "message"),
     [
         (["--ranks=3"], "--batch-size 32 is not a multiple of ranks x --accumulation = 3 x 1"),
-        (["--ranks=2", "--replicas=4"], "replicas 4 does not divide the 2 rank(s)"),
+        (["--ranks=2", "--replicas=4"], "replicas must divide the 2 rank(s); 4 does not"),
         (["--optim.ema-decays", "0.9", "0.9"], "--optim.ema-decays must not repeat a number"),
         (["--ranks=0"], "--ranks needs --dry-run and must be at least 1"),
         (["--data=nowhere"], "dataset.json does not exist"),
         (["--data=CUT"], "000000.tar has"),
         (["--data=BROKEN"], "has a label outside 0 to 9"),
         (["--model.num-classes=5"], "has 10 classes; --model.num-classes is 5"),
-        (["--init=nowhere"], "nowhere is neither a checkpoint"),
+        (["--init=nowhere"], "nowhere must be a checkpoint"),
         (["--init=list.pt"], "no DiT in this checkpoint"),
         (["--init=RUN/digits", "--model.depth=2"], "has another architecture"),
         (["--runs=RUN"], "holds a run: continue it with --resume auto"),
@@ -255,7 +255,7 @@ def test_run_that_can_be_continued(run_folder, digits, where):
         (["--ops=triton", "--model.hidden-size=1024"], "--ops triton is unavailable: q has head dim 512"),
         (["--optim.backend=apex"], "optim.backend apex: apex is not installed"),
         (["--optim.backend=cuda", "--device=cpu"], "optim.backend cuda: "),
-        (["--data=LARGE", "--model.input-size=256", "--evaluate-every=5"], "latents of 65,536 numbers are too many"),
+        (["--data=LARGE", "--model.input-size=256", "--evaluate-every=5"], "latents of 65,536 numbers are too large"),
     ],
 )
 def test_what_training_would_refuse(args, message, digits, run_folder, tmp_path, where):

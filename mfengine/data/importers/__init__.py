@@ -92,7 +92,7 @@ class ImportedSamples:
     def _moments(self, arrays: list[np.ndarray]) -> np.ndarray:
         if len(arrays) != self.flips or any(array.shape != self._shape for array in arrays):
             shapes = ", ".join(str(array.shape) for array in arrays)
-            raise SampleError(f"it has shapes {shapes}; the first sample has {self.flips} of {self._shape}")
+            raise SampleError(f"it has shapes {shapes}, not {self.flips} of {self._shape} like the first sample")
         with np.errstate(over="ignore"):
             moments = np.stack(arrays).astype(np.float16)
         moments = moments.reshape(self.flips, 2, self._shape[0] // 2, *self._shape[1:])
