@@ -256,7 +256,7 @@ def test_backend_decides_where_there_is_a_tangent(asked, monkeypatch):
         ("triton", torch.float32, 12, "attention by triton: q has head dim 12; accepted are multiples of 8"),
         ("triton", torch.float64, 16, "attention by triton: q is torch.float64"),
         ("flash-attn", torch.float32, 16, "attention by flash-attn: it takes float16 and bfloat16 and head dims"),
-        ("flash-attn", torch.float16, 264, "attention by flash-attn: .* up to 256, not torch.float16 of 264"),
+        ("flash-attn", torch.float16, 264, "attention with flash-attn: .* up to 256, not torch.float16 and 264"),
     ],
 )
 def test_what_an_implementation_does_not_take(name, dtype, dim, message):
@@ -280,7 +280,7 @@ def test_triton_without_a_gpu_or_its_interpreter(monkeypatch):
 
     monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
     why = choice.why_not("triton", torch.device("cpu"), torch.float32, 64)
-    assert why == "its kernels run on a GPU alone"
+    assert why == "its kernels run only on a GPU"
 
 
 # ----------------------------------------------------------------------------

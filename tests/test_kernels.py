@@ -670,7 +670,7 @@ def test_auto_fuses_what_the_kernels_take(is_cuda, dtype):
 
 def test_unknown_backend():
     with (
-        pytest.raises(ValueError, match="there is no backend cudnn; accepted are auto, triton, torch"),
+        pytest.raises(ValueError, match="backend cudnn does not exist; it must be one of auto, triton, torch"),
         ops.use_backend("cudnn"),
     ):
         pass
