@@ -483,9 +483,7 @@ def test_flops_and_saved_tensors_on_meta_tensors(name):
 def test_wrong_arguments_of_rotary_attention_and_swiglu(backend):
     qkv, weight = torch.zeros(2, 5, 3 * 2 * 8), torch.zeros(8)
     with ops.use_backend(backend):
-        with pytest.raises(
-            ValueError, match="RoPE rotates pairs of channels, so heads must have an even number of them, not 9"
-        ):
+        with pytest.raises(ValueError, match="heads must have an even number of them, not 9"):
             ops.rotary_attention(torch.zeros(2, 5, 27), torch.zeros(9), torch.zeros(9), 1)
         with pytest.raises(ValueError, match=r"k_weight must be of shape \(8,\), not \(4,\)"):
             ops.rotary_attention(qkv, weight, weight[:4], 2)

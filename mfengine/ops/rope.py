@@ -24,7 +24,7 @@ else:
 
 
 def norm_rope(x: A, q_weight: A, k_weight: A, heads: int, tokens: int, eps: float) -> A:
-    """Normalised and rotated queries and keys of x (B, N, 2 * H * d) or (B * N, 2 * H * d): contiguous, shaped like x."""
+    """Normalised and rotated queries and keys of x (B, N, 2 * H * d) or (B * N, 2 * H * d): contiguous, same shape."""
     return NORM_ROPE(x, q_weight, k_weight, options=(heads, tokens, eps))[0]
 
 
