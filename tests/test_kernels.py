@@ -587,7 +587,7 @@ def attention_arguments(**changes):
         ({"q": torch.zeros(2, 5, 16)}, r"q must be \(B, H, N, d\)"),
         ({"q": torch.zeros(2, 3, 5, 12)}, "q has head dim 12; accepted are multiples of 8 from 8 to 128"),
         ({"q": torch.zeros(2, 3, 5, 136)}, "q has head dim 136"),
-        ({"q": torch.zeros(2, 3, 5, 16, dtype=torch.float64)}, r"q is torch.float64; accepted are float16"),
+        ({"q": torch.zeros(2, 3, 5, 16, dtype=torch.float64)}, r"q is torch.float64; it must be float16"),
         ({"k": torch.zeros(2, 4, 5, 16)}, r"k must be \(2, G, M, 16\), G a divisor of 3 heads, not of"),
         ({"k": torch.zeros(2, 3, 5, 16).half()}, r"k must be torch.float32, not torch.float16"),
         ({"v": torch.zeros(2, 3, 6, 16)}, r"v must be of shape \(2, 3, 5, 16\), not \(2, 3, 6, 16\)"),
