@@ -267,7 +267,10 @@ def test_what_an_implementation_does_not_take(name, dtype, dim, message):
 
 def test_unknown_and_missing(monkeypatch):
     accepted = "auto, torch, triton, sdpa, flash-attn"
-    with pytest.raises(ValueError, match=f"no attention flash; accepted are {accepted}"), ops.use_attention("flash"):
+    with (
+        pytest.raises(ValueError, match=f"attention flash does not exist; it must be one of {accepted}"),
+        ops.use_attention("flash"),
+    ):
         pass
     monkeypatch.setitem(sys.modules, "flash_attn", None)
     forget()

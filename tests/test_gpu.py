@@ -98,7 +98,7 @@ def test_rehearsal_needs_only_torch_triton_and_numpy(bare, tmp_path):
     process = rehearsal(bare, tmp_path)
     out, _ = process.communicate(timeout=300)
     assert process.returncode == 0, out
-    assert out.index("at a guess") < out.index("--- after xl2\n") < out.index("--- after remaining\n")
+    assert out.index("estimated ") < out.index("--- after xl2\n") < out.index("--- after remaining\n")
     assert out.rindex("--- after remaining\n") < out.rindex("| step: guided, tiny of 4")
     report = json.loads((tmp_path / "gpu.json").read_text())
     assert {row["suite"] for row in report["rows"]} == {"step", "kernels", "attention", "optimizer", "sampler"}
@@ -174,7 +174,7 @@ def test_the_cuda_library_is_built_first_where_it_is_missing(bare, tmp_path):
 
 def test_a_task_that_goes_wrong_costs_only_itself(tmp_path, monkeypatch, capsys):
     """It raises, runs out of memory, ends its process or hangs."""
-    monkeypatch.setattr(gpu, "PATIENCE_S", 2.0)
+    monkeypatch.setattr(gpu, "TIMEOUT_S", 2.0)
     monkeypatch.setenv("OUT", str(tmp_path))
     gpu.Run(True, 5, str(tmp_path), gpu_tasks.broken_plan).run()
     report = json.loads((tmp_path / "gpu.json").read_text())
@@ -183,8 +183,8 @@ def test_a_task_that_goes_wrong_costs_only_itself(tmp_path, monkeypatch, capsys)
     assert report["errors"] == {
         "has no message": "ValueError",
         "has two lines": "RuntimeError: first",
-        "ends its process": "the process ended, exit code 3",
-        "ends its process, beside": "the process ended, exit code 3",
+        "ends its process": "the process ended with exit code 3",
+        "ends its process, beside": "the process ended with exit code 3",
         "hangs": "stopped after 2 s",
     }
 
@@ -212,7 +212,7 @@ def test_nothing_runs_after_the_deadline(tmp_path, monkeypatch):
 def test_a_run_in_which_nothing_succeeds_ends_with_a_line(make_plan, told, monkeypatch, capsys):
     """No check has a result; or the first worker hangs before its first task, which must not take all of the time."""
     monkeypatch.setattr(gpu, "START_S", 0 if make_plan is gpu_tasks.planless else gpu.START_S)
-    monkeypatch.setattr(gpu, "PATIENCE_S", 4.0 if make_plan is gpu_tasks.planless else gpu.PATIENCE_S)
+    monkeypatch.setattr(gpu, "TIMEOUT_S", 4.0 if make_plan is gpu_tasks.planless else gpu.TIMEOUT_S)
     monkeypatch.setattr(gpu, "Run", functools.partial(gpu.Run, make_plan=make_plan))
     monkeypatch.setattr(sys, "argv", ["gpu", "--rehearse"])
     assert gpu.main() == 1

@@ -129,7 +129,7 @@ def test_command(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (("--gpus", "12"), "a multiple of it, not 12"),
+        (("--gpus", "12"), "a multiple of 8, not 12"),
         (("--gpus", "0"), "at least 1"),
         (("--hardware.matrix-share=0",), "--hardware.matrix-share must be positive"),
         (("--measured=nowhere.json",), "cannot read nowhere.json"),
