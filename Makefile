@@ -16,7 +16,7 @@ install: .venv/installed
 	@test -e kernels/libmfengine_cuda.so || echo "CUDA library: not built; $(BIN)/python -m mfengine.info says why"
 	touch $@
 
-# Trains a one-step generator of digits, draws samples, evaluates and reports. A second run continues where the first stopped.
+# Trains a one-step generator of digits, draws samples, evaluates and reports. A second run continues the first.
 demo: install
 	test -e data/digits/dataset.json || $(BIN)/python -m mfengine.prepare digits data/digits
 	$(BIN)/python -m mfengine.train digits --resume auto
