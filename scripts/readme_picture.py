@@ -28,7 +28,9 @@ def main() -> None:
     meanflow, flow = mfengine.load("runs/digits"), mfengine.load("runs/digits-flow")
     labels = list(DIGITS) * ROWS
     blocks = {"real": meanflow.images(real_latents(Dataset.open(DATA), DIGITS, ROWS))}
-    blocks |= {name: each.images(each.sample(labels)) for name, each in (("MeanFlow", meanflow), ("flow matching", flow))}
+    blocks |= {
+        name: each.images(each.sample(labels)) for name, each in (("MeanFlow", meanflow), ("flow matching", flow))
+    }
     write_picture(labelled_grid(blocks, [str(digit) for digit in DIGITS]), Path("docs/digits.png"))
 
 
