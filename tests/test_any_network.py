@@ -145,7 +145,7 @@ class Around(nn.Module):
         return self.around(self.network, *args)
 
 
-JVP_ATTENTION = r"If it is attention, take the loss inside `with mfengine.jvp_attention\(\):`"
+JVP_ATTENTION = r"If this is attention, compute the loss inside `with mfengine.jvp_attention\(\):`"
 
 
 @pytest.mark.parametrize(
@@ -157,7 +157,7 @@ JVP_ATTENTION = r"If it is attention, take the loss inside `with mfengine.jvp_at
             ValueError,
             r"Around returned \(6, 4, 4, 4\); u must have the shape of z, \(6, 2, 4, 4\)",
         ),
-        (lambda: nn.Identity(), ValueError, r"Identity does not say .* set it, as in `model.num_classes = 1000`"),
+        (lambda: nn.Identity(), ValueError, r"Identity does not say .* set it: `model.num_classes = 1000`"),
         (lambda: stranger(attend=sdpa), NotImplementedError, f"Stranger cannot be .*attention.*{JVP_ATTENTION}"),
         (
             lambda: Around(lambda u, *args: Function.apply(u(*args))),

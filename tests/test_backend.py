@@ -587,18 +587,18 @@ def hooked(module):
 
 
 STRANGERS = {
-    "causal": (lambda: Causal(32), "computes something else"),
-    "heads first": (lambda: HeadsFirst(32), "computes something else"),
-    "another scale": (lambda: with_attributes(Attention(32), scale=1.0), "computes something else"),
+    "causal": (lambda: Causal(32), "computes something different"),
+    "heads first": (lambda: HeadsFirst(32), "computes something different"),
+    "another scale": (lambda: with_attributes(Attention(32), scale=1.0), "computes something different"),
     "no Linear": (lambda: with_attributes(Attention(32), qkv=nn.Identity()), "could not be checked: AttributeError"),
     "meta": (lambda: Attention(32).to("meta"), "meta device"),
     "forward of its own": (lambda: with_attributes(Attention(32), forward=lambda x: x), "replaced on the instance"),
     "drop path": (lambda: DropPath(32), "computes something else than ours in training"),
-    "scale first": (lambda: ScaleFirst(32), "computes something else"),
+    "scale first": (lambda: ScaleFirst(32), "computes something different"),
     "affine": (lambda: with_attributes(DiTBlock(32), norm2=nn.LayerNorm(32)), "LayerNorm has parameters"),
     "RMSNorm": (lambda: with_attributes(DiTBlock(32), norm1=nn.RMSNorm(32)), "its norm is RMSNorm"),
     "hooks": (lambda: hooked(DiTBlock(32)), "hooks"),
-    "PyTorch's": (lambda: nn.MultiheadAttention(32, 2), "of no known family"),
+    "PyTorch's": (lambda: nn.MultiheadAttention(32, 2), "not a known family"),
 }
 
 

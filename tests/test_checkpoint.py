@@ -98,7 +98,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_nothing(asynchronous, tmp_pa
         if step == 2:
             folder = tmp_path / "checkpoints"
             assert checkpointer.failed == (
-                f"cannot write {folder}/step-00000002: No space left on device; last whole checkpoint: "
+                f"cannot write {folder}/step-00000002: No space left on device; last complete checkpoint: "
                 f"{folder}/step-00000001"
             )
             assert [path.name for path in folder.iterdir()] == ["step-00000001"]
@@ -120,13 +120,13 @@ def test_training_goes_on_when_a_checkpoint_does_not_fit(digits, tmp_path, monke
     code, _, err = run_in_process(*args, "--name=first", cwd=tmp_path, monkeypatch=monkeypatch, capsys=capsys)
     assert code == 0, err
     warning = "warning: cannot write runs/first/checkpoints/step-00000001: No space left on device"
-    assert f"{warning}; last whole checkpoint: none; training goes on" in err
+    assert f"{warning}; last complete checkpoint: none; training goes on" in err
     assert sorted(path.name[-1] for path in (tmp_path / "runs/first/checkpoints").iterdir()) == ["2", "3"]
     fails = (6,)  # the last of the second run
     code, _, err = run_in_process(*args, "--name=last", cwd=tmp_path, monkeypatch=monkeypatch, capsys=capsys)
     assert code == 1
     assert err.splitlines()[-1] == (
-        "error: cannot write runs/last/checkpoints/step-00000003: No space left on device; last whole checkpoint: "
+        "error: cannot write runs/last/checkpoints/step-00000003: No space left on device; last complete checkpoint: "
         "runs/last/checkpoints/step-00000002"
     )
 

@@ -140,7 +140,7 @@ def test_other_normalisation_than_expected_is_told(digits, tmp_path, monkeypatch
     args = ("mfengine.train", *SMALL, "--data=data", "--steps=1")
     warning = (
         "warning: this configuration was published with latents normalised by sd-vae-ft-mse; data has scale 0.166667 "
-        "and bias 5. `python -m mfengine.prepare normalise data --to sd-vae-ft-mse` changes that"
+        "and bias 5. Change that with `python -m mfengine.prepare normalise data --to sd-vae-ft-mse`, or"
     )
     code, out, err = run_in_process(*args, "--normalisation=sd-vae-ft-mse", "--dry-run", "--device=cpu", **where)
     assert code == 0, err
@@ -312,7 +312,7 @@ def test_running_out_of_memory_is_one_line(digits, tmp_path, monkeypatch, capsys
     assert code == 1
     assert err.splitlines()[-1] == (
         "error: CUDA out of memory. Tried to allocate 2.00 GiB, and the peak was 78.2 GB: "
-        "--recompute or a larger --accumulation takes less memory"
+        "save memory with --recompute or a larger --accumulation"
     )
     assert "Traceback" not in err
 
@@ -427,7 +427,7 @@ def test_training_starts_from_other_weights(trained, digits, tmp_path):
         cwd=tmp_path,
     )
     assert other.returncode == 2
-    assert "sit.pt is of another architecture: size mismatch" in other.stderr
+    assert "sit.pt has another architecture: size mismatch" in other.stderr
 
 
 def test_run_that_was_killed_as_it_began(digits, tmp_path):
@@ -486,7 +486,7 @@ def test_loss_that_is_not_finite_stops_the_run(tmp_path):
     assert done.returncode == 1
     kept = newest_checkpoint(tmp_path / "runs/strict")
     last = json.loads((kept / "checkpoint.json").read_text())["step"] if kept else 0
-    where = f"last whole checkpoint: {os.path.relpath(kept, tmp_path) if kept else 'none'}"
+    where = f"last complete checkpoint: {os.path.relpath(kept, tmp_path) if kept else 'none'}"
     assert (
         f"error: the loss is not finite at step {last + 1} on rank 0, after 0 skipped step(s); {where}" in done.stderr
     )
@@ -527,7 +527,7 @@ def test_gradient_that_is_not_finite_skips_the_step(digits, tmp_path, monkeypatc
         *args, "--name=strict", "--checkpoint-every=1", cwd=tmp_path, monkeypatch=monkeypatch, capsys=capsys
     )
     assert code == 1
-    assert "error: a gradient is not finite at step 3, after 0 skipped step(s); last whole checkpoint: " in err
+    assert "error: a gradient is not finite at step 3, after 0 skipped step(s); last complete checkpoint: " in err
     assert err.strip().endswith("step-00000002")
 
 
@@ -607,13 +607,13 @@ def test_weights_that_are_not_finite_are_not_saved(digits, tmp_path):
         (["mfengine.train", "--data=DATA", "--accumulation=3"], "not a multiple of ranks x --accumulation = 1 x 3"),
         (["mfengine.train", "--data=DATA", "--model.input-size=16"], "holds latents of (1, 8, 8); the model takes"),
         (["mfengine.train", "--data=DATA", "--model.num-classes=5"], "has 10 classes; --model.num-classes is 5"),
-        (["mfengine.train", "--data=DATA", "--replicas=2"], "replicas 2 does not divide the 1 rank(s)"),
-        (["mfengine.train", "--data=DATA", "--init=nowhere"], "nowhere is neither a checkpoint"),
+        (["mfengine.train", "--data=DATA", "--replicas=2"], "replicas must divide the 1 rank(s); 2 does not"),
+        (["mfengine.train", "--data=DATA", "--init=nowhere"], "nowhere must be a checkpoint"),
         (["mfengine.train", "--data=DATA", "--device=cuda"], "--device cuda is unavailable"),
         (["mfengine.prepare", "digits", "DATA"], "is not an empty folder"),
         (["mfengine.prepare", "digts", "out"], "there is no command digts; the nearest is digits"),
         (["mfengine.prepare"], "no command is given: choose one of digits"),
-        (["mfengine.generate", "nowhere"], "nowhere is neither a checkpoint"),
+        (["mfengine.generate", "nowhere"], "nowhere must be a checkpoint"),
         (["mfengine.generate", "RUN", "--labels", "10"], "there is no label 10; the model has 0 to 9"),
         (["mfengine.generate", "RUN", "--steps=0"], "--steps must be different numbers, each at least 1"),
         (["mfengine.generate", "RUN", "--seed=-1"], "seed must be at least 0 and below 2^63, not -1"),
@@ -621,7 +621,7 @@ def test_weights_that_are_not_finite_are_not_saved(digits, tmp_path):
         (["mfengine.train", "--seed=-1"], "seed must be at least 0 and below 2^63, not -1"),
         (["mfengine.evaluate", "RUN", "--data=DATA", "--seed=-1"], "seed must be at least 0 and below 2^63, not -1"),
         (["mfengine.generate", "RUN", "--out=x.jpg"], "must end in .png"),
-        (["mfengine.generate", "RUN", "--ema-decay=0.1"], "no moving average of decay 0.1; it has [0.9, 0.5]"),
+        (["mfengine.generate", "RUN", "--ema-decay=0.1"], "no moving average with decay 0.1; it has [0.9, 0.5]"),
         (["mfengine.generate", "broken.safetensors"], "cannot read broken.safetensors"),
         (["mfengine.export", "RUN", "out.bin"], "must end in .safetensors or .pth"),
         (["mfengine.evaluate", "RUN", "--data=nowhere"], "dataset.json does not exist"),
@@ -778,7 +778,7 @@ def test_pictures_of_a_run_are_decoded_and_end_in_a_strip(digits, tmp_path, monk
     train = ("mfengine.train", *SMALL, f"--data={digits}", "--steps=3", "--sample-every=1")
     where = {"cwd": tmp_path, "monkeypatch": monkeypatch, "capsys": capsys}
     code, _, err = run_in_process(*train, "--vae=other", **where)
-    assert (code, err.splitlines()[-1]) == (2, "error: --vae other has 4 latent channels, the data 1")
+    assert (code, err.splitlines()[-1]) == (2, "error: --vae other has 4 latent channels; the data has 1")
     assert not (tmp_path / "runs").exists()
     assert run_in_process(*train, "--vae=vae", **where)[0] == 0
     run = tmp_path / "runs/digits"

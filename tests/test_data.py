@@ -184,11 +184,11 @@ def truncate(path, size):
     [
         (lambda d: (d.folder / DESCRIPTION).unlink(), "dataset.json does not exist: see docs/data.md"),
         (lambda d: (d.folder / DESCRIPTION).write_text("{"), "dataset.json: it is not JSON"),
-        (lambda d: edit(d, shards=[]), "dataset.json: shards must be one or more"),
-        (lambda d: edit(d, count=100), "dataset.json: count is 100 samples, but the shards add up to others"),
+        (lambda d: edit(d, shards=[]), "dataset.json: shards must not be empty"),
+        (lambda d: edit(d, count=100), "dataset.json: count is 100, but the shards do not add up to it"),
         (lambda d: (d.folder / "000001.tar").unlink(), "000001.tar is missing"),
         (lambda d: truncate(d.folder / "000001.tar", 0), "000001.tar has 0 bytes"),
-        (lambda d: truncate(d.folder / "000002.tar", 1024), "000002.tar has 1024 bytes, dataset.json says"),
+        (lambda d: truncate(d.folder / "000002.tar", 1024), "000002.tar has 1024 bytes; dataset.json says"),
         (lambda d: (d.folder / "000000.idx").unlink(), "000000.idx is missing"),
         (lambda d: truncate(d.folder / "000000.idx", 0), "000000.idx does not list the 40 samples"),
         (lambda d: edit(d, space={**json.loads(json.dumps(vars(SPACE))), "shape": [2, 4, 4]}), "bytes per sample"),
@@ -200,7 +200,7 @@ def truncate(path, size):
         (lambda d: edit(d, space={**vars(SPACE), "scale": 0}), "space.scale must not be 0"),
         (lambda d: edit(d, space={**vars(SPACE), "bias": "abc"}), 'space.bias is "abc", not a number'),
         (lambda d: edit(d, space={**vars(SPACE), "scale": [1, 0]}), "space.scale must not be 0"),
-        (lambda d: edit(d, space={**vars(SPACE), "scale": [1]}), r"space.scale must be a number, or one for each of 2"),
+        (lambda d: edit(d, space={**vars(SPACE), "scale": [1]}), r"space.scale must be a number, or one per channel"),
         (lambda d: edit(d, space={**vars(SPACE), "bias": [1, "x"]}), r'space.bias\[1\] is "x", not a number'),
         (lambda d: edit(d, space={**vars(SPACE), "shape": [8]}), "space.shape is .8., not a list of 3"),
         (lambda d: edit(d, space={**vars(SPACE), "pixel_range": "x"}), 'space.pixel_range is "x", not a list of 2'),
@@ -229,7 +229,7 @@ def test_data_of_another_model(dataset, shape, num_classes, message):
 def test_label_out_of_range(dataset):
     edit(dataset, space={**json.loads(json.dumps(vars(SPACE))), "num_classes": 50})
     loader = Loader(Dataset.open(dataset.folder), 101, 0, 1, seed=0, device=CPU)
-    with pytest.raises(RankError, match="label outside of 0 to 49"):
+    with pytest.raises(RankError, match="label outside 0 to 49"):
         next(loader)
 
 
@@ -301,8 +301,8 @@ def contents(folder):
 @pytest.mark.parametrize(
     ("shape", "label", "message"),
     [
-        ((1, 2, 2, 3, 4), 0, r"sample 0 of n has moments of \(1, 2, 2, 3, 4\), not \(1, 2, 2, 3, 3\)"),
-        ((1, 2, 2, 3, 3), 101, "sample 0 of n has label 101, not one of 0 to 100"),
+        ((1, 2, 2, 3, 4), 0, r"sample 0 of n has moments of shape \(1, 2, 2, 3, 4\), not \(1, 2, 2, 3, 3\)"),
+        ((1, 2, 2, 3, 3), 101, "sample 0 of n has label 101; labels are 0 to 100"),
     ],
 )
 def test_writer_refuses_what_contradicts_the_description(tmp_path, shape, label, message):
@@ -339,7 +339,7 @@ def test_data_set_without_all_of_its_shards_gets_no_name(tmp_path, dataset, monk
     monkeypatch.setattr(writer, "TIMEOUT_S", 0.1)
     whole = writer._Writer._record
     monkeypatch.setattr(writer._Writer, "_record", lambda self, k: None if k == 1 else whole(self, k))
-    with pytest.raises(InputError, match=r"shard 1 of .* is not there: the same command writes it again"):
+    with pytest.raises(InputError, match=r"shard 1 of .* is missing: run the same command again to write it"):
         write_dataset(tmp_path / "again", numbered(), shard_samples=40)
     assert not (tmp_path / "again").exists()
     monkeypatch.undo()
@@ -368,7 +368,7 @@ def test_writer_does_a_shard_again_that_lost_bytes(tmp_path, dataset):
 @pytest.mark.parametrize(
     ("change", "options", "message"),
     [
-        ({}, {"seed": 1}, "was begun with seed 0, not 1: it cannot be continued so; remove it"),
+        ({}, {"seed": 1}, "was begun with seed 0, not 1: continue with the same, or remove it"),
         ({}, {"shard_samples": 20}, "was begun with shard_samples 40, not 20"),
         ({}, {"normalisation": "measured"}, "was begun with normalisation None, not measured"),
         ({"provenance": {"vae": {"sha256": "ab"}}}, {}, "was begun with provenance.vae.sha256 None, not ab"),
@@ -400,7 +400,7 @@ def test_broken_samples_are_listed_and_left_out(tmp_path):
 def test_too_many_broken_samples(tmp_path):
     """They are listed as far as they were found, and a larger share continues."""
     samples = unreliable(broken=(3, 5))
-    with pytest.raises(InputError, match=r"2 of the first 101 .* 0.01 of all 101 may be .* is image [35]: no image"):
+    with pytest.raises(InputError, match=r"2 of the first 101 .* allows 0.01 of all 101. .* is image [35]: no image"):
         write_dataset(tmp_path / "data", samples, shard_samples=40, max_broken=0.01)
     assert not (tmp_path / "data").exists()
     assert len((tmp_path / f".partial-data/{BROKEN}").read_text().splitlines()) == 2

@@ -189,7 +189,7 @@ def test_means_that_cannot_be_read(tmp_path):
     kept = index.read_text()
     for wrong, message in (
         (kept.replace("label", "lebal"), "'label'"),
-        (kept.replace(" 4 ", "99999 4 "), "it ends before samples that its index lists"),
+        (kept.replace(" 4 ", "99999 4 "), "it ends before the last sample in its index"),
     ):
         index.write_text(wrong)
         with pytest.raises(RankError, match=rf"cannot read .*000000.tar: {message}"):
@@ -213,7 +213,7 @@ def test_data_that_training_refuses_is_not_measured(tmp_path, values, labels, me
 def test_labels_of_one_class_cannot_be_read(tmp_path):
     moments = np.zeros((3, 1, 2, 1, 2, 2))
     samples = ArraySamples("x", LatentSpace((1, 2, 2), num_classes=4), moments, np.array([1, 1, 1]))
-    with pytest.raises(InputError, match="samples of one class"):
+    with pytest.raises(InputError, match="samples of only one class"):
         LabelReader(write_dataset(tmp_path / "data", samples))
 
 
@@ -331,7 +331,7 @@ def test_too_few_samples_are_told(export, tmp_path, monkeypatch, capsys):
     args = ("mfengine.evaluate", export, "--data=data", "--steps=1", "--out=metrics.json")
     code, _, errors = run_in_process(*args, "--num=256", cwd=tmp_path, monkeypatch=monkeypatch, capsys=capsys)
     assert code == 0, errors
-    assert "note: 256 samples leave a covariance of 256 dimensions singular" in errors
+    assert "note: 256 samples are too few: the covariance of 256 dimensions is singular" in errors
     figures = json.loads((tmp_path / "metrics.json").read_text())
     named = {*SAMPLES} - {"conditions"}  # which are named where some were given
     assert figures.keys() == {"frechet_1nfe", "frechet_floor", *named, "data"}  # no pixels, no labels to read
@@ -380,7 +380,7 @@ def test_too_little_memory_to_decode(vae, monkeypatch):
         raise torch.OutOfMemoryError
 
     monkeypatch.setattr(decoder._vae, "decode", too_little)
-    with pytest.raises(RankError, match="too small to decode 2 latents at a time: choose fewer, as by --batch-size"):
+    with pytest.raises(RankError, match="too little GPU memory to decode 2 latents at a time: choose a smaller batch"):
         decoder.decode(torch.zeros(2, *LATENTS.shape), LATENTS)
 
 
@@ -425,14 +425,14 @@ def references(folder):
         (["--data=DATA", "--out=images"], "images is a folder: name a file in it"),
         (["--data=DATA", "--save=good.npz/x"], "good.npz is not a writable folder"),
         (["--data=DATA", "--seed=-1"], "seed must be at least 0 and below 2^63, not -1"),
-        (["--data=DATA", "--ema-decay=0.1"], "no moving average of decay 0.1; it has [0.5]"),
+        (["--data=DATA", "--ema-decay=0.1"], "no moving average with decay 0.1; it has [0.5]"),
         (["--data=DATA", "--sweep", "omega=1"], "no setting to sweep omega; there are steps, ema_decay"),
         (["--data=DATA", "--sweep", "steps=1.5"], "--sweep steps=1.5: values must be whole numbers, as in"),
         (["--data=DATA", "--sweep", "steps"], "--sweep steps: values must be whole numbers"),
         (["--data=DATA", "--sweep", "steps=0"], "--sweep steps=0: steps must be at least 1"),
         (["--data=DATA", "--sweep", "ema_decay=0.5,nan"], "values must be finite and different"),
         (["--data=DATA", "--sweep", "steps=1", "steps=2"], "--sweep steps=2: steps is given twice"),
-        (["--data=DATA", "--sweep", "ema_decay=0.5,0.1"], "no moving average of decay 0.1; it has [0.5]"),
+        (["--data=DATA", "--sweep", "ema_decay=0.5,0.1"], "no moving average with decay 0.1; it has [0.5]"),
         (["--sweep", "steps=1", "--save=x"], "--sweep needs --data or --reference"),
         (["--data=DATA", "--sweep", "steps=1", "--out=x.png"], "--out x.png must end in .json with --sweep"),
         (["--data=DATA", "--conditions", "omega"], "--conditions takes pairs of a name and a number, as in"),
@@ -446,11 +446,11 @@ def references(folder):
         (["--reference=nowhere"], "reference nowhere is neither a folder of images nor an .npz file"),
         (["--reference=w.pt"], "reference w.pt is neither"),
         (["--reference=keys.npz"], "keys.npz has cov, mean; reference statistics are mu and sigma"),
-        (["--reference=mu.npz"], "mu.npz: mu is (64,); of Inception features it is (2048,)"),
-        (["--reference=sigma.npz"], "sigma.npz: sigma is (64, 2048); of Inception features it is (2048, 2048)"),
-        (["--reference=float.npz"], "arr_0 is float64 (5, 8, 8, 3); images are uint8 (N, H, W, 3)"),
-        (["--reference=planar.npz"], "arr_0 is uint8 (5, 3, 8, 8); images are uint8 (N, H, W, 3)"),
-        (["--reference=few.npz"], "few.npz has 3 image(s); a reference has more than 3"),
+        (["--reference=mu.npz"], "mu.npz: mu is (64,); for Inception features it must be (2048,)"),
+        (["--reference=sigma.npz"], "sigma.npz: sigma is (64, 2048); for Inception features it must be (2048, 2048)"),
+        (["--reference=float.npz"], "arr_0 is float64 (5, 8, 8, 3); images must be uint8 (N, H, W, 3)"),
+        (["--reference=planar.npz"], "arr_0 is uint8 (5, 3, 8, 8); images must be uint8 (N, H, W, 3)"),
+        (["--reference=few.npz"], "few.npz has 3 image(s); a reference needs more than 3"),
         (["--reference=object.npz"], "arr_0 is object"),
         (["--reference=broken.npz"], "broken.npz is not an .npz file"),
         (["--reference=empty"], "empty has no images (.jpg"),
@@ -491,9 +491,9 @@ def test_run_folder_that_cannot_be_written_to(trained, digits, tmp_path, monkeyp
     [
         (["--save=x.npz"], "latents of (4, 8, 8) need a VAE to become images: give it with --vae"),
         (["--save=x", "--vae=empty"], "cannot load the VAE empty"),
-        (["--save=x", "--vae=THREE"], "the VAE has 3 latent channels, the model 4"),
-        (["--reference=good.npz", "--vae=VAE"], "the images of good.npz are 8 x 8, those of the model 16 x 16"),
-        (["--reference=images", "--vae=VAE"], "the images of images are 8 x 8, those of the model 16 x 16"),
+        (["--save=x", "--vae=THREE"], "the VAE has 3 latent channels; the model has 4"),
+        (["--reference=good.npz", "--vae=VAE"], "the images of good.npz are 8 x 8, but those of the model are 16 x 16"),
+        (["--reference=images", "--vae=VAE"], "the images of images are 8 x 8, but those of the model are 16 x 16"),
     ],
 )
 def test_decoders_and_references_that_do_not_fit(export, vae, tmp_path, monkeypatch, capsys, args, message):
@@ -568,7 +568,7 @@ def test_samples_that_are_not_finite(export, digits, tmp_path, monkeypatch, caps
         cwd=tmp_path, monkeypatch=monkeypatch, capsys=capsys,
     )  # fmt: skip
     assert code == 2
-    assert errors.splitlines()[-1] == "error: samples in 1 step(s) are not finite: these weights cannot be measured"
+    assert errors.splitlines()[-1] == "error: samples in 1 step(s) are not finite: these weights cannot be evaluated"
     assert not (tmp_path / "x.json").exists()
 
 

@@ -169,14 +169,16 @@ def test_plan_that_does_not_fit_is_a_warning(digits, monkeypatch, where):
     monkeypatch.setattr(planning, "device_memory", lambda device: 20 * 10**9)
     assert make_plan(PRESETS["xl2"][1], on_gpus(8)).warnings(GPU) == []
     (line,) = make_plan(PRESETS["xl2"][1], on_gpus(2)).warnings(GPU)
-    assert "per rank and the device has 20.00 GB: more --accumulation, --recompute or more ranks take less" in line
+    assert (
+        "per rank, but the device has 20.00 GB: save memory with more --accumulation, --recompute or more ranks" in line
+    )
     code, out, _ = run_in_process("mfengine.train", "xl2", "--dry-run", "--ranks=2", **where)
     assert (code, line in out) == (2, True)  # there is no data
 
     for module in (planning, trainer):
         monkeypatch.setattr(module, "device_memory", lambda device: 1000)
     code, _, err = run_in_process("mfengine.train", *SMALL, f"--data={digits}", "--steps=1", **where)
-    assert (code, "warning: the plan takes" in err) == (0, True)
+    assert (code, "warning: the plan needs" in err) == (0, True)
 
 
 # ----------------------------------------------------------------------------
@@ -235,16 +237,16 @@ def test_run_that_can_be_continued(run_folder, digits, where):
     ("args", "message"),
     [
         (["--ranks=3"], "--batch-size 32 is not a multiple of ranks x --accumulation = 3 x 1"),
-        (["--ranks=2", "--replicas=4"], "replicas 4 does not divide the 2 rank(s)"),
+        (["--ranks=2", "--replicas=4"], "replicas must divide the 2 rank(s); 4 does not"),
         (["--optim.ema-decays", "0.9", "0.9"], "--optim.ema-decays must not repeat a number"),
         (["--ranks=0"], "--ranks needs --dry-run and must be at least 1"),
         (["--data=nowhere"], "dataset.json does not exist"),
         (["--data=CUT"], "000000.tar has"),
-        (["--data=BROKEN"], "has a label outside of 0 to 9"),
+        (["--data=BROKEN"], "has a label outside 0 to 9"),
         (["--model.num-classes=5"], "has 10 classes; --model.num-classes is 5"),
-        (["--init=nowhere"], "nowhere is neither a checkpoint"),
+        (["--init=nowhere"], "nowhere must be a checkpoint"),
         (["--init=list.pt"], "no DiT in this checkpoint"),
-        (["--init=RUN/digits", "--model.depth=2"], "is of another architecture"),
+        (["--init=RUN/digits", "--model.depth=2"], "has another architecture"),
         (["--runs=RUN"], "holds a run: continue it with --resume auto"),
         (["--runs=RUN", "--resume=auto", "--seed=7"], "has a run with seed 0, not 7"),
         (["--batch-size=8192", "--ranks=2048"], "has 1797 samples, too few for 2048 parts"),
@@ -253,7 +255,7 @@ def test_run_that_can_be_continued(run_folder, digits, where):
         (["--ops=triton", "--model.hidden-size=1024"], "--ops triton is unavailable: q has head dim 512"),
         (["--optim.backend=apex"], "optim.backend apex: apex is not installed"),
         (["--optim.backend=cuda", "--device=cpu"], "optim.backend cuda: "),
-        (["--data=LARGE", "--model.input-size=256", "--evaluate-every=5"], "latents of 65,536 numbers are too many"),
+        (["--data=LARGE", "--model.input-size=256", "--evaluate-every=5"], "latents of 65,536 numbers are too large"),
     ],
 )
 def test_what_training_would_refuse(args, message, digits, run_folder, tmp_path, where):

@@ -217,7 +217,9 @@ def test_hub_that_does_not_answer_is_asked_once(pictures, tmp_path, monkeypatch,
     monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", refuse)
     code, _, err = prepare(pictures, "out", "--vae=mistyped/name")
     assert (code, len(asked)) == (2, 1)
-    assert err == ("error: cannot load the VAE mistyped/name, which is no folder, from the hub: no route to the hub\n")
+    assert err == (
+        "error: cannot load the VAE mistyped/name, which is not a folder, from the hub: no route to the hub\n"
+    )
 
 
 def test_broken_images_are_left_out(whole, pictures, arguments, tmp_path, prepare):
@@ -242,7 +244,7 @@ def test_broken_images_are_left_out(whole, pictures, arguments, tmp_path, prepar
             (source / name).write_bytes(data)
     code, _, errors = prepare(source, "data", *arguments[1:], "--shard-samples=200")
     assert code == 2
-    assert "of the first 120 samples are broken, and 0.001 of all 120 may be (--max-broken)" in errors
+    assert "of the first 120 samples are broken; --max-broken allows 0.001 of all 120" in errors
     assert ".partial-data/broken.jsonl lists them" in errors
     code, output, errors = prepare(source, "data", *arguments[1:], "--shard-samples=200", "--max-broken=0.05")
     assert code == 0, errors
@@ -264,10 +266,10 @@ def test_broken_images_are_left_out(whole, pictures, arguments, tmp_path, prepar
         (["nowhere", "out"], "nowhere does not exist"),
         (["list.txt", "out"], "list.txt is neither a folder, a .tar nor an LMDB"),
         (["empty", "out"], "empty, a folder per class, has no images (.jpg, .jpeg, .png, .webp, .bmp"),
-        (["flat", "out"], "flat has images but no folders: each class has a folder of its own; if one class is meant"),
-        (["PARENT", "out"], "has one class, train: if the classes are the folders in PARENT/train, give that; if one"),
+        (["flat", "out"], "flat has images but no subfolders: each class needs a folder of its own"),
+        (["PARENT", "out"], "has only the class train: if the folders in PARENT/train are the classes, give that"),
         (["gap", "out"], "gap/b has no images: each folder in gap is a class; remove it"),
-        (["labels.tar", "out"], 'labels.tar/x.png has no label: a .cls beside it with a number from 0, or a .json'),
+        (["labels.tar", "out"], 'labels.tar/x.png has no label: it needs a .cls with an integer from 0, or a .json'),
         (["cut.tar", "out"], "cannot read cut.tar"),
         (["PICTURES", "taken"], "taken is not an empty folder"),
         (["PICTURES", "out", "--size=33"], "size 33 is not a multiple of 2, the pixels per latent of"),
@@ -279,8 +281,8 @@ def test_broken_images_are_left_out(whole, pictures, arguments, tmp_path, prepar
         (["PICTURES", "out", "--batch-size=0"], "--batch-size must be at least 1, not 0"),
         (["PICTURES", "out", "--shard-samples=0"], "--shard-samples must be at least 1, not 0"),
         (["PICTURES", "out", "--max-broken=1"], "--max-broken must be at least 0 and less than 1, not 1"),
-        (["PICTURES", "out", "--vae=some/vae"], "cannot load the VAE some/vae, which is no folder, from the hub: "),
-        (["PICTURES", "out", "--vae=./vae"], "there is no folder ./vae with a VAE in it"),
+        (["PICTURES", "out", "--vae=some/vae"], "cannot load the VAE some/vae, which is not a folder, from the hub: "),
+        (["PICTURES", "out", "--vae=./vae"], "./vae is not a folder with a VAE in it"),
         (["PICTURES", "out", "--vae=empty"], "cannot load the VAE empty: "),
         (["PICTURES", "out", "--vae=grey"], "the VAE grey encodes images of 1 channel(s); RGB has 3"),
         (["PICTURES", "out", "--vea=x"], "there is no option --vea; the nearest is --vae"),

@@ -325,7 +325,7 @@ def test_second_interrupt_leaves_at_once(two_steps, digits, tmp_path):
     log = tmp_path / "stderr"
     wait_for("samples/s", log, process)
     os.kill(process.pid, signal.SIGINT)
-    wait_for("\ninterrupted: writing a checkpoint; Ctrl-C again leaves without it\n", log, process)
+    wait_for("\ninterrupted: writing a checkpoint; press Ctrl-C again to exit without it\n", log, process)
     while not list(tmp_path.glob("runs/digits/checkpoints/.partial-*/.metadata")):
         time.sleep(0.01)
     began = time.monotonic()
@@ -334,7 +334,7 @@ def test_second_interrupt_leaves_at_once(two_steps, digits, tmp_path):
     assert time.monotonic() - began < 10
     assert process.exitcode == 130
     errors = log.read_text()
-    assert errors.endswith("\ninterrupted: left without a checkpoint\n")
+    assert errors.endswith("\ninterrupted: exiting without a checkpoint\n")
     assert "Traceback" not in errors
     assert [path.name[-2:] for path in checkpoints_of(tmp_path / "runs/digits")] == ["02", "01"]
     load_model(tmp_path / "runs/digits")
