@@ -116,17 +116,14 @@ def forward_and_gradients(op, arguments):
 # Alone: no row has a tangent.
 
 
-INTERPRETED = (
-    ("packed", torch.float32),
-    ("views", torch.float16),
-    ("rotary", torch.float16),
-)  # seconds of others' like
+# Of Triton, what other cases show too.
+REPEATED = (("packed", torch.float32), ("views", torch.float16), ("rotary", torch.float16))
 
 
 @pytest.mark.parametrize(
     ("case", "dtype", "name"),
     [
-        slow(*case) if case[:2] in INTERPRETED and case[2] == "triton" else case
+        slow(*case) if case[:2] in REPEATED and case[2] == "triton" else case
         for case in itertools.product(CASES, BOUNDS, NAMES)
     ],
 )

@@ -5,6 +5,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+from conftest import slow
 from golden_cases import NAMES, GoldenCase, relative_error
 
 from benchmarks.baselines.port import Port, PortDiT, jvp_flash_attention, plain_attention, sdpa
@@ -109,11 +110,11 @@ def test_missing_jvp_flash_attention_is_an_import_error():
 @pytest.mark.parametrize(
     ("implementation", "objective", "low", "high"),
     [
-        ("mfengine", "flow matching", 3.0, 3.1),  # the backward makes the attention's scores again
-        ("mfengine", "unguided", 3.25, 3.4),
+        slow("mfengine", "flow matching", 3.0, 3.1),  # the backward makes the attention's scores again
+        slow("mfengine", "unguided", 3.25, 3.4),
         ("mfengine", "guided", 4.1, 4.5),
-        ("port", "flow matching", 2.99, 3.0),
-        ("port", "unguided", 4.95, 5.0),  # PyTorch's JVP of a linear layer also multiplies by the weight's zero tangent
+        slow("port", "flow matching", 2.99, 3.0),
+        slow("port", "unguided", 4.95, 5.0),  # PyTorch's JVP of a linear layer multiplies by the weight's zero tangent
         ("port", "guided", 6.3, 6.8),
     ],
 )

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from conftest import slow
 from torch.utils.flop_counter import FlopCounterMode
 
 from mfengine import DiT, MeanFlow, MeanFlowConfig, ModelConfig
@@ -136,7 +137,7 @@ def counted_cost(cfg, batch=256):
 
 @pytest.mark.parametrize(
     ("name", "low", "high"),
-    [("xl2", 4.0, 4.5), ("l2", 4.0, 4.5), ("unguided", 3.0, 3.4), ("flow matching", 2.8, 3.05)],
+    [("xl2", 4.0, 4.5), slow("l2", 4.0, 4.5), slow("unguided", 3.0, 3.4), slow("flow matching", 2.8, 3.05)],
 )
 def test_cost_of_a_step(name, low, high):
     cfg = {"unguided": MeanFlowConfig(), "flow matching": MeanFlowConfig(interval_share=0)}.get(name)

@@ -14,7 +14,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import kill, run_command, run_in_process
+from conftest import kill, run_command, run_in_process, slow
 from PIL import Image
 
 from mfengine.data.format import BROKEN, Dataset, LatentSpace
@@ -522,7 +522,8 @@ def crop_by_formula(x, size):
 
 
 @pytest.mark.parametrize(
-    ("width", "height"), [(640, 427), (375, 500), (128, 128), (129, 128), (75, 50), (257, 703), (514, 1027), (600, 3)]
+    ("width", "height"),
+    [(640, 427), (375, 500), (128, 128), (129, 128), (75, 50), (257, 703), (514, 1027), slow(600, 3)],
 )
 def test_crop_is_that_of_adm(photographs, width, height):
     """Within one level of 8 bits: PIL's weights have 22 bits. Of tall images Pillow 13 filters columns first."""
