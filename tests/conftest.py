@@ -18,17 +18,6 @@ from unittest import mock
 os.environ["OMP_NUM_THREADS"] = "1"  # tests run in several processes, and sums round by the number of threads
 
 import pytest
-import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # before the first import of triton: kernels then run on CPU tensors
-
-from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
-from torch.distributed.launcher.api import elastic_launch
-from torch.distributed.run import config_from_args, get_args_parser
-
-from mfengine.engine.checkpoint import newest_checkpoint
-from mfengine.kernels.multi_tensor import Library
 
 ROOT = Path(__file__).parent.parent
 
@@ -54,9 +43,16 @@ def _patch_triton_once():
     interpreter._patch_lang = once
 
 
-_patch_triton_once()
+def pytest_configure(config):
+    """Import what takes seconds in the processes alone that collect and run tests, not in the one that starts them."""
+    if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
+        return
+    import torch
 
-torch.set_num_threads(1)  # tests run in several processes
+    if not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"  # before the first import of triton: kernels then run on CPU tensors
+    _patch_triton_once()
+    torch.set_num_threads(1)  # tests run in several processes
 
 
 def run_command(*args, cwd, ranks=1, env=None, timeout=300, stdout=None, meanwhile=None):
@@ -67,6 +63,8 @@ def run_command(*args, cwd, ranks=1, env=None, timeout=300, stdout=None, meanwhi
     process, are forks of a process that has imported the commands. torchrun's own agent starts and watches several
     ranks. CUDA does not work in forks.
     """
+    import torch
+
     if env is None and ranks == 1 and stdout is None and meanwhile is None:
         return run_here(*map(str, args), cwd=cwd)
     if env is None and not torch.cuda.is_available():
@@ -109,6 +107,10 @@ MEET = ("--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "--rdzv-id=test") 
 
 
 def run_in_fork(args, cwd, ranks, environment, files):
+    import torch
+    from torch.distributed.launcher.api import elastic_launch
+    from torch.distributed.run import config_from_args, get_args_parser
+
     for fd, name in enumerate(files, start=1):
         os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), fd)
     os.chdir(cwd)
@@ -186,6 +188,8 @@ def host_library(tmp_path_factory):
     cmake = shutil.which("cmake", path=os.pathsep.join([os.environ["PATH"], str(Path(sys.executable).parent)]))
     if cmake is None or not any(map(shutil.which, ("c++", "g++", "clang++"))):
         pytest.skip("needs cmake and a C++ compiler")
+    from mfengine.kernels.multi_tensor import Library
+
     folder = tmp_path_factory.mktemp("host_library")
     configure = [cmake, "-S", str(ROOT), "-B", str(folder), "-DMFENGINE_CUDA=OFF"]
     for command in (configure, [cmake, "--build", str(folder)]):
@@ -208,6 +212,11 @@ SMALL = (
 
 def checkpoint_contents(path):
     """All that a checkpoint, or a run's newest, holds, as {path: tensor or value}."""
+    import torch
+    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+    from mfengine.engine.checkpoint import newest_checkpoint
+
     merged = path / "merged.pt"
     dcp_to_torch_save(newest_checkpoint(path) or path, merged)
 
