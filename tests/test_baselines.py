@@ -5,7 +5,6 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from conftest import slow
 from golden_cases import NAMES, GoldenCase, relative_error
 
 from benchmarks.baselines.port import Port, PortDiT, jvp_flash_attention, plain_attention, sdpa
@@ -107,14 +106,15 @@ def test_missing_jvp_flash_attention_is_an_import_error():
 # Cost, in forward passes of one sample.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("implementation", "objective", "low", "high"),
     [
-        slow("mfengine", "flow matching", 3.0, 3.1),  # the backward makes the attention's scores again
-        slow("mfengine", "unguided", 3.25, 3.4),
+        ("mfengine", "flow matching", 3.0, 3.1),  # the backward makes the attention's scores again
+        ("mfengine", "unguided", 3.25, 3.4),
         ("mfengine", "guided", 4.1, 4.5),
-        slow("port", "flow matching", 2.99, 3.0),
-        slow("port", "unguided", 4.95, 5.0),  # PyTorch's JVP of a linear layer multiplies by the weight's zero tangent
+        ("port", "flow matching", 2.99, 3.0),
+        ("port", "unguided", 4.95, 5.0),  # PyTorch's JVP of a linear layer multiplies by the weight's zero tangent
         ("port", "guided", 6.3, 6.8),
     ],
 )

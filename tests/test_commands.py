@@ -491,7 +491,7 @@ def test_loss_that_is_not_finite_stops_the_run(tmp_path):
         f"error: the loss is not finite at step {last + 1} on rank 0, after 0 skipped step(s); {where}" in done.stderr
     )
 
-    done = run_command(*args, "--name=lenient", "--max-skipped-steps=3", cwd=tmp_path)
+    done = run_command(*args, "--name=lenient", "--max-skipped-steps=3", "--checkpoint-every=11", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     model, *_ = load_model(tmp_path / "runs/lenient")
     assert all(p.isfinite().all() for p in model.parameters())
@@ -663,6 +663,7 @@ def test_wrong_input(trained, digits, tmp_path, monkeypatch, capsys, args, messa
     assert {p.name for p in tmp_path.rglob("*")} == {"broken.safetensors", "list.pt"}
 
 
+@pytest.mark.slow  # starts Python anew
 def test_wrong_input_ends_the_process_with_2(tmp_path):
     """And its line is printed where tyro cannot draw a frame; other tests have UTF-8."""
     done = run_command("mfengine.train", "--batch-size=many", cwd=tmp_path, env={"PYTHONIOENCODING": "ascii"})

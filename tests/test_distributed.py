@@ -6,9 +6,9 @@ import os
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, checkpoint_contents, run_command, run_in_process, slow
+from conftest import SMALL, checkpoint_contents, run_command, run_in_process
 from golden_cases import relative_error
-from rank_worker import CHECKS, QUICK_CHECKS
+from rank_worker import CHECKS
 
 from benchmarks.one_rank import check_one_rank
 from mfengine.data.format import LatentSpace
@@ -122,13 +122,11 @@ def test_one_rank_mesh_and_no_mesh_continue_each_other(digits, tmp_path, monkeyp
         assert code == 0, err
 
     run("alone", "--steps=6")
-    expected = checkpoint_contents(tmp_path / "runs/alone")
-    for name, first, second in (("to-mesh", "auto", "always"), ("from-mesh", "always", "auto")):
-        run(name, "--steps=3", f"--shard={first}")
-        run(name, "--steps=6", f"--shard={second}")
-        actual = checkpoint_contents(tmp_path / "runs" / name)
-        for key, value in expected.items():
-            assert torch.equal(actual[key], value) if isinstance(value, torch.Tensor) else actual[key] == value, key
+    for steps, shard in ((2, "auto"), (4, "always"), (6, "auto")):
+        run("to and from", f"--steps={steps}", f"--shard={shard}")
+    expected, actual = (checkpoint_contents(tmp_path / "runs" / name) for name in ("alone", "to and from"))
+    for key, value in expected.items():
+        assert torch.equal(actual[key], value) if isinstance(value, torch.Tensor) else actual[key] == value, key
 
 
 def test_error_on_every_rank_is_told_once(digits, tmp_path):
@@ -187,13 +185,10 @@ def test_allocator_uses_expandable_segments_unless_told_otherwise(name, monkeypa
     assert at_start == [expected]
 
 
-@pytest.mark.parametrize(
-    ("checks", "env"), [(QUICK_CHECKS, None), slow(CHECKS, {})], ids=["quick", "all, by torchrun itself"]
-)
-def test_on_two_ranks(checks, env, host_library, tmp_path):
+@pytest.mark.slow
+def test_on_two_ranks(host_library, tmp_path):
     """The checks of rank_worker.py, one after the other in one process group."""
-    names = [check.__name__ for check in checks]
-    done = run_command("rank_worker", host_library.path, *names, cwd=tmp_path, ranks=2, env=env)
+    done = run_command("rank_worker", host_library.path, cwd=tmp_path, ranks=2, env={})  # torchrun itself
     assert done.returncode == 0, done.stderr
     passed = [line.removeprefix("passed ") for line in done.stdout.splitlines() if line.startswith("passed ")]
-    assert sorted(passed) == sorted(2 * names)
+    assert sorted(passed) == sorted(2 * [check.__name__ for check in CHECKS])

@@ -138,7 +138,7 @@ def test_float32_attention_from_tf32_products(dim, monkeypatch):
         return interpreter.TensorHandle(product + acc.data, acc.dtype.scalar)
 
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", dot)
-    q, k, v, dq, dk, dv, w = (randn(i, 1, 1, 33, dim) for i in range(7))
+    q, k, v, dq, dk, dv, w = (randn(i, 1, 1, 17, dim) for i in range(7))
     check(ops.attention, [q, k, v], [dq, dk, dv], [w])
 
 
@@ -188,12 +188,12 @@ def test_padded_keys_add_nothing_where_the_log_sum_exp_is_very_negative(dtype, l
 def test_attention_of_layouts_that_cannot_be_read_16_bytes_at_a_time(layout, dtype):
     def empty(tokens):
         if layout == "odd strides":
-            return torch.empty(2, 2, tokens, 73, dtype=dtype, device=DEVICE)[..., :72]
+            return torch.empty(1, 2, tokens, 73, dtype=dtype, device=DEVICE)[..., :72]
         if layout == "odd pointers":
-            return torch.empty(2 * 2 * tokens * 72 + 1, dtype=dtype, device=DEVICE)[1:].view(2, 2, tokens, 72)
-        return torch.empty(2, 2, 72, tokens, dtype=dtype, device=DEVICE).mT
+            return torch.empty(2 * tokens * 72 + 1, dtype=dtype, device=DEVICE)[1:].view(1, 2, tokens, 72)
+        return torch.empty(1, 2, 72, tokens, dtype=dtype, device=DEVICE).mT
 
-    values = [randn(i, 2, 2, n, 72, dtype=dtype) for i, n in enumerate((5, 19, 19, 5, 19, 19, 5))]
+    values = [randn(i, 1, 2, n, 72, dtype=dtype) for i, n in enumerate((5, 19, 19, 5, 19, 19, 5))]
     odd = [empty(x.shape[2]).copy_(x) for x in values]
     assert not any(aligned(x) is x for x in odd)
     results = []
@@ -567,7 +567,7 @@ def test_golden_cases_through_the_fused_path(name):
 
 
 def test_network_on_meta_tensors_and_in_half_precision():
-    model = DiT(ModelConfig(8, 2, 4, hidden_size=48, depth=2, num_heads=2, num_classes=3), torch.float16)
+    model = DiT(ModelConfig(8, 2, 4, hidden_size=48, depth=1, num_heads=2, num_classes=3), torch.float16)
     z, t, y = torch.randn(3, 4, 8, 8), torch.rand(3), torch.tensor([0, 1, 3])
     with torch.no_grad():
         for p in model.parameters():

@@ -28,7 +28,11 @@ FUSED = [name for name, make in OPS.items() if make(SMALL, random_tensors(torch.
 DTYPES = [torch.float32, torch.float16, *[torch.bfloat16] * (DEVICE == "cuda")]
 each_op = pytest.mark.parametrize("name", OPS)
 each_fused = pytest.mark.parametrize("name", FUSED)
+ATTENTION = ("attention", "attention_packed", "rotary_attention")  # take the interpreter the longest
 SHARED = ("attention_packed", "adaln_modulate", "rotary_attention")  # run kernels that other ops run too
+each_small_kernel = pytest.mark.parametrize(
+    "name", [slow(name) if name in (*ATTENTION, *SHARED) else name for name in FUSED]
+)
 each_kernel = pytest.mark.parametrize("name", [slow(name) if name in SHARED else name for name in FUSED])
 
 
@@ -98,7 +102,7 @@ def cases_of_sizes():
     for name in FUSED:
         for size in SIZES:
             is_odd_half = size[:1] + size[2:] == (ODD, torch.float16)
-            quick = is_odd_half and name != "attention_packed" if "attention" in name else name not in SHARED
+            quick = is_odd_half and name != "attention_packed" if name in ATTENTION else name not in SHARED
             yield (name, *size) if quick else slow(name, *size)
 
 
@@ -279,8 +283,14 @@ def differentiated(case, tangents, how, backend, rows=2, compiled=False):
         return [x.detach() for o in outputs for x in o] + list(torch.autograd.grad(total, [*leaves, *seeds]))
 
 
-@pytest.mark.parametrize(("how", "rows"), [("dual", 1), ("dual", 0), ("func.jvp", 2), ("forward_ad", 2)])
-@each_kernel
+@pytest.mark.parametrize(
+    ("name", "how", "rows"),
+    [
+        (name, how, rows) if name not in SHARED and (name != "attention" or rows == 1) else slow(name, how, rows)
+        for name in FUSED
+        for how, rows in (("dual", 1), ("dual", 0), ("func.jvp", 2), ("forward_ad", 2))
+    ],
+)
 def test_gradients_of_a_loss_of_output_and_tangent(name, how, rows):
     """Of arguments, parameters and their tangents alike."""
     case, tangents = example(name), example(name, seed=1)
@@ -403,7 +413,7 @@ def run_everything(case, tangents):
     differentiated(case, tangents, "dual", "triton", 1)
 
 
-@each_kernel
+@each_small_kernel
 def test_eager_calls_cost_no_operator(name, monkeypatch):
     case, tangents = example(name), example(name, seed=1).arguments
 
@@ -417,7 +427,7 @@ def test_eager_calls_cost_no_operator(name, monkeypatch):
             run_everything(case, tangents)
 
 
-@each_kernel
+@each_small_kernel
 def test_operators_say_what_they_return(name):
     """Fake tensors have the shapes, strides and dtypes of the kernels' outputs, and nothing is changed in place."""
     case, tangents = example(name), example(name, seed=1).arguments

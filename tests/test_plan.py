@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 import sys
 from collections import Counter
@@ -137,7 +138,7 @@ def test_activations_count_storages_once_and_while_they_live():
 
 @pytest.mark.parametrize(("ranks", "layout", "guided"), [  # each layout, and each once without guidance or with
     slow(2, {}, True), (2, {"reshard": True}, False), slow(16, {}, False), slow(16, {"reshard": True}, True),
-    (16, {"replicas": 2}, True),
+    slow(16, {"replicas": 2}, True),
 ])  # fmt: skip
 def test_communication_is_that_of_a_real_step(ranks, layout, guided):
     """Byte for byte, in the pass that issues it; 18 labels over 16 ranks are padded."""
@@ -168,11 +169,15 @@ def test_layouts_trade_memory_for_communication():
 
 
 def test_plan_that_does_not_fit_is_a_warning(digits, monkeypatch, where):
-    monkeypatch.setattr(planning, "device_memory", lambda device: 2 * 10**9)
-    assert make_plan(PRESETS["b4"][1], on_gpus(8)).warnings(GPU) == []
-    (line,) = make_plan(PRESETS["b4"][1], on_gpus(2)).warnings(GPU)
-    assert "per rank and the device has 2.00 GB: more --accumulation, --recompute or more ranks take less" in line
-    code, out, _ = run_in_process("mfengine.train", "b4", "--dry-run", "--ranks=2", **where)
+    plans = {ranks: make_plan(PRESETS["small-8"][1], on_gpus(ranks)) for ranks in (2, 8)}
+    available = 10 * sum(plans[8].memory.values()) // 9
+    monkeypatch.setattr(planning, "device_memory", lambda device: available)
+    assert plans[8].warnings(GPU) == []
+    (line,) = plans[2].warnings(GPU)
+    assert re.search(
+        r"per rank and the device has \S+ [MG]B: more --accumulation, --recompute or more ranks take less", line
+    )
+    code, out, _ = run_in_process("mfengine.train", "small-8", "--dry-run", "--ranks=2", **where)
     assert (code, line in out) == (2, True)  # there is no data
 
     for module in (planning, trainer):

@@ -137,7 +137,8 @@ def test_rows_of_improved_meanflow_are_the_papers():
         assert run.normalisation == "sd-vae-ft-mse"
 
 
-@pytest.mark.parametrize("row", [IMPROVED_ROWS[0], *map(slow, IMPROVED_ROWS[1:])])
+@pytest.mark.slow
+@pytest.mark.parametrize("row", IMPROVED_ROWS)
 def test_costs_of_improved_meanflow_are_counted(row):
     run = parse(shlex.split(row[1].strip("`")))[1].run
     cost = step_flops(run.model, run.method, 128) / sample_flops(run.model, run.method)
