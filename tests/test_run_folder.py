@@ -340,6 +340,7 @@ def test_second_interrupt_leaves_at_once(two_steps, digits, tmp_path):
     load_model(tmp_path / "runs/digits")
 
 
+@pytest.mark.slow  # `test_second_interrupt_leaves_at_once` has the line of training
 def test_interrupted_command_is_one_line(two_steps, digits, tmp_path):
     args = ("mfengine.evaluate", str(two_steps), f"--data={digits}", "--num=100000000")
     process = forks.Process(target=fork, args=args, kwargs={"cwd": tmp_path})
