@@ -13,7 +13,7 @@ from mfengine.data.format import Dataset
 from mfengine.data.pictures import labelled_grid, write_picture
 from mfengine.generate import real_latents
 
-DATA, DIGITS, ROWS = Path("data/digits"), range(10), 3
+DATA, DIGITS, ROWS = Path("data/digits"), range(10), 2
 
 
 def run(*command: str) -> None:
