@@ -135,7 +135,7 @@ def test_forward_and_gradients(case, dtype, name):
     arguments = [randn(i, *shape, dtype=dtype) for i, shape in enumerate(shapes)]
     if not takes(name, dtype, DIMS[case]):
         if DEVICE == "cuda" or dtype != torch.bfloat16:
-            with ops.use_attention(name), pytest.raises(ValueError, match=f"attention by {name}: "):
+            with ops.use_attention(name), pytest.raises(ValueError, match=f"attention with {name}: "):
                 op(*arguments)
         return
     with ops.use_backend("torch"):
@@ -265,10 +265,10 @@ def test_backend_decides_where_there_is_a_tangent(asked, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "dtype", "dim", "message"),
     [
-        ("triton", torch.float32, 12, "attention by triton: q has head dim 12; accepted are multiples of 8"),
-        ("triton", torch.float64, 16, "attention by triton: q is torch.float64"),
-        ("flash-attn", torch.float32, 16, "attention by flash-attn: it takes float16 and bfloat16 and head dims"),
-        ("flash-attn", torch.float16, 264, "attention by flash-attn: .* up to 256, not torch.float16 of 264"),
+        ("triton", torch.float32, 12, "attention with triton: q has head dim 12; accepted are multiples of 8"),
+        ("triton", torch.float64, 16, "attention with triton: q is torch.float64"),
+        ("flash-attn", torch.float32, 16, "attention with flash-attn: it takes float16 or bfloat16 and head dims"),
+        ("flash-attn", torch.float16, 264, "attention with flash-attn: .* up to 256, not torch.float16 and 264"),
     ],
 )
 def test_what_an_implementation_does_not_take(name, dtype, dim, message):
@@ -292,7 +292,7 @@ def test_triton_without_a_gpu_or_its_interpreter(monkeypatch):
 
     monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
     why = choice.why_not("triton", torch.device("cpu"), torch.float32, 64)
-    assert why == "its kernels run on a GPU alone"
+    assert why == "its kernels run only on a GPU"
 
 
 # ----------------------------------------------------------------------------

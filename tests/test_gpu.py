@@ -164,7 +164,7 @@ def test_the_cuda_library_is_built_first_where_it_is_missing(bare, tmp_path):
         smi.write_text("#!/bin/sh\nprintf '9.0\\n9.0\\n'\n")
         smi.chmod(0o755)
         said = build(PATH=os.pathsep.join((str(tmp_path), os.environ["PATH"])))
-        assert "building libmfengine_cuda.so, which is not there" in said
+        assert "libmfengine_cuda.so is missing: building it" in said
         assert "built libmfengine_cuda.so for 90\n" in said
         assert Library(clone / "kernels/libmfengine_cuda.so").device == "cuda"
         assert build() == ""

@@ -618,7 +618,7 @@ def attention_arguments(**changes):
         ({"q": torch.zeros(2, 5, 16)}, r"q must be \(B, H, N, d\)"),
         ({"q": torch.zeros(2, 3, 5, 12)}, "q has head dim 12; accepted are multiples of 8 from 8 to 128"),
         ({"q": torch.zeros(2, 3, 5, 136)}, "q has head dim 136"),
-        ({"q": torch.zeros(2, 3, 5, 16, dtype=torch.float64)}, r"q is torch.float64; accepted are float16"),
+        ({"q": torch.zeros(2, 3, 5, 16, dtype=torch.float64)}, r"q is torch.float64; it must be float16"),
         ({"k": torch.zeros(2, 4, 5, 16)}, r"k must be \(2, G, M, 16\), G a divisor of 3 heads, not of"),
         ({"k": torch.zeros(2, 3, 5, 16).half()}, r"k must be torch.float32, not torch.float16"),
         ({"v": torch.zeros(2, 3, 6, 16)}, r"v must be of shape \(2, 3, 5, 16\), not \(2, 3, 6, 16\)"),
@@ -650,7 +650,7 @@ def test_wrong_adaln_and_gelu_arguments():
     x, row = torch.zeros(2, 5, 8, device=DEVICE), torch.zeros(2, 8, device=DEVICE)
     for arguments, message in (
         ((x[0], None, None, row, row), r"x must be \(B, N, D\)"),
-        ((x, x, None, row, row), "y and gate go together"),
+        ((x, x, None, row, row), "y and gate must be given together"),
         ((x, None, None, row[:, :4], row), r"shift must be of shape \(2, 8\), not \(2, 4\)"),
         ((x, None, None, row, row.double()), r"scale is torch.float64"),
     ):
@@ -669,7 +669,7 @@ def test_wrong_rms_norm_swiglu_and_rope_arguments():
     x, weight = torch.zeros(2, 5, 8, device=DEVICE), torch.zeros(8, device=DEVICE)
     head = weight[:4]
     for launch, message in (
-        (lambda: rmsnorm.forward(x, x, None, weight, 1e-6, x.dtype), "y and gate go together"),
+        (lambda: rmsnorm.forward(x, x, None, weight, 1e-6, x.dtype), "y and gate must be given together"),
         (lambda: rmsnorm.forward(x, x[:1], weight, weight, 1e-6, x.dtype), r"y must be of shape \(2, 5, 8\)"),
         (lambda: rmsnorm.forward(x, x, head, weight, 1e-6, x.dtype), r"gate must be of shape \(8,\), not \(4,\)"),
         (lambda: rmsnorm.forward(x.mT, None, None, weight[:5], 1e-6, x.dtype), "x must be contiguous"),
@@ -679,13 +679,13 @@ def test_wrong_rms_norm_swiglu_and_rope_arguments():
         (lambda: swiglu.forward(x.view(16, 5)), r"x must be \(..., 2 \* F\)"),
         (lambda: swiglu.forward_dual(x, x.to("meta")), "dx must be on .*, not meta"),
         (lambda: swiglu.forward_dual(x[:1], x), r"dx must be \(K, ...\) like x"),
-        (lambda: swiglu.backward(x, x), "the gradient must be of half the width"),
+        (lambda: swiglu.backward(x, x), "the gradient must have half the width"),
         (lambda: rope.forward(x, head, weight, 1, 5, 1e-6), r"k_weight must be \(d,\)"),
         (lambda: rope.forward(x, weight[:3], weight[:3], 1, 5, 1e-6), "with an even d from 2 to 256"),
         (lambda: rope.forward(x, head, head, 2, 5, 1e-6), "W at least 16, not of shape"),
         (lambda: rope.forward(x, head, head, 1, 3, 1e-6), "with N = 3"),
-        (lambda: rope.forward(x.mT, head[:2], head[:2], 1, 8, 1e-6), "must be contiguous and evenly apart"),
-        (lambda: rope.forward_dual(x, head, head, x, head, None, 1, 5, 1e-6), "dq_weight and dk_weight go together"),
+        (lambda: rope.forward(x.mT, head[:2], head[:2], 1, 8, 1e-6), "must be contiguous and evenly spaced"),
+        (lambda: rope.forward_dual(x, head, head, x, head, None, 1, 5, 1e-6), "dk_weight must be given together"),
         (lambda: rope.backward(x, head, head, x[0], x, 1, 5, 1e-6), "the gradient must be contiguous, of width 8"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -701,7 +701,7 @@ def test_auto_fuses_what_the_kernels_take(is_cuda, dtype):
 
 def test_unknown_backend():
     with (
-        pytest.raises(ValueError, match="there is no backend cudnn; accepted are auto, triton, torch"),
+        pytest.raises(ValueError, match="backend cudnn does not exist; it must be one of auto, triton, torch"),
         ops.use_backend("cudnn"),
     ):
         pass

@@ -104,7 +104,7 @@ def test_a_tensor_from_outside_the_ops_is_refused(stray):
 
     with (
         ops.use_backend("triton"),
-        pytest.raises(RuntimeError, match="is neither an argument, a parameter nor the output of an op"),
+        pytest.raises(RuntimeError, match="is not an argument, a parameter or the output of an op"),
     ):
         Stray()(arguments()[0])
     with ops.use_backend("triton"), torch.no_grad():

@@ -251,7 +251,7 @@ def test_tangents_of_different_numbers_of_rows_are_refused(backend):
     x, row = torch.zeros(3, 2, 8, device=DEVICE), torch.zeros(3, 8, device=DEVICE)
     with (
         ops.use_backend(backend),
-        pytest.raises(ValueError, match="tangents must be of one number of rows, not of 2 and 1"),
+        pytest.raises(ValueError, match="tangents must have the same number of rows, not 2 and 1"),
     ):
         ops.adaln_modulate(Dual(x, x[1:]), Dual(row, row[:1]), row)
 
@@ -515,7 +515,7 @@ def test_flops_and_saved_tensors_on_meta_tensors(name):
 def test_wrong_arguments_of_rotary_attention_and_swiglu(backend):
     qkv, weight = torch.zeros(2, 5, 3 * 2 * 8), torch.zeros(8)
     with ops.use_backend(backend):
-        with pytest.raises(ValueError, match="RoPE rotates pairs of channels, and heads of 9 have an odd number"):
+        with pytest.raises(ValueError, match="heads must have an even number of them, not 9"):
             ops.rotary_attention(torch.zeros(2, 5, 27), torch.zeros(9), torch.zeros(9), 1)
         with pytest.raises(ValueError, match=r"k_weight must be of shape \(8,\), not \(4,\)"):
             ops.rotary_attention(qkv, weight, weight[:4], 2)
@@ -556,7 +556,7 @@ def test_packed_linear_pads_rows_and_columns(columns):
 
 
 def test_packed_linear_refuses_another_width():
-    with pytest.raises(ValueError, match=r"x is 12 wide, and a weight has 10 columns \(rounded to 8\)"):
+    with pytest.raises(ValueError, match=r"x has width 12, but a weight has 10 columns \(rounded to 8\)"):
         ops.packed_linear(torch.zeros(2, 12), [torch.zeros(3, 10)], 8, 8)
 
 

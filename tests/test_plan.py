@@ -312,7 +312,7 @@ def test_training_refuses_what_its_dry_run_does(digits, tmp_path, where, monkeyp
     for more in ([], ["--dry-run"]):
         code, _, err = run_in_process(*args, *more, **where)
         assert code == 2
-        assert err == "error: --ops triton is unavailable: its kernels run on a GPU alone\n"
+        assert err == "error: --ops triton is unavailable: its kernels run only on a GPU\n"
     assert list(tmp_path.iterdir()) == []
 
 
