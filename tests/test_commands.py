@@ -452,6 +452,7 @@ def test_checkpoint_under_another_name(trained, tmp_path, monkeypatch, capsys):
 # Being stopped.
 
 
+@pytest.mark.forks
 @pytest.mark.parametrize("signum", [signal.SIGTERM, slow(signal.SIGINT)])
 def test_signal_writes_a_checkpoint_before_leaving(digits, tmp_path, signum):
     args = ("mfengine.train", *SMALL, f"--data={digits}", "--steps=100000")

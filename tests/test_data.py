@@ -243,6 +243,7 @@ def read_while_a_shard_is_truncated(dataset):
         labels_of(loader, 2 * dataset.count // 8)
 
 
+@pytest.mark.forks
 def test_shard_truncated_under_a_running_loader(tmp_path):
     """In a process of its own, which a mapped file would kill by SIGBUS. The shuffle buffer holds a part of the set."""
     moments = np.broadcast_to(np.float16(0), (5000, 1, 2, *SPACE.shape))

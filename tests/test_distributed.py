@@ -62,6 +62,7 @@ def clipped(digits, tmp_path_factory):
     return cwd
 
 
+@pytest.mark.forks
 def test_two_processes_reach_the_weights_of_one(clipped):
     assert_near(weights(clipped, "sharded"), weights(clipped, "single"))
     lines = [(clipped / "runs" / name / "metrics.jsonl").read_text().splitlines()[-1] for name in ("single", "sharded")]
@@ -69,6 +70,7 @@ def test_two_processes_reach_the_weights_of_one(clipped):
     assert one["loss"] == pytest.approx(two["loss"], rel=1e-5)
 
 
+@pytest.mark.forks
 def test_another_number_of_processes_resumes(clipped, digits):
     before = checkpoint_contents(clipped / "runs/sharded")
     # So small a rate leaves the weights as they were read, and shows that a resumed run takes the new rate.
@@ -129,6 +131,7 @@ def test_one_rank_mesh_and_no_mesh_continue_each_other(digits, tmp_path, monkeyp
         assert torch.equal(actual[key], value) if isinstance(value, torch.Tensor) else actual[key] == value, key
 
 
+@pytest.mark.forks
 def test_error_on_every_rank_is_told_once(digits, tmp_path):
     done = run_command("mfengine.train", *SMALL, f"--data={digits}", "--batch-size=33", cwd=tmp_path, ranks=2)
     assert done.returncode != 0

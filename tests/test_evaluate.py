@@ -287,6 +287,7 @@ def images_of(path):
     return np.stack([np.asarray(Image.open(path / name)) for name in names])
 
 
+@pytest.mark.forks
 def test_two_processes_give_the_figures_and_images_of_one(trained, digits, tmp_path, monkeypatch, capsys):
     """71 samples in slices of 16: three for the first rank, two for the second."""
     args = ("mfengine.evaluate", trained[0], f"--data={digits}", "--num-samples=71", "--batch-size=16")

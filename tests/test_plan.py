@@ -169,7 +169,7 @@ def test_layouts_trade_memory_for_communication():
 
 
 def test_plan_that_does_not_fit_is_a_warning(digits, monkeypatch, where):
-    plans = {ranks: make_plan(PRESETS["small-8"][1], on_gpus(ranks)) for ranks in (2, 8)}
+    plans = {ranks: make_plan(PRESETS["digits"][1], on_gpus(ranks)) for ranks in (2, 8)}
     available = 10 * sum(plans[8].memory.values()) // 9
     monkeypatch.setattr(planning, "device_memory", lambda device: available)
     assert plans[8].warnings(GPU) == []
@@ -177,7 +177,7 @@ def test_plan_that_does_not_fit_is_a_warning(digits, monkeypatch, where):
     assert re.search(
         r"per rank, but the device has \S+ [MG]B: save memory with more --accumulation, --recompute or more ranks", line
     )
-    code, out, _ = run_in_process("mfengine.train", "small-8", "--dry-run", "--ranks=2", **where)
+    code, out, _ = run_in_process("mfengine.train", "digits", "--dry-run", "--ranks=2", **where)
     assert (code, line in out) == (2, True)  # there is no data
 
     for module in (planning, trainer):
