@@ -88,6 +88,7 @@ def test_a_function_is_a_network():
     assert torch.equal(loss(u)[0], loss(network)[0])
 
 
+@pytest.mark.slow
 def test_compiled_network():
     """Compiled where there is no JVP; under it, the network inside runs as it is."""
     expected = gradients(reference := stranger(), reference.parameters())

@@ -8,7 +8,7 @@ from typing import get_args
 
 import pytest
 import torch
-from conftest import SMALL, run_in_process
+from conftest import SMALL, run_in_process, slow
 from golden_cases import relative_error
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -116,9 +116,20 @@ def forward_and_gradients(op, arguments):
 # Alone: no row has a tangent.
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("dtype", BOUNDS)
-@pytest.mark.parametrize("case", CASES)
+# Of Triton, what other cases show too.
+REPEATED = (
+    *((case, torch.float16) for case in ("packed, one token", "rotary", "strided", "views")),
+    *((case, torch.float32) for case in ("packed", "views")),
+)
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype", "name"),
+    [
+        slow(*case) if case[:2] in REPEATED and case[2] == "triton" else case
+        for case in itertools.product(CASES, BOUNDS, NAMES)
+    ],
+)
 def test_forward_and_gradients(case, dtype, name):
     op, shapes = CASES[case]
     arguments = [randn(i, *shape, dtype=dtype) for i, shape in enumerate(shapes)]
@@ -168,9 +179,10 @@ def test_no_rows(name):
         assert packed(randn(0, 0, 5, 3 * 2 * 16, dtype=torch.float16)).shape == (0, 5, 32)
 
 
+@pytest.mark.slow  # `test_ops.py` compiles an op
 @pytest.mark.parametrize(
     ("name", "dynamic"),  # that flash-attn compiles is its own matter
-    [("torch", True), ("triton", True), ("sdpa", True), pytest.param("triton", False, marks=pytest.mark.slow)],
+    [("torch", True), ("triton", True), ("sdpa", True), ("triton", False)],
 )
 def test_compiled(name, dynamic):
     """One graph, for any number of rows and tokens, and another when another attention is asked for."""
@@ -226,7 +238,7 @@ def test_choice_without_a_tangent(backend, asked, expected, dim):
         assert choice.choose(q, q, q, dim=dim) == expected
 
 
-@pytest.mark.parametrize("asked", NAMES)
+@pytest.mark.parametrize("asked", [name if name == "sdpa" else slow(name) for name in NAMES])
 def test_backend_decides_where_there_is_a_tangent(asked, monkeypatch):
     """Rows without a tangent beside those with one, and the backward of all, are by the kernels then."""
     calls = []
@@ -316,6 +328,9 @@ VARIANTS = {  # head dim, queries, keys, heads of queries, heads of keys, option
     "mask of each sample, grouped": (16, 20, 17, 4, 2, {"mask": bool_mask(2, 1, 20, 17)}),
     "term of each head": (16, 20, 37, 2, 2, {"mask": bias(1, 2, 20, 37)}),
     "whole blocks": (128, 16, 32, 1, 1, {"mask": bias(16, 32)}),
+    "few, causal, grouped": (16, 5, 17, 2, 1, {"is_causal": True}),
+    "few, mask": (16, 5, 17, 1, 1, {"mask": bool_mask(5, 17)}),
+    "few, term": (24, 5, 17, 1, 1, {"mask": bias(5, 17)}),
 }
 
 
@@ -362,16 +377,12 @@ def assert_fused_equals_plain(given, options, through=True):
     assert_close(actual, exact)
 
 
-REPEATED = ("causal", "mask of all samples", "whole blocks")  # branches of the kernels that the others take too
-
-
 @pytest.mark.parametrize(
     ("name", "through"),
-    [
-        *((name, True) for name in VARIANTS if name not in REPEATED),
-        ("causal, more keys, grouped", False),
-        ("term of each head", False),
-        *(pytest.param(name, True, marks=pytest.mark.slow) for name in REPEATED),
+    [  # few queries and a padded block of keys take every branch of the kernels
+        *((name, True) if name.startswith("few") else slow(name, True) for name in VARIANTS),
+        ("few, causal, grouped", False),
+        slow("term of each head", False),
     ],
 )
 def test_gradients_of_output_and_tangent(name, through):
@@ -416,7 +427,7 @@ def test_plain_attention_equals_pytorchs(name):
     assert_close(results[1], results[0], 1e-12)
 
 
-@pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"mask": bias(6, 7).double()}])
+@pytest.mark.parametrize("options", [slow({}), slow({"is_causal": True}), {"mask": bias(6, 7).double()}])
 def test_gradcheck_of_plain_attention_with_its_tangent(options):
     shapes = [(1, 2, 6, 8), (1, 1, 7, 8), (1, 1, 7, 8)] * 2
     inputs = [randn(i, *shape, dtype=torch.float64).requires_grad_() for i, shape in enumerate(shapes)]
@@ -430,7 +441,7 @@ def test_gradcheck_of_plain_attention_with_its_tangent(options):
 
 
 def test_gradients_through_the_tangent_repeat_bit_for_bit():
-    given = arguments_of(16, 20, 37, 2, 1)
+    given = arguments_of(16, 5, 17, 1, 1)
     first, second = (through_tangent("triton", *given, ops.attention) for _ in range(2))
     assert all(map(torch.equal, first, second))
 
@@ -443,7 +454,7 @@ def test_gradients_through_the_tangent_in_half_precision():
     assert_close(through_tangent("triton", x[:3], x[3:6], x[6:], ops.attention), exact, 4e-3)
 
 
-@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("rows", [1, slow(2)])
 def test_packed_gradients_through_the_tangent(rows):
     x, dx = randn(0, 2, 9, 3 * 2 * 16), randn(1, rows, 9, 3 * 2 * 16)
     weights = randn(2, 2, 9, 32), randn(3, rows, 9, 32)
@@ -457,7 +468,7 @@ def test_packed_gradients_through_the_tangent(rows):
     assert_close(*results)
 
 
-@pytest.mark.parametrize("is_causal", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.parametrize("is_causal", [slow(False), True])
 def test_sequences_equal_each_alone(is_causal):
     """One of them has no keys, another nothing at all."""
     lengths_q, lengths_k = (7, 0, 13), (0, 0, 33)

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.autograd.forward_ad as fwad
 import torch.nn.functional as F
+from conftest import slow
 from torch import nn
 from torch.func import grad, jacfwd, jvp, vmap
 from torch.nn.functional import scaled_dot_product_attention as sdpa_by_name
@@ -192,8 +193,13 @@ def test_forward_mode_fails_without(name):
         jvp(velocity(model), primals, tangents)
 
 
-@BACKENDS
-@NAMES
+CASES_AND_BACKENDS = pytest.mark.parametrize(
+    ("name", "backend"),
+    [*((name, "torch") for name in CASES), ("DiT", "triton"), slow("SiT", "triton"), slow("diffusers", "triton")],
+)
+
+
+@CASES_AND_BACKENDS
 def test_inside_jvp_attention(name, backend):
     model, primals, tangents = build(name, depth=1 if backend == "triton" else 2)
     expected = run(plain(model), primals, tangents)
@@ -201,8 +207,7 @@ def test_inside_jvp_attention(name, backend):
         assert_near(run(model, primals, tangents), expected)
 
 
-@BACKENDS
-@NAMES
+@CASES_AND_BACKENDS
 def test_accelerated(name, backend):
     depth = 1 if backend == "triton" else 2
     model, primals, tangents = build(name, depth)
@@ -217,11 +222,11 @@ def test_accelerated(name, backend):
         assert_near(run(model, primals, tangents), expected)
 
 
-def slow(*values):
-    return pytest.param(*values, marks=pytest.mark.slow)
+# What is compiled is slow: the compiler takes seconds to import, and `test_ops.py` compiles one op.
 
 
-@pytest.mark.parametrize("name", ["DiT", slow("SiT"), slow("diffusers")])  # compiling takes seconds
+@pytest.mark.slow
+@NAMES
 def test_compiled_inside_jvp_attention(name):
     model, primals, tangents = build(name, depth=1)
     expected = run(plain(model), primals, tangents)
@@ -236,6 +241,7 @@ def test_compiled_inside_jvp_attention(name):
     assert_near(run(model, primals, tangents, inside), expected)
 
 
+@pytest.mark.slow
 def test_compiled_with_jvp_attention_around():
     model, primals, tangents = build("DiT", depth=1)
     expected = run(plain(model), primals, tangents)
@@ -246,9 +252,9 @@ def test_compiled_with_jvp_attention_around():
         f(primals, tangents)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "backend"),
-    [("DiT", "triton"), slow("SiT", "torch"), slow("diffusers", "torch"), slow("diffusers", "triton")],
+    ("name", "backend"), [("DiT", "triton"), ("SiT", "torch"), ("diffusers", "torch"), ("diffusers", "triton")]
 )
 def test_compiled_accelerated(name, backend):
     model, primals, tangents = build(name, depth=1)
@@ -258,6 +264,7 @@ def test_compiled_accelerated(name, backend):
         assert_near(run(model, primals, tangents, compiled), expected)
 
 
+@pytest.mark.slow
 @BACKENDS
 def test_jvp_of_a_compiled_model(backend):
     """torch.func.jvp leaves compiled code for eager there; torch.autograd.forward_ad likewise."""
@@ -324,7 +331,10 @@ COMPILED = ("boolean mask", "gqa, causal", "head dim 12", "3-D")
 
 @pytest.mark.parametrize(
     ("name", "how"),
-    [*((name, how) for name in OPTIONS for how in ("func", "forward_ad")), *((name, "compile") for name in COMPILED)],
+    [
+        *((name, how) for name in OPTIONS for how in ("func", "forward_ad")),
+        *(slow(name, "compile") for name in COMPILED),
+    ],
 )
 def test_options(name, how):
     shapes, options = OPTIONS[name]
@@ -342,7 +352,10 @@ def test_options(name, how):
     assert_near(actual, expected)
 
 
-@pytest.mark.parametrize("name", OPTIONS)
+ALIKE = ("cross", "scale", "causal", "float mask", "gqa, causal")  # combinations of which the others have the parts
+
+
+@pytest.mark.parametrize("name", [slow(name) if name in ALIKE else name for name in OPTIONS])
 def test_options_with_the_fused_path_forced(name):
     shapes, options = OPTIONS[name]
     primals, tangents = duals(shapes)
@@ -430,11 +443,22 @@ def test_transforms(name):
     f = lambda x: F.scaled_dot_product_attention(x, k, v)  # noqa: E731
     with jvp_attention():
         assert_near([transform(f, x, dx)], [expected])
-        if name != "vmap of jvp":  # which PyTorch 2.13 cannot compile of anything
-            torch._dynamo.reset()
-            assert_near([torch.compile(transform, backend="aot_eager")(f, x, dx)], [expected])
     with ops.use_backend("triton"), pytest.raises(ValueError, match=r"under a single torch.func.jvp"):
         transform(lambda x: ops.attention(x, k, v), x, dx)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("name", sorted(TRANSFORMS.keys() - {"vmap of jvp"}))  # that no compiler of PyTorch 2.13 takes
+def test_compiled_transforms(name):
+    transform = TRANSFORMS[name]
+    x, dx = randn(0, 1, 2, 3, 8), randn(1, 1, 2, 3, 8)
+    k, v = randn(2, 1, 2, 4, 8), randn(3, 1, 2, 4, 8)
+    expected = transform(lambda x: written_out(x, k, v), x, dx)
+    torch._dynamo.reset()
+    with jvp_attention():
+        compiled = torch.compile(transform, backend="aot_eager")
+        assert_near([compiled(lambda x: F.scaled_dot_product_attention(x, k, v), x, dx)], [expected])
 
 
 @BACKENDS
@@ -446,8 +470,16 @@ def test_multi_head_attention_of_pytorch(backend):
         expected = jvp(layer, (x,), (dx,))
     with ops.use_backend(backend), jvp_attention():
         assert_near(jvp(layer, (x,), (dx,)), expected)
-        attention = layer.self_attn
-        f = lambda x: attention(x, x, x, need_weights=False)[0]  # noqa: E731
+
+
+@pytest.mark.slow
+@BACKENDS
+def test_compiled_multi_head_attention_of_pytorch(backend):
+    torch.manual_seed(0)
+    attention = nn.MultiheadAttention(32, 2, batch_first=True)
+    (x,), (dx,) = duals([(2, 5, 32)])
+    f = lambda x: attention(x, x, x, need_weights=False)[0]  # noqa: E731
+    with ops.use_backend(backend), jvp_attention():
         compiled_jvp = compiled(lambda x, dx: [y.detach() for y in jvp(f, (x,), (dx,))])
         assert_near(compiled_jvp(x, dx), jvp(f, (x,), (dx,)))
 
@@ -497,7 +529,7 @@ def test_a_warning_tells_once(monkeypatch):
         jvp(f, primals, tangents)
 
 
-@BACKENDS
+@pytest.mark.parametrize("backend", ["torch", slow("triton")])
 def test_masks_with_a_gradient_and_rows_without_keys(backend):
     """Their gradients are finite, also through the tangent, and that of the mask is not lost."""
     (q, k, v), tangents = duals(SELF)

@@ -106,6 +106,7 @@ def test_missing_jvp_flash_attention_is_an_import_error():
 # Cost, in forward passes of one sample.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("implementation", "objective", "low", "high"),
     [
@@ -113,7 +114,7 @@ def test_missing_jvp_flash_attention_is_an_import_error():
         ("mfengine", "unguided", 3.25, 3.4),
         ("mfengine", "guided", 4.1, 4.5),
         ("port", "flow matching", 2.99, 3.0),
-        ("port", "unguided", 4.95, 5.0),  # PyTorch's JVP of a linear layer also multiplies by the weight's zero tangent
+        ("port", "unguided", 4.95, 5.0),  # PyTorch's JVP of a linear layer multiplies by the weight's zero tangent
         ("port", "guided", 6.3, 6.8),
     ],
 )

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import slow
 
 from benchmarks import cases, checks, guard, measure, report
 from benchmarks.cases import Machine, fused_ops, rotating
@@ -162,6 +163,7 @@ def test_guard_trips_on_a_slow_op_and_on_an_extra_forward(tmp_path):
     assert (tmp_path / "report" / "kernels.png").stat().st_size > 5_000
 
 
+@pytest.mark.slow
 def test_peer_that_is_not_there(tmp_path):
     done = run_benchmarks("--peer=mfengine:nobody", cwd=tmp_path)
     assert done.returncode == 4
@@ -271,7 +273,7 @@ def test_inputs_are_more_than_the_cache_holds(monkeypatch):
 # What a check notices.
 
 
-@pytest.mark.parametrize("op", fused_ops())
+@pytest.mark.parametrize("op", [slow(op) if "attention" in op or op == "adaln_modulate" else op for op in fused_ops()])
 def test_checks_pass_our_kernels(op):
     check = checks.check_op(op, SMALL, torch.float16, op, torch.device("cpu"))
     assert checks.passed(check), check

@@ -14,14 +14,14 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, checkpoint_contents, run_command, run_in_process
+from conftest import SMALL, checkpoint_contents, forks, run_command, run_in_fork, run_in_process, slow
 from PIL import Image
 
 import mfengine
 from mfengine import MeanFlow, __main__, cli, train
 from mfengine.data.format import LatentSpace
 from mfengine.data.writer import ArraySamples, order, write_dataset
-from mfengine.engine import trainer
+from mfengine.engine import rates, trainer
 from mfengine.engine.checkpoint import newest_checkpoint, read_description
 from mfengine.engine.config import OptimConfig
 from mfengine.engine.presets import PRESETS
@@ -285,15 +285,16 @@ def test_evaluate_writes_its_figures(trained, digits):
     assert "two random halves of the real data are" in done.stdout.splitlines()[-1]
 
 
-@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_training_with_every_option(compiled, digits, tmp_path):
+@pytest.mark.parametrize("compiled", [False, slow(True)])
+def test_training_with_every_option(compiled, digits, tmp_path, monkeypatch, capsys):
     """bf16, recomputed, accumulated, clipped, guided, and compiled: it runs, and its loss is finite."""
-    done = run_command(
+    monkeypatch.setattr(rates, "matrix_rate", lambda *_: 1e12)  # CPUs multiply bfloat16 slowly
+    code, _, err = run_in_process(
         "mfengine.train", *SMALL, f"--data={digits}", "--steps=3", "--precision=bfloat16", "--recompute",
         "--accumulation=2", "--optim.clip-norm=1", "--method.omega=0.2", "--method.kappa=0.92", "--name=all",
-        *["--compile"] * compiled, cwd=tmp_path,
+        *["--compile"] * compiled, cwd=tmp_path, monkeypatch=monkeypatch, capsys=capsys,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    assert code == 0, err
     line = json.loads((tmp_path / "runs/all/metrics.jsonl").read_text().splitlines()[-1])
     assert np.isfinite(line["loss"])
     assert line["skipped_steps"] == 0
@@ -451,37 +452,37 @@ def test_checkpoint_under_another_name(trained, tmp_path, monkeypatch, capsys):
 # Being stopped.
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+@pytest.mark.forks
+@pytest.mark.parametrize("signum", [signal.SIGTERM, slow(signal.SIGINT)])
 def test_signal_writes_a_checkpoint_before_leaving(digits, tmp_path, signum):
-    process = subprocess.Popen(
-        [sys.executable, "-m", "mfengine.train", *SMALL, f"--data={digits}", "--steps=100000"],
-        cwd=tmp_path,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    args = ("mfengine.train", *SMALL, f"--data={digits}", "--steps=100000")
+    files = (os.devnull, tmp_path / "stderr")
+    process = forks.Process(target=run_in_fork, args=(args, tmp_path, 1, dict(os.environ), files))
+    process.start()
     metrics = tmp_path / "runs/digits/metrics.jsonl"
     deadline = time.monotonic() + 120
     while not (metrics.exists() and metrics.read_text()) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert newest_checkpoint(tmp_path / "runs/digits") is None
-    process.send_signal(signum)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 128 + signum, errors
+    os.kill(process.pid, signum)
+    process.join(60)
+    errors = (tmp_path / "stderr").read_text()
+    assert process.exitcode == 128 + signum, errors
     step = json.loads((newest_checkpoint(tmp_path / "runs/digits") / "checkpoint.json").read_text())["step"]
     assert f"step {step} of 100000, checkpoint runs/digits/checkpoints/step-{step:08d}" in errors
 
 
 def not_finite(tmp_path):
-    """A data set in which a tenth of the samples has an infinite mean."""
+    """A data set of ten batches in which two samples have an infinite mean."""
     space = LatentSpace(shape=(1, 8, 8), num_classes=10)
-    moments = np.zeros((1280, 1, 2, 1, 8, 8))
-    moments[order(1280, 0)[639::640]] = np.inf
-    write_dataset(tmp_path / "bad", ArraySamples("bad", space, moments, np.arange(1280) % 10))
+    moments = np.zeros((320, 1, 2, 1, 8, 8))
+    moments[order(320, 0)[159::160]] = np.inf
+    write_dataset(tmp_path / "bad", ArraySamples("bad", space, moments, np.arange(320) % 10))
 
 
 def test_loss_that_is_not_finite_stops_the_run(tmp_path):
     not_finite(tmp_path)
-    args = ("mfengine.train", *SMALL, "--data=bad", "--steps=45", "--checkpoint-every=1", "--evaluate-every=0")
+    args = ("mfengine.train", *SMALL, "--data=bad", "--steps=11", "--checkpoint-every=1", "--evaluate-every=0")
     done = run_command(*args, "--name=strict", cwd=tmp_path)
     assert done.returncode == 1
     kept = newest_checkpoint(tmp_path / "runs/strict")
@@ -491,7 +492,7 @@ def test_loss_that_is_not_finite_stops_the_run(tmp_path):
         f"error: the loss is not finite at step {last + 1} on rank 0, after 0 skipped step(s); {where}" in done.stderr
     )
 
-    done = run_command(*args, "--name=lenient", "--max-skipped-steps=3", cwd=tmp_path)
+    done = run_command(*args, "--name=lenient", "--max-skipped-steps=3", "--checkpoint-every=11", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     model, *_ = load_model(tmp_path / "runs/lenient")
     assert all(p.isfinite().all() for p in model.parameters())
@@ -663,6 +664,7 @@ def test_wrong_input(trained, digits, tmp_path, monkeypatch, capsys, args, messa
     assert {p.name for p in tmp_path.rglob("*")} == {"broken.safetensors", "list.pt"}
 
 
+@pytest.mark.slow  # starts Python anew
 def test_wrong_input_ends_the_process_with_2(tmp_path):
     """And its line is printed where tyro cannot draw a frame; other tests have UTF-8."""
     done = run_command("mfengine.train", "--batch-size=many", cwd=tmp_path, env={"PYTHONIOENCODING": "ascii"})
@@ -748,6 +750,7 @@ def test_help_is_there(tmp_path, monkeypatch, capsys):
         assert text in " ".join(output.replace("│", " ").split())
 
 
+@pytest.mark.slow  # starts Python anew
 def test_reader_that_leaves(tmp_path):
     """As `head` does: not a word, and the code of a process that SIGPIPE ended."""
     reading, writing = os.pipe()

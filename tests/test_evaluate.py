@@ -3,10 +3,12 @@
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -22,6 +24,7 @@ from mfengine.data.format import Dataset, LatentSpace, iterate_means, read_means
 from mfengine.data.image_files import ImageArchive, ImageFolder
 from mfengine.data.vae import VAE
 from mfengine.data.writer import ArraySamples, order, write_dataset
+from mfengine.engine import trainer
 from mfengine.engine.checkpoint import newest_checkpoint
 from mfengine.engine.weights import load_model
 from mfengine.errors import InputError, RankError
@@ -41,9 +44,10 @@ LATENTS = LatentSpace(shape=(4, 8, 8), num_classes=10, scale=(0.2, 0.3, 0.5, 1.0
 
 @pytest.fixture(scope="module")
 def trained(digits, tmp_path_factory):
-    """A run of 20 steps that measures its samples twice."""
+    """A run of 20 steps that measures samples twice, and fewer than others do."""
     folder = tmp_path_factory.mktemp("trained")
-    done = run_command(*TRAIN, f"--data={digits}", "--steps=20", "--accumulation=2", cwd=folder)
+    with mock.patch.object(trainer, "MEASURED_SAMPLES", 2000):
+        done = run_command(*TRAIN, f"--data={digits}", "--steps=20", "--accumulation=2", cwd=folder)
     assert done.returncode == 0, done.stderr
     return folder / "runs/digits", done
 
@@ -250,20 +254,22 @@ def test_training_measures_its_samples(trained, digits):
     assert list(figures) == [10, 20]
     assert f"step 20: frechet_1nfe {figures[20]:.4g}" in done.stderr
     model, space, *_ = load_model(run)
-    samples = SampleSet(space, 10_000, 32)
+    samples = SampleSet(space, 2000, 32)
     distance = latent_distance(model, samples, 1, fit_data(Dataset.open(digits), ALONE), ALONE)
     assert figures[20] == pytest.approx(distance, rel=1e-6)
     assert figures[10] > figures[20]
 
 
 @pytest.mark.slow  # the command, below, has two processes
-def test_two_processes_measure_the_same_and_a_resumed_run_repeats_it(trained, digits, tmp_path):
+def test_two_processes_measure_the_same_and_a_resumed_run_repeats_it(digits, tmp_path):
     """The model is sharded, 10,000 samples in slices of 16 dealt to two ranks."""
+    alone = run_command(*TRAIN, f"--data={digits}", "--steps=20", "--accumulation=2", "--name=alone", cwd=tmp_path)
+    assert alone.returncode == 0, alone.stderr
     for steps, resume in ((10, "never"), (20, "auto")):
         args = (f"--data={digits}", f"--steps={steps}", f"--resume={resume}")
         done = run_command(*TRAIN, *args, cwd=tmp_path, ranks=2)
         assert done.returncode == 0, done.stderr
-    assert measured(tmp_path / "runs/digits") == pytest.approx(measured(trained[0]), rel=1e-4)
+    assert measured(tmp_path / "runs/digits") == pytest.approx(measured(tmp_path / "runs/alone"), rel=1e-4)
 
 
 # ----------------------------------------------------------------------------
@@ -281,10 +287,11 @@ def images_of(path):
     return np.stack([np.asarray(Image.open(path / name)) for name in names])
 
 
+@pytest.mark.forks
 def test_two_processes_give_the_figures_and_images_of_one(trained, digits, tmp_path, monkeypatch, capsys):
     """71 samples in slices of 16: three for the first rank, two for the second."""
     args = ("mfengine.evaluate", trained[0], f"--data={digits}", "--num-samples=71", "--batch-size=16")
-    done = run_command(*args, "--save=folder", "--out=two.json", cwd=tmp_path, ranks=2, env={})
+    done = run_command(*args, "--save=folder", "--out=two.json", cwd=tmp_path, ranks=2)
     assert done.returncode == 0, done.stderr
     assert "samples/s" in done.stderr
     code, output, errors = run_in_process(
@@ -388,8 +395,10 @@ def test_too_little_memory_to_decode(vae, monkeypatch):
 # Wrong input.
 
 
-def references(folder):
+@pytest.fixture(scope="module")
+def made_references(tmp_path_factory):
     """References with something wrong, and one without: 8 x 8 images."""
+    folder = tmp_path_factory.mktemp("references")
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (5, 8, 8, 3), dtype=np.uint8)
     mu, sigma = np.zeros(2048, np.float32), np.eye(2048)
@@ -409,6 +418,15 @@ def references(folder):
     for i, image in enumerate(images):
         Image.fromarray(image).save(folder / f"images/{i}.png")
     np.save(folder / "w.pt", mu)
+    zeros = ArraySamples("x", LATENTS, np.zeros((10, 1, 2, *LATENTS.shape)), np.arange(10))
+    write_dataset(folder / "latents", zeros)
+    return folder
+
+
+@pytest.fixture
+def references(made_references, tmp_path):
+    """Them in the folder of the test; large files are links."""
+    shutil.copytree(made_references, tmp_path, copy_function=os.link, dirs_exist_ok=True)
 
 
 @pytest.mark.parametrize(
@@ -457,13 +475,9 @@ def references(folder):
         (["--reference=text"], "cannot read text/a.png: cannot identify image file"),
     ],
 )
-def test_wrong_input(trained, digits, tmp_path, monkeypatch, capsys, args, message):
+def test_wrong_input(trained, digits, references, tmp_path, monkeypatch, capsys, args, message):
     if "--device=cuda" in args and torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    references(tmp_path)
-    zeros = ArraySamples("x", LATENTS, np.zeros((10, 1, 2, *LATENTS.shape)), np.arange(10))
-    write_dataset(tmp_path / "latents", zeros)
-    capsys.readouterr()  # its progress
     before = sorted(tmp_path.rglob("*"))
     args = [part.replace("DATA", str(digits)).replace("LATENTS", "latents") for part in args]
     code, _, errors = run_in_process(
@@ -496,8 +510,7 @@ def test_run_folder_that_cannot_be_written_to(trained, digits, tmp_path, monkeyp
         (["--reference=images", "--vae=VAE"], "the images of images are 8 x 8, but those of the model are 16 x 16"),
     ],
 )
-def test_decoders_and_references_that_do_not_fit(export, vae, tmp_path, monkeypatch, capsys, args, message):
-    references(tmp_path)
+def test_decoders_and_references_that_do_not_fit(export, vae, references, tmp_path, monkeypatch, capsys, args, message):
     if "THREE" in args[-1]:
         type(vae[1]).from_config({**vae[1].config, "latent_channels": 3}).save_pretrained(tmp_path / "three")
     before = sorted(tmp_path.rglob("*"))
@@ -510,8 +523,11 @@ def test_decoders_and_references_that_do_not_fit(export, vae, tmp_path, monkeypa
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_reference_image_that_is_broken_or_of_another_size(tmp_path):
-    references(tmp_path)
+def test_reference_image_that_is_broken_or_of_another_size(references, tmp_path):
+    for name in ("2.png", "4.png"):
+        content = (tmp_path / "images" / name).read_bytes()
+        (tmp_path / "images" / name).unlink()  # a link
+        (tmp_path / "images" / name).write_bytes(content)
     Image.new("RGB", (9, 8)).save(tmp_path / "images/4.png")
     folder = ImageFolder(tmp_path / "images")
     assert folder.read(range(4)).shape == (4, 3, 8, 8)
@@ -592,8 +608,7 @@ class Missing:
         ("raise RuntimeError('operator torchvision::nms does not exist')", "operator torchvision::nms does not exist"),
     ],
 )
-def test_torch_fidelity_that_does_not_import(trained, tmp_path, monkeypatch, capsys, content, message):
-    references(tmp_path)
+def test_torch_fidelity_that_does_not_import(trained, references, tmp_path, monkeypatch, capsys, content, message):
     for name in [name for name in sys.modules if name.startswith("torch_fidelity")]:
         monkeypatch.delitem(sys.modules, name)
     if content is None:

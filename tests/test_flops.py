@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from conftest import slow
 
 from mfengine import MeanFlow, MeanFlowConfig, ModelConfig
 from mfengine.engine.flops import sample_flops, step_flops
@@ -28,8 +29,8 @@ def test_sample_is_one_forward():
     ("settings", "guidance"),
     [
         ({"interval_share": 0.0}, 0),
-        ({}, 0),
-        ({"omega": 2.0}, 1),
+        slow({}, 0),
+        slow({"omega": 2.0}, 1),
         ({"omega": 0.5, "kappa": 0.5}, 0.25),  # the unconditional term has weight 0
         ({"omega": 0.2, "kappa": 0.92}, 1.25),
     ],

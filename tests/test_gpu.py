@@ -16,7 +16,7 @@ from shutil import which
 import gpu_tasks
 import pytest
 import torch
-from conftest import SMALL, run_command
+from conftest import SMALL, run_command, slow
 
 from benchmarks import gpu
 from benchmarks.cases import Machine
@@ -90,6 +90,7 @@ def rehearsal(bare, out):
     )
 
 
+@pytest.mark.slow
 def test_rehearsal_needs_only_torch_triton_and_numpy(bare, tmp_path):
     python, clone = bare
     others = "import importlib.util as u; print([n for n in ('tyro', 'tqdm', 'PIL', 'pytest') if u.find_spec(n)])"
@@ -145,6 +146,7 @@ def running(group):
     return True
 
 
+@pytest.mark.slow
 def test_the_cuda_library_is_built_first_where_it_is_missing(bare, tmp_path):
     """Where nvcc and cmake are; elsewhere a line says that it is not."""
     _, clone = bare
@@ -172,6 +174,7 @@ def test_the_cuda_library_is_built_first_where_it_is_missing(bare, tmp_path):
 # Tasks and their order.
 
 
+@pytest.mark.slow
 def test_a_task_that_goes_wrong_costs_only_itself(tmp_path, monkeypatch, capsys):
     """It raises, runs out of memory, ends its process or hangs."""
     monkeypatch.setattr(gpu, "TIMEOUT_S", 2.0)
@@ -189,6 +192,7 @@ def test_a_task_that_goes_wrong_costs_only_itself(tmp_path, monkeypatch, capsys)
     }
 
 
+@pytest.mark.slow
 def test_nothing_runs_after_the_deadline(tmp_path, monkeypatch):
     run = gpu.Run(True, 5, str(tmp_path), gpu_tasks.endless_plan)
     start = run._start
@@ -207,7 +211,7 @@ def test_nothing_runs_after_the_deadline(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("make_plan", "told"),
-    [(gpu_tasks.hopeless_plan, "errors: check: ValueError"), (gpu_tasks.planless, "no worker: stopped after 4 s")],
+    [slow(gpu_tasks.hopeless_plan, "errors: check: ValueError"), (gpu_tasks.planless, "no worker: stopped after 4 s")],
 )
 def test_a_run_in_which_nothing_succeeds_ends_with_a_line(make_plan, told, monkeypatch, capsys):
     """No check has a result; or the first worker hangs before its first task, which must not take all of the time."""

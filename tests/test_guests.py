@@ -184,6 +184,7 @@ def test_heat_map_shows_the_best_over_other_settings(tmp_path):
         assert Image.open(tmp_path / "x.png").format == "PNG"
 
 
+@pytest.mark.slow
 def test_two_ranks_sweep_as_one(swept, tmp_path):
     pytest.importorskip("matplotlib", reason="matplotlib is an extra")
     args = ("--num-samples=80", "--batch-size=32", "--sweep", "strength=0,4", "ema_decay=0.5,0.9")
@@ -232,6 +233,7 @@ def test_network_without_tangents_through_the_engine(run, digits):
     succeed(run(*train, "--steps=2"))
 
 
+@pytest.mark.slow
 def test_two_ranks(digits, tmp_path):
     done = run_command("sketch", "mfengine.train", "sketch", f"--data={digits}", "--steps=2", "--reshard", cwd=tmp_path,
                        ranks=2)  # fmt: skip

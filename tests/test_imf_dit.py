@@ -225,9 +225,11 @@ def test_through_all_commands(digits, tmp_path, monkeypatch, capsys):
     code, _, err = run("mfengine.export", "model.pth", "small.safetensors", "--preset=digits-imf")
     assert code == 2
     assert "there are no published weights for preset digits-imf" in err
+    preset = PRESETS["imf-b2"][1]  # less deep, to be made sooner
+    monkeypatch.setitem(PRESETS, "imf-b2", ("", replace(preset, model=replace(preset.model, depth=2, head_depth=1))))
     code, _, err = run("mfengine.export", "model.pth", "large.safetensors", "--preset=imf-b2")
     assert code == 2
-    assert "model.pth is of another architecture" in err
+    assert "model.pth has another architecture" in err
     code, _, err = run(*train, "--steps=1", "--name=again", "--init=model.pth")
     assert code == 0, err
     assert "model.pth leaves v_heads.* as initialised" in err

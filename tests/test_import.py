@@ -160,6 +160,7 @@ def test_round_trip(form, tmp_path, where):
     assert "out is intact: 23 samples" in out
 
 
+@pytest.mark.forks
 def test_two_ranks_write_what_one_writes(tmp_path):
     make_pt(tmp_path / "source")
     for ranks in (1, 2):

@@ -94,10 +94,11 @@ def test_row_plan_is_the_plain_algorithm(name):
     assert torch.equal(labels, kept)  # the caller's labels are left alone
 
 
+@pytest.mark.slow  # `test_node.py` has a block of it
 def test_fused_path_is_the_plain_one():
     pytest.importorskip("triton", reason="the fused kernels need triton")
     model, method = small_model(), ImprovedMeanFlow(ImprovedMeanFlowConfig())
-    batch, results = draw(method, 4, seed=3), []
+    batch, results = draw(method, 2, seed=3), []
     for backend in ("torch", "triton"):
         with use_backend(backend):
             model.zero_grad()
@@ -132,10 +133,8 @@ def test_every_batch_makes_the_same_sequence_of_calls(name):
     assert calls == {((False, "v"), (bool(CONFIGS[name].interval_share), "uv"))}
 
 
-@pytest.mark.parametrize(
-    ("name", "most", "as_written"),
-    [("imf-xl2", 5.3, 7.5), pytest.param("imf-b2", 6.8, 9, marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "most", "as_written"), [("imf-xl2", 5.3, 7.5), ("imf-b2", 6.8, 9)])
 def test_cost_of_a_step(name, most, as_written):
     """In F, the FLOPs of a sample drawn in one step."""
     config = PRESETS[name][1]

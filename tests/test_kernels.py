@@ -14,12 +14,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import slow
 from golden_cases import IMPROVED_NAMES, NAMES, golden_case, relative_error
 
 pytest.importorskip("triton", reason="the fused kernels need triton")
 
 from benchmarks import static
-from mfengine import DiT, ModelConfig, ops
+from mfengine import DiT, MeanFlow, MeanFlowConfig, ModelConfig, ops
 from mfengine.kernels import adaln, attention, gelu, rmsnorm, rope, swiglu
 from mfengine.kernels.launch import Config, Launch, aligned
 from mfengine.kernels.multi_tensor import LIBRARY
@@ -79,18 +80,17 @@ def check(op, primals, tangents, weights):
 # Attention.
 
 
-# The interpreter takes seconds for each of these, and ten for float32 in its small tiles. So: the classes of tiles at
-# one query and a padded block of keys; the forms of a head (one part, a part and a tail, padded or not) at whole
-# blocks; and blocks that neither queries nor keys fill. What repeats a class or a form is slow.
+# The interpreter takes seconds for many of these. So: each class of tiles, with and without a tail, at one query and a
+# padded block of keys; and a head of one whole part at whole blocks. Several blocks that queries do not fill are in
+# `test_rotary_attention_of_odd_sizes`. The other forms of a head and float32 in large heads are slow.
 ATTENTION = [
-    *((dim, 1, 17, dtype) for dim in (8, 72, 128) for dtype in BOUNDS),
-    *((dim, 64, 64, torch.float16) for dim in (24, 64)),
-    (72, 100, 37, torch.float16),
-    (24, 33, 20, torch.float32),
-    *(
-        pytest.param(*case, torch.float16, marks=pytest.mark.slow)
-        for case in [*((dim, 64, 64) for dim in (8, 72, 96, 120, 128)), (72, 64, 128), (128, 100, 37)]
-    ),
+    (8, 1, 17, torch.float32),
+    *((dim, 1, 17, dtype) for dim in (8, 72, 128) for dtype in BOUNDS if dtype != torch.float32),
+    (64, 64, 64, torch.float16),
+    *(slow(dim, 1, 17, torch.float32) for dim in (72, 128)),
+    slow(24, 33, 20, torch.float32),
+    *(slow(dim, 64, 64, torch.float16) for dim in (8, 24, 72, 96, 120, 128)),
+    *(slow(*case, torch.float16) for case in [(72, 64, 128), (72, 100, 37), (128, 100, 37)]),
 ]
 
 
@@ -108,7 +108,11 @@ def test_attention(dim, queries, keys, dtype):
 
 @pytest.mark.parametrize(
     ("rows", "dtype"),
-    [*((1, dtype) for dtype in BOUNDS), (0, torch.float16), (2, torch.float16)],  # numbers of rows know no dtype
+    [  # numbers of rows know no dtype
+        *(slow(1, dtype) if dtype == torch.float32 else (1, dtype) for dtype in BOUNDS),
+        (0, torch.float16),
+        slow(2, torch.float16),
+    ],
 )
 def test_attention_packed(rows, dtype):
     tokens, heads = (129 if dtype == torch.float16 else 49, 1) if rows == 1 else (33, 2)
@@ -118,7 +122,7 @@ def test_attention_packed(rows, dtype):
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="tensor cores make these products themselves")
-@pytest.mark.parametrize("dim", [72, 128])
+@pytest.mark.parametrize("dim", [72, slow(128)])
 def test_float32_attention_from_tf32_products(dim, monkeypatch):
     """The interpreter multiplies in float32; here as the kernels ask for, in three products of TF32 operands."""
     from triton.runtime import interpreter
@@ -134,14 +138,14 @@ def test_float32_attention_from_tf32_products(dim, monkeypatch):
         return interpreter.TensorHandle(product + acc.data, acc.dtype.scalar)
 
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", dot)
-    q, k, v, dq, dk, dv, w = (randn(i, 1, 1, 33, dim) for i in range(7))
+    q, k, v, dq, dk, dv, w = (randn(i, 1, 1, 17, dim) for i in range(7))
     check(ops.attention, [q, k, v], [dq, dk, dv], [w])
 
 
 def test_attention_with_strided_heads_and_a_scale():
-    q, k, v, dq, dk, dv = (randn(i, 2, 2, 19, 2 * 24)[..., ::2] for i in range(6))
+    q, k, v, dq, dk, dv = (randn(i, 1, 2, 19, 2 * 24)[..., ::2] for i in range(6))
     op = lambda q, k, v: ops.attention(q, k, v, scale=0.05)  # noqa: E731
-    check(op, [q, k, v], [dq, dk, dv], [randn(7, 2, 2, 19, 24)])
+    check(op, [q, k, v], [dq, dk, dv], [randn(7, 1, 2, 19, 24)])
 
 
 def test_attention_survives_large_scores():
@@ -159,9 +163,16 @@ def test_attention_of_nothing(batch, queries, keys):
     assert all((g == 0).all() for g in attention.backward(q, k, v, o, lse, o))
 
 
-@pytest.mark.parametrize("keys", [77, 100, 257])
-@pytest.mark.parametrize(("dtype", "lse"), [(torch.float16, -10), (torch.float32, -100)])
-def test_padded_keys_add_nothing_where_the_log_sum_exp_is_very_negative(keys, dtype, lse):
+@pytest.mark.parametrize(
+    ("dtype", "lse", "keys"),
+    [
+        (torch.float16, -10, 257),
+        (torch.float32, -100, 77),
+        *(slow(torch.float16, -10, keys) for keys in (77, 100)),
+        *(slow(torch.float32, -100, keys) for keys in (100, 257)),
+    ],
+)
+def test_padded_keys_add_nothing_where_the_log_sum_exp_is_very_negative(dtype, lse, keys):
     q, k, v, dq, dk, dv, go = (randn(i, 1, 1, n, 16, dtype=dtype) for i, n in enumerate((3, keys, keys) * 2 + (3,)))
     q[..., 0], k[..., 0] = 4 * (math.log(keys) - lse), -1
     assert attention.forward(q, k, v)[1].sub(lse).abs().max() < 2
@@ -172,17 +183,17 @@ def test_padded_keys_add_nothing_where_the_log_sum_exp_is_very_negative(keys, dt
         assert relative_error(a.cpu(), e.cpu()) <= max(2 * relative_error(p.cpu(), e.cpu()), BOUNDS[dtype])
 
 
-@pytest.mark.parametrize("layout", ["odd strides", "odd pointers", "columns"])
+@pytest.mark.parametrize("layout", [slow("odd strides"), "odd pointers", slow("columns")])
 @pytest.mark.parametrize("dtype", [torch.float16])  # a copy for every dtype alike
 def test_attention_of_layouts_that_cannot_be_read_16_bytes_at_a_time(layout, dtype):
     def empty(tokens):
         if layout == "odd strides":
-            return torch.empty(2, 2, tokens, 73, dtype=dtype, device=DEVICE)[..., :72]
+            return torch.empty(1, 2, tokens, 73, dtype=dtype, device=DEVICE)[..., :72]
         if layout == "odd pointers":
-            return torch.empty(2 * 2 * tokens * 72 + 1, dtype=dtype, device=DEVICE)[1:].view(2, 2, tokens, 72)
-        return torch.empty(2, 2, 72, tokens, dtype=dtype, device=DEVICE).mT
+            return torch.empty(2 * tokens * 72 + 1, dtype=dtype, device=DEVICE)[1:].view(1, 2, tokens, 72)
+        return torch.empty(1, 2, 72, tokens, dtype=dtype, device=DEVICE).mT
 
-    values = [randn(i, 2, 2, n, 72, dtype=dtype) for i, n in enumerate((5, 19, 19, 5, 19, 19, 5))]
+    values = [randn(i, 1, 2, n, 72, dtype=dtype) for i, n in enumerate((5, 19, 19, 5, 19, 19, 5))]
     odd = [empty(x.shape[2]).copy_(x) for x in values]
     assert not any(aligned(x) is x for x in odd)
     results = []
@@ -354,7 +365,13 @@ def test_plans_follow_configurations(monkeypatch):
 
 @pytest.mark.parametrize(
     ("batch", "tokens", "width", "rows", "dtype"),
-    [*((3, 17, 72, 1, dtype) for dtype in BOUNDS), (2, 33, 100, 2, torch.float16), (1, 1, 1152, 0, torch.float32)],
+    [  # the backward takes 16 tokens at a time
+        (1, 33, 100, 1, torch.float16),
+        (3, 5, 72, 1, torch.float32),
+        (1, 1, 1152, 0, torch.float32),
+        *(slow(3, 17, 72, 1, dtype) for dtype in BOUNDS),
+        slow(2, 33, 100, 2, torch.float16),
+    ],
 )
 def test_adaln(batch, tokens, width, rows, dtype):
     """The residual stream is float32 whatever the rest is; the modulation is a slice of a wider product."""
@@ -383,14 +400,14 @@ def test_adaln_rows_occupy_few_lanes(kernel, width):
 
 
 def test_sums_over_tokens_do_not_vary():
-    x, go = randn(0, 2, 100, 64), randn(1, 2, 100, 64)
-    scale = randn(2, 2, 64)
-    runs = [adaln.backward(x, x, scale, scale, None, go, 1e-6) for _ in range(3)]
-    assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run, strict=True))
+    x, go = randn(0, 1, 70, 64), randn(1, 1, 70, 64)
+    scale = randn(2, 1, 64)
+    runs = [adaln.backward(x, x, scale, scale, None, go, 1e-6) for _ in range(2)]
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
 @DTYPES
-@pytest.mark.parametrize(("shape", "rows"), [((3, 17, 100), 1), ((2, 70, 1500), 2), ((1, 1, 8), 0), ((0, 3, 8), 0)])
+@pytest.mark.parametrize(("shape", "rows"), [((3, 17, 100), 1), ((2, 9, 1500), 2), ((1, 1, 8), 0), ((0, 3, 8), 0)])
 def test_gelu(shape, rows, dtype):
     bias = randn(3, shape[-1], dtype=dtype)
     primals, tangents = [randn(0, *shape, dtype=dtype) * 2], [randn(1, rows, *shape[1:], dtype=dtype)]
@@ -530,12 +547,8 @@ def test_a_lane_holds_few_elements_of_rows_of_an_rms_norm(kernel, width):
 # The network on fused kernels.
 
 
-SLOW_NAMES = [
-    name for name in (*NAMES, *IMPROVED_NAMES) if name != "guided_kappa"
-]  # which takes every branch of a step
-
-
-@pytest.mark.parametrize("name", ["guided_kappa", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW_NAMES)])
+@pytest.mark.slow  # a smaller network is below, and `test_golden.py` has these cases by plain PyTorch
+@pytest.mark.parametrize("name", [*NAMES, *IMPROVED_NAMES])
 def test_golden_cases_through_the_fused_path(name):
     case = golden_case(name)
     case.model.to(DEVICE)
@@ -554,7 +567,7 @@ def test_golden_cases_through_the_fused_path(name):
 
 
 def test_network_on_meta_tensors_and_in_half_precision():
-    model = DiT(ModelConfig(8, 2, 4, hidden_size=48, depth=2, num_heads=2, num_classes=3), torch.float16)
+    model = DiT(ModelConfig(8, 2, 4, hidden_size=48, depth=1, num_heads=2, num_classes=3), torch.float16)
     z, t, y = torch.randn(3, 4, 8, 8), torch.rand(3), torch.tensor([0, 1, 3])
     with torch.no_grad():
         for p in model.parameters():
@@ -570,6 +583,24 @@ def test_network_on_meta_tensors_and_in_half_precision():
     for a, e in zip(fused, plain, strict=True):
         assert a.dtype == torch.float32
         assert relative_error(a.detach().cpu(), e.detach().cpu()) < 5e-3
+
+
+def test_step_of_a_network_through_the_fused_path():
+    """Guided: its loss and each gradient."""
+    torch.manual_seed(0)
+    model = DiT(ModelConfig(4, 2, 2, hidden_size=16, depth=1, num_heads=2, num_classes=3))
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    method = MeanFlow(MeanFlowConfig(omega=0.2, kappa=0.92))
+    draws = method.draw((4, 2, 4, 4), torch.Generator().manual_seed(0))
+    results = []
+    for backend in ("torch", "triton"):
+        with ops.use_backend(backend):
+            loss, _ = method.loss(model.to(DEVICE), randn(0, 4, 2, 4, 4), torch.tensor([0, 1, 2, 0]).to(DEVICE),
+                                  draws._replace(noise=draws.noise.to(DEVICE)))  # fmt: skip
+        results.append([loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))])
+    for expected, actual in zip(*results, strict=True):
+        assert relative_error(actual.cpu(), expected.cpu()) < 1e-5
 
 
 # ----------------------------------------------------------------------------
@@ -709,6 +740,7 @@ def test_static_gate():
     assert all(arch in output for arch in ("sm_80", "sm_90", "sm_100", "3 compiled"))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not LIBRARY.is_file(), reason="the CUDA library was not built, which takes nvcc")
 def test_static_gate_of_the_cuda_library():
     """No stack, and 128 bits at a time over everything that has the parameters' size."""
@@ -737,7 +769,8 @@ def test_static_gate_counts_global_accesses_of_loops():
 def test_static_gate_fails_by_its_exit_code(monkeypatch, capsys):
     row = {"kernel": "k", "arch": "sm_90", "registers": 255, "stack": 8, "shared": 0, "tensor_core": 4, "accesses": {}}
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(sys, "argv", ["static", "--only", "none of the library"])
+    monkeypatch.setattr(sys, "argv", ["static"])
+    monkeypatch.setattr(static, "LIBRARY", Path("nowhere"))
     for faults, code in ((["stack"], 1), ([], 0)):
         monkeypatch.setattr(static, "rows", lambda only, faults=faults: [row | {"faults": faults}])
         assert static.main() == code

@@ -82,7 +82,8 @@ def test_bfloat16_computes_near_float32_and_returns_float32():
     assert all(p.grad.dtype == torch.float32 for p in half.parameters())
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.slow  # `test_ops.py` compiles an op
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiled_blocks_keep_output_tangent_and_gradient(backend):
     """Graphs of Dynamo and AOTAutograd, where a tangent would get lost; Inductor takes a minute of C++."""
     torch._dynamo.reset()

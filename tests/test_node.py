@@ -15,8 +15,8 @@ from mfengine.networks.dit import Block
 from mfengine.ops import Dual
 from mfengine.ops.flops import FlopCounterMode
 
-CONFIG = ModelConfig(input_size=4, patch_size=2, in_channels=2, hidden_size=16, depth=1, num_heads=2, num_classes=3)
-BATCH, DUALS, TOKENS, WIDTH = 3, 1, 4, 16
+CONFIG = ModelConfig(input_size=4, patch_size=2, in_channels=2, hidden_size=16, depth=1, num_heads=1, num_classes=3)
+BATCH, DUALS, TOKENS, WIDTH = 2, 1, 4, 16
 each_op = Block.forward.__wrapped__
 
 

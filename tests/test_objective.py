@@ -96,7 +96,7 @@ class CallRecorder:
     """A network that notes which calls carry tangents."""
 
     def __init__(self):
-        self.network, self.calls = small_model(), []
+        self.network, self.calls = small_model(depth=1), []
         self.num_classes = self.network.num_classes
 
     def __call__(self, *args, **tangents):
@@ -134,6 +134,7 @@ def counted_cost(cfg, batch=256):
     return sum(costs) / len(costs)
 
 
+@pytest.mark.slow  # `test_flops.py` has the cost by its formula
 @pytest.mark.parametrize(
     ("name", "low", "high"),
     [("xl2", 4.0, 4.5), ("l2", 4.0, 4.5), ("unguided", 3.0, 3.4), ("flow matching", 2.8, 3.05)],

@@ -6,6 +6,7 @@ import types
 
 import pytest
 import torch
+from conftest import slow
 from golden_cases import GoldenCase, relative_error
 from torch import nn
 
@@ -110,7 +111,7 @@ def assert_near(optimizer, parameters, reference, bound=1e-6):
                 assert relative_error(optimizer.average(p, decay).cpu(), average) < bound, (p.shape, decay)
 
 
-@pytest.mark.parametrize(("clip_norm", "weight_decay"), [(None, 0.0), (1.0, 0.1)])
+@pytest.mark.parametrize(("clip_norm", "weight_decay"), [slow(None, 0.0), (1.0, 0.1)])
 def test_two_hundred_random_steps(device, clip_norm, weight_decay):
     settings = {"lr": 1e-3, "betas": (0.9, 0.95), "weight_decay": weight_decay}
     parameters = make_parameters(device.type)

@@ -11,8 +11,10 @@ from zipfile import ZipFile
 
 import pytest
 import torch
+from conftest import slow
 
 import mfengine
+from mfengine import info
 
 ROOT = Path(__file__).parent.parent
 PROBE = (
@@ -52,7 +54,7 @@ def source(tmp_path_factory):
 INSTALL = ("-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-build-isolation")
 
 
-@pytest.mark.slow  # `test_wheel_without_nvcc` builds one too
+@pytest.mark.slow
 def test_wheel_of_the_source_distribution(source, tmp_path):
     python("-c", f"from setuptools import build_meta; build_meta.build_sdist({str(tmp_path)!r})", cwd=source)
     (sdist,) = tmp_path.glob("*.tar.gz")
@@ -105,6 +107,7 @@ def test_wheel_with_the_cuda_library(source, tmp_path):
     assert "_FuncPtr" in python("-c", probe, cwd=tmp_path, PYTHONPATH=str(tmp_path / "site"))
 
 
+@pytest.mark.slow
 def test_wheel_without_nvcc(source, tmp_path):
     """A pure one, and a line that says so; an error where the library is demanded."""
     bare = tmp_path / "bin"
@@ -128,11 +131,14 @@ def test_wheel_without_nvcc(source, tmp_path):
     assert wheel.name.endswith("py3-none-any.whl")
 
 
-def test_info(tmp_path):
+@pytest.mark.parametrize("packages", [("amp_C", "flash_attn", "jvp_flash_attention"), slow(tuple(info.OPTIONAL))])
+def test_info(packages, tmp_path, monkeypatch, capsys):
     """What is there, what is not, and what is there and broken."""
     (tmp_path / "amp_C.py").write_text("raise OSError('libcudart.so.11: cannot open shared object file')")
-    out = python("-m", "mfengine.info", cwd=ROOT, PYTHONPATH=str(tmp_path))
-    rows = {line.split()[0]: line.split(None, 1)[1] for line in out.splitlines()}
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(info, "OPTIONAL", {name: info.OPTIONAL[name] for name in packages})
+    info.main([])
+    rows = {line.split()[0]: line.split(None, 1)[1] for line in capsys.readouterr().out.splitlines()}
     assert rows["torch"] == torch.__version__
     assert rows["mfengine"] == mfengine.__version__
     assert rows["apex"] == "installed, but cannot be imported: libcudart.so.11: cannot open shared object file"

@@ -10,11 +10,12 @@ import tarfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
 import torch
-from conftest import kill, run_command, run_in_process
+from conftest import kill, run_command, run_in_process, slow
 from PIL import Image
 
 from mfengine.data.format import BROKEN, Dataset, LatentSpace
@@ -26,24 +27,28 @@ from mfengine.data.vae import VAE
 from mfengine.data.writer import order
 from mfengine.errors import InputError
 
-diffusers = pytest.importorskip("diffusers", reason="diffusers is an extra")
-datasets = pytest.importorskip("sklearn.datasets", reason="scikit-learn is an extra")
-
+pytestmark = pytest.mark.skipif(
+    not find_spec("diffusers") or not find_spec("sklearn"), reason="needs diffusers and scikit-learn"
+)
 CPU = torch.device("cpu")
 COUNT = 120
 
 
 @pytest.fixture(scope="module")
 def photographs():
-    return datasets.load_sample_images().images  # two of 427 x 640
+    from sklearn.datasets import load_sample_images
+
+    return load_sample_images().images  # two of 427 x 640
 
 
 @pytest.fixture(scope="module")
 def pictures(photographs, tmp_path_factory):
     """120 images of mixed sizes and formats in four classes; the last is the digits, grey and 8 x 8."""
+    from sklearn.datasets import load_digits
+
     folder = tmp_path_factory.mktemp("pictures") / "train"
     rng = np.random.default_rng(0)
-    digits = datasets.load_digits().images
+    digits = load_digits().images
     for i in range(COUNT):
         if i % 4 == 3:
             image = Image.fromarray((digits[i] * 15.9).astype(np.uint8))
@@ -68,8 +73,10 @@ def vae(tmp_path_factory):
 
 
 def save_vae(folder, **changes):
+    from diffusers import AutoencoderKL
+
     torch.manual_seed(0)
-    diffusers.AutoencoderKL(
+    AutoencoderKL(
         **{
             "block_out_channels": (8, 8), "down_block_types": ("DownEncoderBlock2D",) * 2,
             "up_block_types": ("UpDecoderBlock2D",) * 2, "latent_channels": 4, "norm_num_groups": 4,
@@ -130,8 +137,10 @@ def pil_crop(image, size):
 
 
 def test_samples_are_the_posteriors_of_the_cropped_images(whole, pictures, vae):
+    from diffusers import AutoencoderKL
+
     dataset = Dataset.open(whole)
-    network = diffusers.AutoencoderKL.from_pretrained(vae)
+    network = AutoencoderKL.from_pretrained(vae)
     files = sorted(str(path.relative_to(pictures)) for path in pictures.rglob("[0-9]*.*"))
     written = samples(dataset)
     assert sorted(written) == list(range(COUNT))
@@ -524,7 +533,8 @@ def crop_by_formula(x, size):
 
 
 @pytest.mark.parametrize(
-    ("width", "height"), [(640, 427), (375, 500), (128, 128), (129, 128), (75, 50), (257, 703), (514, 1027), (600, 3)]
+    ("width", "height"),
+    [(640, 427), (375, 500), (128, 128), (129, 128), (75, 50), (257, 703), (514, 1027), slow(600, 3)],
 )
 def test_crop_is_that_of_adm(photographs, width, height):
     """Within one level of 8 bits: PIL's weights have 22 bits. Of tall images Pillow 13 filters columns first."""
@@ -560,7 +570,9 @@ def test_vae_in_bfloat16_is_near(vae, photographs):
 
 
 def test_hash_of_a_vae_is_of_its_weights(vae, tmp_path):
-    network = diffusers.AutoencoderKL.from_pretrained(vae)
+    from diffusers import AutoencoderKL
+
+    network = AutoencoderKL.from_pretrained(vae)
     network.save_pretrained(tmp_path / "pickled", safe_serialization=False)
     assert VAE(tmp_path / "pickled", CPU).sha256() == VAE(vae, CPU).sha256()
     with torch.no_grad():

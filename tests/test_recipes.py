@@ -5,6 +5,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+from conftest import slow
 from torch.distributed.run import get_args_parser
 
 from benchmarks import scaling
@@ -32,6 +33,7 @@ def test_every_block_is_a_recipe():
     assert len(RECIPES) == PAGE.read_text().count("```python") == 4
 
 
+@pytest.mark.slow
 def test_meanflow_in_a_trainer_of_ones_own():
     names = run("MeanFlow, your network, your trainer")
     assert class_means(names, "labels") == pytest.approx([-1, 1], abs=0.2)
@@ -45,12 +47,13 @@ def test_jvp_through_a_diffusers_model():
     assert all(p.grad is not None for p in names["model"].transformer_blocks.parameters())
 
 
+@pytest.mark.slow
 def test_consistency_with_the_tangent_normalised():
     names = run("continuous-time consistency, with the tangent normalised")
     assert class_means(names, "y") == pytest.approx([-0.5, 0.5], abs=0.1)
 
 
-@pytest.mark.slow  # trains for ten seconds
+@pytest.mark.slow
 def test_terminal_velocity_matching_through_the_tangent():
     names = run("terminal velocity matching, through the tangent")
     assert class_means(names, "labels") == pytest.approx([-1, 1], abs=0.15)
@@ -134,16 +137,15 @@ def test_rows_of_improved_meanflow_are_the_papers():
         assert run.normalisation == "sd-vae-ft-mse"
 
 
-@pytest.mark.parametrize(
-    "row", [IMPROVED_ROWS[0], *(pytest.param(row, marks=pytest.mark.slow) for row in IMPROVED_ROWS[1:])]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("row", IMPROVED_ROWS)
 def test_costs_of_improved_meanflow_are_counted(row):
     run = parse(shlex.split(row[1].strip("`")))[1].run
     cost = step_flops(run.model, run.method, 128) / sample_flops(run.model, run.method)
     assert float(row[6]) == pytest.approx(cost, abs=0.03)
 
 
-@pytest.mark.parametrize("preset", ["b2", "imf-b2"])
+@pytest.mark.parametrize("preset", ["b2", slow("imf-b2")])
 def test_times_are_modelled_as_said(preset):
     """One row of each table: they are all made alike."""
     row = next(row for row in (*ROWS, *IMPROVED_ROWS) if row[1] == f"`mfengine.train {preset}`")

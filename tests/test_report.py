@@ -45,6 +45,7 @@ def test_page_needs_nothing_else_and_says_what_differs(page):
     assert not re.search(r'(src|href)="(?!data:)', html)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
 def test_page_draws_its_curves_in_a_browser(page):
     done = subprocess.run(

@@ -56,6 +56,7 @@ def holder(two_steps, tmp_path):
     process.join()
 
 
+@pytest.mark.forks
 def test_second_job_in_a_run_folder(holder, digits, tmp_path, monkeypatch, capsys):
     """Is refused and touches nothing, until the first has ended, be it by SIGKILL."""
     run, process = holder
@@ -76,6 +77,7 @@ def test_second_job_in_a_run_folder(holder, digits, tmp_path, monkeypatch, capsy
     assert not (run / lock.LOCK).exists()
 
 
+@pytest.mark.forks
 def test_orphan_of_torchrun_is_named(holder):
     run, process = holder
     gone = subprocess.Popen(["true"])
@@ -316,6 +318,7 @@ def train_with_slow_saves(args, cwd):
     fork(*args, cwd=cwd)
 
 
+@pytest.mark.forks
 def test_second_interrupt_leaves_at_once(two_steps, digits, tmp_path):
     """While a checkpoint is being written: one line each, no traceback, and the older checkpoint stays whole."""
     shutil.copytree(two_steps, tmp_path / "runs/digits")
@@ -340,6 +343,7 @@ def test_second_interrupt_leaves_at_once(two_steps, digits, tmp_path):
     load_model(tmp_path / "runs/digits")
 
 
+@pytest.mark.slow  # `test_second_interrupt_leaves_at_once` has the line of training
 def test_interrupted_command_is_one_line(two_steps, digits, tmp_path):
     args = ("mfengine.evaluate", str(two_steps), f"--data={digits}", "--num=100000000")
     process = forks.Process(target=fork, args=args, kwargs={"cwd": tmp_path})

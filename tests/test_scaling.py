@@ -45,6 +45,7 @@ def test_hybrid_reduces_shards_between_nodes(plans):
     assert sent[0] < sent[1]
 
 
+@pytest.mark.slow
 def test_two_processes_do_what_fake_ones_do(tmp_path):
     """gloo between two real processes, with real tensors: the same collectives, byte for byte."""
     done = run_command("scaling_worker", cwd=tmp_path, ranks=2)

@@ -91,8 +91,7 @@ def padded_bert():
     )
 
 
-SLOW = [timm_vit, flux, wan, llama, padded_llama, padded_bert]
-MODELS = [stable_diffusion_3, *(pytest.param(make, marks=pytest.mark.slow) for make in SLOW)]
+MODELS = [timm_vit, stable_diffusion_3, flux, wan, llama, padded_llama, padded_bert]
 
 
 def build(make, dtype):
@@ -126,6 +125,7 @@ def derivative(f, tensors, along, step=3e-3):
     return value
 
 
+@pytest.mark.slow  # their libraries take seconds to import, and `test_backend.py` has a model of diffusers
 @pytest.mark.parametrize("make", MODELS)
 def test_model_in_forward_mode(make):
     model, call, x, dx = build(make, torch.float64)

@@ -55,10 +55,9 @@ def attention(
 
     Raises:
         ValueError: a mask with `is_causal`, or one that requires a gradient inside `one_node`. On the fused path,
-            arguments
-            that the kernels do not support: a head dim that is not a multiple of 8 up to 128, a dtype other than
-            float16, bfloat16 and float32, or shapes, dtypes or devices that do not match. Without a tangent, arguments
-            that the implementation named by `use_attention` does not support.
+            arguments that the kernels do not support: a head dim that is not a multiple of 8 up to 128, a dtype other
+            than float16, bfloat16 and float32, or shapes, dtypes or devices that do not match. Without a tangent,
+            arguments that the implementation named by `use_attention` does not support.
 
     Example:
         >>> import torch
