@@ -625,7 +625,7 @@ STRANGERS = {
     "no Linear": (lambda: with_attributes(Attention(32), qkv=nn.Identity()), "could not be checked: AttributeError"),
     "meta": (lambda: Attention(32).to("meta"), "meta device"),
     "forward of its own": (lambda: with_attributes(Attention(32), forward=lambda x: x), "replaced on the instance"),
-    "drop path": (lambda: DropPath(32), "computes something else than ours in training"),
+    "drop path": (lambda: DropPath(32), "computes something different from ours in training"),
     "scale first": (lambda: ScaleFirst(32), "computes something different"),
     "affine": (lambda: with_attributes(DiTBlock(32), norm2=nn.LayerNorm(32)), "LayerNorm has parameters"),
     "RMSNorm": (lambda: with_attributes(DiTBlock(32), norm1=nn.RMSNorm(32)), "its norm is RMSNorm"),
@@ -685,7 +685,7 @@ def test_accelerate_twice_copy_pickle_and_report():
     model = DiT()
     report = str(accelerate(model))
     assert "swapped 2 (blocks.0, blocks.1): adaLN block" in report
-    assert "left 1 (final_layer): FinalLayer: of no known family" in report
+    assert "left 1 (final_layer): FinalLayer: not a known family" in report
     types = [type(m) for m in model.modules()]
     assert str(accelerate(model)) == report
     assert [type(m) for m in model.modules()] == types
@@ -767,7 +767,7 @@ def test_wrong_tangents_on_the_fused_path():
         (ops.attention, [(heads, heads[:, :2]), (heads, heads), (heads, heads)], r"dq must be of shape \(2, 3, 5, 1"),
         (ops.attention, [(heads.double(), heads.double())] * 3, "q is torch.float64; accepted are"),
         (ops.adaln_modulate, [(x, x[:, :4]), (row, row), (row, row)], r"dx must be \(K, 5, 16\) with K at most 2"),
-        (ops.adaln_modulate, [(x, x), (row, row[:1]), (row, row)], "of one number of rows, not of 2 and 1"),
+        (ops.adaln_modulate, [(x, x), (row, row[:1]), (row, row)], "the same number of rows, not 2 and 1"),
         (ops.gated_residual_adaln, [(x, x), (x, x[..., :1])] + [(row, row)] * 3, r"dy must be of shape \(2, 5, 16\)"),
         (ops.gelu, [(x, torch.zeros(3, 5, 16))], r"dx must be \(K, ...\) like x"),
     )  # fmt: skip

@@ -412,7 +412,7 @@ OPTIONS = [
     case("export runs/digits model.safetensors", says="model.safetensors exists"),
     case("export runs/digits nowhere/x.safetensors", says="nowhere does not exist"),
     case("export runs/digits x.safetensors --ema-decay=0.1", says="decay 0.1"),
-    case("export model.safetensors x.safetensors", says="model.safetensors is an export already"),
+    case("export model.safetensors x.safetensors", says="model.safetensors is already an export"),
     case("export data x.safetensors", says="data must be a checkpoint"),
     case("prepare", says="no command is given"),
     case("prepare digts out", says="the nearest is digits"),

@@ -167,7 +167,7 @@ def test_guard_trips_on_a_slow_op_and_on_an_extra_forward(tmp_path):
 def test_peer_that_is_not_there(tmp_path):
     done = run_benchmarks("--peer=mfengine:nobody", cwd=tmp_path)
     assert done.returncode == 4
-    assert "--peer mfengine:nobody is not MODULE:FUNCTION" in done.stderr
+    assert "--peer must be MODULE:FUNCTION, not mfengine:nobody" in done.stderr
 
 
 def test_split_takes_tangents_as_training_does(monkeypatch):

@@ -641,7 +641,7 @@ def test_weights_that_are_not_finite_are_not_saved(digits, tmp_path):
         (["mfengine.generate", "RUN", "--conditions", "omega", "nan"], "--conditions must be finite, not nan"),
         (["mfengine.evaluate", "RUN", "--data=DATA", "--vae=x"], "--vae needs --reference or --save"),
         (["mfengine.export", "RUN"], "OUT must be given"),
-        (["mfengine.export", "x.safetensors", "y.safetensors"], "x.safetensors is an export already"),
+        (["mfengine.export", "x.safetensors", "y.safetensors"], "x.safetensors is already an export"),
         (["mfengine.prepare", "images", "RUN"], "OUT and --vae must be given"),
         (["mfengine.prepare", "images", "RUN", "RUN/out", "--vae=x"], "/out is in "),
         (["mfengine.prepare", "check", "RUN"], "is a run folder, not a data set"),
@@ -677,7 +677,7 @@ def test_wrong_input_ends_the_process_with_2(tmp_path):
     [
         ([], "holds a run: continue it with --resume auto, or choose another --name"),
         (["--resume=auto", "--model.depth=2"], "has a run with model.depth 1, not 2"),
-        (["--resume=auto", "--seed=7"], "has a run with seed 0, not 7: it cannot be continued so"),
+        (["--resume=auto", "--seed=7"], "has a run with seed 0, not 7, which must not change"),
         (["--resume=auto", "--method.kappa=0.5"], "has a run with method.kappa 0.0, not 0.5"),
         (["--resume=auto", "--optim.ema-decays", "0.9"], "has a run with optim.ema_decays [0.9, 0.5], not [0.9]"),
         (["--name=checkpoints", "--runs=RUN"], "is not a run folder"),

@@ -202,7 +202,7 @@ def test_means_that_cannot_be_read(tmp_path):
 
 @pytest.mark.parametrize(
     ("values", "labels", "message"),
-    [(0.0, [0, 1, 7], "a label outside of 0 to 3"), (np.nan, [0, 1, 2], "means that are not finite")],
+    [(0.0, [0, 1, 7], "a label outside 0 to 3"), (np.nan, [0, 1, 2], "means that are not finite")],
 )
 def test_data_that_training_refuses_is_not_measured(tmp_path, values, labels, message):
     space = LatentSpace((1, 2, 2), num_classes=8)
@@ -463,7 +463,7 @@ def references(made_references, tmp_path):
         (["--reference=good.npz", "--num=9"], "--num must be at least 10 with --reference"),
         (["--reference=nowhere"], "reference nowhere is neither a folder of images nor an .npz file"),
         (["--reference=w.pt"], "reference w.pt is neither"),
-        (["--reference=keys.npz"], "keys.npz has cov, mean; reference statistics are mu and sigma"),
+        (["--reference=keys.npz"], "keys.npz has cov, mean; it needs reference statistics as mu and sigma"),
         (["--reference=mu.npz"], "mu.npz: mu is (64,); for Inception features it must be (2048,)"),
         (["--reference=sigma.npz"], "sigma.npz: sigma is (64, 2048); for Inception features it must be (2048, 2048)"),
         (["--reference=float.npz"], "arr_0 is float64 (5, 8, 8, 3); images must be uint8 (N, H, W, 3)"),

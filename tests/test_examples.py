@@ -83,7 +83,7 @@ def test_checkpoint_of_a_sit_is_taken(run, digits, capsys):
     _, picture = run("finetune_sit", "sit.pt", str(digits), STEPS=1)
     assert picture.std() > 10
     assert "stand-in" not in capsys.readouterr().out
-    with pytest.raises(InputError, match="a checkpoint and a data set, or neither, not 1 argument"):
+    with pytest.raises(InputError, match="a checkpoint and a data set, or no argument at all, not 1 argument"):
         run("finetune_sit", "sit.pt")
 
 

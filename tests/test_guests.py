@@ -207,13 +207,13 @@ def test_wrong_sweeps(swept, run, tmp_path):
         (("--sweep", "t_min=1", "--conditions", "strenth", "2"), "no condition strenth; the nearest is strength"),
         (("--sweep", "strength=1", "--conditions", "strength", "2"), "strength is given twice: omit it from --sweep"),
         (("--sweep", "ema_decay=0.5", "--ema-decay=0.9"), "ema_decay is given twice: omit it from --sweep"),
-        (("--sweep", "steps=1", "--out=other.json"), "other.json is not a list of rows, as a sweep writes it"),
+        (("--sweep", "steps=1", "--out=other.json"), "other.json is not a list of rows written by a sweep"),
     ):
         code, _, err = swept(*args)
         assert (code, err.count("\n"), message in err) == (2, 1, True), err
     for args, message in (
         (("--sweep", "steps=1"), "x.safetensors is not in a run folder: give --out to name the file"),
-        (("--sweep", "ema_decay=0.5", "--out=x.json"), "x.safetensors is an export, which holds one moving average"),
+        (("--sweep", "ema_decay=0.5", "--out=x.json"), "x.safetensors is an export with only one moving average"),
     ):
         code, _, err = run("mfengine.evaluate", "x.safetensors", "--data=data", *args)
         assert (code, err.count("\n"), message in err) == (2, 1, True), err
