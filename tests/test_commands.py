@@ -165,7 +165,7 @@ def test_export_holds_the_average_and_its_configuration(trained, tmp_path):
     assert not all(torch.equal(a, b) for a, b in zip(first.parameters(), averaged.parameters(), strict=True))
     again = run_command("mfengine.export", run, out, cwd=tmp_path)
     assert again.returncode == 2
-    assert "exists: choose another name" in again.stderr
+    assert "already exists: choose another name" in again.stderr
 
 
 def test_sample_draws_the_same_from_run_checkpoint_and_export(trained, tmp_path):
@@ -643,7 +643,7 @@ def test_weights_that_are_not_finite_are_not_saved(digits, tmp_path):
         (["mfengine.export", "RUN"], "OUT must be given"),
         (["mfengine.export", "x.safetensors", "y.safetensors"], "x.safetensors is already an export"),
         (["mfengine.prepare", "images", "RUN"], "OUT and --vae must be given"),
-        (["mfengine.prepare", "images", "RUN", "RUN/out", "--vae=x"], "/out is in "),
+        (["mfengine.prepare", "images", "RUN", "RUN/out", "--vae=x"], "/out is inside the source "),
         (["mfengine.prepare", "check", "RUN"], "is a run folder, not a data set"),
         (["mfengine.info", "extra"], "unexpected argument extra"),
     ],
@@ -719,7 +719,7 @@ def test_checkpoint_of_another_architecture(trained, tmp_path, monkeypatch, caps
     [
         ({"step": "x"}, 'step is "x", not an integer'),
         ({"step": -1}, "step must be at least 0, not -1"),
-        ({"ema_decays": []}, "ema_decays must be one or more numbers"),
+        ({"ema_decays": []}, "ema_decays must not be empty"),
         ({"network": "unet"}, "there is no network unet; there are dit"),
         ({"network": ["dit"]}, "there is no network"),
         ({"model": {"depth": None}}, "model.depth is null, not an integer"),

@@ -459,7 +459,7 @@ def references(made_references, tmp_path):
         (["--data=DATA", "--device=cuda"], "--device cuda is unavailable"),
         (["--data=LATENTS"], "holds latents of (4, 8, 8); the model takes (1, 8, 8)"),
         (["--save=images"], "images is not an empty folder"),
-        (["--save=good.npz"], "good.npz exists: choose another name"),
+        (["--save=good.npz"], "good.npz already exists: choose another name"),
         (["--reference=good.npz", "--num=9"], "--num must be at least 10 with --reference"),
         (["--reference=nowhere"], "reference nowhere is neither a folder of images nor an .npz file"),
         (["--reference=w.pt"], "reference w.pt is neither"),
@@ -531,7 +531,7 @@ def test_reference_image_that_is_broken_or_of_another_size(references, tmp_path)
     Image.new("RGB", (9, 8)).save(tmp_path / "images/4.png")
     folder = ImageFolder(tmp_path / "images")
     assert folder.read(range(4)).shape == (4, 3, 8, 8)
-    with pytest.raises(RankError, match=r"4.png is 9 x 8, 0.png is 8 x 8: crop all images to one size"):
+    with pytest.raises(RankError, match=r"4.png is 9 x 8, but 0.png is 8 x 8: crop all images to one size"):
         folder.read(range(3, 5))
     (tmp_path / "images/2.png").write_bytes((tmp_path / "images/2.png").read_bytes()[:60])
     with pytest.raises(RankError, match=r"cannot read .*2.png"):
@@ -604,7 +604,7 @@ class Missing:
     ("content", "message"),
     [
         (None, "--reference needs the torch-fidelity library: pip install 'mfengine[fid]'"),
-        ("import torchvision_of_another_torch", "does not import: No module named 'torchvision_of_another_torch'"),
+        ("import torchvision_of_another_torch", "its import fails: No module named 'torchvision_of_another_torch'"),
         ("raise RuntimeError('operator torchvision::nms does not exist')", "operator torchvision::nms does not exist"),
     ],
 )

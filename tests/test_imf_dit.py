@@ -146,7 +146,7 @@ def test_initial_network_is_zero_and_its_weights_have_the_authors_scale():
         ({"head_depth": 3}, "head_depth must be at least 1 and less than the depth 3, not 3"),
         ({"hidden_size": 21, "num_heads": 3}, "rotary positions need an even number"),
         ({"time_tokens": 0}, "time_tokens must be at least 1"),
-        ({"patch_size": 4}, "input_size 6 must be a multiple of patch_size 4"),
+        ({"patch_size": 4}, "input_size 6 is not a multiple of patch_size 4"),
     ],
 )
 def test_bad_architecture(changes, message):

@@ -149,9 +149,9 @@ def test_initial_network_is_zero_and_its_weights_have_the_reference_scale():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"patch_size": 4}, "input_size 6 must be a multiple of patch_size 4"),
-        ({"num_heads": 5}, "hidden_size 24 must be a multiple of num_heads 5"),
-        ({"hidden_size": 6}, "hidden_size 6 must be a multiple of 4"),
+        ({"patch_size": 4}, "input_size 6 is not a multiple of patch_size 4"),
+        ({"num_heads": 5}, "hidden_size 24 is not a multiple of num_heads 5"),
+        ({"hidden_size": 6}, "hidden_size 6 is not a multiple of 4"),
         ({"depth": 0}, "depth must be at least 1"),
     ],
 )

@@ -39,9 +39,9 @@ class TransformerConfig(NetworkConfig):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.input_size % self.patch_size:
-            raise ValueError(f"input_size {self.input_size} must be a multiple of patch_size {self.patch_size}")
+            raise ValueError(f"input_size {self.input_size} is not a multiple of patch_size {self.patch_size}")
         if self.hidden_size % self.num_heads:
-            raise ValueError(f"hidden_size {self.hidden_size} must be a multiple of num_heads {self.num_heads}")
+            raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
