@@ -1,4 +1,4 @@
-"""What tests share: the digits as a data set, and commands run as a user runs them."""
+"""Shared by the tests: the digits as a data set, and functions that run commands as a user does."""
 
 import contextlib
 import fcntl
@@ -16,7 +16,7 @@ import warnings
 from pathlib import Path
 from unittest import mock
 
-os.environ["OMP_NUM_THREADS"] = "1"  # tests run in several processes, and sums round by the number of threads
+os.environ["OMP_NUM_THREADS"] = "1"  # tests run in several processes, and sums depend on the number of threads
 
 import pytest
 
@@ -24,9 +24,9 @@ ROOT = Path(__file__).parent.parent
 
 
 def _patch_triton_once():
-    """Make Triton's interpreter patch its language once a launch, not once a call of a device function.
+    """Make Triton's interpreter patch its language once per launch instead of once per call of a device function.
 
-    It is 2.4 times as fast so; and it looks up each dtype once.
+    This makes it 2.4 times as fast, and it looks up each dtype only once.
     """
     try:
         import triton.language as tl
@@ -46,7 +46,7 @@ def _patch_triton_once():
 
 
 def pytest_configure(config):
-    """Import what takes seconds in the processes alone that collect and run tests, not in the one that starts them."""
+    """Import slow modules only in the processes that collect and run tests, not in the one that starts them."""
     if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
         return
     import torch
@@ -60,10 +60,10 @@ def pytest_configure(config):
 def run_command(*args, cwd, ranks=1, env=None, timeout=300, stdout=None, meanwhile=None):
     """Run `python -m ...`, under torchrun for several ranks, on one thread per rank.
 
-    Without an environment of its own in this process, since to import the commands takes longer than most of them do.
-    Several ranks, and a command of which `stdout` goes to a file or that runs while `meanwhile` is called with its
-    process, are forks of a process that has imported the commands. torchrun's own agent starts and watches several
-    ranks. CUDA does not work in forks.
+    Without `env`, a single command runs in this process, because importing the commands takes longer than most of them.
+    Several ranks, and a command with `stdout` or `meanwhile`, are forks of a process that has imported the commands.
+    `stdout` names a file; `meanwhile` is called with the running process. torchrun's own agent starts and watches
+    several ranks. CUDA does not work in forks.
     """
     import torch
 
@@ -129,7 +129,7 @@ def run_in_fork(args, cwd, ranks, environment, files):
 
 
 def run_module(args):
-    """As `python -m` does, in a process that may have imported the module before."""
+    """Like `python -m`, in a process that may have imported the module before."""
     sys.argv = list(args)
     sys.path.insert(0, "")
     warnings.filterwarnings("ignore", ".* found in sys.modules after import", RuntimeWarning)
@@ -137,11 +137,11 @@ def run_module(args):
         runpy.run_module(args[0], run_name="__main__", alter_sys=True)
     except SystemExit as stop:
         if stop.code:
-            raise  # torchrun's agent waits for a result of those that end well
+            raise  # torchrun's agent waits for results of ranks that succeed
 
 
 def run_here(*args, cwd):
-    """A command in this process."""
+    """Run a command in this process."""
     streams = [io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True) for _ in range(2)]
     with contextlib.chdir(cwd), mock.patch.object(sys, "argv", list(args)), warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".* found in sys.modules after import", RuntimeWarning)
@@ -155,7 +155,7 @@ def run_here(*args, cwd):
 
 
 def kill(process):
-    """SIGKILL to torchrun, then to the processes it started, which would live on."""
+    """SIGKILL torchrun, then the processes it started, which would otherwise survive."""
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     for pid in (process.pid, *map(int, children)):
         os.kill(pid, signal.SIGKILL)
@@ -163,7 +163,7 @@ def kill(process):
 
 
 def run_in_process(*args, cwd, monkeypatch, capsys):
-    """As `run_command`, what the test patches included: (exit code, stdout, stderr)."""
+    """Like `run_command`, but with the test's monkeypatches: (exit code, stdout, stderr)."""
     monkeypatch.chdir(cwd)
     monkeypatch.setattr(sys, "argv", list(map(str, args)))
     with pytest.raises(SystemExit) as stop:
@@ -173,7 +173,7 @@ def run_in_process(*args, cwd, monkeypatch, capsys):
 
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory):
-    """A folder with the digits, as the command writes them, once for all processes of pytest-xdist."""
+    """A folder with the digits, written by the command, once for all processes of pytest-xdist."""
     shared = tmp_path_factory.getbasetemp()
     folder = (shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared) / "digits"
     with open(f"{folder}.lock", "w") as lock:
@@ -185,13 +185,13 @@ def digits(tmp_path_factory):
 
 
 def pytest_collection_modifyitems(items):
-    """Tests that fork come first, and so to one of two workers, which alone starts the process that they fork from."""
+    """Tests that fork come first, so that one worker runs them all and only it starts the process to fork from."""
     items.sort(key=lambda item: item.get_closest_marker("forks") is None)
 
 
 @pytest.fixture(scope="session")
 def host_library(tmp_path_factory):
-    """The CUDA library's interface and arithmetic, compiled by the C++ compiler for tensors on the CPU."""
+    """The CUDA library's interface and arithmetic, compiled for tensors on the CPU by the C++ compiler."""
     cmake = shutil.which("cmake", path=os.pathsep.join([os.environ["PATH"], str(Path(sys.executable).parent)]))
     if cmake is None or not any(map(shutil.which, ("c++", "g++", "clang++"))):
         pytest.skip("needs cmake and a C++ compiler")
@@ -206,7 +206,7 @@ def host_library(tmp_path_factory):
 
 
 def slow(*values):
-    """Parameters of a case that `make test-all` alone takes."""
+    """Parameters of a case that runs only in `make test-all`."""
     return pytest.param(*values, marks=pytest.mark.slow)
 
 
@@ -218,7 +218,7 @@ SMALL = (
 
 
 def checkpoint_contents(path):
-    """All that a checkpoint, or a run's newest, holds, as {path: tensor or value}."""
+    """The contents of a checkpoint, or of a run's newest one, as {path: tensor or value}."""
     import torch
     from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 

@@ -1,4 +1,4 @@
-"""The objective with networks that have no explicit tangents: agreement, calls, wrappers, and what is refused."""
+"""The objective with networks that have no explicit tangents: agreement, calls, wrappers, errors."""
 
 import pytest
 import torch
@@ -56,7 +56,7 @@ def test_agreement_with_the_papers_own_code(name):
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
 def test_calls(share):
-    """A JVP for interval rows alone; the same calls whatever was drawn, never with zero rows."""
+    """Only interval rows go through a JVP; the sequence of calls is always the same, and never has zero rows."""
     guidance, sequences = set(), set()
     for seed in range(8):
         network = stranger()
@@ -67,7 +67,7 @@ def test_calls(share):
     expected = [(rows, jvp) for rows, jvp in ((8 - interval, False), (interval, True)) if rows]
     assert sequences == {tuple(expected)}
     assert {jvp for _, jvp in guidance} == {False}
-    assert len(guidance) > 1  # the rows in it differ
+    assert len(guidance) > 1  # its number of rows varies
 
 
 def test_zero_guided_rows():
@@ -90,7 +90,7 @@ def test_a_function_is_a_network():
 
 @pytest.mark.slow
 def test_compiled_network():
-    """Compiled where there is no JVP; under it, the network inside runs as it is."""
+    """The compiled network runs without a JVP; under a JVP, the network inside runs uncompiled."""
     expected = gradients(reference := stranger(), reference.parameters())
     network = stranger()
     compiled = torch.compile(network, backend="eager")
@@ -107,7 +107,7 @@ def test_attention_of_pytorch():
 
 
 def test_autocast():
-    """Every parameter has a gradient, though guidance has cast the weights without one before."""
+    """Every parameter gets a gradient, although guidance has cast the weights without one before."""
     expected = gradients(reference := stranger(), reference.parameters())
     network = stranger()
     with torch.autocast("cpu", torch.bfloat16):
@@ -119,7 +119,7 @@ def test_autocast():
 
 
 # ----------------------------------------------------------------------------
-# What is refused, and what the message says to do.
+# Errors, and the remedies in their messages.
 
 
 class Function(torch.autograd.Function):
@@ -133,7 +133,7 @@ class Function(torch.autograd.Function):
 
 
 class Around(nn.Module):
-    """A network with something done to its output, or to its call."""
+    """A network with a function applied to its output or its call."""
 
     num_classes = 3
 

@@ -1,4 +1,4 @@
-"""Every implementation of attention by the same tests: alone, compiled; and which one is chosen."""
+"""Every implementation of attention in the same tests, eager and compiled; and the choice between them."""
 
 import itertools
 import json
@@ -27,7 +27,7 @@ BOUNDS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 8e-3, torch.
 
 
 def flash_attn_func(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, deterministic=False):
-    """As flash-attn documents it: (B, N, H, d), half precision."""
+    """flash-attn's function as documented: (B, N, H, d), half precision."""
     assert q.dtype in (torch.float16, torch.bfloat16)
     assert q.stride(-1) == k.stride(-1) == v.stride(-1) == 1
     assert not causal
@@ -38,7 +38,7 @@ def flash_attn_func(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, de
 
 @pytest.fixture(autouse=True)
 def _with_flash_attn(monkeypatch):
-    """The package where it is installed, and else what is documented of it, on any device."""
+    """Use the package if it is installed; otherwise a stand-in that follows its documentation, on any device."""
     forget()
     if choice._does_not_import("flash_attn"):
         module = ModuleType("flash_attn")
@@ -58,7 +58,7 @@ def forget():
 
 def takes(name, dtype, dim):
     if name == "triton" and DEVICE == "cpu" and dtype == torch.bfloat16:
-        return False  # Triton's interpreter multiplies it wrongly
+        return False  # Triton's interpreter computes it wrongly
     return choice.why_not(name, torch.device(DEVICE), dtype, dim) is None
 
 
@@ -71,12 +71,12 @@ def packed(x):
 
 
 def strided(q, k, v):
-    """Heads as every other channel, and queries that are not as many as keys."""
+    """Heads that take every other channel, and fewer or more queries than keys."""
     return ops.attention(q[..., ::2], k[..., ::2], v[..., ::2], scale=0.3)
 
 
 def from_projection(x):
-    """As a projection leaves them: views of one product."""
+    """Heads as views of one product, as a projection returns them."""
     q, k, v = x.unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
     return ops.attention(q, k[:, :, 1:], v[:, :, 1:])
 
@@ -86,7 +86,7 @@ def rotary(x, q_weight, k_weight):
 
 
 def rotary_rows(x, q_weight, k_weight):
-    """Of tokens as rows."""
+    """With tokens as rows."""
     return ops.rotary_attention(x.flatten(0, 1), q_weight, k_weight, 2, x.shape[1])
 
 
@@ -113,10 +113,10 @@ def forward_and_gradients(op, arguments):
 
 
 # ----------------------------------------------------------------------------
-# Alone: no row has a tangent.
+# Without tangents.
 
 
-# Of Triton, what other cases show too.
+# Triton runs only the cases that show something new.
 REPEATED = (
     *((case, torch.float16) for case in ("packed, one token", "rotary", "strided", "views")),
     *((case, torch.float32) for case in ("packed", "views")),
@@ -146,12 +146,12 @@ def test_forward_and_gradients(case, dtype, name):
             actual.append(op(*arguments))
     for a, e in zip(actual, [*exact, exact[0]], strict=True):
         assert (a.dtype, a.shape) == (dtype, e.shape)
-        if e.norm() > 1e-6:  # of one token, nothing depends on the scores
+        if e.norm() > 1e-6:  # with one token, nothing depends on the scores
             assert relative_error(a.cpu(), e.cpu()) <= BOUNDS[dtype]
 
 
 class Operators(TorchDispatchMode):
-    """Names of the operators that run."""
+    """Records the names of operators that run."""
 
     def __init__(self):
         super().__init__()
@@ -181,11 +181,11 @@ def test_no_rows(name):
 
 @pytest.mark.slow  # `test_ops.py` compiles an op
 @pytest.mark.parametrize(
-    ("name", "dynamic"),  # that flash-attn compiles is its own matter
+    ("name", "dynamic"),  # flash-attn's own compilation is not our concern
     [("torch", True), ("triton", True), ("sdpa", True), ("triton", False)],
 )
 def test_compiled(name, dynamic):
-    """One graph, for any number of rows and tokens, and another when another attention is asked for."""
+    """One graph for any number of rows and tokens, and a new graph after another attention is chosen."""
     torch._dynamo.reset()
     compiled = torch.compile(packed, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     with ops.use_backend("torch"):
@@ -218,7 +218,7 @@ def test_transforms_and_forward_mode_take_no_notice(name):
 
 
 # ----------------------------------------------------------------------------
-# Which one is chosen.
+# The choice.
 
 
 @pytest.mark.parametrize(
@@ -231,7 +231,7 @@ def test_transforms_and_forward_mode_take_no_notice(name):
         ("triton", "torch", "torch"),
     ],
 )
-@pytest.mark.parametrize("dim", [16, 12, 136])  # kernels take the first
+@pytest.mark.parametrize("dim", [16, 12, 136])  # kernels support only the first
 def test_choice_without_a_tangent(backend, asked, expected, dim):
     q = torch.zeros(1, 1, 2, dim, device=DEVICE)
     with ops.use_backend(backend), ops.use_attention(asked):
@@ -240,7 +240,7 @@ def test_choice_without_a_tangent(backend, asked, expected, dim):
 
 @pytest.mark.parametrize("asked", [name if name == "sdpa" else slow(name) for name in NAMES])
 def test_backend_decides_where_there_is_a_tangent(asked, monkeypatch):
-    """Rows without a tangent beside those with one, and the backward of all, are by the kernels then."""
+    """Then the kernels compute all rows, with and without a tangent, and their backward."""
     calls = []
 
     def recorded(name):
@@ -300,11 +300,11 @@ def test_triton_without_a_gpu_or_its_interpreter(monkeypatch):
 
 # ----------------------------------------------------------------------------
 # Causal, masks, grouped queries, cross lengths and sequences: output, tangent and gradients of both, fused, against
-# plain PyTorch in float64, which is compared with PyTorch's own attention.
+# plain PyTorch in float64. Plain PyTorch is compared with PyTorch's own attention.
 
 
 def bool_mask(*shape):
-    """Of which query 3 sees nothing, and queries from 17 on neither."""
+    """A mask in which query 3 and queries from 17 on see nothing."""
     mask = torch.rand(shape, generator=torch.Generator().manual_seed(1)) > 0.4
     mask[..., 3, :] = False
     mask[..., 17:, :] = False
@@ -312,7 +312,7 @@ def bool_mask(*shape):
 
 
 def bias(*shape):
-    """Of which the first five keys alone are seen, and by query 4 none."""
+    """A bias with which only the first five keys are visible, and query 4 sees none."""
     term = randn(9, *shape)
     term[..., 5:] = -torch.inf
     term[..., 4, :] = -torch.inf
@@ -339,7 +339,7 @@ def arguments(name, dtype=torch.float32):
 
 
 def arguments_of(dim, queries, keys, heads, key_heads, dtype=torch.float32):
-    """Primals of two samples, tangents of the last, and weights of output and tangent."""
+    """Primals of two samples, tangents of the last one, and weights for output and tangent."""
     shapes = [(heads, queries, dim), (key_heads, keys, dim), (key_heads, keys, dim)]
     primals = [randn(i, 2, *shape, dtype=dtype) for i, shape in enumerate(shapes)]
     tangents = [randn(3 + i, 1, *shape, dtype=dtype) for i, shape in enumerate(shapes)]
@@ -361,7 +361,7 @@ def assert_close(actual, exact, bound=1e-5):
         if e.norm() > 1e-9:
             assert relative_error(a.cpu(), e.cpu()) <= bound, i
         else:
-            assert a.abs().max() <= 2e-6, i  # of values of order 1
+            assert a.abs().max() <= 2e-6, i  # values have order 1
 
 
 def double(x):
@@ -379,7 +379,7 @@ def assert_fused_equals_plain(given, options, through=True):
 
 @pytest.mark.parametrize(
     ("name", "through"),
-    [  # few queries and a padded block of keys take every branch of the kernels
+    [  # few queries and a padded block of keys cover every branch of the kernels
         *((name, True) if name.startswith("few") else slow(name, True) for name in VARIANTS),
         ("few, causal, grouped", False),
         slow("term of each head", False),
@@ -395,7 +395,7 @@ def test_gradients_of_output_and_tangent(name, through):
     [*itertools.product([16, 24, 64, 72, 80, 96, 128], [1, 17, 100]), *itertools.product([16, 72, 128], [257])],
 )
 def test_gradients_over_head_dims_and_lengths(dim, length, monkeypatch):
-    """More than one of the smallest blocks in tiles of 128, since the interpreter takes its time by the program."""
+    """Lengths beyond the smallest block, in tiles of 128: the interpreter's time grows with the number of programs."""
     if length > 17:
         for module in (kernel, attention_tangent):
             for configs in module.CONFIGS.values():
@@ -447,7 +447,7 @@ def test_gradients_through_the_tangent_repeat_bit_for_bit():
 
 
 def test_gradients_through_the_tangent_in_half_precision():
-    """Of heads of 72: a tail, and keys and values in launches of their own."""
+    """Head dim 72 has a tail, and separate launches for keys and values."""
     shapes = [(1, 1, 17, 72)] * 8
     x = [randn(i, *shape, dtype=torch.float16) for i, shape in enumerate(shapes)]
     exact = through_tangent("torch", *([y.double() for y in ys] for ys in (x[:3], x[3:6], x[6:])), ops.attention)
@@ -470,7 +470,7 @@ def test_packed_gradients_through_the_tangent(rows):
 
 @pytest.mark.parametrize("is_causal", [slow(False), True])
 def test_sequences_equal_each_alone(is_causal):
-    """One of them has no keys, another nothing at all."""
+    """One sequence has no keys, another has nothing at all."""
     lengths_q, lengths_k = (7, 0, 13), (0, 0, 33)
     cu_q, cu_k = (
         torch.tensor([0, *lengths], device=DEVICE).cumsum(0).int() for lengths in (lengths_q, lengths_k)
@@ -556,7 +556,7 @@ def test_wrong_groups_and_sequences():
 def test_flops_of_causal_attention_and_of_the_backward_through_the_tangent():
     from mfengine.ops.attention import ATTENTION
 
-    q, k = (1, 1, 3, 2), (1, 1, 2, 2)  # three queries see one, two and two keys
+    q, k = (1, 1, 3, 2), (1, 1, 2, 2)  # three queries that see one, two and two keys
     assert ATTENTION.flops(q, k, k, None, True, None) == tuple(2 * 5 * 2 * n for n in (2, 4, 7))
     assert ATTENTION.flops(q, k, k, None, False, None) == tuple(2 * 6 * 2 * n for n in (2, 4, 7))
     assert ATTENTION.backward_dual_flops(q, k, k, q, k, k, None, True, None) == 2 * 5 * 2 * 21

@@ -1,4 +1,4 @@
-"""The fast backend inside other people's models: jvp_attention, accelerate, and the public ops."""
+"""The fast backend inside any PyTorch model: jvp_attention, accelerate, and the public ops."""
 
 import copy
 import doctest
@@ -29,7 +29,7 @@ BACKENDS = pytest.mark.parametrize("backend", ["torch", "triton"])
 
 
 class Attention(nn.Module):
-    """After timm's: attention by PyTorch's function, or written out if not fused_attn."""
+    """Like timm's: attention with PyTorch's function, or written out unless fused_attn."""
 
     def __init__(self, dim, num_heads=2, qk_norm=False, attn_drop=0.0):
         super().__init__()
@@ -91,7 +91,7 @@ class FinalLayer(nn.Module):
 
 
 class DiT(nn.Module):
-    """Tokens are pixels; SiT is the same with a norm on queries and keys here, and the velocity's sign turned."""
+    """Tokens are pixels. Here, SiT is the same with normalised queries and keys and the opposite sign."""
 
     def __init__(self, dim=32, depth=2, sign=1.0, **attention):
         super().__init__()
@@ -111,7 +111,7 @@ class DiT(nn.Module):
 
 
 class Diffusers(nn.Module):
-    """diffusers' DiT, called as the others are."""
+    """diffusers' DiT, with the calling convention of the others."""
 
     def __init__(self, depth=2, **config):
         super().__init__()
@@ -120,7 +120,7 @@ class Diffusers(nn.Module):
             num_attention_heads=2, attention_head_dim=16, num_layers=depth, sample_size=8, patch_size=2,
             num_embeds_ada_norm=10, **config,
         )  # fmt: skip
-        self.eval()  # in training it drops labels
+        self.eval()  # training mode drops labels
 
     def forward(self, z, t, y):
         return self.model(z, timestep=t * 1000, class_labels=y).sample
@@ -148,7 +148,7 @@ def velocity(model):
 
 
 def plain(model):
-    """A copy with attention written out in products and a softmax."""
+    """A copy with attention written out as products and a softmax."""
     model = copy.deepcopy(model)
     for module in model.modules():
         if hasattr(module, "fused_attn"):
@@ -159,7 +159,7 @@ def plain(model):
 
 
 def run(model, primals, tangents, transform=lambda f: f):
-    """Output, tangent, and the gradients of a loss as MeanFlow's."""
+    """Output, tangent, and the gradients of a loss like MeanFlow's."""
     model.zero_grad()
 
     def f(primals, tangents):
@@ -183,7 +183,7 @@ def compiled(f):
 
 
 # ----------------------------------------------------------------------------
-# Their models in forward mode.
+# These models in forward mode.
 
 
 @NAMES
@@ -222,7 +222,7 @@ def test_accelerated(name, backend):
         assert_near(run(model, primals, tangents), expected)
 
 
-# What is compiled is slow: the compiler takes seconds to import, and `test_ops.py` compiles one op.
+# Compiled tests are slow: the compiler takes seconds to import, and `test_ops.py` compiles one op.
 
 
 @pytest.mark.slow
@@ -248,7 +248,7 @@ def test_compiled_with_jvp_attention_around():
     f = compiled(lambda p, t: jvp(velocity(model), p, t))
     with jvp_attention():
         assert_near(run(model, primals, tangents, lambda _: f), expected)
-    with pytest.raises(Exception, match="forward AD"):  # the context is over, and the graph not used again
+    with pytest.raises(Exception, match="forward AD"):  # outside the context, the graph is not reused
         f(primals, tangents)
 
 
@@ -267,7 +267,7 @@ def test_compiled_accelerated(name, backend):
 @pytest.mark.slow
 @BACKENDS
 def test_jvp_of_a_compiled_model(backend):
-    """torch.func.jvp leaves compiled code for eager there; torch.autograd.forward_ad likewise."""
+    """There, torch.func.jvp and torch.autograd.forward_ad run compiled code eagerly."""
     model, primals, tangents = build("DiT", depth=1)
     u, du, *_ = run(plain(model), primals, tangents)
     f = torch.compile(velocity(model), backend="aot_eager")
@@ -280,7 +280,7 @@ def test_jvp_of_a_compiled_model(backend):
 
 
 # ----------------------------------------------------------------------------
-# The function, with all that it takes.
+# The function with all of its options.
 
 
 def randn(seed, *shape):
@@ -325,7 +325,7 @@ def duals(shapes):
     return tuple(randn(i, *s) for i, s in enumerate(shapes)), tuple(randn(50 + i, *s) for i, s in enumerate(shapes))
 
 
-# Dynamo traces options alike: one for a mask, grouped heads, an odd head dim and other dimensions.
+# Dynamo traces options alike: one case each for a mask, grouped heads, an odd head dim and other dimensions.
 COMPILED = ("boolean mask", "gqa, causal", "head dim 12", "3-D")
 
 
@@ -352,7 +352,7 @@ def test_options(name, how):
     assert_near(actual, expected)
 
 
-ALIKE = ("cross", "scale", "causal", "float mask", "gqa, causal")  # combinations of which the others have the parts
+ALIKE = ("cross", "scale", "causal", "float mask", "gqa, causal")  # combinations whose parts are in other cases
 
 
 @pytest.mark.parametrize("name", [slow(name) if name in ALIKE else name for name in OPTIONS])
@@ -370,7 +370,7 @@ def test_options_with_the_fused_path_forced(name):
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_auto_fuses_what_the_kernels_take(name, monkeypatch):
-    """As on a GPU, with a mark in place of the fused op."""
+    """As on a GPU, with a marker in place of the fused op."""
     fused = []
     monkeypatch.setattr(sdpa, "fused", lambda x: True)
 
@@ -449,7 +449,7 @@ def test_transforms(name):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
-@pytest.mark.parametrize("name", sorted(TRANSFORMS.keys() - {"vmap of jvp"}))  # that no compiler of PyTorch 2.13 takes
+@pytest.mark.parametrize("name", sorted(TRANSFORMS.keys() - {"vmap of jvp"}))  # which PyTorch 2.13 cannot compile
 def test_compiled_transforms(name):
     transform = TRANSFORMS[name]
     x, dx = randn(0, 1, 2, 3, 8), randn(1, 1, 2, 3, 8)
@@ -485,7 +485,7 @@ def test_compiled_multi_head_attention_of_pytorch(backend):
 
 
 class Operators(TorchDispatchMode):
-    """The names of the operators that run inside."""
+    """Records the names of operators that run inside."""
 
     def __init__(self):
         super().__init__()
@@ -516,7 +516,7 @@ def test_autocast_casts_as_for_pytorchs():
 
 
 def test_a_warning_tells_once(monkeypatch):
-    """Where kernels run."""
+    """On a device where kernels run."""
     sdpa._warn_plain.cache_clear()
     primals, tangents = duals(SELF)
     f = lambda *x: F.scaled_dot_product_attention(*x, dropout_p=0.1)  # noqa: E731
@@ -531,7 +531,7 @@ def test_a_warning_tells_once(monkeypatch):
 
 @pytest.mark.parametrize("backend", ["torch", slow("triton")])
 def test_masks_with_a_gradient_and_rows_without_keys(backend):
-    """Their gradients are finite, also through the tangent, and that of the mask is not lost."""
+    """Gradients are finite, also through the tangent, and the mask's gradient is kept."""
     (q, k, v), tangents = duals(SELF)
     bias = randn(5, 5, 5).masked_fill(~MASK, -torch.inf)
     bias[1] = -torch.inf
@@ -550,7 +550,7 @@ def test_masks_with_a_gradient_and_rows_without_keys(backend):
 
 @pytest.mark.parametrize("how", ["func", "forward_ad"])
 def test_gradients_through_the_tangent_of_layer_norm(how):
-    """PyTorch's own are wrong."""
+    """PyTorch's own gradients are wrong."""
     x, dx, weight, bias = randn(0, 2, 5, 4), randn(1, 2, 5, 4), randn(2, 5, 4), randn(3, 5, 4)
 
     def written(x, weight, bias):
@@ -577,7 +577,7 @@ def test_gradients_through_the_tangent_of_layer_norm(how):
 
 
 # ----------------------------------------------------------------------------
-# What accelerate swaps, and what it leaves.
+# Modules that accelerate swaps or leaves.
 
 
 class Causal(Attention):
@@ -676,7 +676,7 @@ def test_one_configuration_is_checked_once(monkeypatch):
     model = DiT(depth=5)
     model.blocks[3].attn.scale = 1.0
     swaps = accelerate(model)
-    assert len(checked) == 4  # of block and attention, of those of block 3
+    assert len(checked) == 4  # a block and its attention, and those of block 3
     assert swaps.swapped.keys() == {f"blocks.{i}" for i in range(5)} | {f"blocks.{i}.attn" for i in (0, 1, 2, 4)}
     assert swaps.left.keys() == {"blocks.3.attn", "final_layer"}
 
@@ -717,7 +717,7 @@ def test_a_mask_and_dropout_after_accelerate():
 
 
 def test_arguments_by_name():
-    """By their names in the old forward, whatever these are."""
+    """Arguments go by their names in the old forward."""
 
     class Block(DiTBlock):
         def forward(self, tokens, condition, extra=None):

@@ -1,6 +1,6 @@
-"""Wrong input and failing disks, over all commands: one line and exit code 2, nothing lost, nothing overwritten.
+"""Wrong input and failing disks, for all commands: one line and exit code 2, nothing lost, nothing overwritten.
 
-`pytest tests/test_bad_input.py -m "" -s` prints the table: each command, its exit code, and the line that it ends with.
+`pytest tests/test_bad_input.py -m "" -s` prints the table: each command, its exit code, and its last line.
 """
 
 import hashlib
@@ -22,11 +22,11 @@ from conftest import SMALL, run_command
 from PIL import Image
 
 # ----------------------------------------------------------------------------
-# What is done to the inputs before a command runs.
+# Damage to the inputs before a command runs.
 
 
 def edit(path, **changes):
-    """Change values of a JSON file, nested ones as outer__inner; an ellipsis removes one."""
+    """Change values of a JSON file; outer__inner names a nested one, and an ellipsis removes a value."""
 
     def apply():
         values = json.loads(Path(path).read_text())
@@ -44,7 +44,7 @@ def edit(path, **changes):
 
 
 def put(path, content=""):
-    """Write a file in the place of what is there."""
+    """Replace whatever is there with a file."""
 
     def apply():
         if Path(path).is_dir():
@@ -84,7 +84,7 @@ def weights(path, value):
 
 
 def label(number):
-    """Give the first sample of the data another label."""
+    """Change the label of the first sample in the data."""
 
     def apply():
         at = int(Path("data/000000.idx").read_text().splitlines()[1].split()[5])
@@ -96,7 +96,7 @@ def label(number):
 
 
 def moment(value):
-    """Give the first sample of the data another mean."""
+    """Change the mean of the first sample in the data."""
 
     def apply():
         at = int(Path("data/000000.idx").read_text().splitlines()[1].split()[1])
@@ -108,7 +108,7 @@ def moment(value):
 
 
 def metadata(content):
-    """Replace the description of the export: a text, or changes to it."""
+    """Replace the description of the export with a text, or with changes to it."""
 
     def apply():
         from safetensors.torch import load_file, save_file
@@ -137,7 +137,7 @@ def described(**changes):
 
 
 def crowd(folder):
-    """Many more images."""
+    """Add many images."""
 
     def apply():
         for i in range(500):
@@ -174,7 +174,7 @@ def full(path):
 
 
 def filled(path):
-    """As `full`, with what was there before in it."""
+    """Like `full`, but with the earlier contents."""
 
     def apply():
         there = Path(path).rename("aside")
@@ -192,7 +192,7 @@ def filled(path):
 
 
 def read_only(path):
-    """What is there, on a disk that is mounted read-only."""
+    """The same contents on a disk that is mounted read-only."""
 
     def apply():
         Path(path).mkdir(parents=True, exist_ok=True)
@@ -213,14 +213,14 @@ class Case:
     command: str
     damage: tuple = ()
     says: str = ""
-    """part of the line"""
+    """a part of the line"""
     code: int = 2
     new: tuple[str, ...] = field(default=())
-    """names of what may be there afterwards that was not before"""
+    """names of files that the command may create"""
     signum: int | None = None
-    """sent to the process"""
+    """signal to send to the process"""
     sent: str = ""
-    """when there is this file; after some seconds if none is named"""
+    """send it when this file exists; without a name, after some seconds"""
 
 
 def case(command, *damage, says="", code=2, new=()):
@@ -745,7 +745,7 @@ INTERRUPTS = [
 
 @pytest.fixture(scope="module")
 def inputs(digits, tmp_path_factory):
-    """A folder with one of everything that commands read."""
+    """A folder with one input of every kind that commands read."""
     folder = tmp_path_factory.mktemp("inputs")
     shutil.copytree(digits, folder / "data")
     done = run_command(
@@ -798,7 +798,7 @@ def unmount(folder):
 
 
 def send(case, process):
-    """Send a signal to the process of a command that is at work."""
+    """Send a signal to a running command."""
     deadline = time.monotonic() + (60 if case.sent else 3)
     while process.is_alive() and time.monotonic() < deadline and not (case.sent and Path(case.sent).exists()):
         time.sleep(0.001)
@@ -807,7 +807,7 @@ def send(case, process):
 
 
 def ending(case, inputs, folder):
-    """(exit code, last line, what is bad about it) of a command."""
+    """(exit code, last line, problem) of a command."""
     shutil.copytree(inputs, folder)
     before_cwd = Path.cwd()
     os.chdir(folder)

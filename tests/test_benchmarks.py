@@ -1,4 +1,4 @@
-"""The benchmarks: what trips the guard, what a check notices, and what is timed."""
+"""The benchmarks: the guard, the checks, and the timing."""
 
 import json
 import os
@@ -57,15 +57,15 @@ def test_counts_are_exact():
         "guided: flops 1,001, accepted 1,000",
         "guided: launches 8, accepted 7",
     ]
-    assert len(guard.changed_counts({**more, "torch": "2.14.0"}, accepted)) == 1  # it may launch otherwise
+    assert len(guard.changed_counts({**more, "torch": "2.14.0"}, accepted)) == 1  # PyTorch may launch differently
     assert guard.changed_counts({"torch": "", "counts": {"new": {"flops": 1}}}, accepted) == [
         "new: flops 1, accepted None"
     ]
 
 
 def test_peers_of_attention_compute_what_ours_does(tmp_path, monkeypatch):
-    """Causal, masked, with grouped queries, and the gradients through the tangent."""
-    monkeypatch.setattr(cases, "find_spec", lambda name: None)  # what needs a GPU
+    """Causal, masked, with grouped queries, and with gradients through the tangent."""
+    monkeypatch.setattr(cases, "find_spec", lambda name: None)  # hides what needs a GPU
     machine, count = Machine(torch.device("cpu"), tmp_path, rehearse=True), 0
     for case in cases.attention(machine, "xl2", 2):
         results = []
@@ -113,7 +113,7 @@ SELECTION = "(gelu and dual) or (counts and b2-guided-mfengine) or (step and pee
 
 
 def run_benchmarks(*options, cwd, plugin=None):
-    # Nothing of the session that runs this: kernels are timed compiled, and not beside others under xdist.
+    # In a separate environment: kernels must be compiled for timing, and pytest-xdist must not run beside them.
     inherited = ("TRITON_INTERPRET", "PYTEST_")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(inherited)}
     environment["PYTHONPATH"] = str(cwd)
@@ -171,7 +171,7 @@ def test_peer_that_is_not_there(tmp_path):
 
 
 def test_split_takes_tangents_as_training_does(monkeypatch):
-    """Not by `torch.func.jvp`, which is for networks without explicit ones."""
+    """It does not use `torch.func.jvp`, which is for networks without explicit tangents."""
     monkeypatch.setattr(torch.func, "jvp", None)
     config = ModelConfig(8, 2, 4, hidden_size=24, depth=1, num_heads=2, num_classes=3)
     method = MeanFlow(OBJECTIVES["guided"])
@@ -210,11 +210,11 @@ def test_split_counts_launches_through_the_runtime_and_through_the_driver():
 
 
 # ----------------------------------------------------------------------------
-# What is timed.
+# Timing.
 
 
 class SimulatedDevice:
-    """A GPU that works through a queue, beside a host that fills it; times in seconds."""
+    """A GPU that works through a queue while a host fills it; times in seconds."""
 
     def __init__(self):
         self.host = self.free = 0.0
@@ -255,7 +255,7 @@ def test_kernel_timings_leave_the_host_out(host, monkeypatch):
         return sorted(measure.measure(lambda: device.launch(host, 2.5e-5), clock, 0.0, warmup=2))[1]
 
     assert median(hide_host=True) == pytest.approx(2.5e-5, rel=0.01)
-    assert median(hide_host=False) == pytest.approx(host, rel=0.1)  # what a step waits for counts
+    assert median(hide_host=False) == pytest.approx(host, rel=0.1)  # the time that a step waits counts
 
 
 def test_inputs_are_more_than_the_cache_holds(monkeypatch):
@@ -270,7 +270,7 @@ def test_inputs_are_more_than_the_cache_holds(monkeypatch):
 
 
 # ----------------------------------------------------------------------------
-# What a check notices.
+# Checks.
 
 
 @pytest.mark.parametrize("op", [slow(op) if "attention" in op or op == "adaln_modulate" else op for op in fused_ops()])
@@ -299,7 +299,7 @@ def different_each_time(o):
 
 @pytest.mark.parametrize("fault", [lost_tangent, unwritten, inexact, different_each_time])
 def test_checks_notice(fault, monkeypatch):
-    """What goes wrong only where our kernels run."""
+    """They detect faults that occur only in our kernels."""
     usual = ops.OPS["gelu"]
 
     def planted(*args):
@@ -318,7 +318,7 @@ def test_checks_notice(fault, monkeypatch):
 
 
 def test_optimizer_without_its_library_fails(monkeypatch, tmp_path):
-    """Rather than to check PyTorch's instead."""
+    """It must not check PyTorch's optimizer instead."""
     monkeypatch.setattr(multi_tensor, "LIBRARY", tmp_path / "libmfengine_cuda.so")
     multi_tensor.library.cache_clear()
     with pytest.raises(ValueError, match="not built"):

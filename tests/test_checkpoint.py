@@ -1,4 +1,4 @@
-"""When and how checkpoints are written; `test_run_folder.py` says what is read from them."""
+"""When and how checkpoints are written. `test_run_folder.py` tests how they are read."""
 
 import errno
 import os
@@ -46,7 +46,7 @@ def test_checkpoints_in_the_background_equal_those_that_training_waits_for(digit
 
     def save_after_a_step(*args, **kwargs):
         trained.clear()
-        trained.wait(timeout=5)  # the weights change before they are written; not after the last step
+        trained.wait(timeout=5)  # the weights change before they are written, except after the last step
         return save(*args, **kwargs)
 
     monkeypatch.setattr(trainer.Trainer, "_train_step", step_and_tell)
@@ -122,7 +122,7 @@ def test_training_goes_on_when_a_checkpoint_does_not_fit(digits, tmp_path, monke
     warning = "warning: cannot write runs/first/checkpoints/step-00000001: No space left on device"
     assert f"{warning}; last complete checkpoint: none; training goes on" in err
     assert sorted(path.name[-1] for path in (tmp_path / "runs/first/checkpoints").iterdir()) == ["2", "3"]
-    fails = (6,)  # the last of the second run
+    fails = (6,)  # the last step of the second run
     code, _, err = run_in_process(*args, "--name=last", cwd=tmp_path, monkeypatch=monkeypatch, capsys=capsys)
     assert code == 1
     assert err.splitlines()[-1] == (
@@ -144,7 +144,7 @@ def test_old_checkpoint_that_cannot_be_removed_is_told(tmp_path, monkeypatch):
 
 
 def test_checkpoint_minutes(digits, tmp_path, monkeypatch, capsys):
-    """After so many minutes by rank 0's clock, counted from the last checkpoint; the weights stay what they are."""
+    """Every few minutes by rank 0's clock, counted from the last checkpoint; the weights are unchanged."""
     where = {"digits": digits, "cwd": tmp_path, "monkeypatch": monkeypatch, "capsys": capsys}
     expected = run("steps", "--steps=10", "--checkpoint-every=4", **where)
     now, train_step = 0, trainer.Trainer._train_step

@@ -1,4 +1,4 @@
-"""The commands end to end, as a user types them, and what they say to wrong input."""
+"""The commands from start to end, as a user types them, and their errors for wrong input."""
 
 import errno
 import json
@@ -73,7 +73,7 @@ def test_finished_run_has_nothing_to_do(trained, digits):
 
 
 def test_schedules_repeat_themselves(digits, tmp_path, monkeypatch, capsys):
-    """Rates and decays follow from the step: a run that was killed within warm-up and ramp ends as one that was not."""
+    """Rates and decays follow from the step, so a run killed during warm-up and ramp ends like one that was not."""
     args = (*SMALL, f"--data={digits}", "--steps=12", "--checkpoint-every=5", "--log-every=1", "--resume=auto")
     where = {"cwd": tmp_path, "monkeypatch": monkeypatch, "capsys": capsys}
     schedule = ("--optim.lr=1e-3", "--optim.warmup-epochs=0.16", "--optim.schedule=cosine")  # of 1,797 / 32 steps each
@@ -95,7 +95,7 @@ def test_schedules_repeat_themselves(digits, tmp_path, monkeypatch, capsys):
 
 
 def test_config_repeats_a_run_and_best_checkpoints_stay(digits, tmp_path, monkeypatch, capsys):
-    """Beside the newest: multiples of --keep-every, and the one with the least of a metric."""
+    """Besides the newest: multiples of --keep-every, and the checkpoint with the least value of a metric."""
     where = {"cwd": tmp_path, "monkeypatch": monkeypatch, "capsys": capsys}
     args = (*SMALL, f"--data={digits}", "--steps=7", "--log-every=1", "--checkpoint-every=1", "--optim.lr=1e-3")
     kept = ("--keep=1", "--keep-every=3", "--keep-best=error")
@@ -116,7 +116,7 @@ def test_config_repeats_a_run_and_best_checkpoints_stay(digits, tmp_path, monkey
 
 
 def test_rates_and_decays():
-    """By hand, at 10 steps an epoch: warm-up, hold, fall; and EDM's half-life of min(500, 5 % of the samples seen)."""
+    """Computed by hand, at 10 steps an epoch: warm-up, hold, fall; EDM's half-life of min(500, 5 % of samples seen)."""
 
     def rates(schedule, steps, warmup_epochs=0.4, hold_epochs=0.8):
         config = OptimConfig(1.0, schedule, warmup_epochs, hold_epochs)
@@ -134,7 +134,7 @@ def test_rates_and_decays():
 
 
 def test_other_normalisation_than_expected_is_told(digits, tmp_path, monkeypatch, capsys):
-    """In the plan and at the start; and a run goes on with that which it began with alone."""
+    """The warning is in the plan and at the start; a run continues only with the normalisation it began with."""
     shutil.copytree(digits, tmp_path / "data")
     where = {"cwd": tmp_path, "monkeypatch": monkeypatch, "capsys": capsys}
     args = ("mfengine.train", *SMALL, "--data=data", "--steps=1")
@@ -193,7 +193,7 @@ def test_generate_shows_real_images_beside_samples(trained, digits, tmp_path, mo
         sizes.append(Image.open(tmp_path / "samples.png").size)
     assert "4 samples" in out
     assert sizes[1][0] == sizes[2][0] < 200  # two columns
-    assert sizes[2][1] - sizes[1][1] == sizes[1][1] - sizes[0][1] > 100  # a block of rows more each time
+    assert sizes[2][1] - sizes[1][1] == sizes[1][1] - sizes[0][1] > 100  # one more block of rows each time
 
 
 def test_generate_writes_single_files(trained, tmp_path, monkeypatch, capsys):
@@ -279,7 +279,7 @@ def test_evaluate_writes_its_figures(trained, digits):
     done = run_command("mfengine.evaluate", run, f"--data={digits}", "--num=200", cwd=run)
     assert done.returncode == 0, done.stderr
     figures = json.loads((run / "metrics.json").read_text())
-    assert figures["frechet_1nfe"] > 100 > 25 > figures["frechet_floor"] > 10  # twenty steps teach little
+    assert figures["frechet_1nfe"] > 100 > 25 > figures["frechet_floor"] > 10  # twenty steps learn little
     assert 0 <= figures["accuracy_1nfe"] <= 1
     assert "frechet_2nfe" in done.stdout
     assert "two random halves of the real data are" in done.stdout.splitlines()[-1]
@@ -287,7 +287,7 @@ def test_evaluate_writes_its_figures(trained, digits):
 
 @pytest.mark.parametrize("compiled", [False, slow(True)])
 def test_training_with_every_option(compiled, digits, tmp_path, monkeypatch, capsys):
-    """bf16, recomputed, accumulated, clipped, guided, and compiled: it runs, and its loss is finite."""
+    """With bf16, recomputation, accumulation, clipping, guidance and compilation, it runs and its loss is finite."""
     monkeypatch.setattr(rates, "matrix_rate", lambda *_: 1e12)  # CPUs multiply bfloat16 slowly
     code, _, err = run_in_process(
         "mfengine.train", *SMALL, f"--data={digits}", "--steps=3", "--precision=bfloat16", "--recompute",
@@ -339,7 +339,7 @@ def test_metrics_hold_the_peak_of_the_gpus_memory(initialized, expected, tmp_pat
 
 
 def test_ceiling_is_measured_again_when_a_step_beats_it(tmp_path):
-    """A rate that was measured while the device was busy: no share of it exceeds 100 %."""
+    """A rate measured on a busy device is corrected, so MFU never exceeds 100 %."""
     rates = [1e-6, 1e9]
     with Telemetry(tmp_path, True, 0, 2, 32, lambda: rates.pop(0)) as reports:
         reports.log(1, 0.5, 1e-4, 0)
@@ -350,7 +350,7 @@ def test_ceiling_is_measured_again_when_a_step_beats_it(tmp_path):
 
 
 def test_full_disk_keeps_metrics_until_there_is_room(tmp_path, capsys):
-    """A line of which the disk takes a part is continued; nothing is lost, and the run goes on."""
+    """A partly written line is completed; nothing is lost, and the run goes on."""
 
     class Disk:
         room, content = 10, b""
@@ -396,7 +396,7 @@ def test_tensorboard_that_cannot_write_does_not_end_the_run(tmp_path, monkeypatc
 
 def test_damaged_metrics_are_not_overwritten(tmp_path):
     whole = b'{"step": 1}\n{"step": 2}\n'
-    (tmp_path / METRICS).write_bytes(whole + b'{"st')  # what a kill leaves
+    (tmp_path / METRICS).write_bytes(whole + b'{"st')  # as after a kill
     with Telemetry(tmp_path, True, 1, 3, 32, lambda: 1e9):
         assert (tmp_path / METRICS).read_bytes() == b'{"step": 1}\n'
     (tmp_path / METRICS).write_bytes(b"\xff\n" + whole)
@@ -473,7 +473,7 @@ def test_signal_writes_a_checkpoint_before_leaving(digits, tmp_path, signum):
 
 
 def not_finite(tmp_path):
-    """A data set of ten batches in which two samples have an infinite mean."""
+    """A data set of ten batches, with two samples whose mean is infinite."""
     space = LatentSpace(shape=(1, 8, 8), num_classes=10)
     moments = np.zeros((320, 1, 2, 1, 8, 8))
     moments[order(320, 0)[159::160]] = np.inf
@@ -502,7 +502,7 @@ def test_loss_that_is_not_finite_stops_the_run(tmp_path):
 
 
 def test_gradient_that_is_not_finite_skips_the_step(digits, tmp_path, monkeypatch, capsys):
-    """The loss of the third and of the last step is finite, its gradient is not."""
+    """The third and the last step have a finite loss, but a gradient that is not."""
 
     class Bad(MeanFlow):
         calls = 0
@@ -561,12 +561,12 @@ def test_first_value_that_is_not_finite_is_named(where, digits, tmp_path, monkey
 
     def build(*args, **options):
         planted.append(Planted(*args, **options))
-        planted[-1].planted = len(planted) % 4 == 3  # of networks of four blocks, the third
+        planted[-1].planted = len(planted) % 4 == 3  # the third of four blocks of a network
         return planted[-1]
 
     monkeypatch.setattr(dit, "Attention", build)
     monkeypatch.setattr(MeanFlow, "loss", counted)
-    monkeypatch.setattr(trainer, "step_flops", lambda *_: 1e9)  # which counts on a network of its own
+    monkeypatch.setattr(trainer, "step_flops", lambda *_: 1e9)  # the real one makes another network
     args = ("mfengine.train", *SMALL, f"--data={digits}", "--steps=6", "--model.depth=4", "--debug-nonfinite")
     code, _, err = run_in_process(*args, cwd=tmp_path, monkeypatch=monkeypatch, capsys=capsys)
     assert code == 1
@@ -664,9 +664,9 @@ def test_wrong_input(trained, digits, tmp_path, monkeypatch, capsys, args, messa
     assert {p.name for p in tmp_path.rglob("*")} == {"broken.safetensors", "list.pt"}
 
 
-@pytest.mark.slow  # starts Python anew
+@pytest.mark.slow  # starts a new Python
 def test_wrong_input_ends_the_process_with_2(tmp_path):
-    """And its line is printed where tyro cannot draw a frame; other tests have UTF-8."""
+    """The line is printed even if tyro cannot draw a frame; other tests have UTF-8."""
     done = run_command("mfengine.train", "--batch-size=many", cwd=tmp_path, env={"PYTHONIOENCODING": "ascii"})
     assert done.returncode == 2
     assert done.stderr.startswith("error: Error parsing --batch-size: invalid literal")
@@ -697,7 +697,7 @@ def test_run_folder_that_is_taken(trained, digits, monkeypatch, capsys, args, me
 
 
 def test_checkpoint_of_another_architecture(trained, tmp_path, monkeypatch, capsys):
-    """One whose description was tampered with: the shapes give it away."""
+    """The description was altered, and the shapes show it."""
     description = newest_checkpoint(trained[0]) / "checkpoint.json"
     kept = description.read_text()
     values = json.loads(kept)
@@ -750,9 +750,9 @@ def test_help_is_there(tmp_path, monkeypatch, capsys):
         assert text in " ".join(output.replace("│", " ").split())
 
 
-@pytest.mark.slow  # starts Python anew
+@pytest.mark.slow  # starts a new Python
 def test_reader_that_leaves(tmp_path):
-    """As `head` does: not a word, and the code of a process that SIGPIPE ended."""
+    """Like `head`: no message, and the exit code of a process killed by SIGPIPE."""
     reading, writing = os.pipe()
     os.close(reading)
     done = subprocess.run(
@@ -775,7 +775,7 @@ def small_vae(folder, channels):
 
 
 def test_pictures_of_a_run_are_decoded_and_end_in_a_strip(digits, tmp_path, monkeypatch, capsys):
-    """The first column of each picture, side by side; a VAE of other channels is refused before the first step."""
+    """First columns side by side; a VAE with the wrong number of channels is rejected before the first step."""
     small_vae(tmp_path / "vae", 1)
     small_vae(tmp_path / "other", 4)
     train = ("mfengine.train", *SMALL, f"--data={digits}", "--steps=3", "--sample-every=1")

@@ -1,4 +1,4 @@
-"""Data sets: written, described, read by DALI in parts, continued, and refused when something is wrong."""
+"""Data sets: written, described, read by DALI in parts, continued, and rejected if something is wrong."""
 
 import hashlib
 import json
@@ -67,7 +67,7 @@ def test_each_channel_has_its_own_scale_and_bias(tmp_path):
 
 
 def posteriors():
-    """101 samples of both flips, whose channels have means 3 and -50 and standard deviations 5 and 0.1."""
+    """101 samples with both flips; the channels have means 3 and -50 and standard deviations 5 and 0.1."""
     moments = np.abs(np.random.default_rng(0).standard_normal((101, 2, 2, *SPACE.shape)))
     place = np.array([[3, -50], [0, 0]])[..., None, None]
     return replace(numbered(), moments=moments * np.array([5, 0.1])[:, None, None] + place)
@@ -162,7 +162,7 @@ import mfengine.data.format, mfengine.data.loader, mfengine.data.writer
 
 @pytest.mark.slow
 def test_format_loader_and_writer_import_with_torch_and_numpy_alone():
-    """As benchmarks do on a machine where nothing is installed."""
+    """As in benchmarks on a machine without further packages."""
     done = subprocess.run([sys.executable, "-c", IMPORTS_WITHOUT], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
@@ -245,7 +245,7 @@ def read_while_a_shard_is_truncated(dataset):
 
 @pytest.mark.forks
 def test_shard_truncated_under_a_running_loader(tmp_path):
-    """In a process of its own, which a mapped file would kill by SIGBUS. The shuffle buffer holds a part of the set."""
+    """In a separate process, which SIGBUS would kill if the file were mapped. The shuffle buffer holds only a part."""
     moments = np.broadcast_to(np.float16(0), (5000, 1, 2, *SPACE.shape))
     dataset = write_dataset(tmp_path / "data", ArraySamples("zeros", SPACE, moments, np.arange(5000) % 101))
     process = forks.Process(target=read_while_a_shard_is_truncated, args=(dataset,))
@@ -265,7 +265,7 @@ def test_too_few_samples_for_the_ranks(dataset):
 
 @dataclass(frozen=True)
 class Unreliable(ArraySamples):
-    """Samples of which some are broken, and that are interrupted after some number of them."""
+    """Samples that include broken ones, and raise after a given number of reads."""
 
     broken: tuple[int, ...] = ()
     last: int = 101
@@ -312,7 +312,7 @@ def test_writer_describes_what_it_wrote(dataset):
 
 @pytest.mark.parametrize("stop", [0, 39, 40, 41, 100])
 def test_writer_that_was_killed_continues(tmp_path, dataset, stop):
-    """Without redoing what is whole, and without anything that looks like a data set in between."""
+    """Finished shards are kept, and nothing looks like a data set in between."""
     with pytest.raises(KeyboardInterrupt):
         write_dataset(tmp_path / "again", unreliable(last=stop), shard_samples=40)
     assert not (tmp_path / "again").exists()
@@ -324,7 +324,7 @@ def test_writer_that_was_killed_continues(tmp_path, dataset, stop):
 
 
 def test_data_set_without_all_of_its_shards_gets_no_name(tmp_path, dataset, monkeypatch):
-    """As when another node's files do not show."""
+    """As if another node's files did not appear."""
     monkeypatch.setattr(writer, "TIMEOUT_S", 0.1)
     whole = writer._Writer._record
     monkeypatch.setattr(writer._Writer, "_record", lambda self, k: None if k == 1 else whole(self, k))
@@ -338,7 +338,7 @@ def test_data_set_without_all_of_its_shards_gets_no_name(tmp_path, dataset, monk
 
 @pytest.mark.parametrize("name", ["000000.json", "data/000000.idx"])
 def test_writer_does_a_shard_again_whose_record_is_empty(tmp_path, dataset, name):
-    """As a power cut may leave it."""
+    """As a power failure may leave it."""
     with pytest.raises(KeyboardInterrupt):
         write_dataset(tmp_path / "again", unreliable(last=90), shard_samples=40)
     truncate(tmp_path / ".partial-again" / name, 0)
@@ -382,12 +382,12 @@ def test_broken_samples_are_listed_and_left_out(tmp_path):
     assert [i for i, count in enumerate(dataset.class_counts) if count == 0] == sorted(gone)
     lines = [json.loads(line) for line in (dataset.folder / BROKEN).read_text().splitlines()]
     assert {(line["name"], line["reason"]) for line in lines} == {(f"image {i}", "no image") for i in gone}
-    assert dataset.shards[0].file == "000001.tar"  # nothing is left of the first
+    assert dataset.shards[0].file == "000001.tar"  # all samples of the first are broken
     assert sorted(labels_of(Loader(dataset, dataset.count, 0, 1, 0, CPU), 1)) == sorted(set(range(101)) - gone)
 
 
 def test_too_many_broken_samples(tmp_path):
-    """They are listed as far as they were found, and a larger share continues."""
+    """Those found so far are listed, and a larger share continues."""
     samples = unreliable(broken=(3, 5))
     with pytest.raises(InputError, match=r"2 of the first 101 .* allows 0.01 of all 101. .* is image [35]: no image"):
         write_dataset(tmp_path / "data", samples, shard_samples=40, max_broken=0.01)
@@ -399,7 +399,7 @@ def test_too_many_broken_samples(tmp_path):
 
 
 def test_writer_on_a_full_disk(tmp_path, dataset):
-    """One that takes no file larger than a few samples: it says so, and continues where there is room."""
+    """The disk takes only files of a few samples: the writer says so, and continues once there is room."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
     try:

@@ -28,7 +28,7 @@ def train(digits, cwd, name, *args, ranks=1):
 
 
 def weights(cwd, name):
-    """Of the network itself: its moving average is still near the common start."""
+    """Weights of the network itself: its moving average is still close to the common start."""
     return {k: v for k, v in checkpoint_contents(cwd / "runs" / name).items() if k.startswith("/model/")}
 
 
@@ -40,7 +40,7 @@ def assert_near(actual, expected, tolerance=1e-5):
 
 @pytest.fixture(scope="module")
 def single(digits, tmp_path_factory):
-    """One process that takes the global batch in two passes: 20 steps."""
+    """20 steps of one process that takes the global batch in two passes."""
     cwd = tmp_path_factory.mktemp("ranks")
     train(digits, cwd, "single", *STEPS, *GUIDED, "--accumulation=2")
     return cwd
@@ -48,14 +48,14 @@ def single(digits, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def sharded(single, digits):
-    """The same by two processes, in one pass each, beside it."""
+    """20 steps of two processes, one pass each."""
     train(digits, single, "sharded", *STEPS, *GUIDED, ranks=2)
     return single
 
 
 @pytest.fixture(scope="module")
 def clipped(digits, tmp_path_factory):
-    """Five steps of either, whose gradient is clipped to a norm over all ranks."""
+    """Five steps of each, with gradients clipped to a norm over all ranks."""
     cwd = tmp_path_factory.mktemp("clipped")
     train(digits, cwd, "single", *CLIPPED, "--accumulation=2")
     train(digits, cwd, "sharded", *CLIPPED, ranks=2)
@@ -73,7 +73,7 @@ def test_two_processes_reach_the_weights_of_one(clipped):
 @pytest.mark.forks
 def test_another_number_of_processes_resumes(clipped, digits):
     before = checkpoint_contents(clipped / "runs/sharded")
-    # So small a rate leaves the weights as they were read, and shows that a resumed run takes the new rate.
+    # This small rate leaves the weights as they were read, and shows that a resumed run takes the new rate.
     done = train(digits, clipped, "sharded", *CLIPPED, "--steps=6", "--optim.lr=1e-20", "--resume=auto")
     assert "continuing runs/sharded/checkpoints/step-00000005" in done.stderr
     assert "dealt in 2 part(s), now in 1: its position restarts at the beginning of the epoch" in done.stderr
@@ -104,7 +104,7 @@ def test_two_processes_stop_and_resume(single, sharded, digits):
         assert torch.equal(stopped[name], value) if isinstance(value, torch.Tensor) else stopped[name] == value, name
 
 
-@pytest.mark.slow  # each half has its test
+@pytest.mark.slow  # other tests cover each half
 def test_one_process_in_two_passes_continues_what_two_began(single, digits):
     train(digits, single, "passes", "--steps=7", *GUIDED, ranks=2)
     done = train(digits, single, "passes", *STEPS, *GUIDED, "--resume=auto", "--accumulation=2")
@@ -137,11 +137,11 @@ def test_error_on_every_rank_is_told_once(digits, tmp_path):
     assert done.returncode != 0
     line = "error: --batch-size 33 is not a multiple of ranks x --accumulation = 2 x 1"
     assert done.stderr.splitlines().count(line) == 1
-    assert done.stderr.splitlines()[-2].endswith(f"traceback : {line}")  # torchrun's own report, which comes last
+    assert done.stderr.splitlines()[-2].endswith(f"traceback : {line}")  # torchrun's own report comes last
 
 
 def write_bad(folder, make):
-    """64 samples in two shards, one for each of two ranks; `make(i)` is the mean of the i-th written."""
+    """64 samples in two shards, one per rank; `make(i)` is the mean of the i-th sample written."""
     space = LatentSpace(shape=(1, 8, 8), num_classes=10)
     moments = np.empty((64, 1, 2, 1, 8, 8))
     for i, sample in enumerate(order(64, 0)):
@@ -190,7 +190,7 @@ def test_allocator_uses_expandable_segments_unless_told_otherwise(name, monkeypa
 
 @pytest.mark.slow
 def test_on_two_ranks(host_library, tmp_path):
-    """The checks of rank_worker.py, one after the other in one process group."""
+    """The checks in rank_worker.py, one after the other in one process group."""
     done = run_command("rank_worker", host_library.path, cwd=tmp_path, ranks=2, env={})  # torchrun itself
     assert done.returncode == 0, done.stderr
     passed = [line.removeprefix("passed ") for line in done.stdout.splitlines() if line.startswith("passed ")]

@@ -1,4 +1,4 @@
-"""Evaluation: the same samples and figures on any number of ranks, and figures that agree with other libraries'."""
+"""Evaluation: samples and metrics that do not depend on the number of ranks, and agree with other libraries."""
 
 import json
 import os
@@ -44,7 +44,7 @@ LATENTS = LatentSpace(shape=(4, 8, 8), num_classes=10, scale=(0.2, 0.3, 0.5, 1.0
 
 @pytest.fixture(scope="module")
 def trained(digits, tmp_path_factory):
-    """A run of 20 steps that measures samples twice, and fewer than others do."""
+    """A run of 20 steps that evaluates samples twice, but fewer than usual."""
     folder = tmp_path_factory.mktemp("trained")
     with mock.patch.object(trainer, "MEASURED_SAMPLES", 2000):
         done = run_command(*TRAIN, f"--data={digits}", "--steps=20", "--accumulation=2", cwd=folder)
@@ -54,7 +54,7 @@ def trained(digits, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def export(tmp_path_factory):
-    """A model of VAE latents, not trained: 4 x 8 x 8."""
+    """An untrained model of VAE latents: 4 x 8 x 8."""
     torch.manual_seed(0)
     model = DiT(ModelConfig(8, 4, 4, hidden_size=32, depth=1, num_heads=2, num_classes=10))
     for p in model.final_layer.parameters():
@@ -115,7 +115,7 @@ def test_a_sample_depends_on_seed_and_number_alone(labels):
 
 
 def test_every_rank_calls_the_network_equally_often():
-    """A sharded model needs it: 5 slices over 3 ranks."""
+    """As a sharded model needs it: 5 slices over 3 ranks."""
 
     class Counting(Shifting):
         calls = 0
@@ -135,7 +135,7 @@ def test_every_rank_calls_the_network_equally_often():
 
 
 def by_scipy(a, b):
-    """With SciPy's root of a matrix."""
+    """The distance with SciPy's matrix square root."""
     linalg = pytest.importorskip("scipy.linalg", reason="SciPy comes with the extra digits")
     covariances = [np.cov(x, rowvar=False) for x in (a, b)]
     shift = a.mean(0) - b.mean(0)
@@ -222,7 +222,7 @@ def test_labels_of_one_class_cannot_be_read(tmp_path):
 
 
 def test_halves_of_the_data(digits):
-    """The floor is the distance of two random halves; together they are the data."""
+    """The floor is the distance between two random halves; together they are the data."""
     dataset = Dataset.open(digits)
     pixels = read_means(dataset)[0].reshape(dataset.count, -1).astype(np.float64)
     first, second = (half.fit() for half in data_moments(dataset, ALONE))
@@ -260,9 +260,9 @@ def test_training_measures_its_samples(trained, digits):
     assert figures[10] > figures[20]
 
 
-@pytest.mark.slow  # the command, below, has two processes
+@pytest.mark.slow  # a test of the command, below, has two processes
 def test_two_processes_measure_the_same_and_a_resumed_run_repeats_it(digits, tmp_path):
-    """The model is sharded, 10,000 samples in slices of 16 dealt to two ranks."""
+    """The model is sharded, and 10,000 samples are dealt to two ranks in slices of 16."""
     alone = run_command(*TRAIN, f"--data={digits}", "--steps=20", "--accumulation=2", "--name=alone", cwd=tmp_path)
     assert alone.returncode == 0, alone.stderr
     for steps, resume in ((10, "never"), (20, "auto")):
@@ -277,7 +277,7 @@ def test_two_processes_measure_the_same_and_a_resumed_run_repeats_it(digits, tmp
 
 
 def images_of(path):
-    """(N, H, W, 3) of a folder or an .npz."""
+    """Images (N, H, W, 3) from a folder or an .npz."""
     if path.suffix == ".npz":
         with np.load(path) as arrays:
             assert list(arrays.keys()) == ["arr_0"]
@@ -289,7 +289,7 @@ def images_of(path):
 
 @pytest.mark.forks
 def test_two_processes_give_the_figures_and_images_of_one(trained, digits, tmp_path, monkeypatch, capsys):
-    """71 samples in slices of 16: three for the first rank, two for the second."""
+    """71 samples in slices of 16: three slices for the first rank, two for the second."""
     args = ("mfengine.evaluate", trained[0], f"--data={digits}", "--num-samples=71", "--batch-size=16")
     done = run_command(*args, "--save=folder", "--out=two.json", cwd=tmp_path, ranks=2)
     assert done.returncode == 0, done.stderr
@@ -329,7 +329,7 @@ def test_images_of_latents_are_decoded(export, vae, tmp_path, monkeypatch, capsy
     found = images_of(tmp_path / "x.npz")
     assert found.shape == (5, 16, 16, 3)
     assert np.abs(found.astype(int) - expected.numpy()).max() <= 1
-    assert [p.name for p in tmp_path.iterdir()] == ["x.npz"]  # nothing was measured
+    assert [p.name for p in tmp_path.iterdir()] == ["x.npz"]  # no metrics
 
 
 def test_too_few_samples_are_told(export, tmp_path, monkeypatch, capsys):
@@ -340,14 +340,14 @@ def test_too_few_samples_are_told(export, tmp_path, monkeypatch, capsys):
     assert code == 0, errors
     assert "note: 256 samples are too few: the covariance of 256 dimensions is singular" in errors
     figures = json.loads((tmp_path / "metrics.json").read_text())
-    named = {*SAMPLES} - {"conditions"}  # which are named where some were given
+    named = {*SAMPLES} - {"conditions"}  # which are named only if some are given
     assert figures.keys() == {"frechet_1nfe", "frechet_floor", *named, "data"}  # no pixels, no labels to read
     code, _, errors = run_in_process(*args, "--num=300", cwd=tmp_path, monkeypatch=monkeypatch, capsys=capsys)
     assert (code, "note:" in errors) == (0, False)
 
 
 def test_figures_of_the_same_samples_stay(tmp_path):
-    """What was measured against data stays when references come; of other samples or other data nothing does."""
+    """Metrics against data stay when references are added; nothing stays from other samples or other data."""
     path = tmp_path / "metrics.json"
     path.write_text('{"fid_1nfe": 1.0, "samples": 9, "checkpoint": "step-1"}')  # as mfengine 0.1 wrote it
     samples = dict.fromkeys(SAMPLES, 1)
@@ -397,7 +397,7 @@ def test_too_little_memory_to_decode(vae, monkeypatch):
 
 @pytest.fixture(scope="module")
 def made_references(tmp_path_factory):
-    """References with something wrong, and one without: 8 x 8 images."""
+    """A valid reference of 8 x 8 images, and several invalid ones."""
     folder = tmp_path_factory.mktemp("references")
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (5, 8, 8, 3), dtype=np.uint8)
@@ -425,7 +425,7 @@ def made_references(tmp_path_factory):
 
 @pytest.fixture
 def references(made_references, tmp_path):
-    """Them in the folder of the test; large files are links."""
+    """The references in the test's folder; large files are links."""
     shutil.copytree(made_references, tmp_path, copy_function=os.link, dirs_exist_ok=True)
 
 
@@ -491,7 +491,7 @@ def test_wrong_input(trained, digits, references, tmp_path, monkeypatch, capsys,
 
 
 def test_run_folder_that_cannot_be_written_to(trained, digits, tmp_path, monkeypatch, capsys):
-    """Found before samples are drawn."""
+    """It is found before samples are drawn."""
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
     code, _, errors = run_in_process(
         "mfengine.evaluate", trained[0], f"--data={digits}", cwd=tmp_path, monkeypatch=monkeypatch, capsys=capsys
@@ -549,7 +549,7 @@ def test_reference_images_of_a_compressed_archive(tmp_path):
 
 @pytest.mark.parametrize("name", ["x.npz", "x"])
 def test_images_that_cannot_be_written(trained, tmp_path, monkeypatch, capsys, name):
-    """A limit on the size of files stands for a disk that is full."""
+    """A limit on the size of files simulates a full disk."""
     usual = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, usual[1]))
     try:
@@ -568,7 +568,7 @@ def test_images_that_cannot_be_written(trained, tmp_path, monkeypatch, capsys, n
     )  # fmt: skip
     assert code == 0, errors
     assert len(images_of(tmp_path / name)) == 80
-    assert [p.name for p in tmp_path.iterdir()] == [name]  # what was left is gone
+    assert [p.name for p in tmp_path.iterdir()] == [name]  # no partial files
 
 
 def test_samples_that_are_not_finite(export, digits, tmp_path, monkeypatch, capsys):
@@ -593,7 +593,7 @@ def test_samples_that_are_not_finite(export, digits, tmp_path, monkeypatch, caps
 
 
 class Missing:
-    """Finds that torch-fidelity is not installed."""
+    """Makes torch-fidelity appear not installed."""
 
     def find_spec(self, name, *_):
         if name == "torch_fidelity":
@@ -629,7 +629,7 @@ def test_torch_fidelity_that_does_not_import(trained, references, tmp_path, monk
 
 
 STAND_IN = {
-    # All that torch-fidelity takes of torchvision to import itself and to read a folder of PNG files.
+    # The parts of torchvision that torch-fidelity needs to import itself and to read a folder of PNG files.
     "__init__.py": "from torchvision import datasets, transforms",
     "datasets.py": "class CIFAR10: pass\nclass CIFAR100: pass\nclass STL10: pass",
     "transforms/__init__.py": """
@@ -683,7 +683,7 @@ print(json.dumps(figures))
 
 @pytest.fixture
 def fidelity_path(tmp_path):
-    """What PYTHONPATH needs for torch-fidelity to import: nothing, or a stand-in where torchvision does not."""
+    """The PYTHONPATH with which torch-fidelity imports: empty, or with a stand-in if torchvision cannot be imported."""
     if find_spec("torch_fidelity") is None:
         pytest.skip("torch-fidelity is not installed")
     try:
@@ -697,7 +697,7 @@ def fidelity_path(tmp_path):
 
 
 def test_figures_are_those_of_torch_fidelity(trained, tmp_path, fidelity_path):
-    """Random Inception weights; two processes, then one, against the library called on the images themselves."""
+    """With random Inception weights: two processes, then one, against the library called on the images themselves."""
     env = {"PYTHONPATH": fidelity_path, "OMP_NUM_THREADS": "1"}
 
     def script(text):
@@ -717,11 +717,11 @@ def test_figures_are_those_of_torch_fidelity(trained, tmp_path, fidelity_path):
         assert done.returncode == 0, done.stderr
         figures = json.loads((tmp_path / "out.json").read_text())
         for name in (*SAMPLES, "reference"):
-            figures.pop(name, None)  # conditions are named where there are some
+            figures.pop(name, None)  # conditions are named only if there are some
         return figures, done.stderr
 
     script(MAKE_WEIGHTS)
-    # From a grey image to noise as the samples are after 20 steps, so that both overlap in part.
+    # Between a grey image and noise like the samples after 20 steps, so that both overlap in part.
     noise = np.random.default_rng(0).standard_normal((9, 8, 8, 1)) * np.linspace(0, 6, 9).reshape(9, 1, 1, 1) + 5
     images = np.repeat(noise.clip(0, 16) * 255 / 16, 3, axis=3).astype(np.uint8)
     np.save(tmp_path / "reference.npy", images)

@@ -1,4 +1,4 @@
-"""The counted FLOPs that the progress line's MFU rests on, against the method's own arithmetic."""
+"""The counted FLOPs, on which the progress line's MFU is based, against the method's own arithmetic."""
 
 import dataclasses
 
@@ -18,7 +18,7 @@ FORWARD = (
     + ATTENTION
     + 3 * 2 * 6 * WIDTH**2 + 2 * 2 * WIDTH**2 + 2 * 2 * (FEATURES * WIDTH + WIDTH**2)
 )  # fmt: skip
-INPUTS = 2 * (TOKENS * PATCH * WIDTH + 2 * FEATURES * WIDTH)  # whose gradient nobody needs: z and the sinusoids
+INPUTS = 2 * (TOKENS * PATCH * WIDTH + 2 * FEATURES * WIDTH)  # inputs z and sinusoids, which need no gradient
 
 
 def test_sample_is_one_forward():

@@ -1,4 +1,4 @@
-"""What needs a GPU, and the rehearsal of the GPU script, which does not."""
+"""Tests that need a GPU, and a rehearsal of the GPU script, which does not."""
 
 import functools
 import json
@@ -33,7 +33,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GP
 
 
 def needed(names):
-    """Distributions of these names and, without extras, of all that they need."""
+    """The distributions of these names and, without extras, of everything they need."""
     found, todo = {}, list(names)
     while todo:
         requirement = todo.pop()
@@ -42,7 +42,7 @@ def needed(names):
             continue
         try:
             found[name] = distribution(name)
-        except PackageNotFoundError:  # not for this platform
+        except PackageNotFoundError:  # not on this platform
             continue
         todo += found[name].requires or []
     return found.values()
@@ -56,14 +56,14 @@ def bare(tmp_path_factory):
     python = folder / "venv/bin/python"
     site = next((folder / "venv/lib").glob("python*/site-packages"))
     for dist in needed(["torch", "triton", "numpy"]):
-        # Of nvidia, a folder of many distributions, those that are needed.
+        # Of the folder nvidia, which many distributions share, only those that are needed.
         for parts in {file.parts[: 2 if file.parts[0] == "nvidia" else 1] for file in dist.files}:
             if parts[0] != ".." and not parts[0].startswith("__"):
                 link = site.joinpath(*parts)
                 link.parent.mkdir(exist_ok=True)
                 link.symlink_to(dist.locate_file(Path(*parts)))
     subprocess.run(["git", "clone", "--quiet", ROOT, folder / "clone"], check=True)
-    # What is not committed yet is tested too.
+    # Uncommitted changes are tested, too.
     changed = subprocess.run(
         ["git", "ls-files", "--modified", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True
     ).stdout.split()
@@ -111,7 +111,7 @@ def test_rehearsal_needs_only_torch_triton_and_numpy(bare, tmp_path):
 
 
 def test_a_killed_rehearsal_leaves_a_whole_report(bare, tmp_path, pytestconfig):
-    """Killed at random: the report holds each line that was printed, and no process lives on."""
+    """Killed at random: the report holds every printed line, and no process survives."""
     chance = random.Random()
     for attempt in range(pytestconfig.getoption("--kills")):
         out = tmp_path / str(attempt)
@@ -148,7 +148,7 @@ def running(group):
 
 @pytest.mark.slow
 def test_the_cuda_library_is_built_first_where_it_is_missing(bare, tmp_path):
-    """Where nvcc and cmake are; elsewhere a line says that it is not."""
+    """If nvcc and cmake exist; otherwise a line says that it is not built."""
     _, clone = bare
     plan = subprocess.run(["make", "--dry-run", "gpu"], cwd=clone, capture_output=True, text=True, check=True).stdout
     assert plan.index("kernels/cuda/build.py") < plan.index("-m benchmarks.gpu")
@@ -160,7 +160,7 @@ def test_the_cuda_library_is_built_first_where_it_is_missing(bare, tmp_path):
 
     assert "no nvcc" in build(PATH=str(tmp_path), CUDA_HOME="", CUDACXX="")
     if which("nvcc") and which("cmake"):
-        smi = tmp_path / "nvidia-smi"  # of a machine with two GPUs of one kind
+        smi = tmp_path / "nvidia-smi"  # reports two GPUs of the same kind
         smi.write_text("#!/bin/sh\nprintf '9.0\\n9.0\\n'\n")
         smi.chmod(0o755)
         said = build(PATH=os.pathsep.join((str(tmp_path), os.environ["PATH"])))
@@ -176,7 +176,7 @@ def test_the_cuda_library_is_built_first_where_it_is_missing(bare, tmp_path):
 
 @pytest.mark.slow
 def test_a_task_that_goes_wrong_costs_only_itself(tmp_path, monkeypatch, capsys):
-    """It raises, runs out of memory, ends its process or hangs."""
+    """A task raises, runs out of memory, ends its process or hangs."""
     monkeypatch.setattr(gpu, "TIMEOUT_S", 2.0)
     monkeypatch.setenv("OUT", str(tmp_path))
     gpu.Run(True, 5, str(tmp_path), gpu_tasks.broken_plan).run()
@@ -214,7 +214,7 @@ def test_nothing_runs_after_the_deadline(tmp_path, monkeypatch):
     [slow(gpu_tasks.hopeless_plan, "errors: check: ValueError"), (gpu_tasks.planless, "no worker: stopped after 4 s")],
 )
 def test_a_run_in_which_nothing_succeeds_ends_with_a_line(make_plan, told, monkeypatch, capsys):
-    """No check has a result; or the first worker hangs before its first task, which must not take all of the time."""
+    """No check has a result, or the first worker hangs before its first task, which must not use up the time."""
     monkeypatch.setattr(gpu, "START_S", 0 if make_plan is gpu_tasks.planless else gpu.START_S)
     monkeypatch.setattr(gpu, "TIMEOUT_S", 4.0 if make_plan is gpu_tasks.planless else gpu.TIMEOUT_S)
     monkeypatch.setattr(gpu, "Run", functools.partial(gpu.Run, make_plan=make_plan))
@@ -224,7 +224,7 @@ def test_a_run_in_which_nothing_succeeds_ends_with_a_line(make_plan, told, monke
 
 
 def test_order_of_a_gpu(monkeypatch):
-    """XL/2's step at 32 rows comes in the first two minutes, compiled peers last."""
+    """XL/2's step at 32 rows is in the first two minutes; compiled peers come last."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     tasks = list(gpu.plan(GPU, many=192).values())
     stages = list(dict.fromkeys(task.stage for task in tasks))
@@ -233,7 +233,7 @@ def test_order_of_a_gpu(monkeypatch):
     assert all("compiled" in task.name for task in tasks if task.stage == "compiled peers")
     before = next(i for i, task in enumerate(tasks) if task.name == "step: guided, xl2 of 32: mfengine")
     assert gpu.START_S + sum(t.seconds / (1 if t.alone else 16) for t in tasks[:before]) < 120
-    assert not any(" x 1 x " in task.name for task in tasks)  # twice plain PyTorch's error is no bound there
+    assert not any(" x 1 x " in task.name for task in tasks)  # there, twice plain PyTorch's error is no bound
     names = {task.name for task in tasks}  # our own attention is timed where SDPA is the default
     for mode in ("primal", "forward + backward"):
         assert f"kernels: attention, {mode}, xl2 of 32: mfengine, Triton" in names

@@ -1,4 +1,4 @@
-"""Networks and objectives that the engine does not know: through all commands; and what version 0.1 left behind."""
+"""Networks and objectives from outside mfengine, through all commands; sweeps; and runs of version 0.1."""
 
 import json
 import shutil
@@ -40,10 +40,10 @@ def succeed(done):
 
 
 def test_sketch_through_all_commands(run, digits, tmp_path):
-    """Two heads, one of which samples; a condition beside the label; parameters that no unit holds."""
+    """It has two heads, one of which samples, a condition besides the label, and parameters outside all units."""
     train = ("mfengine.train", "sketch", f"--data={digits}", "--model.width=8", "--sample-every=2", "--log-every=1")
     out, _ = succeed(run(*train, "--dry-run", "--ranks=2", "--reshard"))
-    assert "6 x all-gather over 2 ranks" in out  # three groups, for forward and backward
+    assert "6 x all-gather over 2 ranks" in out  # three groups, each for forward and backward
     assert "ready to start" in out
     _, err = succeed(run(*train, "--steps=2", "--evaluate-every=2"))
     assert "runs/sketch: sketch by two-heads, 0.0 M parameters" in err
@@ -89,16 +89,16 @@ def test_sketch_through_all_commands(run, digits, tmp_path):
 # Sweeps.
 
 SWEEP = ("--num-samples=80", "--sweep", "strength=0,9", "t_min=0.6,2", "steps=1,2", "ema_decay=0.5,0.9")
-ROWS = 8  # a t_min of 2 is refused
+ROWS = 8  # t_min 2 is rejected
 
 
 @pytest.fixture
 def swept(run, digits, tmp_path):
-    """A run with two moving averages, and the command that sweeps over it, with options after it."""
+    """A run with two moving averages, and a function that sweeps over it with further options."""
     shutil.copytree(digits, tmp_path / "data")
     path = tmp_path / "data/dataset.json"
     description = read(path)
-    del description["space"]["pixel_range"]  # no labels to read, which takes longer than all else
+    del description["space"]["pixel_range"]  # skips reading labels, the slowest part
     path.write_text(json.dumps(description))
     succeed(run("mfengine.train", "sketch", "--data=data", "--steps=3", "--sample-every=0",
                 "--optim.ema-decays", "0.9", "0.5"))  # fmt: skip
@@ -134,7 +134,7 @@ def test_sweep_shows_the_best_first(swept, run, tmp_path):
 
 
 def test_killed_sweep_goes_on(swept, tmp_path, monkeypatch):
-    """What is there is not drawn again; weights are read once for each average, the data once for all."""
+    """Existing rows are not repeated; weights are read once per average, and the data once."""
     pytest.importorskip("matplotlib", reason="matplotlib is an extra")
     drawn, read_weights, begun = [], [], []
     draw, load, evaluation = SampleSet.draw, evaluate.load_model, evaluate.Evaluation
@@ -161,7 +161,7 @@ def test_killed_sweep_goes_on(swept, tmp_path, monkeypatch):
 
     again, _ = succeed(swept())
     assert (again, len(drawn), len(begun), read(path)) == (out, ROWS, 2, rows)
-    succeed(swept(*SWEEP, "--seed=1", "--steps", "1"))  # other samples: their rows come first, and no row goes
+    succeed(swept(*SWEEP, "--seed=1", "--steps", "1"))  # other samples: their rows come first, and old rows stay
     assert (len(drawn), read(path)[ROWS:]) == (2 * ROWS, rows)
 
 
@@ -226,7 +226,7 @@ def test_sweep_without_matplotlib(swept, monkeypatch):
 
 
 def test_network_without_tangents_through_the_engine(run, digits):
-    """Counted and trained through `torch.func.jvp`."""
+    """It is counted and trained through `torch.func.jvp`."""
     train = ("mfengine.train", "plain", f"--data={digits}", "--sample-every=0")
     out, _ = succeed(run(*train, "--dry-run"))
     assert "TFLOP per step" in out
@@ -252,19 +252,19 @@ def test_unknown_name_in_a_checkpoint(old, tmp_path, monkeypatch, capsys, key, n
 
 
 # ----------------------------------------------------------------------------
-# Version 0.1, which named neither network nor objective.
+# Version 0.1, whose files name neither network nor objective.
 
 
 @pytest.fixture
 def old(tmp_path):
-    """A run of 4 steps as version 0.1 wrote it, and its export after 8 steps: averages to reach."""
+    """A run of 4 steps written by version 0.1, and its export after 8 steps, which holds the expected averages."""
     with tarfile.open(V01 / "run.tar.xz") as archive:
         archive.extractall(tmp_path, filter="data")
     return tmp_path
 
 
 def test_run_of_version_01_goes_on(old, digits, monkeypatch, capsys):
-    """To the very weights that version 0.1 came to."""
+    """It reaches exactly the weights of version 0.1."""
     args = (
         "mfengine.train", "digits", f"--data={digits}", "--model.hidden-size=16", "--model.depth=1",
         "--model.num-heads=2", "--batch-size=32", "--sample-every=0", "--name=a", "--steps=8",

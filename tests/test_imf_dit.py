@@ -1,4 +1,4 @@
-"""The network of improved MeanFlow: tangents, heads, layouts, weights of the authors' code, and its commands."""
+"""The network of improved MeanFlow: tangents, heads, layouts, the authors' weights, and its commands."""
 
 import json
 from dataclasses import replace
@@ -23,7 +23,7 @@ def small_model(dtype=torch.float64, **changes):
                              "num_heads": 3, "num_classes": 4, "head_depth": 1, **changes})  # fmt: skip
     model = IMFDiT(config, compute_dtype=dtype)
     with torch.no_grad():
-        for p in model.parameters():  # the zeros of gates and outputs would hide most of the network
+        for p in model.parameters():  # zero gates and outputs would hide most of the network
             p.add_(0.2 * torch.randn_like(p))
     return model.to(torch.float64) if dtype == torch.float64 else model
 
@@ -159,7 +159,7 @@ def test_bad_architecture(changes, message):
 
 
 def pth(case, **changes):
-    """The case's weights as the authors' PyTorch code has them, from their JAX code's."""
+    """The case's weights, from the authors' JAX code, in the layout of their PyTorch code."""
     state = to_imf(case.model.state_dict())
     assert "net.shared_blocks.0.attn.q_proj._flax_linear.weight" in state
     assert "net.y_embedder.embedding_table._flax_embedding.weight" in state
@@ -225,7 +225,7 @@ def test_through_all_commands(digits, tmp_path, monkeypatch, capsys):
     code, _, err = run("mfengine.export", "model.pth", "small.safetensors", "--preset=digits-imf")
     assert code == 2
     assert "there are no published weights for preset digits-imf" in err
-    preset = PRESETS["imf-b2"][1]  # less deep, to be made sooner
+    preset = PRESETS["imf-b2"][1]  # made shallower, to save time
     monkeypatch.setitem(PRESETS, "imf-b2", ("", replace(preset, model=replace(preset.model, depth=2, head_depth=1))))
     code, _, err = run("mfengine.export", "model.pth", "large.safetensors", "--preset=imf-b2")
     assert code == 2
@@ -238,7 +238,7 @@ def test_through_all_commands(digits, tmp_path, monkeypatch, capsys):
 
 
 def test_published_weights_become_an_export(digits, tmp_path, monkeypatch, capsys):
-    """A .pth for inference alone, with the latents and the sampling of its preset."""
+    """A .pth for inference only, with the latents and the sampling of its preset."""
     case = golden_case("imf_beta")
     torch.save(pth(case), tmp_path / "published.pth")
     preset = replace(PRESETS["imf-b2"][1], model=case.model.config)

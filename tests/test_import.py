@@ -1,4 +1,4 @@
-"""Latents of other projects, made by the test as those projects write them; and data sets checked for damage."""
+"""Latents of other projects, written by the tests in those projects' formats; and checks of data sets for damage."""
 
 import io
 import json
@@ -25,20 +25,20 @@ LABELS = [3 * i % CLASSES for i in range(COUNT)]
 
 
 def posteriors(flips):
-    """Means and log variances of all samples, (COUNT, flips, 4, 6, 6) float32 each, as a VAE's: 5 wide and certain."""
+    """Means and log variances of all samples, (COUNT, flips, 4, 6, 6) float32, like a VAE's: 5 wide, and certain."""
     rng = np.random.default_rng(0)
     shape = (COUNT, flips, *SHAPE)
     return 5 * rng.standard_normal(shape, np.float32), rng.uniform(-8, -2, shape).astype(np.float32)
 
 
 def expected(flips):
-    """By sample: moments (flips, 2, 4, 6, 6) float16."""
+    """Moments of all samples, (flips, 2, 4, 6, 6) float16 each."""
     mean, log_variance = posteriors(flips)
     return np.stack([mean, np.exp(0.5 * log_variance)], axis=2).astype(np.float16)
 
 
 # ----------------------------------------------------------------------------
-# The formats, each as the project that it is of writes it.
+# The formats, written as in their projects.
 
 
 def put(folder, records):
@@ -95,7 +95,7 @@ def make_npy(folder):
 
 
 def make_repa(folder):
-    """With the images beside the latents, which have a dataset.json of their own."""
+    """With images beside the latents, which have their own dataset.json."""
     (folder / "images").mkdir(parents=True)
     (folder / "images/dataset.json").write_text('{"labels": [["00000/img00000000.png", 1]]}')
     make_npy(folder / "vae-sd")
@@ -114,7 +114,7 @@ FORMATS = {"lmdb": make_lmdb, "pt": make_pt, "npy": make_npy, "repa": make_repa,
 
 
 def written(dataset):
-    """Moments and label of each sample as the shards hold them, by a key that tells samples apart."""
+    """Moments and label of each sample in the shards, under a key that identifies the sample."""
     found = {}
     for shard in dataset.shards:
         with tarfile.open(dataset.folder / shard.file) as tar:
@@ -147,7 +147,7 @@ def test_round_trip(form, tmp_path, where):
     samples = {moments.tobytes(): label for moments, label in zip(expected(flips), LABELS, strict=True)}
     found = written(dataset)
     assert len(found) == COUNT
-    if form == "lmdb":  # exp in float32 or not may round differently to float16
+    if form == "lmdb":  # exp may be rounded differently to float16
         stack = {tuple(np.frombuffer(k, "<f2").reshape(2, 2, -1)[:, 0].ravel()): k for k in found}
         for moments, label in zip(expected(2), LABELS, strict=True):
             key = stack[tuple(moments[:, 0].ravel())]
@@ -186,7 +186,7 @@ def test_classes_and_scale(tmp_path, where):
 
 
 def test_named_normalisations(tmp_path, where):
-    """Of an import, and of a data set that is there already: its shards stay as they are."""
+    """For an import, and for an existing data set, whose shards do not change."""
     make_npy(tmp_path / "npy")
     assert prepare("import", "npy", "out", "--normalisation=sd-vae-ft-mse", **where)[0] == 0
     space = Dataset.open(tmp_path / "out").space
@@ -217,13 +217,13 @@ def test_named_normalisation_of_other_latents(digits, tmp_path, where):
 
 def test_broken_samples_are_listed_or_refused(tmp_path, where):
     source = make_pt(tmp_path / "source")
-    (source / "00000000.pt").write_bytes(b"not a file of torch")  # the first: the second says the shape
+    (source / "00000000.pt").write_bytes(b"not a file of torch")  # the first one: the second gives the shape
     bad = torch.load(source / "00000005.pt")
     torch.save({**bad, "image": bad["image"] * float("nan")}, source / "00000005.pt")
     torch.save({**bad, "image": -bad["image"]}, source / "00000006.pt")
     torch.save({**bad, "image": bad["image"][:, :3]}, source / "00000007.pt")
     torch.save({"image": bad["image"]}, source / "00000008.pt")
-    torch.save({**bad, "image": bad["image"].requires_grad_()}, source / "00000009.pt")  # is read all the same
+    torch.save({**bad, "image": bad["image"].requires_grad_()}, source / "00000009.pt")  # is still read
     code, _, err = prepare("import", "source", "out", "--num-classes=5", **where)
     assert code == 2
     assert "broken" in err.splitlines()[-1]
@@ -408,7 +408,7 @@ def test_records_of_every_protocol(protocol):
 
 
 def test_records_of_numpy_1(tmp_path):
-    """It called its internals numpy.core, and so do the pickles that it wrote."""
+    """Its internals were called numpy.core, also in its pickles."""
     data = pickle.dumps(RECORD, protocol=2).replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
     assert np.array_equal(load_record(data)["c"], RECORD["c"])
 
@@ -438,7 +438,7 @@ def test_what_is_no_record(data):
 
 
 def test_a_record_cannot_change_the_reader():
-    """BUILD sets attributes of what is on the stack, if that has no say in it."""
+    """BUILD sets attributes of an object on the stack, unless the object prevents it."""
     with pytest.raises(Refused, match="a change of a function"):
         load_record(b"\x80\x02cnumpy\ndtype\n}X\x01\x00\x00\x00aK\x01sb.")
     assert np.array_equal(load_record(pickle.dumps(RECORD))["c"], RECORD["c"])
@@ -458,13 +458,13 @@ def imported(tmp_path_factory):
 
 
 def place(folder, shard, sample, part):
-    """Where the index says that a component lies."""
+    """The offset of a component according to the index."""
     fields = (folder / f"{shard:06d}.idx").read_text().splitlines()[1 + sample].split()
     return int(fields[1 if part == "moments" else 5])
 
 
 def poke(folder, at, value, keep_checksum=False, shard=1):
-    """Write bytes into a shard; with a right checksum, so that only the content can tell."""
+    """Write bytes into a shard, optionally with a matching checksum, so that only the content shows it."""
     import hashlib
 
     path = folder / f"{shard:06d}.tar"

@@ -1,4 +1,4 @@
-"""Who may import whom: each floor what lies below it, nobody in a circle; and the engine knows no guest by name."""
+"""The layers of the package: imports go only to lower layers, without cycles; the engine names no network."""
 
 import ast
 import re
@@ -18,7 +18,7 @@ FLOORS = (
     {"engine"},
     {"__init__", "__main__", "cli", "convert", "evaluate", "export", "generate", "info", "report", "prepare", "train"},
 )
-"""Packages and modules of mfengine, from the ground up; a package's own modules import each other as they like."""
+"""Packages and modules of mfengine, from the bottom up; modules of one package may import each other freely."""
 
 
 def modules(root):
@@ -29,7 +29,7 @@ def modules(root):
 
 
 def imports(file, known):
-    """Modules of mfengine that a file imports, those inside of functions too; not those for annotations alone."""
+    """Modules of mfengine that a file imports, also inside functions, but not only for annotations."""
     found = set()
     tree = ast.parse(file.read_text())
     for guard in [

@@ -1,6 +1,6 @@
 """Every kernel against the plain reference in float64: output, tangent and gradients.
 
-Without a GPU they run in Triton's interpreter, where bfloat16 products are wrong: there float32 and float16 are tested.
+Without a GPU they run in Triton's interpreter, where bfloat16 products are wrong, so float32 and float16 are tested.
 """
 
 import math
@@ -39,7 +39,7 @@ DTYPES = pytest.mark.parametrize("dtype", BOUNDS)
 
 @pytest.fixture(autouse=True)
 def _reference_in_float64():
-    """The tests call the kernels through the ops, whose plain path is the reference."""
+    """The tests call kernels through ops, whose plain path is the reference."""
     with ops.use_backend("torch"):
         yield
 
@@ -61,7 +61,7 @@ def run(op, backend, primals, tangents, weights):
 
 
 def check(op, primals, tangents, weights):
-    """Fused against float64, by the bound of the dtype and 1.5 times what plain PyTorch gives in that dtype."""
+    """Fused against float64, within the dtype's bound and 1.5 times the error of plain PyTorch in that dtype."""
     wide = [[x.double() for x in xs] for xs in (primals, tangents, weights)]
     exact = run(op, "torch", *wide)
     plain = run(op, "torch", primals, tangents, weights)
@@ -80,9 +80,10 @@ def check(op, primals, tangents, weights):
 # Attention.
 
 
-# The interpreter takes seconds for many of these. So: each class of tiles, with and without a tail, at one query and a
-# padded block of keys; and a head of one whole part at whole blocks. Several blocks that queries do not fill are in
-# `test_rotary_attention_of_odd_sizes`. The other forms of a head and float32 in large heads are slow.
+# The interpreter takes seconds for many of these. So each class of tiles, with and without a tail, runs with one query
+# and a padded block of keys, and one head dim without a tail runs with whole blocks.
+# `test_rotary_attention_of_odd_sizes` has several partly filled blocks of queries. The other kinds of heads, and
+# float32 in large heads, are slow.
 ATTENTION = [
     (8, 1, 17, torch.float32),
     *((dim, 1, 17, dtype) for dim in (8, 72, 128) for dtype in BOUNDS if dtype != torch.float32),
@@ -108,7 +109,7 @@ def test_attention(dim, queries, keys, dtype):
 
 @pytest.mark.parametrize(
     ("rows", "dtype"),
-    [  # numbers of rows know no dtype
+    [  # the number of rows does not interact with the dtype
         *(slow(1, dtype) if dtype == torch.float32 else (1, dtype) for dtype in BOUNDS),
         (0, torch.float16),
         slow(2, torch.float16),
@@ -124,7 +125,7 @@ def test_attention_packed(rows, dtype):
 @pytest.mark.skipif(DEVICE == "cuda", reason="tensor cores make these products themselves")
 @pytest.mark.parametrize("dim", [72, slow(128)])
 def test_float32_attention_from_tf32_products(dim, monkeypatch):
-    """The interpreter multiplies in float32; here as the kernels ask for, in three products of TF32 operands."""
+    """The interpreter multiplies in float32; here in three products of TF32 operands, as the kernels request."""
     from triton.runtime import interpreter
 
     def tf32(x):
@@ -184,7 +185,7 @@ def test_padded_keys_add_nothing_where_the_log_sum_exp_is_very_negative(dtype, l
 
 
 @pytest.mark.parametrize("layout", [slow("odd strides"), "odd pointers", slow("columns")])
-@pytest.mark.parametrize("dtype", [torch.float16])  # a copy for every dtype alike
+@pytest.mark.parametrize("dtype", [torch.float16])  # the copy is the same for every dtype
 def test_attention_of_layouts_that_cannot_be_read_16_bytes_at_a_time(layout, dtype):
     def empty(tokens):
         if layout == "odd strides":
@@ -225,7 +226,7 @@ FAR = 2**30 + 8  # elements between two rows: the third lies beyond 32 bits
 
 @pytest.fixture(scope="module")
 def far_apart():
-    """(3, 8) float16 in a view that spans 4 GB, of which it touches three pages."""
+    """(3, 8) float16 in a view that spans 4 GB, but touches only three pages."""
     if DEVICE == "cuda" and torch.cuda.mem_get_info()[0] < 8 << 30:
         pytest.skip("needs 8 GB of free memory")
     x = torch.empty(2 * FAR + 8, dtype=torch.float16, device=DEVICE).as_strided((3, 8), (FAR, 1))
@@ -280,7 +281,7 @@ def test_grids_take_any_number_of_heads_and_samples(monkeypatch):
 
 
 class Compiled:
-    """A kernel of Triton's, and what it compiles: calls of either are recorded."""
+    """Stands for a Triton kernel and its compiled code, and records calls of both."""
 
     arg_names = ("x_ptr", "o_ptr", "none_ptr", "width", "eps", "BLOCK", "EVEN")
 
@@ -298,7 +299,7 @@ class Compiled:
 
 
 def test_kernels_launch_on_the_device_of_their_tensors(monkeypatch):
-    """Not on the current one; which is changed only where it differs."""
+    """They do not use the current device, which changes only if it differs."""
     current, switches = [0], []
 
     @contextmanager
@@ -332,7 +333,7 @@ def test_later_launches_give_addresses_to_what_triton_compiled():
     assert kernel.by_triton == [(None, (3, 1, 1), pointers, {"EVEN": True, "BLOCK": 16, "num_warps": 4})]
     launch(x, o, None)
     assert kernel.direct == [(None, (*pointers, 64, 1e-6, 16, True))]
-    launch(x[1:], o, None)  # 4 bytes further on, which needs other code
+    launch(x[1:], o, None)  # 4 bytes further, which needs other code
     assert len(kernel.by_triton) == 2
     launch(o, x, None)
     assert kernel.direct[1][1][:3] == (o.data_ptr(), x.data_ptr() + 8 * 4, None)
@@ -348,7 +349,7 @@ def test_addresses_that_are_no_multiples_of_16_have_code_of_their_own():
 
 
 def test_plans_follow_configurations(monkeypatch):
-    """A search for the best tiles changes configurations between calls."""
+    """As in a search for the best tiles, which changes configurations between calls."""
     grids = []
     monkeypatch.setattr(Launch, "__call__", lambda self, *tensors: grids.append(self.grid[0]))
     q = torch.empty(1, 1, 256, 64, device="meta", dtype=torch.float16)
@@ -374,7 +375,7 @@ def test_plans_follow_configurations(monkeypatch):
     ],
 )
 def test_adaln(batch, tokens, width, rows, dtype):
-    """The residual stream is float32 whatever the rest is; the modulation is a slice of a wider product."""
+    """The residual stream is always float32; the modulation is a slice of a wider product."""
 
     def inputs(seed, n):
         stream, branch = randn(seed, n, tokens, width), randn(seed + 1, n, tokens, width, dtype=dtype)
@@ -391,7 +392,7 @@ def test_adaln(batch, tokens, width, rows, dtype):
 @pytest.mark.parametrize("kernel", adaln.ELEMENTS)
 @pytest.mark.parametrize("width", [8, 72, 384, 768, 1024, 1152, 1920, 8192])
 def test_adaln_rows_occupy_few_lanes(kernel, width):
-    """A row of XL/2 takes 1152 columns or, where two warps share it, 1280; a lane takes four columns at a time."""
+    """A row of XL/2 takes 1152 columns or, if two warps share it, 1280; a lane takes four columns at a time."""
     tile = adaln.tile(kernel, width)
     columns, lanes = tile["HEAD"] + tile["TAIL"], 32 * tile["num_warps"]
     assert width <= columns <= max(1.15 * width, width + 4 * lanes)
@@ -433,7 +434,7 @@ def test_gelu_gradient_of_the_bias():
 @DTYPES
 @pytest.mark.parametrize(("shape", "rows"), [((3, 17, 72), 1), ((37, 100), 37), ((2, 3, 1500), 1), ((4, 7), 0)])
 def test_gated_residual_rms_norm(shape, rows, dtype):
-    """Tokens as rows or not; the residual stream is float32 whatever the rest is."""
+    """With tokens as rows or not; the residual stream is always float32."""
 
     def inputs(seed, n):
         size = (n, *shape[1:])
@@ -470,7 +471,7 @@ def test_swiglu(shape, rows, dtype):
     ("heads", "dim", "tokens", "rows"), [(1, 64, 45, 1), (1, 72, 5, 2), (3, 8, 17, 1), (12, 6, 7, 0)]
 )
 def test_norm_and_rope(heads, dim, tokens, rows, dtype):
-    """Queries and keys lie in a packed product, whose values are not read, and the gradient's are not written."""
+    """Queries and keys are in a packed product; its values are not read, nor is their gradient written."""
 
     def inputs(seed, batch):
         return [randn(seed, batch * tokens, 3 * heads * dim, dtype=dtype), *randn(seed + 1, 2, dim)]
@@ -489,7 +490,7 @@ def test_angles_are_exact_to_float32(tokens):
 
 
 def test_rotary_attention_of_odd_sizes():
-    """Blocks that tokens do not fill, at the head dim of the networks."""
+    """Tokens fill blocks only in part, at the networks' head dim."""
 
     def inputs(seed, batch):
         return [randn(seed, batch, 65, 3 * 64, dtype=torch.float16), *randn(seed + 1, 2, 64)]
@@ -499,7 +500,7 @@ def test_rotary_attention_of_odd_sizes():
 
 
 def test_rotary_attention_copies_nothing(monkeypatch):
-    """Attention reads the values in the packed product, and writes their gradient into its gradient."""
+    """Attention reads the values in place in the packed product, and writes their gradient in place."""
     launches = []
     monkeypatch.setattr(Launch, "__call__", lambda self, *tensors: launches.append((self.kernel.__name__, tensors)))
     for f in ("clone", "zero_", "copy_"):
@@ -509,7 +510,7 @@ def test_rotary_attention_copies_nothing(monkeypatch):
     arguments, options = (qkv, weight, weight), (2, 7, 1e-6)
     o, qk, lse = ROTARY_ATTENTION.forward(*arguments, *options)
     ROTARY_ATTENTION.dual(*arguments, qkv[1:], None, None, *options)
-    assert [name for name, _ in launches] == ["forward_kernel"] * 6  # the second of leading rows and of trailing ones
+    assert [name for name, _ in launches] == ["forward_kernel"] * 6  # the second with first rows and with last rows
     assert launches[1][1][:3] == (qk, qk, qkv)
     assert launches[5][1][5] is not None
     launches.clear()
@@ -536,7 +537,7 @@ def test_sums_over_rows_do_not_vary():
 @pytest.mark.parametrize("kernel", rmsnorm.ELEMENTS)
 @pytest.mark.parametrize("width", [64, 768, 1024, 1152, 8192])
 def test_a_lane_holds_few_elements_of_rows_of_an_rms_norm(kernel, width):
-    """And one warp, or in the backward two, have the whole of a row of iMF's networks."""
+    """One warp, or in the backward two, hold a whole row of iMF's networks."""
     tile = rmsnorm.tile(kernel, width)
     assert width > 1024 or tile["num_warps"] <= (2 if kernel == "backward" else 1)
     assert tile["ROWS"] * tile["BLOCK"] <= 32 * tile["num_warps"] * rmsnorm.ELEMENTS[kernel]
@@ -547,7 +548,7 @@ def test_a_lane_holds_few_elements_of_rows_of_an_rms_norm(kernel, width):
 # The network on fused kernels.
 
 
-@pytest.mark.slow  # a smaller network is below, and `test_golden.py` has these cases by plain PyTorch
+@pytest.mark.slow  # a smaller network is below, and `test_golden.py` has these cases on plain PyTorch
 @pytest.mark.parametrize("name", [*NAMES, *IMPROVED_NAMES])
 def test_golden_cases_through_the_fused_path(name):
     case = golden_case(name)
@@ -586,7 +587,7 @@ def test_network_on_meta_tensors_and_in_half_precision():
 
 
 def test_step_of_a_network_through_the_fused_path():
-    """Guided: its loss and each gradient."""
+    """With guidance: its loss and each gradient."""
     torch.manual_seed(0)
     model = DiT(ModelConfig(4, 2, 2, hidden_size=16, depth=1, num_heads=2, num_classes=3))
     for p in model.parameters():
@@ -604,7 +605,7 @@ def test_step_of_a_network_through_the_fused_path():
 
 
 # ----------------------------------------------------------------------------
-# Wrong arguments are refused before anything is launched.
+# Wrong arguments are rejected before anything is launched.
 
 
 def attention_arguments(**changes):
@@ -708,11 +709,11 @@ def test_unknown_backend():
 
 
 # ----------------------------------------------------------------------------
-# What the compiler makes of them.
+# The compiled code.
 
 
 def compiling(module, *arguments):
-    """What a module prints where Triton compiles, not interprets."""
+    """The output of a module run with Triton's compiler instead of its interpreter."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", module, *arguments]
     done = subprocess.run(
@@ -729,13 +730,13 @@ def gate(only):
 
 
 def test_direct_launches_hand_the_driver_what_triton_does():
-    """Three tensors of leading rows, six of trailing ones; all else is equal too."""
+    """Three tensors for the first rows, six for the last ones; everything else is equal, too."""
     assert "9 inputs alike" in compiling("tests.direct_launch_worker")
 
 
 @pytest.mark.slow  # compiles for three architectures; benchmarks/static.py has all of them
 def test_static_gate():
-    """XL/2's dual attention: no stack, tensor cores, and accesses of 8 bytes and more, on all architectures."""
+    """XL/2's dual attention: no stack, tensor cores, and accesses of at least 8 bytes, on all architectures."""
     output = gate("attention_packed XL/2 bf16 dual")
     assert all(arch in output for arch in ("sm_80", "sm_90", "sm_100", "3 compiled"))
 
@@ -743,7 +744,7 @@ def test_static_gate():
 @pytest.mark.slow
 @pytest.mark.skipif(not LIBRARY.is_file(), reason="the CUDA library was not built, which takes nvcc")
 def test_static_gate_of_the_cuda_library():
-    """No stack, and 128 bits at a time over everything that has the parameters' size."""
+    """No stack, and 128 bits at a time for all data of the parameters' size."""
     gate("optim.")
 
 

@@ -1,4 +1,4 @@
-"""The comparison of two runs' losses and weights."""
+"""The comparison of losses and weights of two runs."""
 
 import pytest
 import torch

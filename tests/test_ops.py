@@ -1,6 +1,6 @@
-"""Every op of the table, by its kernels and in plain PyTorch, against the plain reference in float64.
+"""Every op of the table, with its kernels and in plain PyTorch, against the plain reference in float64.
 
-Without a GPU kernels run in Triton's interpreter, where bfloat16 products are wrong: there float32 and float16 are
+Without a GPU, kernels run in Triton's interpreter, where bfloat16 products are wrong, so float32 and float16 are
 tested.
 """
 
@@ -28,8 +28,8 @@ FUSED = [name for name, make in OPS.items() if make(SMALL, random_tensors(torch.
 DTYPES = [torch.float32, torch.float16, *[torch.bfloat16] * (DEVICE == "cuda")]
 each_op = pytest.mark.parametrize("name", OPS)
 each_fused = pytest.mark.parametrize("name", FUSED)
-ATTENTION = ("attention", "attention_packed", "rotary_attention")  # take the interpreter the longest
-SHARED = ("attention_packed", "adaln_modulate", "rotary_attention")  # run kernels that other ops run too
+ATTENTION = ("attention", "attention_packed", "rotary_attention")  # slowest in the interpreter
+SHARED = ("attention_packed", "adaln_modulate", "rotary_attention")  # share their kernels with other ops
 each_small_kernel = pytest.mark.parametrize(
     "name", [slow(name) if name in (*ATTENTION, *SHARED) else name for name in FUSED]
 )
@@ -41,12 +41,12 @@ def example(name, shape=SMALL, dtype=torch.float32, seed=0):
 
 
 def whole(x):
-    """Outputs as a list: an op returns one, or a tuple of them."""
+    """Outputs as a list, for ops that return one or a tuple."""
     return list(x) if isinstance(x, tuple) and not isinstance(x, Dual) else [x]
 
 
 def duals(arguments, tangents, parameters, rows):
-    """The last `rows` rows have tangents; those of parameters are whole."""
+    """Duals whose last `rows` rows have tangents; tangents of parameters have their full shape."""
     count = len(arguments) - parameters
     return [
         Dual(x, dx[len(dx) - rows :] if i < count else dx)
@@ -55,7 +55,7 @@ def duals(arguments, tangents, parameters, rows):
 
 
 def results(case, tangents, rows, backend):
-    """Outputs, tangents and gradients, of explicit duals."""
+    """Outputs, tangents and gradients, with explicit duals."""
     leaves = [x.detach().requires_grad_() for x in case.arguments]
     with ops.use_backend(backend):
         outputs = whole(case.function(*duals(leaves, tangents, case.parameters, rows)))
@@ -65,7 +65,7 @@ def results(case, tangents, rows, backend):
 
 
 def jvp(case, tangents, which):
-    """Tangents of the outputs, by PyTorch's own forward mode, along some of the arguments."""
+    """Tangents of the outputs along some arguments, with PyTorch's own forward mode."""
 
     def f(*some):
         arguments = list(case.arguments)
@@ -89,7 +89,7 @@ def assert_near(actual, expected, bound=1e-5):
 
 SIZES = [
     *((ODD, 1, dtype) for dtype in DTYPES),
-    # Sizes have nothing to do with dtypes, so one of each.
+    # Sizes and dtypes do not interact, so each size has one dtype.
     (Shape(1, 1, 1, 16), 1, torch.float32),  # one token
     (Shape(1, 33, 1, 72), 0, torch.float16),  # no row has a tangent
     (Shape(2, 9, 1, 16), 2, torch.float32),  # every row has one
@@ -98,7 +98,7 @@ SIZES = [
 
 
 def cases_of_sizes():
-    """Attention takes the interpreter seconds, and `test_kernels.py` has its sizes: here in float16 at an odd one."""
+    """Attention takes seconds in the interpreter, and `test_kernels.py` has more sizes: here one odd one in float16."""
     for name in FUSED:
         for size in SIZES:
             is_odd_half = size[:1] + size[2:] == (ODD, torch.float16)
@@ -116,7 +116,7 @@ def test_error_is_at_most_twice_that_of_plain_pytorch(name, shape, rows, dtype):
         assert (a.shape, a.dtype) == (e.shape, p.dtype)
         if e.numel():
             error, allowed = ((x.double() - e).norm() / max(e.norm(), 1) for x in (a, p))
-            # Kernels compute in float32. Plain PyTorch may be exact where nothing depends on an argument, as on the
+            # Kernels compute in float32. Plain PyTorch may be exact if nothing depends on an argument, such as the
             # scores of one token.
             depends = e.norm() > 1e-6 and (shape.tokens > 1 or not any(case.flops))
             rounding = torch.finfo(torch.float32).eps if depends else 4 * torch.finfo(dtype).eps
@@ -132,7 +132,7 @@ def test_widest_rows(name):
 
 @pytest.mark.parametrize(("backend", "compiled"), [("torch", False), ("triton", False), slow("triton", True)])
 def test_rms_norm_of_a_stream_in_the_dtype_of_the_products(backend, compiled):
-    """Output and tangent alike, and the gradient in the dtype of the stream."""
+    """Output and tangent have that dtype, and so has the gradient."""
     dtype = torch.bfloat16
     x, dx, weight = torch.randn(3, 5, 24, device=DEVICE), torch.randn(1, 5, 24, device=DEVICE), torch.ones(24)
     weight = weight.to(DEVICE).requires_grad_()
@@ -154,7 +154,7 @@ def test_rms_norm_of_a_stream_in_the_dtype_of_the_products(backend, compiled):
 
 @each_kernel
 def test_arguments_of_any_strides(name):
-    """Every other column of wider tensors, and gradients that come in expanded or as columns."""
+    """With every other column of wider tensors, and gradients that are expanded or columns."""
 
     def new(*size, wide=False):
         return torch.randn(*size[:-1], 2 * size[-1], device=DEVICE)[..., ::2]
@@ -209,14 +209,14 @@ def test_plain_pytorch_stays_near_in_lower_precision(name, dtype):
     exact = results(case.double(), [x.double() for x in tangents], 1, "torch")
     low = results(case, tangents, 1, "torch")
     assert_near(low, exact, 8 * torch.finfo(dtype).eps)
-    # Outputs and tangents of one dtype: the residual stream's, where it is one, and else that of the products.
+    # Outputs and tangents have one dtype: the residual stream's if there is one, else that of the products.
     kinds = [x.dtype for x in low[: len(low) - len(tangents)]]
     assert kinds[::2] == kinds[1::2]
     assert kinds[-1] == (torch.float32 if name == "sinusoid" else dtype)
 
 
 # ----------------------------------------------------------------------------
-# Any argument may carry the tangent.
+# A tangent of any argument.
 
 ARGUMENTS = [(name, i) for name in OPS for i in range(len(example(name).arguments))]
 
@@ -230,7 +230,7 @@ ARGUMENTS = [(name, i) for name in OPS for i in range(len(example(name).argument
     ],
 )
 def test_tangent_of_one_argument_alone(name, i, backend):
-    """By explicit duals, torch.func.jvp and forward_ad alike."""
+    """Explicit duals, torch.func.jvp and forward_ad give the same."""
     case, tangents = example(name), example(name, seed=1).arguments
     expected = jvp(case.double(), [x.double() for x in tangents], [i])
     assert any(dx.norm() > 0 for dx in expected)
@@ -261,7 +261,7 @@ def test_tangents_of_different_numbers_of_rows_are_refused(backend):
 
 
 def differentiated(case, tangents, how, backend, rows=2, compiled=False):
-    """Outputs, tangents, and the gradients of a loss of both: of all arguments and of their tangents."""
+    """Outputs, tangents, and the gradients of a loss of both, for all arguments and their tangents."""
     leaves, seeds = ([x.detach().requires_grad_() for x in xs] for xs in (case.arguments, tangents))
 
     def f(leaves, seeds):
@@ -292,7 +292,7 @@ def differentiated(case, tangents, how, backend, rows=2, compiled=False):
     ],
 )
 def test_gradients_of_a_loss_of_output_and_tangent(name, how, rows):
-    """Of arguments, parameters and their tangents alike."""
+    """For arguments, parameters and their tangents."""
     case, tangents = example(name), example(name, seed=1)
     exact = differentiated(case.double(), tangents.double().arguments, "dual", "torch", rows)
     assert_near(differentiated(case, tangents.arguments, how, "triton", rows), exact)
@@ -306,7 +306,7 @@ def test_gradients_through_plain_tangents_are_those_of_pytorchs_forward_mode(nam
 
 @pytest.mark.parametrize(
     ("name", "how", "backend"),
-    [  # operators and their autograd are alike for all; LayerNorm is another one in forward mode
+    [  # operators and their autograd are the same for all ops; LayerNorm differs in forward mode
         slow("gelu", "dual", "triton"),
         slow("attention", "func.jvp", "triton"),
         slow("adaln_modulate", "func.jvp", "torch"),
@@ -321,7 +321,7 @@ def test_compiled_gradients_of_a_loss_of_output_and_tangent(name, how, backend):
 
 @each_kernel
 def test_tangents_that_are_not_differentiated_are_not_saved(name):
-    """Explicit ones; and those of forward mode in `differentiable_tangents(False)`, where their gradient is refused."""
+    """Explicit tangents, and those of forward mode in `differentiable_tangents(False)`, where a gradient raises."""
     case, tangents = example(name), example(name, seed=1).arguments
     leaves = [x.detach().requires_grad_() for x in case.arguments]
 
@@ -361,7 +361,7 @@ def test_second_derivatives_through_a_tangent_are_refused(name):
     ("how", "backend"), [("func.jvp", "torch"), slow("func.jvp", "triton"), ("dual", "torch"), ("dual", "triton")]
 )
 def test_loss_of_the_tangent_of_two_attentions(how, backend):
-    """With a layer between: no gradient on the way is lost."""
+    """With a layer in between: no gradient is lost."""
     torch.manual_seed(0)
     layer, explicit = torch.nn.Linear(16, 16).to(DEVICE), how == "dual"
     heads, along = torch.randn(2, 3, 1, 2, 4, 16, device=DEVICE)
@@ -401,7 +401,7 @@ def test_second_derivatives_are_refused(name):
 
 
 # ----------------------------------------------------------------------------
-# How an op runs: eagerly by its launchers, and by operators of torch.library where PyTorch must see it.
+# Execution: eager, with launchers, and with operators of torch.library where PyTorch must see the op.
 
 
 def run_everything(case, tangents):
@@ -450,7 +450,7 @@ def test_operators_say_what_they_return(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "transform"),  # one rule of forward mode serves all operators
+    ("name", "transform"),  # all operators share one forward-mode rule
     [
         ("gelu", "dual"),
         *(slow(name, "dual") for name in FUSED if name != "gelu"),
@@ -459,7 +459,7 @@ def test_operators_say_what_they_return(name):
     ],
 )
 def test_compiled(name, transform):
-    """The whole graph, tangent included, and the gradient through it."""
+    """The whole graph with the tangent, and the gradient through it."""
     case, tangents = example(name), example(name, seed=1).arguments
 
     def f(primals, tangents):
@@ -481,7 +481,7 @@ def test_compiled(name, transform):
 
 @each_fused
 def test_flops_and_saved_tensors_on_meta_tensors(name):
-    """Beside tangents no more is saved than without, and FLOPs are counted by the formulas of the table."""
+    """Tangents do not change what is saved, and FLOPs follow the formulas of the table."""
     case = OPS[name](ODD, random_tensors(torch.bfloat16, "meta"))
     forward, tangent, backward = case.flops
     leaves = [x.detach().requires_grad_() for x in case.arguments]
@@ -508,7 +508,7 @@ def test_flops_and_saved_tensors_on_meta_tensors(name):
 
 
 # ----------------------------------------------------------------------------
-# Arguments that no implementation takes, and packed layers.
+# Wrong arguments, and packed layers.
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
@@ -524,7 +524,7 @@ def test_wrong_arguments_of_rotary_attention_and_swiglu(backend):
 
 
 def test_rotary_attention_equals_its_formula():
-    """With pairs of channels as complex numbers."""
+    """The formula uses pairs of channels as complex numbers."""
     x, weights = torch.randn(2, 5, 3 * 2 * 8).double(), torch.randn(2, 1, 1, 8).double()
     q, k, v = x.unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4)
     angle = torch.arange(5.0).double()[:, None] * 10_000 ** (-torch.arange(0, 8, 2) / 8)
@@ -543,7 +543,7 @@ def test_rotary_attention_equals_its_formula():
 
 @pytest.mark.parametrize("columns", [10, 11, 16])
 def test_packed_linear_pads_rows_and_columns(columns):
-    """What is padded is zero, gets no gradient, and gives none."""
+    """Padding is zero; it gets no gradient and contributes none."""
     x = torch.randn(2, 3, 16 if columns > 10 else 10, requires_grad=True)
     weights = [torch.randn(rows, columns, requires_grad=True) for rows in (5, 8)]
     o = ops.packed_linear(x, weights, 8, 8)

@@ -20,9 +20,9 @@ DECAYS = (0.9, 0.9999)
 
 @pytest.fixture(params=["host", "torch", "torch as on cuda", "apex", "cuda", "torch on cuda"])
 def device(request, monkeypatch):
-    """Where a backend's parameters are; "host" is the CUDA library's arithmetic, compiled for the CPU.
+    """Device of a backend's parameters; "host" is the CUDA library's arithmetic, compiled for the CPU.
 
-    All but "torch" leave a flag unread, though the parameters are on the CPU.
+    All but "torch" leave flags unread, as on a GPU, although the parameters are on the CPU.
     """
     if request.param != "torch":
         monkeypatch.setattr(optim, "_makes_wait", lambda device: True)
@@ -40,9 +40,9 @@ def device(request, monkeypatch):
 
 
 def apex_adam(chunk, noop, lists, lr, beta1, beta2, eps, step, mode, bias_correction, weight_decay, inverse_scale):
-    """What apex documents of its function, for decoupled weight decay with bias correction."""
+    """apex's function as documented, for decoupled weight decay with bias correction."""
     assert mode == bias_correction == 1
-    assert all(p.numel() for p in lists[1])  # it would leave out what comes before an empty one
+    assert all(p.numel() for p in lists[1])  # apex would skip whatever precedes an empty tensor
     if noop:
         return
     step, lr = int(step), float(lr)
@@ -68,7 +68,7 @@ def set_gradients(parameters, step, dtype=torch.float32):
 
 
 def everything(optimizer):
-    """Parameters and all of the state."""
+    """Parameters and the whole state."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     return [x.detach().clone() for p in parameters for x in (p, *optimizer.state[p].values())]
 
@@ -85,7 +85,7 @@ def at_least_1d(x):
 
 
 class Reference:
-    """torch.optim.AdamW, and averages in float64."""
+    """torch.optim.AdamW, with averages in float64."""
 
     def __init__(self, parameters, clip_norm=None, **settings):
         self.parameters, self.clip_norm = parameters, clip_norm
@@ -122,12 +122,12 @@ def test_two_hundred_random_steps(device, clip_norm, weight_decay):
             set_gradients(side, step)
         optimizer.step()
         reference.step()
-    # apex adds the decay to the update, whose rounding leans to one side over many steps.
+    # apex adds the decay to the update, and its rounding errors accumulate over many steps.
     assert_near(optimizer, parameters, reference, 1e-5 if device.backend == "apex" and weight_decay else 1e-6)
 
 
 def test_learning_rate_of_the_group_counts(device):
-    """Set between steps, as PyTorch's schedulers and a warm-up set it."""
+    """It is set between steps, as by PyTorch's schedulers and by a warm-up."""
     parameters = make_parameters(device.type)
     optimizer = AdamWEMA(parameters, lr=1e-3, ema_decays=DECAYS, backend=device.backend)
     reference = Reference(make_parameters(), lr=1e-3, weight_decay=0.0)
@@ -141,7 +141,7 @@ def test_learning_rate_of_the_group_counts(device):
 
 
 def test_decay_by_name_counts(device):
-    """Set between steps, as a half-life that grows with the run sets it."""
+    """It is set between steps, as by a half-life that grows with the run."""
     parameters = make_parameters(device.type)
     optimizer = AdamWEMA(parameters, ema_decays={500.0: 0.0}, backend=device.backend)
     expected = [p.detach().double().cpu() for p in parameters]
@@ -189,7 +189,7 @@ def test_gradient_that_is_not_finite_changes_nothing(device, bad):
         backend=device.backend,
     )
     with torch.no_grad():
-        optimizer.average(parameters[0], 0.9).fill_(-0.0)  # what adding zero would change
+        optimizer.average(parameters[0], 0.9).fill_(-0.0)  # adding zero would change it
     first = everything(optimizer) + [c.clone() for c in copies]
     set_gradients(parameters, 0)
     parameters[0].grad[0] = bad
@@ -237,7 +237,7 @@ def test_changed_backend_goes_on_alike(first, second, host_library, monkeypatch)
 
 
 def test_bfloat16_gradients(device):
-    """Gradients in bfloat16, and of both dtypes at once, are those numbers in float32."""
+    """Gradients in bfloat16, or in both dtypes at once, act like the same numbers in float32."""
     parameters, twins = make_parameters(device.type), make_parameters(device.type)
     one, two = (AdamWEMA(side, clip_norm=1.0, backend=device.backend) for side in (parameters, twins))
     for step in range(3):
@@ -271,7 +271,7 @@ def test_parameter_without_gradient_is_left_alone(device):
 
 
 def test_groups_keep_their_settings(device):
-    """As torch.optim.AdamW with the same groups, with a schedule."""
+    """Like torch.optim.AdamW with the same groups and a schedule."""
     parameters, twins = make_parameters(device.type), make_parameters(device.type)
 
     def groups(side):
@@ -294,7 +294,7 @@ def test_groups_keep_their_settings(device):
 
 
 def test_unaligned_and_transposed(device):
-    """Slices that begin anywhere, a transposed parameter with a gradient that is not."""
+    """Slices that begin anywhere, and a transposed parameter with a gradient that is not transposed."""
     flat = torch.arange(103.0, device=device.type) / 50 - 1
     parameters = [nn.Parameter(flat[1:50]), nn.Parameter(flat[50:53]), nn.Parameter(flat[53:95].view(6, 7).t())]
     twins = [nn.Parameter(p.detach().cpu().clone()) for p in parameters]
@@ -311,7 +311,7 @@ def test_unaligned_and_transposed(device):
 
 
 def test_gradients_of_any_layout(device):
-    """Expanded, part of a wider buffer, float16: the norm too is of the gradient's own elements."""
+    """Expanded, part of a wider buffer, float16; the norm also covers only the gradient's own elements."""
     parameters = [nn.Parameter(torch.ones(4, 4, device=device.type)) for _ in range(3)]
     optimizer = AdamWEMA(parameters, lr=0.1, clip_norm=1.0, backend=device.backend)
     parameters[0].grad = torch.ones(1, device=device.type).expand(4, 4)
@@ -471,7 +471,7 @@ def test_state_of_another_shape():
 
 
 def test_state_of_another_layout(device):
-    """Elements meet their own moments, however both lie in memory."""
+    """Elements meet their own moments, whatever the layouts of both."""
     parameters = [nn.Parameter(torch.arange(12.0, device=device.type).view(3, 4))]
     optimizer = AdamWEMA(parameters, lr=0.1, backend=device.backend)
     set_gradients(parameters, 0)

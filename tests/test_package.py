@@ -1,4 +1,4 @@
-"""The package as it is installed: editable and as a wheel, with kernels inside, light to import."""
+"""The installed package, editable and as a wheel: it contains the kernels and imports fast."""
 
 import os
 import platform
@@ -25,7 +25,7 @@ PROBE = (
 
 
 def python(*args, cwd, **env):
-    """Run it, without building the CUDA library unless `env` says so."""
+    """Run Python, without building the CUDA library unless `env` says so."""
     done = subprocess.run(
         [sys.executable, *map(str, args)],
         cwd=cwd,
@@ -40,7 +40,7 @@ def python(*args, cwd, **env):
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """A copy of what the repository holds, so that building leaves nothing in it."""
+    """A copy of the repository's files, so that building leaves nothing in the repository."""
     copy = tmp_path_factory.mktemp("source") / "mfengine"
     leave_out = shutil.ignore_patterns(".*", "build", "*.so", "*.egg-info")
 
@@ -60,7 +60,7 @@ def test_wheel_of_the_source_distribution(source, tmp_path):
     (sdist,) = tmp_path.glob("*.tar.gz")
     python("-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", tmp_path, sdist, cwd=tmp_path)
     (wheel,) = tmp_path.glob("*.whl")
-    # Torch and all else that is there satisfies it: nothing but mfengine itself would be installed.
+    # All requirements are already installed: only mfengine itself is added.
     plan = python("-m", "pip", "install", "--dry-run", "--no-index", wheel, cwd=tmp_path)
     assert "mfengine" in plan
     assert plan.partition("Would install")[2].strip() in ("", wheel.name.partition("-py3")[0])
@@ -69,13 +69,13 @@ def test_wheel_of_the_source_distribution(source, tmp_path):
     assert Path(where) == tmp_path / "site/mfengine/kernels/__init__.py"
     assert (tmp_path / "site/mfengine/py.typed").exists()
     attention = "import torch, mfengine.ops as ops; print(ops.attention(*[torch.ones(1, 1, 2, 8)] * 3).sum().item())"
-    assert python("-c", attention, cwd=tmp_path, PYTHONPATH=str(tmp_path / "site")) == "16.0"  # by the times inside
+    assert python("-c", attention, cwd=tmp_path, PYTHONPATH=str(tmp_path / "site")) == "16.0"  # from the kernels inside
     assert not (tmp_path / "site/kernels").exists()
 
 
-@pytest.mark.slow  # `make install` is one
+@pytest.mark.slow  # `make install` makes one
 def test_editable_install(source, tmp_path):
-    """In an environment of its own that sees the libraries of this one."""
+    """In a separate environment that sees the libraries of this one."""
     python("-m", "venv", tmp_path / "venv", cwd=tmp_path)
     libraries = next(path for path in sys.path if path.endswith("site-packages"))
     inner = tmp_path / "venv/bin/python"
@@ -95,7 +95,7 @@ WHEEL = ("-m", "pip", "wheel", "--verbose", "--no-deps", "--no-build-isolation",
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 def test_wheel_with_the_cuda_library(source, tmp_path):
-    """Where nvcc is found: for the asked-for targets, one wheel for every Python, and it loads."""
+    """If nvcc is found: for the requested targets, one wheel for every Python, whose library loads."""
     python(*WHEEL, tmp_path, source, cwd=tmp_path, MFENGINE_CUDA="1", MFENGINE_CUDA_ARCHS="90")
     (wheel,) = tmp_path.glob("*.whl")
     assert wheel.name.endswith(f"py3-none-linux_{platform.machine()}.whl")
@@ -109,7 +109,7 @@ def test_wheel_with_the_cuda_library(source, tmp_path):
 
 @pytest.mark.slow
 def test_wheel_without_nvcc(source, tmp_path):
-    """A pure one, and a line that says so; an error where the library is demanded."""
+    """A pure wheel, and a line that says so; an error if the library is required."""
     bare = tmp_path / "bin"
     bare.mkdir()
     for tool in ("cmake", "c++", "sh"):
@@ -133,7 +133,7 @@ def test_wheel_without_nvcc(source, tmp_path):
 
 @pytest.mark.parametrize("packages", [("amp_C", "flash_attn", "jvp_flash_attention"), slow(tuple(info.OPTIONAL))])
 def test_info(packages, tmp_path, monkeypatch, capsys):
-    """What is there, what is not, and what is there and broken."""
+    """It lists packages that are present, missing, or broken."""
     (tmp_path / "amp_C.py").write_text("raise OSError('libcudart.so.11: cannot open shared object file')")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(info, "OPTIONAL", {name: info.OPTIONAL[name] for name in packages})

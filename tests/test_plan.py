@@ -1,4 +1,4 @@
-"""The dry run: its plan against real tensors and the collectives of real steps, what it refuses; nothing is written."""
+"""The dry run: its plan against real tensors and the collectives of real steps, and its errors; nothing is written."""
 
 import dataclasses
 import json
@@ -43,7 +43,7 @@ def on_gpus(ranks):
 
 
 def nbytes(tensors):
-    return sum(local(x).nbytes for x in tensors if x.ndim)  # not the optimizer's count of steps
+    return sum(local(x).nbytes for x in tensors if x.ndim)  # without the optimizer's count of steps
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,7 @@ def nbytes(tensors):
     [(1, (0.9,)), (16, (0.9, 0.5)), slow(1, (0.9, 0.5)), slow(2, (0.9,)), slow(2, (0.9, 0.5)), slow(16, (0.9,))],
 )
 def test_state_is_that_of_real_shards(ranks, decays):
-    """Weights, moments and averages as the trainer makes them; 18 labels over 16 ranks are padded."""
+    """Weights, moments and averages as made by the trainer; 18 labels over 16 ranks are padded."""
     config = dataclasses.replace(CONFIG, optim=OptimConfig(ema_decays=decays))
     memory = make_plan(config, on_gpus(ranks)).memory
     tensors = FakeTensorMode(allow_non_fake_inputs=True)
@@ -92,7 +92,7 @@ def test_activations_are_those_of_real_tensors(recompute):
 
 
 def saved_bytes(config, depth, batch):
-    """What a pass saves for its backward, by autograd's hooks and not by what lives."""
+    """The bytes that a pass saves for its backward, measured with autograd's hooks instead of live storages."""
     with torch.device("meta"), use_backend("triton"):
         model = DiT(dataclasses.replace(config.model, depth=depth), torch.bfloat16).to("meta")
         latents, labels = torch.empty(batch, 4, 32, 32), torch.empty(batch, dtype=torch.int64)
@@ -115,9 +115,9 @@ def test_activations_grow_by_what_a_layer_saves():
         return meta_pass(model, config.method, batch, torch.bfloat16, fused=True, **changes)[0]
 
     saved = saved_bytes(config, 2, batch) - saved_bytes(config, 1, batch)
-    assert saved / batch == pytest.approx(12.0e6, rel=0.3)  # with the weights as they are cast, for so few rows
+    assert saved / batch == pytest.approx(12.0e6, rel=0.3)  # including cast weights, which count for so few rows
     assert peak(4) - peak(3) == pytest.approx(saved, rel=1e-3)
-    deeper, shallow = (peak(depth, recompute=True, gathered=True) for depth in (4, 3))  # no weights are cast
+    deeper, shallow = (peak(depth, recompute=True, gathered=True) for depth in (4, 3))  # without casts of weights
     inputs = (deeper - shallow) / batch
     rows = 1 + config.method.interval_share
     assert inputs == pytest.approx(6 * rows * config.model.num_tokens * config.model.hidden_size, rel=0.02)
@@ -136,7 +136,7 @@ def test_activations_count_storages_once_and_while_they_live():
     assert (live.now, live.peak) == (0, 240)
 
 
-@pytest.mark.parametrize(("ranks", "layout", "guided"), [  # each layout, and each once without guidance or with
+@pytest.mark.parametrize(("ranks", "layout", "guided"), [  # each layout, with and without guidance once
     slow(2, {}, True), (2, {"reshard": True}, False), slow(16, {}, False), slow(16, {"reshard": True}, True),
     slow(16, {"replicas": 2}, True),
 ])  # fmt: skip
@@ -265,7 +265,7 @@ def test_run_that_can_be_continued(run_folder, digits, where):
     ],
 )
 def test_what_training_would_refuse(args, message, digits, run_folder, tmp_path, where):
-    where["monkeypatch"].setitem(sys.modules, "amp_C", None)  # apex, which then does not import
+    where["monkeypatch"].setitem(sys.modules, "amp_C", None)  # makes the import of apex fail
     torch.save([1], tmp_path / "list.pt")
     for name in ("cut", "broken"):
         if f"--data={name.upper()}" not in args:
@@ -279,7 +279,7 @@ def test_what_training_would_refuse(args, message, digits, run_folder, tmp_path,
     if "--data=LARGE" in args:
         space = LatentSpace((1, 256, 256), num_classes=10)
         write_dataset(tmp_path / "large", ArraySamples("x", space, np.zeros((10, 1, 2, *space.shape)), np.arange(10)))
-    where["capsys"].readouterr()  # its progress
+    where["capsys"].readouterr()  # drops the progress
     before = sorted(tmp_path.rglob("*"))
     places = {"LARGE": tmp_path / "large", "CUT": tmp_path / "cut", "BROKEN": tmp_path / "broken", "RUN": run_folder}
     for name, path in places.items():
@@ -295,7 +295,7 @@ def test_what_training_would_refuse(args, message, digits, run_folder, tmp_path,
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_library_that_only_a_gpu_can_try(digits, where, monkeypatch):
-    """One that is not built is refused; one that is, and cannot be used without a GPU, is not."""
+    """A missing library is an error. One that is built, but needs a GPU, is not."""
     args = (f"--data={digits}", "--optim.backend=cuda")
     monkeypatch.setattr(preflight, "LIBRARY", Path("nowhere"))
     code, _, err = dry(*args, **where)
@@ -305,9 +305,9 @@ def test_library_that_only_a_gpu_can_try(digits, where, monkeypatch):
 
 
 def test_training_refuses_what_its_dry_run_does(digits, tmp_path, where, monkeypatch):
-    """Kernels on a CPU, where the interpreter is not asked for."""
+    """Kernels on a CPU, without the interpreter."""
     monkeypatch.setattr(pytest.importorskip("triton").knobs.runtime, "interpret", False)
-    monkeypatch.setattr(choice, "_why_not", choice._why_not.__wrapped__)  # which keeps its answers
+    monkeypatch.setattr(choice, "_why_not", choice._why_not.__wrapped__)  # without its cache
     args = ("mfengine.train", *SMALL, f"--data={digits}", "--ops=triton", "--device=cpu")
     for more in ([], ["--dry-run"]):
         code, _, err = run_in_process(*args, *more, **where)

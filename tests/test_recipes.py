@@ -1,4 +1,4 @@
-"""The recipes of docs/backend.md run as they stand, and do what they say; the commands of other pages parse."""
+"""The recipes of docs/backend.md run unchanged and do what they say; the commands on other pages parse."""
 
 import re
 import shlex
@@ -19,7 +19,7 @@ RECIPES = dict(re.findall(r"^## Recipe: (.*?)\n.*?^```python\n(.*?)^```", PAGE.r
 
 
 def run(title):
-    """What a recipe leaves behind, by name."""
+    """The variables of a recipe after it ran."""
     names = {"__name__": "recipe"}
     exec(compile(RECIPES[title], f"{PAGE.name}: {title}", "exec"), names)
     return names
@@ -61,7 +61,7 @@ def test_terminal_velocity_matching_through_the_tangent():
 
 
 # ----------------------------------------------------------------------------
-# docs/recipes.md and docs/cluster.md: every command parses, by the commands' own parsers and torchrun's.
+# docs/recipes.md and docs/cluster.md: every command parses, with the commands' own parsers and torchrun's.
 
 DOCS = PAGE.parent
 RECIPES_PAGE = (DOCS / "recipes.md").read_text()
@@ -81,7 +81,7 @@ def commands(page):
 
 
 def parse(words):
-    """Parse a command by what is to run it; returns the module and its arguments, parsed."""
+    """Parse a command with the parser of what it runs; returns the module and its parsed arguments."""
     if words[0] == "sbatch":
         words = words[words.index("scripts/slurm/run.sh") + 1 :]
     elif words[0] == "torchrun":
@@ -117,7 +117,7 @@ def test_commands_are_found():
 
 def test_rows_are_the_papers():
     runs = [parse(shlex.split(row[1].strip("`")))[1].run for row in ROWS]
-    assert len({run.name for run in runs}) == len(runs)  # none overwrites another
+    assert len({run.name for run in runs}) == len(runs)  # no run overwrites another
     assert [run.epochs for run in runs] == [80, 80, 80, 240, 240, 240, 240, 1000]
     assert [run.model.patch_size for run in runs] == [4] * 3 + [2] * 5
     assert [(run.method.omega, run.method.kappa) for run in runs[:4]] == [(1, 0), (2, 0), (1, 0.5), (1, 0.5)]
@@ -147,7 +147,7 @@ def test_costs_of_improved_meanflow_are_counted(row):
 
 @pytest.mark.parametrize("preset", ["b2", slow("imf-b2")])
 def test_times_are_modelled_as_said(preset):
-    """One row of each table: they are all made alike."""
+    """One row of each table, because all rows are made the same way."""
     row = next(row for row in (*ROWS, *IMPROVED_ROWS) if row[1] == f"`mfengine.train {preset}`")
     config = PRESETS[preset][1]
     for cell, hardware in ((row[4], scaling.Hardware()), (row[5], scaling.Hardware(roofline_share=0.5))):

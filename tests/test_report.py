@@ -16,7 +16,7 @@ BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
-    """The page of two runs, of which one has no pictures and was not evaluated."""
+    """The page of two runs, one of which has no pictures and was not evaluated."""
     cwd = tmp_path_factory.mktemp("report")
     for name, share in (("meanflow", 0.25), ("flow-matching", 0.0)):
         run = cwd / name

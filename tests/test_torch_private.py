@@ -1,4 +1,4 @@
-"""Each private name of PyTorch that mfengine uses is still needed: a failure here says that a public way has come."""
+"""Each private name of PyTorch that mfengine uses is still needed: a failure here means that a public API exists."""
 
 import inspect
 import pkgutil
@@ -96,7 +96,7 @@ def test_modes_and_fake_tensors_have_no_public_module(module):
 
 
 def test_names_that_dcp_pickles_are_still_private(tmp_path):
-    """And they are all that a restricted unpickler needs beside public ones."""
+    """A restricted unpickler needs only these and public names."""
     place, memory_format, layout = torch_private.checkpoint_names()
     assert [name for name in (place.__name__, memory_format.__name__, layout.__name__) if name[0] != "_"] == []
     with warnings.catch_warnings():

@@ -43,7 +43,7 @@ class ModelConfig(TransformerConfig):
         if not self.mlp_ratio * self.hidden_size >= 1:
             raise ValueError(f"mlp_ratio must be positive, not {self.mlp_ratio}")
         if self.hidden_size % 4:
-            raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of 4, which the position encoding needs")
+            raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of 4, as positions need")
 
 
 # ----------------------------------------------------------------------------
