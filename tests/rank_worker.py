@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from golden_cases import golden_case, relative_error
-from stranger import Stranger
+from stock_network import StockNetwork
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -61,7 +61,7 @@ def zero_guided_rows(here):
         assert (gradient - expected.grad).norm() <= 1e-5 * expected.grad.norm() + 1e-9, name
 
 
-def strangers_network(here):
+def stock_network(here):
     """A network without tangents in DDP and FSDP2, and ours in DDP: gradients are the mean over ranks to 1e-5.
 
     By default, DDP broadcasts buffers in its forward, and `find_unused_parameters` adds an autograd.Function to it.
@@ -80,12 +80,12 @@ def strangers_network(here):
 
     mesh = init_device_mesh("cpu", (here.size,))
     wrappers = {
-        "DDP": lambda: DistributedDataParallel(network(Stranger)),
-        "DDP, unused": lambda: DistributedDataParallel(network(Stranger), find_unused_parameters=True),
-        "DDP, compiled": lambda: DistributedDataParallel(torch.compile(network(Stranger), backend="eager")),
+        "DDP": lambda: DistributedDataParallel(network(StockNetwork)),
+        "DDP, unused": lambda: DistributedDataParallel(network(StockNetwork), find_unused_parameters=True),
+        "DDP, compiled": lambda: DistributedDataParallel(torch.compile(network(StockNetwork), backend="eager")),
         "DDP, ours": lambda: DistributedDataParallel(network(DiT)),
-        "FSDP2": lambda: shard(network(Stranger), True),
-        "FSDP2, gathered": lambda: shard(network(Stranger), False),
+        "FSDP2": lambda: shard(network(StockNetwork), True),
+        "FSDP2, gathered": lambda: shard(network(StockNetwork), False),
     }
     batches = [batch(rank) for rank in range(here.size)]
     for share in (0.25, 1.0):
@@ -106,7 +106,7 @@ def strangers_network(here):
         mock.patch.object(torch, "__version__", TorchVersion("2.12.1")),
         pytest.raises(NotImplementedError, match=r"torch 2\.12\.1 cannot differentiate FSDP2 forward"),
     ):
-        METHOD.loss(shard(network(Stranger), True), *batch(here.rank))
+        METHOD.loss(shard(network(StockNetwork), True), *batch(here.rank))
 
 
 def bfloat16(here):
@@ -220,7 +220,7 @@ def lost_rank(here):
 
 
 CHECKS = (
-    *(zero_guided_rows, bfloat16, improved_meanflow, optimizer, asynchronous_checkpoint, strangers_network),
+    *(zero_guided_rows, bfloat16, improved_meanflow, optimizer, asynchronous_checkpoint, stock_network),
     lost_rank,
 )
 """In this order: the last check ends the processes."""

@@ -166,7 +166,7 @@ class Operators(TorchDispatchMode):
     ("name", "operator"),
     [("torch", "aten::_softmax"), ("triton", "mfengine::"), ("sdpa", "aten::_scaled_dot_product_")],
 )
-def test_the_one_asked_for_runs(name, operator):
+def test_requested_implementation_runs(name, operator):
     for op in (packed, from_projection):
         with ops.use_attention(name), Operators() as operators:
             op(randn(0, 2, 5, 96))
@@ -174,7 +174,7 @@ def test_the_one_asked_for_runs(name, operator):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_no_rows(name):
+def test_zero_rows(name):
     with ops.use_attention(name):
         assert packed(randn(0, 0, 5, 3 * 2 * 16, dtype=torch.float16)).shape == (0, 5, 32)
 
@@ -200,7 +200,7 @@ def test_compiled(name, dynamic):
 
 
 @pytest.mark.parametrize("name", ["torch", "sdpa"])
-def test_transforms_and_forward_mode_take_no_notice(name):
+def test_transforms_and_forward_mode_ignore_the_choice(name):
     x, dx = randn(0, 2, 5, 96), randn(1, 2, 5, 96)
 
     def results():
@@ -239,7 +239,7 @@ def test_choice_without_a_tangent(backend, asked, expected, dim):
 
 
 @pytest.mark.parametrize("asked", [name if name == "sdpa" else slow(name) for name in NAMES])
-def test_backend_decides_where_there_is_a_tangent(asked, monkeypatch):
+def test_backend_decides_with_a_tangent(asked, monkeypatch):
     """Then the kernels compute all rows, with and without a tangent, and their backward."""
     calls = []
 
@@ -271,13 +271,13 @@ def test_backend_decides_where_there_is_a_tangent(asked, monkeypatch):
         ("flash-attn", torch.float16, 264, "attention with flash-attn: .* up to 256, not torch.float16 and 264"),
     ],
 )
-def test_what_an_implementation_does_not_take(name, dtype, dim, message):
+def test_unsupported_arguments_of_an_implementation(name, dtype, dim, message):
     q = torch.zeros(1, 1, 2, dim, dtype=dtype, device=DEVICE)
     with ops.use_attention(name), pytest.raises(ValueError, match=message):
         ops.attention(q, q, q)
 
 
-def test_unknown_and_missing(monkeypatch):
+def test_unknown_or_missing_implementation(monkeypatch):
     accepted = "auto, torch, triton, sdpa, flash-attn"
     with (
         pytest.raises(ValueError, match=f"attention flash does not exist; it must be one of {accepted}"),
@@ -409,7 +409,7 @@ def test_gradients_over_head_dims_and_lengths(dim, length, monkeypatch):
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_plain_attention_equals_pytorchs(name):
+def test_plain_attention_equals_pytorch(name):
     *_, heads, key_heads, options = VARIANTS[name]
     options = {key: double(x) if isinstance(x, torch.Tensor) else x for key, x in options.items()}
     primals, _, weights = arguments(name, torch.float64)
@@ -469,7 +469,7 @@ def test_packed_gradients_through_the_tangent(rows):
 
 
 @pytest.mark.parametrize("is_causal", [slow(False), True])
-def test_sequences_equal_each_alone(is_causal):
+def test_concatenated_sequences_equal_separate_ones(is_causal):
     """One sequence has no keys, another has nothing at all."""
     lengths_q, lengths_k = (7, 0, 13), (0, 0, 33)
     cu_q, cu_k = (
@@ -577,7 +577,7 @@ def test_training_with_another_attention(digits, tmp_path, monkeypatch, capsys):
     assert losses["sdpa"] == pytest.approx(losses["torch"], rel=1e-4)
 
 
-def test_training_refuses_what_is_not_there(digits, tmp_path, monkeypatch, capsys):
+def test_training_rejects_a_missing_implementation(digits, tmp_path, monkeypatch, capsys):
     args = (*SMALL, f"--data={digits}", "--attention=flash-attn", "--device=cpu", "--precision=float32")
     code, _, err = run_in_process("mfengine.train", *args, cwd=tmp_path, monkeypatch=monkeypatch, capsys=capsys)
     assert code == 2

@@ -187,7 +187,7 @@ def compiled(f):
 
 
 @NAMES
-def test_forward_mode_fails_without(name):
+def test_forward_mode_fails_without_jvp_attention(name):
     model, primals, tangents = build(name)
     with pytest.raises(NotImplementedError, match="forward AD"):
         jvp(velocity(model), primals, tangents)
@@ -200,7 +200,7 @@ CASES_AND_BACKENDS = pytest.mark.parametrize(
 
 
 @CASES_AND_BACKENDS
-def test_inside_jvp_attention(name, backend):
+def test_forward_mode_inside_jvp_attention(name, backend):
     model, primals, tangents = build(name, depth=1 if backend == "triton" else 2)
     expected = run(plain(model), primals, tangents)
     with ops.use_backend(backend), jvp_attention():
@@ -208,7 +208,7 @@ def test_inside_jvp_attention(name, backend):
 
 
 @CASES_AND_BACKENDS
-def test_accelerated(name, backend):
+def test_accelerated_model_in_forward_mode(name, backend):
     depth = 1 if backend == "triton" else 2
     model, primals, tangents = build(name, depth)
     expected = run(plain(model), primals, tangents)
@@ -404,7 +404,7 @@ def test_dropout():
             jvp(f, primals, tangents)
 
 
-def test_a_tangent_of_one_argument_or_none():
+def test_tangent_of_one_argument_or_none():
     (q, k, v), (dq, _, dv) = duals(SELF)
     of_q, of_v = (lambda f: lambda x: f(x, k, v)), (lambda f: lambda x: f(q, k, x))
     for backend in ("torch", "triton"):
@@ -496,7 +496,7 @@ class Operators(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_pytorchs_attention_runs_outside_of_forward_mode():
+def test_pytorch_attention_runs_outside_forward_mode():
     (q, k, v), tangents = duals(SELF)
     with jvp_attention(), ops.use_backend("triton"):
         with Operators() as native:
@@ -507,7 +507,7 @@ def test_pytorchs_attention_runs_outside_of_forward_mode():
     assert "attention_differentiable_dual" in forward.names
 
 
-def test_autocast_casts_as_for_pytorchs():
+def test_autocast_casts_like_pytorch():
     (q, k, v), tangents = duals(SELF)
     with jvp_attention(), torch.autocast("cpu", torch.bfloat16):
         o, do = jvp(lambda q, k, v: F.scaled_dot_product_attention(q, k.bfloat16(), v), (q, k, v), tangents)
@@ -515,7 +515,7 @@ def test_autocast_casts_as_for_pytorchs():
     assert_near((o.float(), do.float()), jvp(written_out, (q, k, v), tangents), bound=0.1)
 
 
-def test_a_warning_tells_once(monkeypatch):
+def test_each_reason_for_plain_attention_warns_once(monkeypatch):
     """On a device where kernels run."""
     sdpa._warn_plain.cache_clear()
     primals, tangents = duals(SELF)
@@ -636,7 +636,7 @@ STRANGERS = {
 
 @pytest.mark.filterwarnings("ignore:nothing was swapped")
 @pytest.mark.parametrize("name", STRANGERS)
-def test_strangers_are_left(name):
+def test_unsupported_modules_are_left(name):
     make, reason = STRANGERS[name]
     module = make()
     before = type(module)
@@ -699,7 +699,7 @@ def test_accelerate_twice_copy_pickle_and_report():
         assert next(model.parameters()).abs().max() > 0
 
 
-def test_a_mask_and_dropout_after_accelerate():
+def test_mask_and_dropout_after_accelerate():
     torch.manual_seed(0)
     old = Attention(32, attn_drop=0.5)
     new = copy.deepcopy(old)

@@ -857,7 +857,7 @@ def check(cases, inputs, tmp_path):
 
 
 @pytest.mark.forks
-def test_a_sample_of_bad_input_ends_with_one_line(inputs, tmp_path):
+def test_sample_of_bad_input_ends_with_one_line(inputs, tmp_path):
     check([*OPTIONS[::150], *DAMAGE[::150], *DISKS[7::40]], inputs, tmp_path)
 
 

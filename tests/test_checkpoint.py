@@ -32,7 +32,7 @@ def assert_same(actual, expected):
         assert torch.equal(actual[name], value) if isinstance(value, torch.Tensor) else actual[name] == value, name
 
 
-def test_checkpoints_in_the_background_equal_those_that_training_waits_for(digits, tmp_path, monkeypatch, capsys):
+def test_background_checkpoints_equal_synchronous_ones(digits, tmp_path, monkeypatch, capsys):
     where = {"digits": digits, "cwd": tmp_path, "monkeypatch": monkeypatch, "capsys": capsys}
     args = ("--steps=3", "--checkpoint-every=1")
     waiting = run("waiting", *args, **where)
@@ -60,7 +60,7 @@ def test_checkpoints_in_the_background_equal_those_that_training_waits_for(digit
         assert_same(background / name, waiting / name)
 
 
-def test_the_writer_works_on_its_ranks_gpu_from_pinned_memory_that_is_allocated_once(tmp_path, monkeypatch):
+def test_writer_uses_its_ranks_gpu_and_reuses_pinned_memory(tmp_path, monkeypatch):
     devices, options, written = [], [], []
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: devices.append((device, threading.get_ident())))
     monkeypatch.setattr(dcp, "save", lambda state, **_: written.append((state["x"].data_ptr(), threading.get_ident())))
@@ -89,7 +89,7 @@ def no_space(*args, **kwargs):
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
-def test_a_checkpoint_that_cannot_be_written_leaves_nothing(asynchronous, tmp_path, monkeypatch):
+def test_failed_write_leaves_nothing(asynchronous, tmp_path, monkeypatch):
     checkpointer = Checkpointer(tmp_path, World(0, 1, torch.device("cpu")), keep=2, asynchronous=asynchronous)
     for step, save in ((1, dcp.save), (2, no_space), (3, dcp.save)):
         monkeypatch.setattr(dcp, "save", save)
@@ -107,7 +107,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_nothing(asynchronous, tmp_pa
     assert checkpointer.newest == folder / "step-00000003"
 
 
-def test_training_goes_on_when_a_checkpoint_does_not_fit(digits, tmp_path, monkeypatch, capsys):
+def test_training_continues_if_a_checkpoint_does_not_fit(digits, tmp_path, monkeypatch, capsys):
     save, calls = dcp.save, []
 
     def save_where_there_is_room(*args, **kwargs):
@@ -131,7 +131,7 @@ def test_training_goes_on_when_a_checkpoint_does_not_fit(digits, tmp_path, monke
     )
 
 
-def test_old_checkpoint_that_cannot_be_removed_is_told(tmp_path, monkeypatch):
+def test_failed_removal_of_an_old_checkpoint_is_reported(tmp_path, monkeypatch):
     def in_use(path, **_):
         raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
 

@@ -72,7 +72,7 @@ def test_finished_run_has_nothing_to_do(trained, digits):
     assert (newest_checkpoint(run) / "checkpoint.json").stat().st_mtime_ns == before
 
 
-def test_schedules_repeat_themselves(digits, tmp_path, monkeypatch, capsys):
+def test_schedules_survive_a_kill(digits, tmp_path, monkeypatch, capsys):
     """Rates and decays follow from the step, so a run killed during warm-up and ramp ends like one that was not."""
     args = (*SMALL, f"--data={digits}", "--steps=12", "--checkpoint-every=5", "--log-every=1", "--resume=auto")
     where = {"cwd": tmp_path, "monkeypatch": monkeypatch, "capsys": capsys}
@@ -133,7 +133,7 @@ def test_rates_and_decays():
     assert OptimConfig(ema_decays=(500.0,), ema_rampup_ratio=0).decays(0, 100)[500.0] == pytest.approx(0.5**0.2)
 
 
-def test_other_normalisation_than_expected_is_told(digits, tmp_path, monkeypatch, capsys):
+def test_unexpected_normalisation_is_reported(digits, tmp_path, monkeypatch, capsys):
     """The warning is in the plan and at the start; a run continues only with the normalisation it began with."""
     shutil.copytree(digits, tmp_path / "data")
     where = {"cwd": tmp_path, "monkeypatch": monkeypatch, "capsys": capsys}
@@ -274,7 +274,7 @@ def test_script_runs_every_command(capsys, monkeypatch):
         assert said in "".join(capsys.readouterr())
 
 
-def test_evaluate_writes_its_figures(trained, digits):
+def test_evaluate_writes_its_metrics(trained, digits):
     run, _ = trained
     done = run_command("mfengine.evaluate", run, f"--data={digits}", "--num=200", cwd=run)
     assert done.returncode == 0, done.stderr
@@ -318,7 +318,7 @@ def test_running_out_of_memory_is_one_line(digits, tmp_path, monkeypatch, capsys
     assert "Traceback" not in err
 
 
-def test_a_failure_that_only_one_rank_knows_of_is_told_by_it(monkeypatch, capsys):
+def test_failure_of_one_rank_is_reported_by_that_rank(monkeypatch, capsys):
     def fail(_):
         raise RankTrainingError("out of memory")
 
@@ -431,7 +431,7 @@ def test_training_starts_from_other_weights(trained, digits, tmp_path):
     assert "sit.pt has another architecture: size mismatch" in other.stderr
 
 
-def test_run_that_was_killed_as_it_began(digits, tmp_path):
+def test_restart_of_a_run_killed_at_its_start(digits, tmp_path):
     (tmp_path / "runs/digits").mkdir(parents=True)
     (tmp_path / "runs/digits/.partial-config.json").write_text("{")
     done = run_command("mfengine.train", *SMALL, f"--data={digits}", "--steps=1", "--resume=auto", cwd=tmp_path)
@@ -454,7 +454,7 @@ def test_checkpoint_under_another_name(trained, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.forks
 @pytest.mark.parametrize("signum", [signal.SIGTERM, slow(signal.SIGINT)])
-def test_signal_writes_a_checkpoint_before_leaving(digits, tmp_path, signum):
+def test_signal_writes_a_checkpoint_before_exit(digits, tmp_path, signum):
     args = ("mfengine.train", *SMALL, f"--data={digits}", "--steps=100000")
     files = (os.devnull, tmp_path / "stderr")
     process = forks.Process(target=run_in_fork, args=(args, tmp_path, 1, dict(os.environ), files))
@@ -665,7 +665,7 @@ def test_wrong_input(trained, digits, tmp_path, monkeypatch, capsys, args, messa
 
 
 @pytest.mark.slow  # starts a new Python
-def test_wrong_input_ends_the_process_with_2(tmp_path):
+def test_wrong_input_exits_with_code_2(tmp_path):
     """The line is printed even if tyro cannot draw a frame; other tests have UTF-8."""
     done = run_command("mfengine.train", "--batch-size=many", cwd=tmp_path, env={"PYTHONIOENCODING": "ascii"})
     assert done.returncode == 2
@@ -683,7 +683,7 @@ def test_wrong_input_ends_the_process_with_2(tmp_path):
         (["--name=checkpoints", "--runs=RUN"], "is not a run folder"),
     ],
 )
-def test_run_folder_that_is_taken(trained, digits, monkeypatch, capsys, args, message):
+def test_occupied_run_folder(trained, digits, monkeypatch, capsys, args, message):
     run, _ = trained
     before = {p: p.stat().st_mtime_ns for p in run.rglob("*")}
     args = [part.replace("RUN", str(run)) for part in args]
@@ -739,7 +739,7 @@ def test_description_of_a_checkpoint_is_validated(trained, tmp_path, change, mes
     assert str(error.value).startswith(f"{path}: ")
 
 
-def test_help_is_there(tmp_path, monkeypatch, capsys):
+def test_help_of_every_command(tmp_path, monkeypatch, capsys):
     for args, text in (
         (["mfengine.train", "--help"], "676 M parameters, 240 epochs"),
         (["mfengine.train", "b4", "--help"], "guidance weight of the sample's own velocity"),
@@ -751,7 +751,7 @@ def test_help_is_there(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow  # starts a new Python
-def test_reader_that_leaves(tmp_path):
+def test_closed_pipe_ends_the_command_silently(tmp_path):
     """Like `head`: no message, and the exit code of a process killed by SIGPIPE."""
     reading, writing = os.pipe()
     os.close(reading)

@@ -117,7 +117,7 @@ def test_reversed_time_is_folded_into_the_weights(batch):
     torch.testing.assert_close(model(z, t, h, y), -sit(z, 1 - t, y), rtol=1e-3, atol=1e-4)
 
 
-def test_not_a_dit():
+def test_checkpoint_without_a_dit():
     with pytest.raises(ValueError, match="no DiT in this checkpoint"):
         from_sit({"conv1.weight": torch.zeros(3)})
 

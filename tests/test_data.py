@@ -161,7 +161,7 @@ import mfengine.data.format, mfengine.data.loader, mfengine.data.writer
 
 
 @pytest.mark.slow
-def test_format_loader_and_writer_import_with_torch_and_numpy_alone():
+def test_format_loader_and_writer_need_only_torch_and_numpy():
     """As in benchmarks on a machine without further packages."""
     done = subprocess.run([sys.executable, "-c", IMPORTS_WITHOUT], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -294,7 +294,7 @@ def contents(folder):
         ((1, 2, 2, 3, 3), 101, "sample 0 of n has label 101; labels are 0 to 100"),
     ],
 )
-def test_writer_refuses_what_contradicts_the_description(tmp_path, shape, label, message):
+def test_writer_rejects_samples_that_contradict_the_description(tmp_path, shape, label, message):
     with pytest.raises(InputError, match=message):
         write_dataset(tmp_path / "data", ArraySamples("n", SPACE, np.zeros((1, *shape)), np.array([label])))
     assert not (tmp_path / "data").exists()
@@ -323,7 +323,7 @@ def test_writer_that_was_killed_continues(tmp_path, dataset, stop):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["again", "data"]
 
 
-def test_data_set_without_all_of_its_shards_gets_no_name(tmp_path, dataset, monkeypatch):
+def test_incomplete_data_set_is_not_renamed(tmp_path, dataset, monkeypatch):
     """As if another node's files did not appear."""
     monkeypatch.setattr(writer, "TIMEOUT_S", 0.1)
     whole = writer._Writer._record
@@ -337,7 +337,7 @@ def test_data_set_without_all_of_its_shards_gets_no_name(tmp_path, dataset, monk
 
 
 @pytest.mark.parametrize("name", ["000000.json", "data/000000.idx"])
-def test_writer_does_a_shard_again_whose_record_is_empty(tmp_path, dataset, name):
+def test_writer_repeats_a_shard_with_an_empty_record(tmp_path, dataset, name):
     """As a power failure may leave it."""
     with pytest.raises(KeyboardInterrupt):
         write_dataset(tmp_path / "again", unreliable(last=90), shard_samples=40)
@@ -346,7 +346,7 @@ def test_writer_does_a_shard_again_whose_record_is_empty(tmp_path, dataset, name
     assert contents(tmp_path / "again") == contents(dataset.folder)
 
 
-def test_writer_does_a_shard_again_that_lost_bytes(tmp_path, dataset):
+def test_writer_repeats_a_truncated_shard(tmp_path, dataset):
     with pytest.raises(KeyboardInterrupt):
         write_dataset(tmp_path / "again", unreliable(last=90), shard_samples=40)
     truncate(tmp_path / ".partial-again/data/000000.tar", 1024)
@@ -364,7 +364,7 @@ def test_writer_does_a_shard_again_that_lost_bytes(tmp_path, dataset):
         ({"space": replace(SPACE, scale=2.0)}, {}, r"was begun with space.scale 0.5, not 2.0"),
     ],
 )
-def test_writer_does_not_continue_something_else(tmp_path, change, options, message):
+def test_writer_does_not_continue_a_different_data_set(tmp_path, change, options, message):
     with pytest.raises(KeyboardInterrupt):
         write_dataset(tmp_path / "data", unreliable(last=50), shard_samples=40)
     before = contents(tmp_path / ".partial-data/data")

@@ -90,7 +90,7 @@ def test_twenty_steps_of_two_processes_are_those_of_one(single, sharded):
 
 
 @pytest.mark.slow
-def test_hsdp_resharding_and_recomputing_reach_them_too(single, digits):
+def test_hsdp_resharding_and_recomputing_reach_the_same_weights(single, digits):
     train(digits, single, "layouts", *STEPS, *GUIDED, "--replicas=2", "--reshard", "--recompute", ranks=2)
     assert_near(weights(single, "layouts"), weights(single, "single"))
 
@@ -105,7 +105,7 @@ def test_two_processes_stop_and_resume(single, sharded, digits):
 
 
 @pytest.mark.slow  # other tests cover each half
-def test_one_process_in_two_passes_continues_what_two_began(single, digits):
+def test_one_process_in_two_passes_continues_a_run_of_two(single, digits):
     train(digits, single, "passes", "--steps=7", *GUIDED, ranks=2)
     done = train(digits, single, "passes", *STEPS, *GUIDED, "--resume=auto", "--accumulation=2")
     assert "restarts" not in done.stderr
@@ -132,7 +132,7 @@ def test_one_rank_mesh_and_no_mesh_continue_each_other(digits, tmp_path, monkeyp
 
 
 @pytest.mark.forks
-def test_error_on_every_rank_is_told_once(digits, tmp_path):
+def test_error_on_every_rank_is_reported_once(digits, tmp_path):
     done = run_command("mfengine.train", *SMALL, f"--data={digits}", "--batch-size=33", cwd=tmp_path, ranks=2)
     assert done.returncode != 0
     line = "error: --batch-size 33 is not a multiple of ranks x --accumulation = 2 x 1"
@@ -165,7 +165,7 @@ def test_loss_that_is_not_finite_on_one_rank(tmp_path):
 
 
 @pytest.mark.slow
-def test_data_that_only_one_rank_finds_unreadable(tmp_path):
+def test_unreadable_data_on_one_rank(tmp_path):
     dataset = write_bad(tmp_path / "bad", lambda i: 0)
     index = dataset.folder / "000001.idx"
     lines = index.read_text().splitlines()
@@ -189,7 +189,7 @@ def test_allocator_uses_expandable_segments_unless_told_otherwise(name, monkeypa
 
 
 @pytest.mark.slow
-def test_on_two_ranks(host_library, tmp_path):
+def test_checks_on_two_ranks(host_library, tmp_path):
     """The checks in rank_worker.py, one after the other in one process group."""
     done = run_command("rank_worker", host_library.path, cwd=tmp_path, ranks=2, env={})  # torchrun itself
     assert done.returncode == 0, done.stderr

@@ -28,7 +28,7 @@ def test_contributing_names_files_that_exist():
     assert [file for file in files if not (ROOT / file).exists()] == []
 
 
-def test_one_version():
+def test_version_is_the_same_everywhere():
     changelog = re.search(r"^## \[([\d.]+)\] - ([\d-]+)$", (ROOT / "CHANGELOG.md").read_text(), re.M)
     citation = dict(re.findall(r"^(version|date-released): (\S+)$", (ROOT / "CITATION.cff").read_text(), re.M))
     assert changelog.groups() == (citation["version"], citation["date-released"])

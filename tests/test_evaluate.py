@@ -158,7 +158,7 @@ def test_frechet_distance_agrees_with_scipy(n):
     assert frechet_distance(fitted(a), fitted(a)) == pytest.approx(0, abs=1e-4)
 
 
-def test_moments_are_numpys_however_they_are_gathered():
+def test_moments_equal_numpys_in_any_pieces():
     x = np.random.default_rng(0).standard_normal((300, 20)) * 6 + 5
     halves = [Moments(20, ALONE.device) for _ in range(2)]
     for half, part in zip(halves, (x[:100], x[100:]), strict=True):
@@ -169,7 +169,7 @@ def test_moments_are_numpys_however_they_are_gathered():
         np.testing.assert_allclose(gaussian.covariance, np.cov(x, rowvar=False), rtol=1e-9, atol=1e-12)
 
 
-def test_distance_of_what_is_not_finite_is_not_a_number():
+def test_distance_of_nonfinite_samples_is_nan():
     x = np.random.default_rng(0).standard_normal((30, 4))
     broken = np.where(x == x[0, 0], np.inf, x)
     assert np.isnan(frechet_distance(fitted(x), fitted(broken)))
@@ -186,7 +186,7 @@ def test_means_are_read_in_parts(tmp_path, num_parts):
     assert [first for first, _, _ in found] == list(np.cumsum([0] + [len(means) for _, means, _ in found])[:-1])
 
 
-def test_means_that_cannot_be_read(tmp_path):
+def test_unreadable_means(tmp_path):
     zeros = ArraySamples("x", LATENTS, np.zeros((3, 1, 2, *LATENTS.shape)), np.zeros(3, int))
     dataset = write_dataset(tmp_path / "data", zeros)
     index = tmp_path / "data/000000.idx"
@@ -204,7 +204,7 @@ def test_means_that_cannot_be_read(tmp_path):
     ("values", "labels", "message"),
     [(0.0, [0, 1, 7], "a label outside 0 to 3"), (np.nan, [0, 1, 2], "means that are not finite")],
 )
-def test_data_that_training_refuses_is_not_measured(tmp_path, values, labels, message):
+def test_data_that_training_rejects_is_not_evaluated(tmp_path, values, labels, message):
     space = LatentSpace((1, 2, 2), num_classes=8)
     moments = np.full((3, 1, 2, *space.shape), values)
     dataset = write_dataset(tmp_path / "data", ArraySamples("x", space, moments, np.array(labels)))
@@ -288,7 +288,7 @@ def images_of(path):
 
 
 @pytest.mark.forks
-def test_two_processes_give_the_figures_and_images_of_one(trained, digits, tmp_path, monkeypatch, capsys):
+def test_two_processes_give_the_metrics_and_images_of_one(trained, digits, tmp_path, monkeypatch, capsys):
     """71 samples in slices of 16: three slices for the first rank, two for the second."""
     args = ("mfengine.evaluate", trained[0], f"--data={digits}", "--num-samples=71", "--batch-size=16")
     done = run_command(*args, "--save=folder", "--out=two.json", cwd=tmp_path, ranks=2)
@@ -332,7 +332,7 @@ def test_images_of_latents_are_decoded(export, vae, tmp_path, monkeypatch, capsy
     assert [p.name for p in tmp_path.iterdir()] == ["x.npz"]  # no metrics
 
 
-def test_too_few_samples_are_told(export, tmp_path, monkeypatch, capsys):
+def test_too_few_samples_are_reported(export, tmp_path, monkeypatch, capsys):
     moments = np.random.default_rng(0).standard_normal((300, 1, 2, *LATENTS.shape))
     write_dataset(tmp_path / "data", ArraySamples("x", LATENTS, moments, np.arange(300) % 10))
     args = ("mfengine.evaluate", export, "--data=data", "--steps=1", "--out=metrics.json")
@@ -346,7 +346,7 @@ def test_too_few_samples_are_told(export, tmp_path, monkeypatch, capsys):
     assert (code, "note:" in errors) == (0, False)
 
 
-def test_figures_of_the_same_samples_stay(tmp_path):
+def test_metrics_of_the_same_samples_are_kept(tmp_path):
     """Metrics against data stay when references are added; nothing stays from other samples or other data."""
     path = tmp_path / "metrics.json"
     path.write_text('{"fid_1nfe": 1.0, "samples": 9, "checkpoint": "step-1"}')  # as mfengine 0.1 wrote it
@@ -367,7 +367,7 @@ def test_figures_of_the_same_samples_stay(tmp_path):
     assert json.loads(path.read_text()) == {"frechet_1nfe": 5.0, **measured}
 
 
-def test_figures_tell_what_they_are_of(trained, digits, tmp_path, monkeypatch, capsys):
+def test_metrics_name_their_samples(trained, digits, tmp_path, monkeypatch, capsys):
     code, _, errors = run_in_process(
         "mfengine.evaluate", trained[0], f"--data={digits}", "--num=20", "--batch-size=10", "--seed=3", "--steps=1",
         "--labels=random", "--ema-decay=0.5", "--out=x.json", cwd=tmp_path, monkeypatch=monkeypatch, capsys=capsys,
@@ -608,7 +608,7 @@ class Missing:
         ("raise RuntimeError('operator torchvision::nms does not exist')", "operator torchvision::nms does not exist"),
     ],
 )
-def test_torch_fidelity_that_does_not_import(trained, references, tmp_path, monkeypatch, capsys, content, message):
+def test_torch_fidelity_with_a_failing_import(trained, references, tmp_path, monkeypatch, capsys, content, message):
     for name in [name for name in sys.modules if name.startswith("torch_fidelity")]:
         monkeypatch.delitem(sys.modules, name)
     if content is None:
@@ -696,7 +696,7 @@ def fidelity_path(tmp_path):
     return os.pathsep.join([str(tmp_path / "path"), str(Path(__file__).parent.parent)])
 
 
-def test_figures_are_those_of_torch_fidelity(trained, tmp_path, fidelity_path):
+def test_metrics_equal_those_of_torch_fidelity(trained, tmp_path, fidelity_path):
     """With random Inception weights: two processes, then one, against the library called on the images themselves."""
     env = {"PYTHONPATH": fidelity_path, "OMP_NUM_THREADS": "1"}
 

@@ -77,7 +77,7 @@ def test_sit_is_fine_tuned_to_one_step(run, digits):
 
 
 @pytest.mark.slow
-def test_checkpoint_of_a_sit_is_taken(run, digits, capsys):
+def test_given_sit_checkpoint_is_used(run, digits, capsys):
     model = DiT(ModelConfig(8, 2, 1, hidden_size=384, depth=1, num_heads=6, num_classes=10))
     torch.save({name: p for name, p in model.state_dict().items() if "h_embedder" not in name}, "sit.pt")
     _, picture = run("finetune_sit", "sit.pt", str(digits), STEPS=1)

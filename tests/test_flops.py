@@ -36,7 +36,7 @@ def test_sample_is_one_forward():
     ],
     ids=str,
 )
-def test_step(settings, guidance):
+def test_flops_of_a_step(settings, guidance):
     """Three forwards, the tangents of interval rows, and guidance; every row is guided."""
     config = MeanFlowConfig(label_dropout=0.0, **settings)
     tangents = config.interval_share * (FORWARD + ATTENTION)
@@ -52,7 +52,7 @@ def test_share_of_guided_rows():
     assert guidance == pytest.approx(float(share), abs=0.01)
 
 
-def test_a_batch_that_divides_no_power_of_two():
+def test_batch_that_is_not_a_power_of_two():
     assert step_flops(CONFIG, MeanFlowConfig(interval_share=1 / 3), 9) > 3 * FORWARD
 
 

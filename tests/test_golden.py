@@ -36,7 +36,7 @@ def test_intermediate(case, step):
         assert relative_error(actual, expected[len(expected) - len(actual) :]) < TOLERANCE, name
 
 
-def test_figures(case, step):
+def test_metrics(case, step):
     for name in case.figures:
         assert relative_error(step[1][name], case.arrays[f"out/{name}"]) < TOLERANCE, name
 

@@ -110,7 +110,7 @@ def test_rehearsal_needs_only_torch_triton_and_numpy(bare, tmp_path):
     assert not {"missing", "errors"} & report.keys()
 
 
-def test_a_killed_rehearsal_leaves_a_whole_report(bare, tmp_path, pytestconfig):
+def test_killed_rehearsal_leaves_a_complete_report(bare, tmp_path, pytestconfig):
     """Killed at random: the report holds every printed line, and no process survives."""
     chance = random.Random()
     for attempt in range(pytestconfig.getoption("--kills")):
@@ -147,7 +147,7 @@ def running(group):
 
 
 @pytest.mark.slow
-def test_the_cuda_library_is_built_first_where_it_is_missing(bare, tmp_path):
+def test_missing_cuda_library_is_built_first(bare, tmp_path):
     """If nvcc and cmake exist; otherwise a line says that it is not built."""
     _, clone = bare
     plan = subprocess.run(["make", "--dry-run", "gpu"], cwd=clone, capture_output=True, text=True, check=True).stdout
@@ -175,7 +175,7 @@ def test_the_cuda_library_is_built_first_where_it_is_missing(bare, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_task_that_goes_wrong_costs_only_itself(tmp_path, monkeypatch, capsys):
+def test_failing_task_affects_no_other(tmp_path, monkeypatch, capsys):
     """A task raises, runs out of memory, ends its process or hangs."""
     monkeypatch.setattr(gpu, "TIMEOUT_S", 2.0)
     monkeypatch.setenv("OUT", str(tmp_path))
@@ -213,7 +213,7 @@ def test_nothing_runs_after_the_deadline(tmp_path, monkeypatch):
     ("make_plan", "told"),
     [slow(gpu_tasks.hopeless_plan, "errors: check: ValueError"), (gpu_tasks.planless, "no worker: stopped after 4 s")],
 )
-def test_a_run_in_which_nothing_succeeds_ends_with_a_line(make_plan, told, monkeypatch, capsys):
+def test_run_without_results_ends_with_one_line(make_plan, told, monkeypatch, capsys):
     """No check has a result, or the first worker hangs before its first task, which must not use up the time."""
     monkeypatch.setattr(gpu, "START_S", 0 if make_plan is gpu_tasks.planless else gpu.START_S)
     monkeypatch.setattr(gpu, "TIMEOUT_S", 4.0 if make_plan is gpu_tasks.planless else gpu.TIMEOUT_S)
@@ -223,7 +223,7 @@ def test_a_run_in_which_nothing_succeeds_ends_with_a_line(make_plan, told, monke
     assert told in "".join(capsys.readouterr())
 
 
-def test_order_of_a_gpu(monkeypatch):
+def test_order_of_tasks_on_a_gpu(monkeypatch):
     """XL/2's step at 32 rows is in the first two minutes; compiled peers come last."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     tasks = list(gpu.plan(GPU, many=192).values())
@@ -242,7 +242,7 @@ def test_order_of_a_gpu(monkeypatch):
 
 
 @pytest.mark.parametrize(("gigabytes", "rows"), [(142, 256), (85, 160), (24, 32)])
-def test_sizes_by_free_memory(gigabytes, rows, monkeypatch):
+def test_batch_fits_the_free_memory(gigabytes, rows, monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (gigabytes * 10**9, 10**12))
     assert gpu.fitting_batch(GPU, "xl2") == rows
 

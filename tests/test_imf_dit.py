@@ -53,7 +53,7 @@ def test_dual_forward_is_the_jvp(rows):
     assert not du.requires_grad
 
 
-def test_each_head_alone_is_that_of_both():
+def test_each_head_alone_equals_both():
     model = small_model()
     z, h, y, conditions = inputs(3)
     u, v = model(z, h, y, **conditions)
@@ -74,7 +74,7 @@ def test_network_for_sampling_has_no_head_of_v():
         model(z, h, y, **conditions)
 
 
-def test_no_rows_is_a_batch_too():
+def test_zero_rows():
     z, h, y, conditions = inputs(0)
     u, v, du = small_model()(z, h, y, **conditions, tangents=(z, h))
     assert u.shape == v.shape == du.shape == (0, 3, 6, 6)
@@ -198,7 +198,7 @@ def test_jax_parameters_nested_or_flat():
     assert all(torch.equal(value, state[name]) for name, value in case.model.state_dict().items())
 
 
-def test_what_is_no_improved_meanflow_is_refused():
+def test_unrelated_checkpoint_is_rejected():
     with pytest.raises(ValueError, match=r"no u_final_layer\.linear\.weight or time_tokens"):
         IMFDiT.convert({"model": {"blocks.0.attn.qkv.weight": torch.zeros(1)}}, reverse_time=False)
     with pytest.raises(ValueError, match="there is no time to reverse"):

@@ -73,7 +73,7 @@ CONFIGS = {
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_row_plan_is_the_plain_algorithm(name):
+def test_row_plan_equals_the_plain_algorithm(name):
     cfg = CONFIGS[name]
     model, method = small_model(), ImprovedMeanFlow(cfg)
     latents, labels, draws = draw(method, 12, seed=3)
@@ -95,7 +95,7 @@ def test_row_plan_is_the_plain_algorithm(name):
 
 
 @pytest.mark.slow  # `test_node.py` tests one of its blocks
-def test_fused_path_is_the_plain_one():
+def test_fused_path_equals_the_plain_one():
     pytest.importorskip("triton", reason="the fused kernels need triton")
     model, method = small_model(), ImprovedMeanFlow(ImprovedMeanFlowConfig())
     batch, results = draw(method, 2, seed=3), []
@@ -194,7 +194,7 @@ def test_samples_take_the_settings_of_the_objective_unless_told_otherwise():
         ({"kappa": 1.0}, "there is no condition kappa"),
     ],
 )
-def test_samples_that_cannot_be_drawn(conditions, message):
+def test_invalid_conditions(conditions, message):
     with pytest.raises(InputError, match=message):
         ImprovedMeanFlow(ImprovedMeanFlowConfig()).sampler(conditions)
 

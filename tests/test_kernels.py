@@ -155,7 +155,7 @@ def test_attention_survives_large_scores():
 
 
 @pytest.mark.parametrize(("batch", "queries", "keys"), [(0, 5, 5), (2, 0, 5), (2, 5, 0)])
-def test_attention_of_nothing(batch, queries, keys):
+def test_zero_length_attention(batch, queries, keys):
     q, k, v = (randn(0, batch, 2, n, 16) for n in (queries, keys, keys))
     o, lse, do = attention.forward_dual(q, k, v, q, k, v)
     assert o.shape == do.shape == q.shape
@@ -173,7 +173,7 @@ def test_attention_of_nothing(batch, queries, keys):
         *(slow(torch.float32, -100, keys) for keys in (100, 257)),
     ],
 )
-def test_padded_keys_add_nothing_where_the_log_sum_exp_is_very_negative(dtype, lse, keys):
+def test_padded_keys_add_nothing_at_a_very_negative_log_sum_exp(dtype, lse, keys):
     q, k, v, dq, dk, dv, go = (randn(i, 1, 1, n, 16, dtype=dtype) for i, n in enumerate((3, keys, keys) * 2 + (3,)))
     q[..., 0], k[..., 0] = 4 * (math.log(keys) - lse), -1
     assert attention.forward(q, k, v)[1].sub(lse).abs().max() < 2
@@ -186,7 +186,7 @@ def test_padded_keys_add_nothing_where_the_log_sum_exp_is_very_negative(dtype, l
 
 @pytest.mark.parametrize("layout", [slow("odd strides"), "odd pointers", slow("columns")])
 @pytest.mark.parametrize("dtype", [torch.float16])  # the copy is the same for every dtype
-def test_attention_of_layouts_that_cannot_be_read_16_bytes_at_a_time(layout, dtype):
+def test_attention_with_unaligned_layouts(layout, dtype):
     def empty(tokens):
         if layout == "odd strides":
             return torch.empty(1, 2, tokens, 73, dtype=dtype, device=DEVICE)[..., :72]
@@ -325,7 +325,7 @@ def test_kernels_launch_on_the_device_of_their_tensors(monkeypatch):
     assert current == [0]
 
 
-def test_later_launches_give_addresses_to_what_triton_compiled():
+def test_later_launches_pass_addresses_to_compiled_code():
     kernel, (x, o) = Compiled(), torch.zeros(2, 64)
     launch = Launch(kernel, (3,), (64, 1e-6), {"EVEN": True, "BLOCK": 16, "num_warps": 4}, starts=(0, 8))
     pointers = [x.data_ptr(), o.data_ptr() + 8 * 4, None]
@@ -339,7 +339,7 @@ def test_later_launches_give_addresses_to_what_triton_compiled():
     assert kernel.direct[1][1][:3] == (o.data_ptr(), x.data_ptr() + 8 * 4, None)
 
 
-def test_addresses_that_are_no_multiples_of_16_have_code_of_their_own():
+def test_unaligned_addresses_get_separate_code():
     kernel, x = Compiled(), torch.zeros(64)
     launch = Launch(kernel, (3,), (64, 1e-6), {"EVEN": True, "BLOCK": 16})
     for start in (1, 0, 1, 0):
@@ -400,7 +400,7 @@ def test_adaln_rows_occupy_few_lanes(kernel, width):
     assert tile["TAIL"] == 0 or tile["TAIL"] >= 4 * lanes
 
 
-def test_sums_over_tokens_do_not_vary():
+def test_sums_over_tokens_are_deterministic():
     x, go = randn(0, 1, 70, 64), randn(1, 1, 70, 64)
     scale = randn(2, 1, 64)
     runs = [adaln.backward(x, x, scale, scale, None, go, 1e-6) for _ in range(2)]
@@ -445,7 +445,7 @@ def test_gated_residual_rms_norm(shape, rows, dtype):
 
 
 @pytest.mark.parametrize("used", [0, 1])
-def test_gradients_of_a_gated_residual_of_which_one_output_is_used(used):
+def test_gated_residual_with_one_output_used(used):
     arguments = [randn(0, 2, 5, 24), randn(1, 2, 5, 24), randn(2, 24), randn(3, 24)]
     gradients = []
     for backend, dtype in (("torch", torch.float64), ("triton", torch.float32)):
@@ -521,7 +521,7 @@ def test_rotary_attention_copies_nothing(monkeypatch):
     assert launches[3][1][5]._base is gqkv
 
 
-def test_sums_over_rows_do_not_vary():
+def test_sums_over_rows_are_deterministic():
     x, go, weight = randn(0, 100, 64), randn(1, 100, 64), randn(2, 64)
     head = weight[:16].clone()
     runs = [
@@ -536,7 +536,7 @@ def test_sums_over_rows_do_not_vary():
 
 @pytest.mark.parametrize("kernel", rmsnorm.ELEMENTS)
 @pytest.mark.parametrize("width", [64, 768, 1024, 1152, 8192])
-def test_a_lane_holds_few_elements_of_rows_of_an_rms_norm(kernel, width):
+def test_rms_norm_lanes_hold_few_elements(kernel, width):
     """One warp, or in the backward two, hold a whole row of iMF's networks."""
     tile = rmsnorm.tile(kernel, width)
     assert width > 1024 or tile["num_warps"] <= (2 if kernel == "backward" else 1)
@@ -729,7 +729,7 @@ def gate(only):
     return output
 
 
-def test_direct_launches_hand_the_driver_what_triton_does():
+def test_direct_launches_pass_the_same_arguments_as_triton():
     """Three tensors for the first rows, six for the last ones; everything else is equal, too."""
     assert "9 inputs alike" in compiling("tests.direct_launch_worker")
 
@@ -748,7 +748,7 @@ def test_static_gate_of_the_cuda_library():
     gate("optim.")
 
 
-def test_faults_that_the_static_gate_finds():
+def test_static_gate_finds_faults():
     good = {"stack": 0, "tensor_core": 4, "accesses": {"4": 1, "16": 8}}
     assert static.faults(good, dots=True, narrow=1) == []
     assert static.faults(good | {"stack": 8}, dots=True, narrow=1) == ["stack"]

@@ -63,7 +63,7 @@ def test_gradients_do_not_depend_on_tangents():
         torch.testing.assert_close(p.grad, e, rtol=1e-10, atol=1e-10)
 
 
-def test_no_rows_is_a_batch_too():
+def test_zero_rows():
     model = small_model()
     u = model(*inputs(0))
     assert u.shape == (0, 3, 6, 6)

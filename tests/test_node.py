@@ -54,7 +54,7 @@ def test_one_node_computes_what_each_op_computes():
         assert relative_error(actual, expected) <= 1e-6
 
 
-def test_it_is_one_node():
+def test_graph_has_one_node():
     with ops.use_backend("triton"):
         outputs = new_block()(*arguments())
     (node,) = {o.primal.grad_fn for o in outputs}
@@ -96,7 +96,7 @@ def test_saved_tensors_are_those_of_each_op():
 
 
 @pytest.mark.parametrize("stray", ["input", "output"])
-def test_a_tensor_from_outside_the_ops_is_refused(stray):
+def test_tensor_from_outside_the_ops_is_rejected(stray):
     class Stray(nn.Module):
         @ops.one_node
         def forward(self, x):
@@ -114,7 +114,7 @@ def test_a_tensor_from_outside_the_ops_is_refused(stray):
 WEIGHT = nn.Parameter(torch.ones(WIDTH))
 
 
-def test_an_error_inside_leaves_nothing_behind():
+def test_error_inside_clears_the_tape():
     class Broken(nn.Module):
         @ops.one_node
         def forward(self, x):

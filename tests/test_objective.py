@@ -70,7 +70,7 @@ CONFIGS = {
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_row_plan_is_the_plain_algorithm(name):
+def test_row_plan_equals_the_plain_algorithm(name):
     cfg = CONFIGS[name]
     model, method = small_model(), MeanFlow(cfg)
     latents, labels, draws = draw(method, 12, seed=3)

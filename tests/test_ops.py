@@ -299,7 +299,7 @@ def test_gradients_of_a_loss_of_output_and_tangent(name, how, rows):
 
 
 @each_op
-def test_gradients_through_plain_tangents_are_those_of_pytorchs_forward_mode(name):
+def test_gradients_through_plain_tangents_equal_pytorchs_forward_mode(name):
     case, tangents = example(name).double(), example(name, seed=1).double().arguments
     assert_near(*(differentiated(case, tangents, how, "torch") for how in ("dual", "func.jvp")), 1e-12)
 
@@ -428,7 +428,7 @@ def test_eager_calls_cost_no_operator(name, monkeypatch):
 
 
 @each_small_kernel
-def test_operators_say_what_they_return(name):
+def test_fake_operators_match_real_ones(name):
     """Fake tensors have the shapes, strides and dtypes of the kernels' outputs, and nothing is changed in place."""
     case, tangents = example(name), example(name, seed=1).arguments
     operators = case.op._operators
@@ -555,12 +555,12 @@ def test_packed_linear_pads_rows_and_columns(columns):
     assert (found[0][..., columns:] == 0).all()
 
 
-def test_packed_linear_refuses_another_width():
+def test_packed_linear_rejects_another_width():
     with pytest.raises(ValueError, match=r"x has width 12, but a weight has 10 columns \(rounded to 8\)"):
         ops.packed_linear(torch.zeros(2, 12), [torch.zeros(3, 10)], 8, 8)
 
 
-def test_packed_linear_of_one_weight_that_fits_takes_it_as_it_is():
+def test_packed_linear_uses_a_single_fitting_weight_directly():
     weight = torch.nn.Parameter(torch.randn(8, 16))
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: (kept.append(x.data_ptr()), x)[1], lambda x: x):
@@ -572,7 +572,7 @@ def test_packed_linear_of_one_weight_that_fits_takes_it_as_it_is():
 # Attention.
 
 
-def test_attention_equals_pytorchs():
+def test_attention_equals_pytorch():
     q, k, v = (torch.randn(2, 3, n, 8, device=DEVICE, dtype=torch.float64) for n in (5, 9, 9))
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, v)
     with ops.use_attention("torch"):

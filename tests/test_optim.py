@@ -126,7 +126,7 @@ def test_two_hundred_random_steps(device, clip_norm, weight_decay):
     assert_near(optimizer, parameters, reference, 1e-5 if device.backend == "apex" and weight_decay else 1e-6)
 
 
-def test_learning_rate_of_the_group_counts(device):
+def test_learning_rate_of_the_group_is_used(device):
     """It is set between steps, as by PyTorch's schedulers and by a warm-up."""
     parameters = make_parameters(device.type)
     optimizer = AdamWEMA(parameters, lr=1e-3, ema_decays=DECAYS, backend=device.backend)
@@ -140,7 +140,7 @@ def test_learning_rate_of_the_group_counts(device):
     assert_near(optimizer, parameters, reference)
 
 
-def test_decay_by_name_counts(device):
+def test_decay_by_name_is_used(device):
     """It is set between steps, as by a half-life that grows with the run."""
     parameters = make_parameters(device.type)
     optimizer = AdamWEMA(parameters, ema_decays={500.0: 0.0}, backend=device.backend)
@@ -216,7 +216,7 @@ def test_gradient_that_is_not_finite_changes_nothing(device, bad):
 @pytest.mark.parametrize(
     ("first", "second"), [("torch", "cuda"), ("cuda", "torch"), ("torch", "apex"), ("apex", "cuda")]
 )
-def test_changed_backend_goes_on_alike(first, second, host_library, monkeypatch):
+def test_run_continues_with_another_backend(first, second, host_library, monkeypatch):
     monkeypatch.setattr(multi_tensor, "library", lambda: host_library)
     monkeypatch.setitem(sys.modules, "amp_C", types.SimpleNamespace(multi_tensor_adam_capturable=apex_adam))
     shapes = [p for p in make_parameters() if p.numel()]
@@ -435,7 +435,7 @@ def test_averaged_swaps_weights_in_and_out():
     optimizer.step()
 
 
-def test_average_that_is_not_there():
+def test_missing_average():
     p, other = (nn.Parameter(torch.zeros(3)) for _ in range(2))
     optimizer = AdamWEMA([p], ema_decays=(0.9,))
     with pytest.raises(ValueError, match=r"a tensor of shape \(3,\) is not a parameter of this optimizer"):
@@ -494,12 +494,12 @@ def test_backend_apex_needs_every_gradient(monkeypatch):
         optimizer.step()
 
 
-def test_auto_takes_torch_without_the_library(monkeypatch):
+def test_auto_falls_back_to_torch(monkeypatch):
     monkeypatch.setattr(multi_tensor, "library", missing_library)
     assert AdamWEMA(make_parameters()).backend == "torch"
 
 
-def test_library_of_other_sources_is_refused(host_library, monkeypatch):
+def test_library_of_another_version_is_rejected(host_library, monkeypatch):
     monkeypatch.setattr(multi_tensor, "CHUNK", 1)
     with pytest.raises(OSError, match="was built from a different version"):
         multi_tensor.Library(host_library.path)

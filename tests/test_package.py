@@ -132,7 +132,7 @@ def test_wheel_without_nvcc(source, tmp_path):
 
 
 @pytest.mark.parametrize("packages", [("amp_C", "flash_attn", "jvp_flash_attention"), slow(tuple(info.OPTIONAL))])
-def test_info(packages, tmp_path, monkeypatch, capsys):
+def test_info_lists_packages(packages, tmp_path, monkeypatch, capsys):
     """It lists packages that are present, missing, or broken."""
     (tmp_path / "amp_C.py").write_text("raise OSError('libcudart.so.11: cannot open shared object file')")
     monkeypatch.syspath_prepend(tmp_path)
@@ -148,6 +148,6 @@ def test_info(packages, tmp_path, monkeypatch, capsys):
     assert all(rows[name.replace("flash_attn", "flash-attn")].startswith("not installed (") for name in missing)
 
 
-def test_sample_is_the_function(tmp_path):
+def test_mfengine_sample_is_the_function(tmp_path):
     out = python("-c", f"{PROBE}; from mfengine import sample; print(callable(sample))", cwd=tmp_path)
     assert out.splitlines()[-1] == "True"

@@ -264,7 +264,7 @@ def test_run_that_can_be_continued(run_folder, digits, where):
         (["--data=LARGE", "--model.input-size=256", "--evaluate-every=5"], "latents of 65,536 numbers are too large"),
     ],
 )
-def test_what_training_would_refuse(args, message, digits, run_folder, tmp_path, where):
+def test_dry_run_rejects_what_training_rejects(args, message, digits, run_folder, tmp_path, where):
     where["monkeypatch"].setitem(sys.modules, "amp_C", None)  # makes the import of apex fail
     torch.save([1], tmp_path / "list.pt")
     for name in ("cut", "broken"):
@@ -294,7 +294,7 @@ def test_what_training_would_refuse(args, message, digits, run_folder, tmp_path,
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_library_that_only_a_gpu_can_try(digits, where, monkeypatch):
+def test_library_without_a_gpu(digits, where, monkeypatch):
     """A missing library is an error. One that is built, but needs a GPU, is not."""
     args = (f"--data={digits}", "--optim.backend=cuda")
     monkeypatch.setattr(preflight, "LIBRARY", Path("nowhere"))
@@ -304,7 +304,7 @@ def test_library_that_only_a_gpu_can_try(digits, where, monkeypatch):
     assert dry(*args, **where)[0] == 0
 
 
-def test_training_refuses_what_its_dry_run_does(digits, tmp_path, where, monkeypatch):
+def test_training_rejects_what_its_dry_run_rejects(digits, tmp_path, where, monkeypatch):
     """Kernels on a CPU, without the interpreter."""
     monkeypatch.setattr(pytest.importorskip("triton").knobs.runtime, "interpret", False)
     monkeypatch.setattr(choice, "_why_not", choice._why_not.__wrapped__)  # without its cache
@@ -316,13 +316,13 @@ def test_training_refuses_what_its_dry_run_does(digits, tmp_path, where, monkeyp
     assert list(tmp_path.iterdir()) == []
 
 
-def test_ranks_are_for_the_dry_run_alone(where):
+def test_ranks_need_a_dry_run(where):
     code, _, err = run_in_process("mfengine.train", *SMALL, "--ranks=2", **where)
     assert code == 2
     assert "--ranks needs --dry-run" in err
 
 
-def test_arguments_carry_the_run():
+def test_arguments_make_the_run():
     args = parse(["b4", "--dry-run", "--ranks", "4", "--method.kappa", "0"])
     assert isinstance(args.run, TrainConfig)
     assert args.run.method.kappa == 0
@@ -330,7 +330,7 @@ def test_arguments_carry_the_run():
 
 
 @pytest.mark.slow
-def test_under_torchrun_the_ranks_are_its_own(digits, tmp_path):
+def test_torchrun_sets_the_ranks(digits, tmp_path):
     done = run_command("mfengine.train", *SMALL, "--dry-run", f"--data={digits}", cwd=tmp_path, ranks=2)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("2 x cuda, 16 rows each") == done.stdout.count("ready to start") == 1

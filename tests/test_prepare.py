@@ -155,7 +155,7 @@ def test_samples_are_the_posteriors_of_the_cropped_images(whole, pictures, vae):
             np.testing.assert_allclose(moments[1], posterior.std[0], atol=5e-2)
 
 
-def test_description_says_what_it_was_made_of(whole, vae):
+def test_description_has_the_provenance(whole, vae):
     dataset = Dataset.open(whole)
     space = VAE(vae, CPU).space(32, num_classes=4)
     assert space == LatentSpace((4, 16, 16), num_classes=4, scale=0.5, bias=0.25)  # without --normalisation
@@ -216,7 +216,7 @@ def prepare(tmp_path, monkeypatch, capsys):
     )
 
 
-def test_hub_that_does_not_answer_is_asked_once(pictures, tmp_path, monkeypatch, prepare):
+def test_unreachable_hub_is_asked_once(pictures, tmp_path, monkeypatch, prepare):
     asked = []
 
     def refuse(url):
@@ -396,7 +396,7 @@ def test_sources_hold_the_same_images(pictures, tmp_path, make, kind):
 
 
 @pytest.mark.parametrize("cut", [True, False])
-def test_damaged_tar_is_no_shorter_one(pictures, tmp_path, cut):
+def test_damaged_tar_is_not_read_as_a_shorter_one(pictures, tmp_path, cut):
     """Python's tarfile takes a damaged header, or the end of the file, for the end of the archive."""
     tars = as_tars(pictures, tmp_path / "tars", lambda y: (".cls", b"%d" % y))
     with tarfile.open(tars / "0.tar") as tar:
@@ -411,7 +411,7 @@ def test_damaged_tar_is_no_shorter_one(pictures, tmp_path, cut):
         open_source(tars)
 
 
-def test_lmdb_that_is_cut_off(pictures, tmp_path):
+def test_truncated_lmdb(pictures, tmp_path):
     """Reading beyond the end of a mapped file would end the process."""
     path = as_lmdb(pictures, tmp_path / "source")
     with (path / "data.mdb").open("r+b") as file:
@@ -536,7 +536,7 @@ def crop_by_formula(x, size):
     ("width", "height"),
     [(640, 427), (375, 500), (128, 128), (129, 128), (75, 50), (257, 703), (514, 1027), slow(600, 3)],
 )
-def test_crop_is_that_of_adm(photographs, width, height):
+def test_crop_equals_that_of_adm(photographs, width, height):
     """Within one level of 8 bits: PIL's weights have 22 bits. Pillow 13 filters columns of tall images first."""
     image = Image.fromarray(photographs[1]).resize((width, height), Image.Resampling.BICUBIC)
     crop = adm_crop(image, 128)
@@ -561,7 +561,7 @@ def test_images_are_encoded_in_float32_unless_asked_otherwise(arguments, tmp_pat
     assert seen == {("float32", False)}
 
 
-def test_vae_in_bfloat16_is_near(vae, photographs):
+def test_vae_in_bfloat16_is_close(vae, photographs):
     images = torch.tensor(photographs[0][:64, :64]).permute(2, 0, 1)[None] / 127.5 - 1
     exact, near = (VAE(vae, CPU, precision).encode(images) for precision in ("float32", "bfloat16"))
     for a, b in zip(exact, near, strict=True):
@@ -569,7 +569,7 @@ def test_vae_in_bfloat16_is_near(vae, photographs):
         assert 0 < (a - b).abs().max() < 0.05
 
 
-def test_hash_of_a_vae_is_of_its_weights(vae, tmp_path):
+def test_vae_hash_depends_only_on_weights(vae, tmp_path):
     from diffusers import AutoencoderKL
 
     network = AutoencoderKL.from_pretrained(vae)

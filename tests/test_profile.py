@@ -55,7 +55,7 @@ def test_kernels_belong_to_the_pass_that_launched_them():
     assert table(spent(events)).splitlines()[1].split() == ["tangent", "all", "3000.00", "50.0%"]
 
 
-def test_operators_count_without_those_within():
+def test_time_of_an_operator_excludes_inner_ones():
     events = [
         event("user_annotation", "forward", 0, 100),
         event("cpu_op", "aten::linear", 0, 10, **{"Sequence number": 7}),

@@ -34,7 +34,7 @@ def test_every_block_is_a_recipe():
 
 
 @pytest.mark.slow
-def test_meanflow_in_a_trainer_of_ones_own():
+def test_meanflow_in_your_own_trainer():
     names = run("MeanFlow, your network, your trainer")
     assert class_means(names, "labels") == pytest.approx([-1, 1], abs=0.2)
 
@@ -115,7 +115,7 @@ def test_commands_are_found():
     assert len(commands("cluster.md")) >= 8
 
 
-def test_rows_are_the_papers():
+def test_rows_match_the_paper():
     runs = [parse(shlex.split(row[1].strip("`")))[1].run for row in ROWS]
     assert len({run.name for run in runs}) == len(runs)  # no run overwrites another
     assert [run.epochs for run in runs] == [80, 80, 80, 240, 240, 240, 240, 1000]
@@ -129,7 +129,7 @@ def test_rows_are_the_papers():
         assert float(row[4].replace(",", "")) == pytest.approx(8 * float(row[3]), abs=0.9)
 
 
-def test_rows_of_improved_meanflow_are_the_papers():
+def test_rows_of_improved_meanflow_match_the_paper():
     runs = [parse(shlex.split(row[1].strip("`")))[1].run for row in IMPROVED_ROWS]
     assert [float(row[2].split(",")[0]) for row in IMPROVED_ROWS] == [3.39, 2.27, 1.86, 1.72]
     for run in runs:
@@ -146,7 +146,7 @@ def test_costs_of_improved_meanflow_are_counted(row):
 
 
 @pytest.mark.parametrize("preset", ["b2", slow("imf-b2")])
-def test_times_are_modelled_as_said(preset):
+def test_modelled_times_match_the_model(preset):
     """One row of each table, because all rows are made the same way."""
     row = next(row for row in (*ROWS, *IMPROVED_ROWS) if row[1] == f"`mfengine.train {preset}`")
     config = PRESETS[preset][1]

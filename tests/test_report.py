@@ -33,7 +33,7 @@ def page(tmp_path_factory):
     return cwd / "meanflow/report.html"
 
 
-def test_page_needs_nothing_else_and_says_what_differs(page):
+def test_page_is_self_contained_and_shows_differences(page):
     html = re.sub(r"<script.*?</script>", "", page.read_text(), flags=re.DOTALL)
     rows = {re.sub(r"<.*?>", "|", row).strip("|") for row in re.findall(r"<tr>(.*?)</tr>", html, flags=re.DOTALL)}
     assert "method.interval_share||0.25||0.0" in rows
@@ -65,7 +65,7 @@ def test_page_draws_its_curves_in_a_browser(page):
         ([], "RUN must be given"),
     ],
 )
-def test_folder_that_is_no_run_is_refused(args, says, tmp_path, monkeypatch, capsys):
+def test_folder_without_a_run_is_rejected(args, says, tmp_path, monkeypatch, capsys):
     (tmp_path / "other").mkdir()
     (tmp_path / "other/config.json").write_text("{}")
     code, _, err = run_in_process("mfengine.report", *args, cwd=tmp_path, monkeypatch=monkeypatch, capsys=capsys)

@@ -97,7 +97,7 @@ def test_bytes_by_hand(call, read, written):
     assert [(o.read, o.written) for o in operators] == [(read, written)]
 
 
-def test_view_costs_the_host_alone(found):
+def test_view_costs_only_host_time(found):
     x = torch.empty(32, 32, device=META)
     (operator,) = recorded(lambda: x.t())
     assert (operator.kind, operator.read, operator.launches, cost(operator).seconds) == ("view", 0, 0, 0.0)
@@ -107,14 +107,14 @@ def test_view_costs_the_host_alone(found):
     )
 
 
-def test_small_kernel_takes_the_least_that_any_takes():
+def test_small_kernel_takes_the_minimum_time():
     x = torch.empty(4, device=META)
     (operator,) = recorded(x.neg)
     assert cost(operator)[:2] == (2.5e-6, "launch")
 
 
 @pytest.mark.parametrize(("decays", "expected"), [((0.9,), 34), ((0.9, 0.99), 42)])
-def test_optimizer_moves_what_the_cuda_library_does(decays, expected):
+def test_optimizer_traffic_matches_the_cuda_library(decays, expected):
     """The gradient twice, in bfloat16 if products take the parameter. Per parameter, the weight, moments and averages
     are read once and written once, 4 bytes each, and the copy is written, 2 bytes.
     """

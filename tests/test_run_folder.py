@@ -57,7 +57,7 @@ def holder(two_steps, tmp_path):
 
 
 @pytest.mark.forks
-def test_second_job_in_a_run_folder(holder, digits, tmp_path, monkeypatch, capsys):
+def test_second_job_is_rejected(holder, digits, tmp_path, monkeypatch, capsys):
     """It is rejected and changes nothing, until the first job ends, even by SIGKILL."""
     run, process = holder
     train = ("mfengine.train", *SMALL, f"--data={digits}", "--steps=3", "--resume=auto")
@@ -116,7 +116,7 @@ def test_orphans_of_a_killed_torchrun(digits, tmp_path):
     assert newest_checkpoint(run) is not None
 
 
-def test_lock_that_is_removed_while_it_is_awaited(tmp_path, monkeypatch):
+def test_lock_file_removed_while_opening(tmp_path, monkeypatch):
     """The last holder removed the file after it was opened, so the next one opens another."""
     lockf, calls = fcntl.lockf, []
 
@@ -133,7 +133,7 @@ def test_lock_that_is_removed_while_it_is_awaited(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("number", lock.NO_LOCKS)
-def test_file_system_without_locks_is_told(number, tmp_path, monkeypatch):
+def test_file_system_without_locks_is_reported(number, tmp_path, monkeypatch):
     def refuse(handle, operation):
         raise OSError(number, os.strerror(number))
 
@@ -143,7 +143,7 @@ def test_file_system_without_locks_is_told(number, tmp_path, monkeypatch):
     assert not (tmp_path / "runs").exists()
 
 
-def test_failed_disk_is_no_lack_of_locks(tmp_path, monkeypatch):
+def test_disk_error_is_not_reported_as_missing_locks(tmp_path, monkeypatch):
     def fail(handle, operation):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
@@ -153,7 +153,7 @@ def test_failed_disk_is_no_lack_of_locks(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("options", "local"), [("rw,vers=4.2,local_lock=none", False), ("rw,local_lock=all", True)])
-def test_locks_of_this_host_alone_are_told(options, local, tmp_path, monkeypatch):
+def test_local_locks_are_reported(options, local, tmp_path, monkeypatch):
     device = tmp_path.stat().st_dev
     line = f"36 25 {os.major(device)}:{os.minor(device)} / /mnt rw shared:1 - nfs4 server:/x {options}\n"
     monkeypatch.setattr(lock.Path, "read_text", lambda self: line)
@@ -161,7 +161,7 @@ def test_locks_of_this_host_alone_are_told(options, local, tmp_path, monkeypatch
         assert (warning is not None and "local to this host" in warning) == local
 
 
-def test_start_that_failed_before_its_first_step_is_not_in_the_way(digits, tmp_path, monkeypatch, capsys):
+def test_failed_start_does_not_block_the_next(digits, tmp_path, monkeypatch, capsys):
     """For example, memory ran out: a smaller model starts in the same folder, without --resume."""
     where = {"cwd": tmp_path, "monkeypatch": monkeypatch, "capsys": capsys}
     train = ("mfengine.train", *SMALL, f"--data={digits}", "--steps=1")
@@ -213,7 +213,7 @@ def damaged(request, two_steps, tmp_path):
 
 
 @pytest.mark.parametrize("damaged", DAMAGES, indirect=True)
-def test_resuming_falls_back_to_the_newest_whole_checkpoint(damaged, two_steps, digits, monkeypatch, capsys):
+def test_resuming_falls_back_to_the_newest_complete_checkpoint(damaged, two_steps, digits, monkeypatch, capsys):
     """It says why, renames the damaged one, and ends with the weights of an undamaged run."""
     run, message = damaged
     args = ("mfengine.train", *SMALL, f"--data={digits}", "--steps=2", "--resume=auto")
@@ -233,7 +233,7 @@ def test_resuming_falls_back_to_the_newest_whole_checkpoint(damaged, two_steps, 
 
 
 @pytest.mark.parametrize("damaged", ["cut file"], indirect=True)
-def test_dry_run_says_what_it_would_fall_back_to(damaged, digits, monkeypatch, capsys):
+def test_dry_run_reports_the_fallback(damaged, digits, monkeypatch, capsys):
     run, message = damaged
     args = ("mfengine.train", *SMALL, f"--data={digits}", "--steps=2", "--resume=auto", "--dry-run", "--device=cpu")
     before = sorted(run.rglob("*"))
@@ -262,7 +262,7 @@ def test_reading_a_damaged_checkpoint(damaged, digits, monkeypatch, capsys):
     assert run_in_process("mfengine.generate", run, "--skip-checksums", "--labels=1", **where)[0] == 0
 
 
-def test_run_without_a_whole_checkpoint_does_not_begin_anew(two_steps, digits, tmp_path, monkeypatch, capsys):
+def test_run_without_a_complete_checkpoint_does_not_restart(two_steps, digits, tmp_path, monkeypatch, capsys):
     run = tmp_path / "runs/digits"
     shutil.copytree(two_steps, run)
     for damaged in checkpoints_of(run):
@@ -276,7 +276,7 @@ def test_run_without_a_whole_checkpoint_does_not_begin_anew(two_steps, digits, t
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
 
 
-def test_unfinished_checkpoints_are_not_resumed_and_go(two_steps, digits, tmp_path, monkeypatch, capsys):
+def test_unfinished_checkpoints_are_removed(two_steps, digits, tmp_path, monkeypatch, capsys):
     run = tmp_path / "runs/digits"
     shutil.copytree(two_steps, run)
     shutil.copytree(run / "checkpoints/step-00000002", run / "checkpoints/.partial-step-00000003")
@@ -319,7 +319,7 @@ def train_with_slow_saves(args, cwd):
 
 
 @pytest.mark.forks
-def test_second_interrupt_leaves_at_once(two_steps, digits, tmp_path):
+def test_second_interrupt_exits_at_once(two_steps, digits, tmp_path):
     """During the write of a checkpoint: one line each, no traceback, and the older checkpoint stays complete."""
     shutil.copytree(two_steps, tmp_path / "runs/digits")
     args = ("mfengine.train", *SMALL, f"--data={digits}", "--steps=100000", "--resume=auto")
@@ -343,7 +343,7 @@ def test_second_interrupt_leaves_at_once(two_steps, digits, tmp_path):
     load_model(tmp_path / "runs/digits")
 
 
-@pytest.mark.slow  # `test_second_interrupt_leaves_at_once` has the line of training
+@pytest.mark.slow  # `test_second_interrupt_exits_at_once` has the line of training
 def test_interrupted_command_is_one_line(two_steps, digits, tmp_path):
     args = ("mfengine.evaluate", str(two_steps), f"--data={digits}", "--num=100000000")
     process = forks.Process(target=fork, args=args, kwargs={"cwd": tmp_path})

@@ -46,7 +46,7 @@ def test_hybrid_reduces_shards_between_nodes(plans):
 
 
 @pytest.mark.slow
-def test_two_processes_do_what_fake_ones_do(tmp_path):
+def test_fake_processes_match_real_ones(tmp_path):
     """Two real gloo processes with real tensors make the same collectives, byte for byte."""
     done = run_command("scaling_worker", cwd=tmp_path, ranks=2)
     assert done.returncode == 0, done.stderr

@@ -46,7 +46,7 @@ def step(request):
     return model, method, *method.loss(model, torch.randn(shape), torch.arange(12) % 3, draws), draws
 
 
-def test_metrics_are_scalars_and_tensors_stand_apart(step):
+def test_scalar_metrics_and_tensors_are_separate(step):
     _, _, loss, metrics, _ = step
     assert all(value.shape == () and not value.requires_grad for value in metrics.values())
     assert torch.equal(metrics["loss"], loss.detach())
@@ -78,7 +78,7 @@ def test_health_splits_rows_by_kind(step):
     assert figures["loss"] == pytest.approx(loss.item())
 
 
-def test_weight_health_is_the_step_that_was_taken(step):
+def test_weight_health_matches_the_step(step):
     model, _, loss, _, _ = step
     optimizer = adamw_ema(model, OptimConfig(lr=1e-3))
     health = WeightHealth(model, optimizer, World(0, 1, CPU), replicas=1)
@@ -133,7 +133,7 @@ def test_means_are_over_rows_not_over_steps(tmp_path):
     assert line["b"] is None
 
 
-def test_bar_counts_steps_and_shows_what_to_watch_first(tmp_path, monkeypatch, capsys):
+def test_bar_shows_steps_and_main_metrics_first(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     with Telemetry(tmp_path, True, 0, 2, 32, lambda: 1e9, shown=("v_loss", "loss"), tracker="none") as reports:
         reports.figure(0, "frechet_1nfe", 17.6)
@@ -147,7 +147,7 @@ def test_bar_counts_steps_and_shows_what_to_watch_first(tmp_path, monkeypatch, c
     assert "step 2/2" not in err
 
 
-def test_wandb_is_told_the_same(tmp_path, monkeypatch):
+def test_wandb_gets_the_same_metrics(tmp_path, monkeypatch):
     told = []
 
     class Run:

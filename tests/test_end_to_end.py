@@ -72,7 +72,7 @@ def whole_shards(cwd):
 
 
 @pytest.mark.slow
-def test_from_photographs_to_figures(photographs, vae):
+def test_photographs_to_metrics(photographs, vae):
     cwd = photographs.parent
     prepare = ("mfengine.prepare", "images", photographs, "latents", f"--vae={vae}", f"--size={SIZE}",
                f"--shard-samples={SHARD}", "--batch-size=16")  # fmt: skip

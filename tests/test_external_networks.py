@@ -25,9 +25,9 @@ V01 = Path(__file__).parent / "v01"
 
 @pytest.fixture
 def run(tmp_path, monkeypatch, capsys):
-    """`python -m sketch COMMAND ...` in this process: (exit code, stdout, stderr)."""
+    """`python -m user_script COMMAND ...` in this process: (exit code, stdout, stderr)."""
     kept = [(table, dict(table)) for table in (NETWORKS, OBJECTIVES, PRESETS)]
-    yield lambda *args: run_in_process("sketch", *args, cwd=tmp_path, monkeypatch=monkeypatch, capsys=capsys)
+    yield lambda *args: run_in_process("user_script", *args, cwd=tmp_path, monkeypatch=monkeypatch, capsys=capsys)
     for table, before in kept:
         table.clear()
         table.update(before)
@@ -39,7 +39,7 @@ def succeed(done):
     return out, err
 
 
-def test_sketch_through_all_commands(run, digits, tmp_path):
+def test_external_network_through_all_commands(run, digits, tmp_path):
     """It has two heads, one of which samples, a condition besides the label, and parameters outside all units."""
     train = ("mfengine.train", "sketch", f"--data={digits}", "--model.width=8", "--sample-every=2", "--log-every=1")
     out, _ = succeed(run(*train, "--dry-run", "--ranks=2", "--reshard"))
@@ -133,7 +133,7 @@ def test_sweep_shows_the_best_first(swept, run, tmp_path):
     assert alone["frechet_floor"] == best["frechet_floor"]
 
 
-def test_killed_sweep_goes_on(swept, tmp_path, monkeypatch):
+def test_killed_sweep_continues(swept, tmp_path, monkeypatch):
     """Existing rows are not repeated; weights are read once per average, and the data once."""
     pytest.importorskip("matplotlib", reason="matplotlib is an extra")
     drawn, read_weights, begun = [], [], []
@@ -190,7 +190,7 @@ def test_two_ranks_sweep_as_one(swept, tmp_path):
     args = ("--num-samples=80", "--batch-size=32", "--sweep", "strength=0,4", "ema_decay=0.5,0.9")
     succeed(swept(*args))
     one = read(tmp_path / "runs/sketch/sweep.json")
-    done = run_command("sketch", "mfengine.evaluate", "runs/sketch", "--data=data", *args, "--out=two.json",
+    done = run_command("user_script", "mfengine.evaluate", "runs/sketch", "--data=data", *args, "--out=two.json",
                        cwd=tmp_path, ranks=2)  # fmt: skip
     assert done.returncode == 0, done.stderr
     for row, same in zip(read(tmp_path / "two.json"), one, strict=True):
@@ -234,9 +234,9 @@ def test_network_without_tangents_through_the_engine(run, digits):
 
 
 @pytest.mark.slow
-def test_two_ranks(digits, tmp_path):
-    done = run_command("sketch", "mfengine.train", "sketch", f"--data={digits}", "--steps=2", "--reshard", cwd=tmp_path,
-                       ranks=2)  # fmt: skip
+def test_external_network_on_two_ranks(digits, tmp_path):
+    done = run_command("user_script", "mfengine.train", "sketch", f"--data={digits}", "--steps=2", "--reshard",
+                       cwd=tmp_path, ranks=2)  # fmt: skip
     assert done.returncode == 0, done.stderr
 
 
@@ -263,7 +263,7 @@ def old(tmp_path):
     return tmp_path
 
 
-def test_run_of_version_01_goes_on(old, digits, monkeypatch, capsys):
+def test_run_of_version_01_continues(old, digits, monkeypatch, capsys):
     """It reaches exactly the weights of version 0.1."""
     args = (
         "mfengine.train", "digits", f"--data={digits}", "--model.hidden-size=16", "--model.depth=1",

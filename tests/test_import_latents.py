@@ -340,7 +340,7 @@ def malicious(mark):
     }  # fmt: skip
 
 
-def test_test_payload_works(tmp_path):
+def test_payload_runs_when_unpickled(tmp_path):
     mark = tmp_path / "mark"
     pickle.loads(malicious(mark)["in a field"])
     assert mark.exists()
@@ -417,7 +417,7 @@ def test_records_of_numpy_1(tmp_path):
     "value", [[1], (1,), {"a": 1}, {1}, 1j, np.array(["a"]), np.array([None]), np.zeros(1, [("a", "f4")]), np.float32]
 )
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
-def test_everything_else_is_refused(value, protocol):
+def test_other_types_are_rejected(value, protocol):
     with pytest.raises(Refused):
         load_record(pickle.dumps({"a": value}, protocol=protocol))
 
@@ -432,7 +432,7 @@ def test_everything_else_is_refused(value, protocol):
         b"\x80\x02]q\x00h\x00a.",  # a list that holds itself
     ],
 )  # fmt: skip
-def test_what_is_no_record(data):
+def test_invalid_record(data):
     with pytest.raises(ValueError, match=r"it is|it has"):
         load_record(data)
 

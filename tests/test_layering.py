@@ -57,7 +57,7 @@ def violations(root):
     return graph, [(a, b) for a, bs in graph.items() for b in bs if floor_of(b) > floor_of(a)]
 
 
-def test_imports_go_down_and_in_no_circle():
+def test_imports_go_to_lower_layers_without_cycles():
     graph, upward = violations(ROOT)
     assert len(graph) > 50
     assert upward == []
@@ -73,7 +73,7 @@ def test_imports_go_down_and_in_no_circle():
         ("kernels/a.py", "from mfengine import errors, ops"),
     ],
 )
-def test_import_up_the_floors_is_seen(tmp_path, place, line):
+def test_import_of_a_higher_layer_is_detected(tmp_path, place, line):
     for floor in ("networks", "ops", "engine", "kernels"):
         (tmp_path / "mfengine" / floor).mkdir(parents=True)
         (tmp_path / "mfengine" / floor / "__init__.py").touch()
@@ -84,7 +84,7 @@ def test_import_up_the_floors_is_seen(tmp_path, place, line):
     assert len(violations(tmp_path)[1]) == 1
 
 
-def test_circle_is_seen(tmp_path):
+def test_cycle_is_detected(tmp_path):
     (tmp_path / "mfengine/ops").mkdir(parents=True)
     (tmp_path / "mfengine/ops/a.py").write_text("from mfengine.ops import b")
     (tmp_path / "mfengine/ops/b.py").write_text("def f():\n    import mfengine.ops.a")

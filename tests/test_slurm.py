@@ -106,13 +106,13 @@ def test_srun_has_the_cpus_of_the_job(launch, tmp_path, monkeypatch, asked):
     assert environment(tmp_path).get("SRUN_CPUS_PER_TASK") == asked.get("SLURM_CPUS_PER_TASK")
 
 
-def test_wrong_input_takes_no_gpu(launch, tmp_path):
+def test_wrong_input_does_not_start_srun(launch, tmp_path):
     assert launch("mfengine.train", "xl2", EXIT_PYTHON="2").wait(30) == 2
     assert calls(tmp_path, "srun") == []
 
 
 @pytest.mark.parametrize("command", ["mfengine.prepare", "mfengine.evaluate"])
-def test_other_commands_run_as_they_are(command, launch, tmp_path):
+def test_other_commands_run_unchanged(command, launch, tmp_path):
     assert launch(command, "x", EXIT_TORCHRUN="1").wait(30) == 1
     assert calls(tmp_path, "python") == []
     (args,) = calls(tmp_path, "torchrun")

@@ -128,7 +128,7 @@ FEW = ("a partial", "another type")
     ],
     ids=lambda value: value if isinstance(value, str) else str(len(value)),
 )
-def test_nothing_hostile_is_executed(entry, kinds, trained, digits, tmp_path, monkeypatch, capsys):
+def test_malicious_pickle_is_not_executed(entry, kinds, trained, digits, tmp_path, monkeypatch, capsys):
     places, command = ENTRIES[entry]
     command = [part.replace("DATA", str(digits)) for part in command]
     told = []
@@ -152,7 +152,7 @@ def test_nothing_hostile_is_executed(entry, kinds, trained, digits, tmp_path, mo
     print(*told, sep="")
 
 
-def test_the_pickles_are_hostile(tmp_path, monkeypatch):
+def test_pickles_execute_without_protection(tmp_path, monkeypatch):
     for kind, pickled in EXECUTING.items():
         (tmp_path / kind).mkdir()
         monkeypatch.chdir(tmp_path / kind)

@@ -5,7 +5,7 @@ import torch.autograd.forward_ad as fwad
 from benchmarks.baselines.port import PortDiT, plain_attention
 
 
-class Stranger(PortDiT):
+class StockNetwork(PortDiT):
     """The port's DiT as u(z, t, h, y); records its calls as (rows, whether under a JVP)."""
 
     def __init__(self, config, attend=plain_attention):

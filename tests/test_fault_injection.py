@@ -123,17 +123,17 @@ def assert_identical(checkpoint, expected):
 
 
 @pytest.mark.slow
-def test_chaos(digits, tmp_path, pytestconfig):
+def test_run_survives_faults(digits, tmp_path, pytestconfig):
     kills, rng = pytestconfig.getoption("--kills"), random.Random(os.environ.get("PYTEST_SEED", "0"))
     steps = 24 * max(kills, 4)  # more than it completes between two kills
     disk = Disk(tmp_path / "runs")
     try:
-        chaos(kills, rng, steps, disk, digits, tmp_path)
+        inject_faults(kills, rng, steps, disk, digits, tmp_path)
     finally:
         disk.unmount()
 
 
-def chaos(kills, rng, steps, disk, digits, cwd):
+def inject_faults(kills, rng, steps, disk, digits, cwd):
     def command(name, ranks):
         return [
             "mfengine.train", *SMALL, f"--data={digits}", f"--steps={steps}", "--log-every=1", f"--name={name}",
@@ -149,7 +149,7 @@ def chaos(kills, rng, steps, disk, digits, cwd):
     expected = losses(alone)
     assert len(expected) == steps
 
-    run = cwd / "runs/chaos"
+    run = cwd / "runs/faults"
     lineage = {0: frozenset()}  # step of a checkpoint -> numbers of ranks on the way to it
     kinds = ("identical checkpoints", "came back", "damaged", "full disks", "second jobs", "amid writing")
     counts = dict.fromkeys(kinds, 0)
@@ -167,7 +167,7 @@ def chaos(kills, rng, steps, disk, digits, cwd):
         events += [damage(checkpoint, rng) for checkpoint in broken]
         ranks = rng.choice((1, 1, 1, 2, 4)) if kill else 1
         start = len(losses(run))
-        life = Life(ranks, [*command("chaos", ranks), "--keep=6"], cwd, cwd / f"life-{kill}")
+        life = Life(ranks, [*command("faults", ranks), "--keep=6"], cwd, cwd / f"life-{kill}")
         if kill and rng.random() < 0.15:
             time.sleep(rng.uniform(0, 3))
             events.append("as it starts")
@@ -177,10 +177,10 @@ def chaos(kills, rng, steps, disk, digits, cwd):
                 assert time.monotonic() < deadline, life.said()
                 time.sleep(0.01)
             if rng.random() < 0.3:
-                second = run_command(*command("chaos", 1), cwd=cwd)
+                second = run_command(*command("faults", 1), cwd=cwd)
                 if life.process.is_alive():
                     assert second.returncode == 2, second.stderr
-                    assert re.fullmatch(r"error: runs/chaos is in use by process \d+ on .*\n", second.stderr)
+                    assert re.fullmatch(r"error: runs/faults is in use by process \d+ on .*\n", second.stderr)
                 counts["second jobs"] += 1
                 events.append("second job")
             if rng.random() < 0.2:
@@ -203,7 +203,7 @@ def chaos(kills, rng, steps, disk, digits, cwd):
         disk.free()
 
         said = life.said()
-        resumed = re.search(r"continuing runs/chaos/checkpoints/step-(\d+)", said)
+        resumed = re.search(r"continuing runs/faults/checkpoints/step-(\d+)", said)
         for checkpoint in broken:
             counts["damaged"] += 1
             if resumed:
@@ -231,12 +231,12 @@ def chaos(kills, rng, steps, disk, digits, cwd):
         where = f"steps {start} to {len(so_far)}, newest {newest.name if newest else 'none'}"
         last = said.strip().splitlines()[-1:] if ended else []
         print(f"kill {kill + 1}: {ranks} rank(s), {where}; {', '.join(events)} {last}", flush=True)
-    done = train("chaos", "--keep=6")
+    done = train("faults", "--keep=6")
     assert done.returncode == 0, done.stderr
     actual = losses(run)
     assert len(actual) == steps
     worst = max(abs(a / b - 1) for a, b in zip(actual, expected, strict=True))
-    resumed = int(re.search(r"continuing runs/chaos/checkpoints/step-(\d+)", done.stderr)[1])
+    resumed = int(re.search(r"continuing runs/faults/checkpoints/step-(\d+)", done.stderr)[1])
     if lineage[resumed] == {1}:
         assert_identical(newest_checkpoint(run), newest_checkpoint(alone))
     print(f"{kills} kills, {counts}; {steps} lines of metrics, losses within {worst:.1e} of the uninterrupted run's")

@@ -1,4 +1,4 @@
-"""A network and an objective from outside mfengine, as in a user's script: `python sketch.py mfengine.train sketch`.
+"""A network and an objective outside mfengine, as in a user script: `python user_script.py mfengine.train sketch`.
 
 Like improved MeanFlow, the network has two heads and conditions besides the label, but does not take t.
 """
