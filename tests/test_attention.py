@@ -265,7 +265,7 @@ def test_backend_decides_with_a_tangent(asked, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "dtype", "dim", "message"),
     [
-        ("triton", torch.float32, 12, "attention with triton: q has head dim 12; accepted are multiples of 8"),
+        ("triton", torch.float32, 12, "attention with triton: q has head dim 12; it must be a multiple of 8"),
         ("triton", torch.float64, 16, "attention with triton: q is torch.float64"),
         ("flash-attn", torch.float32, 16, "attention with flash-attn: it takes float16 or bfloat16 and head dims"),
         ("flash-attn", torch.float16, 264, "attention with flash-attn: .* up to 256, not torch.float16 and 264"),
