@@ -42,7 +42,9 @@ def _patch_triton_once():
         return patch(fn)
 
     interpreter._patch_lang = once
-    interpreter._get_np_dtype = functools.cache(interpreter._get_np_dtype)
+    look_up = interpreter._get_np_dtype
+    cached = functools.cache(look_up)
+    interpreter._get_np_dtype = lambda dtype: cached(dtype) if type(dtype) is tl.dtype else look_up(dtype)  # hashable
 
 
 def pytest_configure(config):
