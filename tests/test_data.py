@@ -187,7 +187,7 @@ def truncate(path, size):
         (lambda d: (d.folder / DESCRIPTION).unlink(), "dataset.json does not exist: see docs/data.md"),
         (lambda d: (d.folder / DESCRIPTION).write_text("{"), "dataset.json: it is not JSON"),
         (lambda d: edit(d, shards=[]), "dataset.json: shards must not be empty"),
-        (lambda d: edit(d, count=100), "dataset.json: count is 100, but the shards do not add up to it"),
+        (lambda d: edit(d, count=100), "dataset.json: count is 100 samples, but the shards do not add up to it"),
         (lambda d: (d.folder / "000001.tar").unlink(), "000001.tar is missing"),
         (lambda d: truncate(d.folder / "000001.tar", 0), "000001.tar has 0 bytes"),
         (lambda d: truncate(d.folder / "000002.tar", 1024), "000002.tar has 1024 bytes; dataset.json says"),

@@ -106,7 +106,7 @@ class Dataset:
         if not self.shards:
             raise ValueError("shards must not be empty")
         if self.count != sum(shard.count for shard in self.shards):
-            raise ValueError(f"count is {self.count}, but the shards do not add up to it")
+            raise ValueError(f"count is {self.count} samples, but the shards do not add up to it")
 
     @classmethod
     def open(cls, folder: Path) -> Dataset:
