@@ -751,7 +751,7 @@ def test_diffusers_attention_of_other_models():
 def test_wrong_use_of_accelerate():
     with pytest.raises(ValueError, match=r"model must be a torch.nn.Module, not dict"):
         accelerate({})
-    with pytest.warns(UserWarning, match="nothing was swapped: found no attention"):
+    with pytest.warns(UserWarning, match="nothing was swapped: found no block of DiT"):
         swaps = accelerate(nn.Linear(2, 2))
     assert not swaps.swapped
 
