@@ -265,7 +265,7 @@ def test_backend_decides_with_a_tangent(asked, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "dtype", "dim", "message"),
     [
-        ("triton", torch.float32, 12, "attention with triton: q has head dim 12; accepted are multiples of 8"),
+        ("triton", torch.float32, 12, "attention with triton: q has head dim 12; it must be a multiple of 8"),
         ("triton", torch.float64, 16, "attention with triton: q is torch.float64"),
         ("flash-attn", torch.float32, 16, "attention with flash-attn: it takes float16 or bfloat16 and head dims"),
         ("flash-attn", torch.float16, 264, "attention with flash-attn: .* up to 256, not torch.float16 and 264"),
@@ -447,7 +447,7 @@ def test_gradients_through_the_tangent_repeat_bit_for_bit():
 
 
 @pytest.mark.parametrize(
-    ("dim", "generation"),  # a tail, and keys and values in launches of their own; three for keys and values; two tiles
+    ("dim", "generation"),  # a tail, with separate launches for keys and values; three such launches; two tiles
     [(72, "Hopper"), (128, "Hopper"), (128, "Ampere")],
 )
 def test_gradients_through_the_tangent_in_half_precision(dim, generation, monkeypatch):

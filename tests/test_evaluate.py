@@ -459,7 +459,7 @@ def references(made_references, tmp_path):
         (["--data=DATA", "--device=cuda"], "--device cuda is unavailable"),
         (["--data=LATENTS"], "holds latents of (4, 8, 8); the model takes (1, 8, 8)"),
         (["--save=images"], "images is not an empty folder"),
-        (["--save=good.npz"], "good.npz already exists: choose another name"),
+        (["--save=good.npz"], "good.npz exists: choose another name"),
         (["--reference=good.npz", "--num=9"], "--num must be at least 10 with --reference"),
         (["--reference=nowhere"], "reference nowhere is neither a folder of images nor an .npz file"),
         (["--reference=w.pt"], "reference w.pt is neither"),

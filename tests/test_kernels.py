@@ -617,7 +617,7 @@ def attention_arguments(**changes):
     ("changes", "message"),
     [
         ({"q": torch.zeros(2, 5, 16)}, r"q must be \(B, H, N, d\)"),
-        ({"q": torch.zeros(2, 3, 5, 12)}, "q has head dim 12; accepted are multiples of 8 from 8 to 128"),
+        ({"q": torch.zeros(2, 3, 5, 12)}, "q has head dim 12; it must be a multiple of 8 from 8 to 128"),
         ({"q": torch.zeros(2, 3, 5, 136)}, "q has head dim 136"),
         ({"q": torch.zeros(2, 3, 5, 16, dtype=torch.float64)}, r"q is torch.float64; it must be float16"),
         ({"k": torch.zeros(2, 4, 5, 16)}, r"k must be \(2, G, M, 16\), G a divisor of 3 heads, not of"),

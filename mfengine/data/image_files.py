@@ -193,7 +193,7 @@ class ImageWriter:
 def check_new(path: Path) -> None:
     """InputError unless images can be written under this name: it must not exist, or be an empty folder."""
     if path.suffix == ".npz" and path.exists():
-        raise InputError(f"{path} already exists: choose another name")
+        raise InputError(f"{path} exists: choose another name")
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise InputError(f"{path} is not an empty folder: choose another one, or remove it first")
     check_writable(path)
