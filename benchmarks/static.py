@@ -6,7 +6,7 @@ these arguments and compiles as on a GPU, for sm_80, sm_90 and sm_100; only the 
 inspected as built. The table shows registers, stack, shared memory, tensor-core instructions and the widths of global
 accesses in loops. A row fails on
 
-- any stack, which is a spill or a local array;
+- any stack, which is a spill or a local array, but for that in `STACK`;
 - a dot product without tensor-core instructions;
 - a global access of less than 8 bytes in a loop (anywhere, if there is none).
 
@@ -50,6 +50,10 @@ ROW_STATISTICS = {"delta_kernel": 1, "delta_dual_kernel": 2}
 """Accesses of 4 bytes per row and lane, 128 bytes per warp: the log-sum-exp.
 
 An odd number of rows has twice as many, because an even number lets some be read in pairs."""
+
+STACK = {("forward_kernel", "d72", 80): 8, ("backward_kv_kernel", "d96", 80): 8, ("backward_q_kernel", "d128", 80): 16}
+"""Bytes by kernel, head dim and architecture: with 255 registers in use, as much is stored before a loop and read after
+it, with a mask or of sequences. No configuration that was tried does without, but for slower ones."""
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SHAPES = {
@@ -188,7 +192,8 @@ def compiled(name: str, arch: int) -> list[dict[str, Any]]:
         cubin, ttir = (Path(metadata_group[f"{kernel}.{kind}"]) for kind in ("cubin", "ttir"))
         row = {"kernel": f"{name}: {kernel}", "arch": f"sm_{arch}", "shared": metadata["shared"]}
         row |= {option: metadata[option] for option in ("num_warps", "num_stages")} | inspect(cubin)
-        row["faults"] = faults(row, "tt.dot" in ttir.read_text(), narrow_accesses(name, kernel))
+        allowed = narrow_accesses(name, kernel), stack_allowed(name, kernel, arch)
+        row["faults"] = faults(row, "tt.dot" in ttir.read_text(), *allowed)
         found.append(row)
 
     driver.set_active(CompileOnly(name, arch))
@@ -201,23 +206,26 @@ def compiled(name: str, arch: int) -> list[dict[str, Any]]:
 def narrow_accesses(name: str, kernel: str) -> int:
     """How many accesses under 8 bytes are expected.
 
-    In the backward through the tangent, a lane reads two packed values of each of up to 8 rows. Where two layouts, or
-    only one half, are needed, the compiler reads 4 bytes, which the lanes of a warp share. A tail of 16 columns by 16
-    rows, as for heads of 72 and 80 in each of four operands, is 4 bytes per lane.
+    In the backward through the tangent a tail of 16 columns by 16 rows, as heads of 72 and 80 have in each of four
+    operands, is 4 bytes per lane.
     """
     odd = "odd" in name or "sequences" in name
     due = ROW_STATISTICS.get(kernel, 0) * (2 if odd else 1)
-    if "through" in name:
-        due += (16 if kernel == "backward_kv_kernel" else 0) + (4 if "d72" in name or "d80" in name else 0)
-    return due
+    return due + (4 if "through" in name and ("d72" in name or "d80" in name) else 0)
 
 
-def faults(row: dict[str, Any], dots: bool, narrow: int) -> list[str]:
-    """Why a row fails. `dots`: the kernel has dot products; `narrow`: the expected accesses under 8 bytes."""
+def stack_allowed(name: str, kernel: str, arch: int) -> int:
+    return next((n for (of, part, at), n in STACK.items() if (of, at) == (kernel, arch) and part in name.split()), 0)
+
+
+def faults(row: dict[str, Any], dots: bool, narrow: int, stack: int = 0) -> list[str]:
+    """Why a row fails. `dots`: the kernel has dot products; `narrow`: accesses under 8 bytes that are due; `stack`:
+    bytes of it that are allowed.
+    """
     return [
         fault
         for fault, present in (
-            ("stack", row["stack"] > 0),
+            ("stack", row["stack"] > stack),
             ("no tensor cores", dots and not row["tensor_core"]),
             ("narrow accesses", sum(n for size, n in row["accesses"].items() if int(size) < 8) > narrow),
         )

@@ -22,6 +22,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime import driver
 
 from mfengine.kernels.launch import (
     Config,
@@ -173,14 +174,24 @@ def _member(x, member, stride_h, GROUP: tl.constexpr):
 
 
 @triton.jit
-def _masked(s, row, col, queries, keys, mask, mask_m, mask_n, EVEN: tl.constexpr, CAUSAL: tl.constexpr):
-    """Scores to base 2, -inf where a query does not see a key. EVEN: all keys exist."""
+def _masked(
+    s, rows, cols, queries, keys, mask, mask_m, mask_n,
+    EVEN: tl.constexpr, CAUSAL: tl.constexpr, TRANSPOSED: tl.constexpr = False,
+):  # fmt: skip
+    """Scores to base 2, -inf where a query does not see a key. EVEN: all keys exist. TRANSPOSED: keys by queries."""
     if mask is not None:
-        seen = tl.load(mask + row.to(tl.int64) * mask_m + col * mask_n, (row < queries) & (col < keys), 0)
+        at, exist = rows.to(tl.int64)[:, None] * mask_m + cols[None, :] * mask_n, (rows < queries)[:, None]
+        seen = tl.load(mask + at, exist & (cols < keys)[None, :], 0)
+        if TRANSPOSED:  # a row of a mask is read 8 or 16 bytes at a time
+            seen = seen.T
         if mask.dtype.element_ty == tl.int1:
             s = tl.where(seen, s, float("-inf"))
         else:
             s += seen.to(tl.float32) * LOG2_E
+    if TRANSPOSED:
+        row, col = rows[None, :], cols[:, None]
+    else:
+        row, col = rows[:, None], cols[None, :]
     if CAUSAL:
         s = tl.where(row >= col, s, float("-inf"))
     if not EVEN:
@@ -258,7 +269,7 @@ def forward_kernel(
                     ds = _dot(dq2, k2.T, ds)
                     ds = _dot(q2, dk2.T, ds)
         s *= scale * LOG2_E
-        s = _masked(s, rows[:, None], cols[None, :], queries, keys, mask, mask_m, mask_n, EVEN, CAUSAL)
+        s = _masked(s, rows, cols, queries, keys, mask, mask_m, mask_n, EVEN, CAUSAL)
         higher = tl.maximum(peak, tl.max(s, 1))
         if mask is not None:  # -inf so far: differences of infinities are NaN
             shrink = tl.exp2(peak - tl.where(higher == float("-inf"), 0.0, higher))
@@ -408,7 +419,7 @@ def backward_kv_kernel(
         row_lse, row_delta = _row_stats(stats + member * queries, rows, queries, INF, EVEN)
         s *= scale * LOG2_E
         mask_at = mask if mask is None else mask + member * mask_h
-        s = _masked(s, rows[None, :], cols[:, None], queries, keys, mask_at, mask_m, mask_n, True, CAUSAL)
+        s = _masked(s, rows, cols, queries, keys, mask_at, mask_m, mask_n, True, CAUSAL, True)
         p = tl.exp2(s - row_lse[None, :])
         gs = (p * (gp - row_delta[None, :])).to(q1.dtype)
         p = p.to(q1.dtype)
@@ -477,7 +488,7 @@ def backward_q_kernel(
                 gp = _dot(go2, v2.T, gp)
         s *= scale * LOG2_E
         # Keys beyond the last have score 0, whose probability overflows where the log-sum-exp is very negative.
-        s = _masked(s, rows[:, None], cols[None, :], queries, keys, mask, mask_m, mask_n, EVEN, CAUSAL)
+        s = _masked(s, rows, cols, queries, keys, mask, mask_m, mask_n, EVEN, CAUSAL)
         p = tl.exp2(s - row_lse[:, None])
         gs = (p * (gp - row_delta[:, None])).to(k1.dtype)
         gq1 = _dot(gs, k1, gq1)
@@ -668,6 +679,8 @@ class _Problem(NamedTuple):
     constants: dict[str, Any]
     dense: bool
     """samples are of one length, that of the tensors"""
+    tiles: tuple[str, str]
+    """which of a kernel's configurations fits, and which instead of it if there is one"""
 
     @property
     def scalars(self) -> tuple[Any, ...]:
@@ -676,6 +689,10 @@ class _Problem(NamedTuple):
     def strides(self, *parts: _Part) -> list[int]:
         """Strides of samples, heads and rows. Sequences lie in one sample."""
         return [step for p in parts for step in (p.heads.stride(0) if self.dense else 0, *p.heads.stride()[1:3])]
+
+    def config(self, configs: dict[str, Config]) -> Config:
+        usual, special = self.tiles
+        return configs.get(special, configs[usual])
 
     def even(self, config: Config, block: str = "BLOCK_N") -> bool:
         return self.dense and (self.keys if block == "BLOCK_N" else self.queries) % config.blocks[block] == 0
@@ -697,9 +714,14 @@ def _problem(
         samples = check_sequences(cu_q, cu_k, q)
         queries, keys = longest
     group = heads // max(k.shape[1], 1)
-    constants = {**shape_constants(dim, q.dtype), "CAUSAL": is_causal, "GROUP": group}
+    constants = {**shape_constants(q), "CAUSAL": is_causal, "GROUP": group}
     scale = dim**-0.5 if scale is None else scale
-    return _Problem(samples, heads, queries, keys, dim, scale, mask_strides, constants, cu_q is None)
+    tiles = [tile_class(dim, q.dtype)] * 2
+    if mask is not None:
+        tiles[1] += f", masked, {_generation(q)}"
+    return _Problem(
+        samples, heads, queries, keys, dim, scale, mask_strides, constants, cu_q is None, (tiles[0], tiles[1])
+    )
 
 
 @planned
@@ -741,7 +763,7 @@ def _forward(
         return nothing
     if not primals[1].heads.shape[2]:
         return partial(_zero_outputs, first, last)
-    config = CONFIGS["dual" if tangents else "forward"][tile_class(dim, primals[0].heads.dtype)]
+    config = problem.config(CONFIGS["dual" if tangents else "forward"])
     of_output = (tokens * heads * dim, dim, heads * dim)
     dense = (of_output[0] if problem.dense else 0, *of_output[1:])
     # Strides of what is not there are never read.
@@ -786,14 +808,13 @@ def _plan_backward(
     if not _readable((*parts, *outer)):
         return None
     gradients = _parts([torch.empty(x.shape, dtype=x.dtype, device="meta") for x in inputs], packed)
-    name = tile_class(problem.dim, q.heads.dtype)
     constants, programs = problem.constants, problem.samples * problem.heads
     starts = [p.start for p in parts]
-    delta, backward_kv, backward_q = (CONFIGS[kind][name] for kind in ("delta", "backward_kv", "backward_q"))
+    delta, backward_kv, backward_q = (problem.config(CONFIGS[kind]) for kind in ("delta", "backward_kv", "backward_q"))
     launch_delta = Launch(
         delta_kernel, delta.grid(problem.queries, programs),
         (*problem.strides(*outer), problem.heads, problem.queries),
-        {**shape_constants(problem.dim, q.heads.dtype), **delta.kwargs},
+        {**shape_constants(q.heads), **delta.kwargs},
     )  # fmt: skip
     launch_kv = Launch(
         backward_kv_kernel, backward_kv.grid(problem.keys, programs // constants["GROUP"], "BLOCK_N"),
@@ -917,9 +938,27 @@ def _backward_configs() -> list[Config]:
     return [config for name in ("delta", "backward_kv", "backward_q") for config in CONFIGS[name].values()]
 
 
-def shape_constants(dim: int, dtype: torch.dtype) -> dict[str, int]:
-    head, tail = widths(dim, COLUMNS.value if dtype == torch.float32 else 16)
+def shape_constants(q: Tensor) -> dict[str, int]:
+    """Columns of the two tiles of a row of q (B, H, N, d)."""
+    dim = q.shape[-1]
+    head, tail = widths(dim, COLUMNS.value if q.dtype == torch.float32 else 16)
+    # With mma.sync all warps share the rows of a sum that is wider than long: each computes all scores, and they spill.
+    if head == 128 and q.dtype != torch.float32 and _generation(q) == "Ampere":
+        head = tail = 64
     return {"DIM": dim, "HEAD": head, "TAIL": tail}
+
+
+def _generation(x: Tensor) -> str:
+    """By what the tensor cores of x's GPU are fed: Ampere by mma.sync, as later GPUs for desktops are, Hopper by wgmma,
+    Blackwell by tcgen05. On a CPU, the GPU that Triton compiles for, or Hopper where it interprets.
+    """
+    if x.is_cuda:
+        major = torch.cuda.get_device_capability(x.device)[0]
+    elif triton.knobs.runtime.interpret:
+        major = 9
+    else:
+        major = int(driver.active.get_current_target().arch) // 10
+    return {9: "Hopper", 10: "Blackwell"}.get(major, "Ampere")
 
 
 def tile_class(dim: int, dtype: torch.dtype) -> str:
@@ -937,6 +976,7 @@ def tile_class(dim: int, dtype: torch.dtype) -> str:
 CONFIGS: dict[str, dict[str, Config]] = {
     "forward": {
         "narrow": Config(BLOCK_M=64, BLOCK_N=128, num_warps=4, num_stages=2),
+        "narrow, masked, Ampere": Config(BLOCK_M=64, BLOCK_N=64, num_warps=4, num_stages=2),
         "medium": Config(BLOCK_M=64, BLOCK_N=64, num_warps=4, num_stages=2),
         "wide": Config(BLOCK_M=64, BLOCK_N=64, num_warps=4, num_stages=2),
         "float32": Config(BLOCK_M=16, BLOCK_N=16, num_warps=4, num_stages=1),
@@ -950,8 +990,14 @@ CONFIGS: dict[str, dict[str, Config]] = {
     "delta": dict.fromkeys(("narrow", "medium", "wide", "float32"), Config(BLOCK_M=32, num_warps=4, num_stages=1)),
     "backward_kv": {
         "narrow": Config(BLOCK_M=32, BLOCK_N=64, num_warps=4, num_stages=1),
+        "narrow, masked, Ampere": Config(BLOCK_M=16, BLOCK_N=64, num_warps=4, num_stages=1),
+        "narrow, masked, Blackwell": Config(BLOCK_M=32, BLOCK_N=64, num_warps=4, num_stages=2),
         "medium": Config(BLOCK_M=16, BLOCK_N=64, num_warps=4, num_stages=2, maxnreg=168),
+        "medium, masked, Ampere": Config(BLOCK_M=16, BLOCK_N=64, num_warps=4, num_stages=1),
+        "medium, masked, Hopper": Config(BLOCK_M=16, BLOCK_N=64, num_warps=4, num_stages=1),
         "wide": Config(BLOCK_M=32, BLOCK_N=64, num_warps=4, num_stages=2),
+        "wide, masked, Ampere": Config(BLOCK_M=16, BLOCK_N=64, num_warps=4, num_stages=1),
+        "wide, masked, Hopper": Config(BLOCK_M=32, BLOCK_N=64, num_warps=4, num_stages=1),
         "float32": Config(BLOCK_M=16, BLOCK_N=16, num_warps=4, num_stages=1),
     },
     "backward_q": {

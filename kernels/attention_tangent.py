@@ -45,9 +45,8 @@ from mfengine.kernels.attention import (
     _store,
     _tile,
     shape_constants,
-    tile_class,
 )
-from mfengine.kernels.launch import Config, Launch, aligned, check_like, empty_like, misaligned, planned, widths
+from mfengine.kernels.launch import Config, Launch, aligned, check_like, empty_like, misaligned, planned
 
 # ----------------------------------------------------------------------------
 # Kernels. An operand is a matrix whose rows are those of a head: where it begins, its rows, how many there are, their
@@ -95,12 +94,12 @@ def _store_both(base, rows, num, stride, head, tail, HEAD: tl.constexpr, TAIL: t
 
 @triton.jit
 def delta_dual_kernel(
-    o, do, go, gdo, lse, mean, stats, dstats, cu_q,
+    o, do, go, gdo, lse, mean, stats, dstats, vstats, cu_q,
     o_b, o_h, o_n, do_b, do_h, do_n, go_b, go_h, go_n, gdo_b, gdo_h, gdo_n,
     heads, queries,
     DIM: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """Two values of a row in 8 bytes each: its log-sum-exp to base 2 and delta; r and c."""
+    """Two values of a row in 8 bytes each: its log-sum-exp to base 2 and c; r and delta; the log-sum-exp and r."""
     head, start_m = _program(queries, BLOCK_M)
     first, queries = _sequence(cu_q, head, heads, queries)
     rows = start_m + tl.arange(0, BLOCK_M)
@@ -122,8 +121,9 @@ def delta_dual_kernel(
     offset = _row_values(rows, head, heads, first, queries, cu_q)
     row_lse = tl.load(lse + offset, mask=rows < queries, other=0.0) * LOG2_E
     row_mean = tl.load(mean + offset, mask=rows < queries, other=0.0)
-    tl.store(stats + offset, _pack(row_lse, delta), mask=rows < queries)
-    tl.store(dstats + offset, _pack(row_mean, c), mask=rows < queries)
+    tl.store(stats + offset, _pack(row_lse, c), mask=rows < queries)
+    tl.store(dstats + offset, _pack(row_mean, delta), mask=rows < queries)
+    tl.store(vstats + offset, _pack(row_lse, row_mean), mask=rows < queries)
 
 
 @triton.jit
@@ -135,7 +135,11 @@ def backward_kv_kernel(
     DIM: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     EVEN: tl.constexpr, CAUSAL: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of a block of keys, of values and of their tangents, but for those that are None."""
+    """Gradients of a block of keys, of values and of their tangents, but for those that are None.
+
+    `stats` and `dstats` are those of `delta_dual_kernel`; for values alone `stats` are its `vstats`: whatever is read
+    of a row is read 8 bytes at a time.
+    """
     SCORES: tl.constexpr = gk is not None or gdk is not None
     head, start_n = _program(keys, BLOCK_N)
     head *= GROUP  # the first of those of queries
@@ -151,7 +155,8 @@ def backward_kv_kernel(
     go, go_n = _head(go, head, heads, go_b, go_h, go_n, first_m)
     gdo, gdo_n = _head(gdo, head, heads, gdo_b, gdo_h, gdo_n, first_m)
     stats = _row_values(stats, head, heads, first_m, queries, cu_q)
-    dstats = _row_values(dstats, head, heads, first_m, queries, cu_q)
+    if dstats is not None:
+        dstats = _row_values(dstats, head, heads, first_m, queries, cu_q)
     if mask is not None:
         mask += head // heads * mask_b + head % heads * mask_h
 
@@ -167,6 +172,7 @@ def backward_kv_kernel(
         gdk1, gdk2 = tl.zeros((BLOCK_N, HEAD), tl.float32), tl.zeros((BLOCK_N, REST), tl.float32)
     if gv is not None:
         gv1, gv2 = tl.zeros((BLOCK_N, HEAD), tl.float32), tl.zeros((BLOCK_N, REST), tl.float32)
+    if gdv is not None:
         gdv1, gdv2 = tl.zeros((BLOCK_N, HEAD), tl.float32), tl.zeros((BLOCK_N, REST), tl.float32)
 
     low, high = _steps(start_n, queries, keys, cu_k, BLOCK_M, CAUSAL, GROUP)
@@ -177,24 +183,27 @@ def backward_kv_kernel(
         dq_rows = _operand(_member(dq, member, dq_h, GROUP), rows, queries, dq_n, HEAD, TAIL, DIM, EVEN)
         go_rows = _operand(_member(go, member, go_h, GROUP), rows, queries, go_n, HEAD, TAIL, DIM, EVEN)
         gdo_rows = _operand(_member(gdo, member, gdo_h, GROUP), rows, queries, gdo_n, HEAD, TAIL, DIM, EVEN)
-        row_lse, row_delta = _row_stats(stats + member * queries, rows, queries, INF, EVEN)
-        row_mean, row_c = _row_stats(dstats + member * queries, rows, queries, 0, EVEN)
+        row_lse, row_sum = _row_stats(stats + member * queries, rows, queries, INF, EVEN)
+        if dstats is not None:
+            row_mean, row_delta = _row_stats(dstats + member * queries, rows, queries, 0, EVEN)
+        else:
+            row_mean = row_sum
         zero = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)  # scores are transposed: keys by queries
         s = _scores(zero, k_all, q_rows, dim, DIM, TAIL) * (scale * LOG2_E)
         mask_at = mask if mask is None else mask + member * mask_h
-        s = _masked(s, rows[None, :], cols[:, None], queries, keys, mask_at, mask_m, mask_n, True, CAUSAL)
+        s = _masked(s, rows, cols, queries, keys, mask_at, mask_m, mask_n, True, CAUSAL, True)
         p = tl.exp2(s - row_lse[None, :])
         if gk is not None or gv is not None:
             ds = _scores(zero, k_all, dq_rows, dim, DIM, TAIL)
             ds = _scores(ds, dk_all, q_rows, dim, DIM, TAIL) * scale - row_mean[None, :]
         if gv is not None:
             pds = (p * ds).to(q.dtype.element_ty)
-            p_low = p.to(q.dtype.element_ty)
-            gv1, gv2 = _product(gv1, gv2, p_low, go_rows, TAIL)
+            gv1, gv2 = _product(gv1, gv2, p.to(q.dtype.element_ty), go_rows, TAIL)
             gv1, gv2 = _product(gv1, gv2, pds, gdo_rows, TAIL)
-            gdv1, gdv2 = _product(gdv1, gdv2, p_low, gdo_rows, TAIL)
+        if gdv is not None:
+            gdv1, gdv2 = _product(gdv1, gdv2, p.to(q.dtype.element_ty), gdo_rows, TAIL)
         if SCORES:
-            a = _scores(zero, v_all, gdo_rows, dim, DIM, TAIL) - row_c[None, :]
+            a = _scores(zero, v_all, gdo_rows, dim, DIM, TAIL) - row_sum[None, :]
             gds = (p * a).to(q.dtype.element_ty)
         if gk is not None:
             gp = _scores(a * ds - row_delta[None, :], v_all, go_rows, dim, DIM, TAIL)
@@ -213,8 +222,9 @@ def backward_kv_kernel(
         _store_both(gdk, cols, keys, gdk_n, gdk1 * scale, gdk2 * scale, HEAD, TAIL, DIM)
     if gv is not None:
         gv, gv_n = _head(gv, head, heads, gv_b, gv_h, gv_n, first_n, GROUP)
-        gdv, gdv_n = _head(gdv, head, heads, gdv_b, gdv_h, gdv_n, first_n, GROUP)
         _store_both(gv, cols, keys, gv_n, gv1, gv2, HEAD, TAIL, DIM)
+    if gdv is not None:
+        gdv, gdv_n = _head(gdv, head, heads, gdv_b, gdv_h, gdv_n, first_n, GROUP)
         _store_both(gdv, cols, keys, gdv_n, gdv1, gdv2, HEAD, TAIL, DIM)
 
 
@@ -242,8 +252,8 @@ def backward_q_kernel(
     gdo, gdo_n = _head(gdo, head, heads, gdo_b, gdo_h, gdo_n, first_m)
     if mask is not None:
         mask += head // heads * mask_b + head % heads * mask_h
-    row_lse, row_delta = _row_stats(_row_values(stats, head, heads, first_m, queries, cu_q), rows, queries, INF, False)
-    row_mean, row_c = _row_stats(_row_values(dstats, head, heads, first_m, queries, cu_q), rows, queries, 0, False)
+    row_lse, row_c = _row_stats(_row_values(stats, head, heads, first_m, queries, cu_q), rows, queries, INF, False)
+    row_mean, row_delta = _row_stats(_row_values(dstats, head, heads, first_m, queries, cu_q), rows, queries, 0, False)
 
     q_all = _operand(q, rows, queries, q_n, HEAD, TAIL, DIM)
     dq_all = _operand(dq, rows, queries, dq_n, HEAD, TAIL, DIM)
@@ -263,7 +273,7 @@ def backward_q_kernel(
         dv_cols = _operand(dv, cols, keys, dv_n, HEAD, TAIL, DIM, EVEN)
         zero = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         s = _scores(zero, q_all, k_cols, dim, DIM, TAIL) * (scale * LOG2_E)
-        s = _masked(s, rows[:, None], cols[None, :], queries, keys, mask, mask_m, mask_n, EVEN, CAUSAL)
+        s = _masked(s, rows, cols, queries, keys, mask, mask_m, mask_n, EVEN, CAUSAL)
         p = tl.exp2(s - row_lse[:, None])
         a = _scores(zero, gdo_all, v_cols, dim, DIM, TAIL) - row_c[:, None]
         gds = (p * a).to(q.dtype.element_ty)
@@ -335,17 +345,16 @@ def _plan(
         return None
     if not _readable(results):
         raise ValueError("gradients must have rows of multiples of 16 bytes")
-    name = tile_class(problem.dim, q.dtype)
-    delta, backward_kv, backward_q = (CONFIGS[kind][name] for kind in ("delta", "backward_kv", "backward_q"))
+    delta, backward_kv, backward_q = (problem.config(CONFIGS[kind]) for kind in ("delta", "backward_kv", "backward_q"))
     programs, operands = problem.samples * problem.heads, problem.strides(*parts[:6], *parts[8:])
     o, do, go, gdo = parts[6:]
     gq, gk, gv, gdq, gdk, gdv = results
     launch_delta = Launch(
         delta_dual_kernel, delta.grid(problem.queries, programs),
         (*problem.strides(o, do, go, gdo), problem.heads, problem.queries),
-        {**shape_constants(problem.dim, q.dtype), **delta.kwargs},
+        {**shape_constants(q), **delta.kwargs},
     )  # fmt: skip
-    pieces_kv, pieces_q = pieces(problem.dim, q.dtype)
+    pieces_kv, pieces_q = pieces(problem.tiles)
     launches_kv = [
         Launch(
             backward_kv_kernel, backward_kv.grid(problem.keys, programs // problem.constants["GROUP"], "BLOCK_N"),
@@ -368,13 +377,15 @@ def _plan(
     ) -> None:
         o, do, go, gdo = inputs[6:]
         gq, gk, gv, gdq, gdk, gdv = gradients
-        stats, dstats = (empty_like(lse, torch.int64) for _ in range(2))
-        launch_delta(o, do, go, gdo, lse, mean, stats, dstats, seen[1])
-        read = (*inputs[:6], go, gdo, stats, dstats)
+        stats, dstats, vstats = (empty_like(lse, torch.int64) for _ in range(3))
+        launch_delta(o, do, go, gdo, lse, mean, stats, dstats, vstats, seen[1])
+        read = (*inputs[:6], go, gdo)
         for run, wanted in zip(launches_kv, pieces_kv, strict=True):
-            run(*read, *_chosen((gk, gv, gdk, gdv), wanted), *seen)
+            of_keys = wanted[0] or wanted[2]
+            rows = (stats, dstats if wanted[0] else None) if of_keys else (vstats, None)
+            run(*read, *rows, *_chosen((gk, gv, gdk, gdv), wanted), *seen)
         for run, wanted in zip(launches_q, pieces_q, strict=True):
-            run(*read, *_chosen((gq, gdq), wanted), *seen)
+            run(*read, stats, dstats, *_chosen((gq, gdq), wanted), *seen)
 
     return launch
 
@@ -394,12 +405,18 @@ CONFIGS: dict[str, dict[str, Config]] = {
     "delta": dict.fromkeys(("narrow", "medium", "wide", "float32"), Config(BLOCK_M=32, num_warps=4, num_stages=1)),
     "backward_kv": {
         "narrow": Config(BLOCK_M=16, BLOCK_N=64, num_warps=4, num_stages=1),
+        "narrow, masked, Blackwell": Config(BLOCK_M=16, BLOCK_N=64, num_warps=4, num_stages=2),
         "medium": Config(BLOCK_M=16, BLOCK_N=64, num_warps=4, num_stages=2),
+        "medium, masked, Ampere": Config(BLOCK_M=16, BLOCK_N=64, num_warps=4, num_stages=1),
+        "medium, masked, Hopper": Config(BLOCK_M=16, BLOCK_N=64, num_warps=4, num_stages=1),
         "wide": Config(BLOCK_M=16, BLOCK_N=64, num_warps=4, num_stages=2),
+        "wide, masked, Ampere": Config(BLOCK_M=16, BLOCK_N=64, num_warps=4, num_stages=1),
+        "wide, masked, Hopper": Config(BLOCK_M=16, BLOCK_N=64, num_warps=4, num_stages=1),
         "float32": Config(BLOCK_M=16, BLOCK_N=16, num_warps=4, num_stages=1),
     },
     "backward_q": {
         "narrow": Config(BLOCK_M=64, BLOCK_N=16, num_warps=4, num_stages=1),
+        "narrow, masked, Ampere": Config(BLOCK_M=64, BLOCK_N=16, num_warps=4, num_stages=2),
         "medium": Config(BLOCK_M=64, BLOCK_N=16, num_warps=4, num_stages=2),
         "wide": Config(BLOCK_M=64, BLOCK_N=16, num_warps=4, num_stages=2, maxnreg=255),
         "float32": Config(BLOCK_M=16, BLOCK_N=16, num_warps=4, num_stages=1),
@@ -407,16 +424,19 @@ CONFIGS: dict[str, dict[str, Config]] = {
 }
 
 
-def pieces(dim: int, dtype: torch.dtype) -> tuple[list[tuple[bool, ...]], list[tuple[bool, ...]]]:
+def pieces(tiles: tuple[str, str]) -> tuple[list[tuple[bool, ...]], list[tuple[bool, ...]]]:
     """Which of the gradients gk, gv, gdk, gdv, and which of gq, gdq, one launch computes.
 
     Each is a sum in registers, and four do not fit together in half precision. A block takes 15 products for keys and
-    values of up to 96 columns and 17 beyond, and 9 or 11 for queries.
+    values of up to 96 columns and 17 beyond, and 9 or 11 for queries. Ampere has less room beside a mask.
     """
-    columns = sum(widths(dim))
-    if dtype == torch.float32:
-        return [(True,) * 4], [(True,) * 2]
-    keys, values, both = (True, False, True, False), (False, True, False, True), (True, True)
-    if columns <= 96:
-        return [keys, values], [both]
-    return [(True, False, False, False), (False, False, True, False), values], [(True, False), (False, True)]
+    usual, special = tiles
+    if usual == "float32":
+        return [(True,) * 4], [(True, True)]
+    three: list[tuple[bool, ...]]
+    three = [(True, False, False, False), (False, True, False, False), (False, False, True, True)]
+    if usual == "wide":
+        return three, [(True, False), (False, True)]
+    if special == "medium, masked, Ampere":
+        return three, [(True, True)]
+    return [(True, False, True, False), (False, True, False, True)], [(True, True)]

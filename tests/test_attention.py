@@ -19,7 +19,7 @@ pytest.importorskip("triton", reason="the fused kernels need triton")
 
 from mfengine.kernels import attention as kernel
 from mfengine.kernels import attention_tangent
-from mfengine.kernels.launch import Config
+from mfengine.kernels.launch import Config, forget_plans
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAMES = [name for name in get_args(choice.Attention) if name != "auto"]
@@ -446,9 +446,14 @@ def test_gradients_through_the_tangent_repeat_bit_for_bit():
     assert all(map(torch.equal, first, second))
 
 
-def test_gradients_through_the_tangent_in_half_precision():
-    """Head dim 72 has a tail, and separate launches for keys and values."""
-    shapes = [(1, 1, 17, 72)] * 8
+@pytest.mark.parametrize(
+    ("dim", "generation"),  # a tail, and keys and values in launches of their own; three for keys and values; two tiles
+    [(72, "Hopper"), (128, "Hopper"), (128, "Ampere")],
+)
+def test_gradients_through_the_tangent_in_half_precision(dim, generation, monkeypatch):
+    monkeypatch.setattr(kernel, "_generation", lambda x: generation)
+    forget_plans()
+    shapes = [(1, 1, 17, dim)] * 8
     x = [randn(i, *shape, dtype=torch.float16) for i, shape in enumerate(shapes)]
     exact = through_tangent("torch", *([y.double() for y in ys] for ys in (x[:3], x[3:6], x[6:])), ops.attention)
     assert_close(through_tangent("triton", x[:3], x[3:6], x[6:], ops.attention), exact, 4e-3)

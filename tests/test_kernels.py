@@ -755,6 +755,18 @@ def test_static_gate_finds_faults():
     assert static.faults(good | {"tensor_core": 0}, dots=True, narrow=1) == ["no tensor cores"]
     assert static.faults(good | {"tensor_core": 0}, dots=False, narrow=1) == []
     assert static.faults(good, dots=True, narrow=0) == ["narrow accesses"]
+    few = good | {"stack": 8}
+    assert static.faults(few, dots=True, narrow=1, stack=8) == []
+    assert static.faults(few | {"stack": 16}, dots=True, narrow=1, stack=8) == ["stack"]
+
+
+def test_allowed_stack_is_of_one_kernel_head_dim_and_architecture():
+    allowed = static.stack_allowed
+    assert allowed("attention d128 bf16 term through", "backward_q_kernel", 80) == 16
+    for other in (("attention d128 bf16 term through", "backward_q_kernel", 90),
+                  ("attention d96 bf16 term through", "backward_q_kernel", 80),
+                  ("attention d128 bf16 term through", "delta_dual_kernel", 80)):  # fmt: skip
+        assert not allowed(*other)
 
 
 def test_static_gate_counts_global_accesses_of_loops():
@@ -782,4 +794,4 @@ def test_head_dims_are_split():
     assert [attention.widths(d) for d in (8, 16, 24, 64, 72, 80, 96, 104, 128)] == [
         (16, 0), (16, 0), (16, 16), (64, 0), (64, 16), (64, 16), (64, 32), (64, 64), (128, 0),
     ]  # fmt: skip
-    assert attention.shape_constants(72, torch.float32) == {"DIM": 72, "HEAD": 64, "TAIL": 32}
+    assert attention.shape_constants(torch.empty(1, 1, 1, 72)) == {"DIM": 72, "HEAD": 64, "TAIL": 32}
