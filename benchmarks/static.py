@@ -321,6 +321,9 @@ def main() -> int:
         print("the CUDA library is not built, so its kernels are not covered")
     if args.json:
         args.json.write_text(json.dumps({"triton": triton.__version__, "kernels": found}, indent=1) + "\n")
+    if not found:
+        print(f"error: no kernel's name contains {args.only}: use the name of an op, such as rms_norm", file=sys.stderr)
+        return 2
     failed = sum(bool(row["faults"]) for row in found)
     print(f"{len(found)} compiled, {failed} failed")
     return 1 if failed else 0

@@ -664,7 +664,6 @@ def test_wrong_input(trained, digits, tmp_path, monkeypatch, capsys, args, messa
     assert {p.name for p in tmp_path.rglob("*")} == {"broken.safetensors", "list.pt"}
 
 
-@pytest.mark.slow  # starts a new Python
 def test_wrong_input_exits_with_code_2(tmp_path):
     """The line is printed even if tyro cannot draw a frame; other tests have UTF-8."""
     done = run_command("mfengine.train", "--batch-size=many", cwd=tmp_path, env={"PYTHONIOENCODING": "ascii"})

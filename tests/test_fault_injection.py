@@ -122,6 +122,28 @@ def assert_identical(checkpoint, expected):
     (checkpoint / "merged.pt").unlink()  # so that it is not damaged
 
 
+@pytest.mark.forks
+def test_run_killed_without_warning_continues_to_the_same_weights(digits, tmp_path):
+    args = ("mfengine.train", *SMALL, f"--data={digits}", "--steps=30", f"--checkpoint-every={EVERY}", "--resume=auto")
+    killed, whole = tmp_path / "runs" / "killed", tmp_path / "runs" / "whole"
+
+    def kill_after_a_checkpoint(process):
+        while not checkpoints_of(killed):
+            assert process.is_alive()
+            time.sleep(0.01)
+        process.kill()
+
+    done = run_command(*args, "--name=killed", cwd=tmp_path, meanwhile=kill_after_a_checkpoint)
+    assert done.returncode == -signal.SIGKILL
+    for name in ("killed", "whole"):
+        done = run_command(*args, f"--name={name}", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert ("continuing" in done.stderr) == (name == "killed")
+    continued, expected = checkpoint_contents(killed), checkpoint_contents(whole)
+    assert continued.keys() == expected.keys()
+    assert all(torch.equal(x, expected[key]) for key, x in continued.items() if isinstance(x, torch.Tensor))
+
+
 @pytest.mark.slow
 def test_run_survives_faults(digits, tmp_path, pytestconfig):
     kills, rng = pytestconfig.getoption("--kills"), random.Random(os.environ.get("PYTEST_SEED", "0"))

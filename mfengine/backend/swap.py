@@ -38,7 +38,10 @@ class Swaps:
             for what, names in groups.items():
                 shown = ", ".join(names if len(names) < 4 else [names[0], "...", names[-1]])
                 lines.append(f"{verb} {len(names)} ({shown}): {what}")
-        return "\n".join(lines) or "found no attention and no adaLN block to swap"
+        return "\n".join(lines) or (
+            "found no block of DiT, SiT, timm or diffusers to swap; other attention is differentiable "
+            "inside `with mfengine.jvp_attention():`"
+        )
 
 
 def accelerate(model: nn.Module) -> Swaps:

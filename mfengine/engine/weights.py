@@ -35,6 +35,11 @@ class Trained(NamedTuple):
     objective: Objective  # it knows how to sample
     class_names: tuple[str, ...] = ()  # in the order of the labels; () if unknown
 
+    def __repr__(self) -> str:
+        millions = sum(p.numel() for p in self.model.parameters()) / 1e6
+        shape, classes = " x ".join(map(str, self.space.shape)), self.space.num_classes
+        return f"Trained({self.path}: {millions:.1f} M parameters, latents of {shape}, {classes} classes)"
+
     def sample(self, labels: Sequence[int] | Tensor, steps: int = 1, seed: int = 0, **conditions: float) -> Tensor:
         """Draw samples.
 

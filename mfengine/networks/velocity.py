@@ -108,9 +108,9 @@ def unwrapped(network: AnyNetwork) -> AnyNetwork:
 
 _SIGNS = ("forward AD", "forward mode AD", "functorch transforms")  # in PyTorch's messages
 _HINT = (
-    "If this is attention, compute the loss inside `with mfengine.jvp_attention():`, or swap attention and adaLN once "
-    "with `mfengine.accelerate(model)`. If it is activation checkpointing, turn it off. If it is "
-    "an autograd.Function of your own, give it setup_context and jvp."
+    "If this is attention, compute the loss inside `with mfengine.jvp_attention():`, or, if blocks are those of DiT, "
+    "SiT, timm or diffusers, swap them once with `mfengine.accelerate(model)`. If it is activation checkpointing, turn "
+    "it off. If it is an autograd.Function of your own, give it setup_context and jvp."
 )
 _HOOKS = "activation checkpointing, or another hook on saved tensors, does not work under a JVP: turn it off"
 

@@ -85,10 +85,18 @@ class Op:
         self.shapes, self.flops, self.parameters = shapes, flops, parameters
         self.backward_dual, self.backward_dual_flops = backward_dual, backward_dual_flops
         self.differentiable_dual = differentiable_dual or dual
-        annotations = {p.name: str(p.annotation) for p in inspect.signature(forward).parameters.values()}
+        signature = inspect.signature(forward).parameters
+        annotations = {p: str(getattr(x.annotation, "__name__", x.annotation)) for p, x in signature.items()}
         self.arguments = tuple(name for name, kind in annotations.items() if kind not in _SCHEMA_TYPES)
         self.outputs, self.returned, self.saved = tuple(outputs), (*outputs, *auxiliary), tuple(saved)
         known = (*self.arguments, *self.returned)
+        if unknown := [x for x in saved if x not in known]:
+            raise ValueError(f"op {name}: saved names {unknown[0]!r}, which is none of {', '.join(known)}")
+        if unlike := [x for x in self.arguments if (like or {}).get(x, x) not in saved]:
+            raise ValueError(
+                f"op {name}: name in like= the saved tensor that the gradient of {unlike[0]!r} resembles; if it is an "
+                f"option, annotate it as one of {', '.join(_SCHEMA_TYPES)}"
+            )
         self._keep = tuple(known.index(name) for name in saved)
         self._recomputed_from = tuple(i for i, name in enumerate(self.arguments) if name not in saved)
         self._auxiliary_dual = tuple(self.returned.index(name) for name in (auxiliary_dual or {}).values())
@@ -191,7 +199,7 @@ class Op:
             tracked = primals if constant else inputs
             if any(x is not None and x.requires_grad for x in tracked):
                 return _Node.apply(self, tangents if constant else None, options, through, *tracked)
-        return (self.forward if tangents is None else self.dual)(*inputs, *options)
+        return _tuple((self.forward if tangents is None else self.dual)(*inputs, *options))
 
     def _save(
         self,
@@ -405,7 +413,7 @@ class _Node(torch.autograd.Function):
         constant = tangents is not None
         every = (*inputs, *tangents) if tangents is not None else inputs
         dual = op.differentiable_dual if through else op.dual
-        returned = (dual if len(every) > len(op.arguments) else op.forward)(*every, *options)
+        returned = _tuple((dual if len(every) > len(op.arguments) else op.forward)(*every, *options))
         op._save(ctx, inputs, returned, options, constant, through)
         ctx.op = op
         return returned
