@@ -16,7 +16,7 @@ install: .venv/installed
 	@test -e kernels/libmfengine_cuda.so || echo "CUDA library: not built; $(BIN)/python -m mfengine.info says why"
 	touch $@
 
-# Trains a one-step generator of digits on real data, draws samples, measures and reports. Run again, it goes on from where it was.
+# Trains a one-step generator of digits, draws samples, evaluates and reports. A second run continues the first.
 demo: install
 	test -e data/digits/dataset.json || $(BIN)/python -m mfengine.prepare digits data/digits
 	$(BIN)/python -m mfengine.train digits --resume auto
@@ -24,11 +24,11 @@ demo: install
 	$(BIN)/python -m mfengine.generate runs/digits --data data/digits --steps 1 2 --per-label 3 --out runs/digits/grid.png
 	$(BIN)/python -m mfengine.report runs/digits
 
-# The quick tests: eight minutes on two cores, after two to three of installation.
+# The quick tests: eight minutes on two cores, after two to three minutes of installation.
 test: install lint
 	$(BIN)/python -m pytest tests --numprocesses 2 --dist worksteal -m "not slow"
 
-# What takes longer too, and three kills where `test` has one.
+# All tests, including the slow ones, and with three kills where `test` has one.
 test-all: install lint
 	$(BIN)/python -m pytest tests --numprocesses 2 --dist worksteal --kills 3
 
@@ -37,7 +37,7 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The pages of docs/ and the reference of the public names as a site, in site/; fails where a link leads nowhere.
+# Builds the site, docs/ and the reference of public names, in site/; fails on a broken link.
 docs: .venv/docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
@@ -45,11 +45,11 @@ docs: .venv/docs
 	$(PIP) --no-build-isolation --editable ".[docs]"
 	touch $@
 
-# Throughput, beside baselines and the machine's ceilings; fails where it fell below the accepted figures.
+# Throughput beside baselines and the machine's ceilings; fails if it is below the accepted figures.
 bench: install
 	$(BIN)/python -m pytest benchmarks --guard
 
-# Checks and figures of this GPU in nine minutes, as JSON in $$OUT when that is set. Needs torch, triton and numpy only.
+# Checks and times this GPU in nine minutes; writes JSON to $$OUT if that is set. Needs only torch, triton and numpy.
 gpu:
 	$(PYTHON) kernels/cuda/build.py
 	$(PYTHON) -m benchmarks.gpu

@@ -1,7 +1,7 @@
-"""Packages, and the CUDA library, which is built with CMake where nvcc is found.
+"""Packages, and the CUDA library, which CMake builds if nvcc is found.
 
-MFENGINE_CUDA=1 makes it an error not to build it, 0 leaves it out; MFENGINE_CUDA_ARCHS lists compute capabilities, if
-it is not set those of 80;90;100;120 that nvcc knows. Without the library the package is pure Python and the optimizer
+MFENGINE_CUDA=1 makes a missing library an error, and 0 skips it. MFENGINE_CUDA_ARCHS lists compute capabilities; by
+default, those of 80;90;100;120 that nvcc supports. Without the library, the package is pure Python, and the optimizer
 runs PyTorch's kernels.
 """
 
@@ -22,9 +22,9 @@ WISH = os.environ.get("MFENGINE_CUDA", "")
 
 
 def wanted() -> bool:
-    """Whether to build the library; says so where it is not."""
+    """Whether to build the library; says so if not."""
     if WISH not in ("", "0", "1"):
-        sys.exit(f"error: MFENGINE_CUDA is {WISH}; it must be 0, to leave the CUDA kernels out, or 1, to demand them")
+        sys.exit(f"error: MFENGINE_CUDA must be 0, to skip the CUDA kernels, or 1, to require them, not {WISH}")
     missing = library.missing_tools()
     if WISH == "1" and missing:
         sys.exit(f"error: MFENGINE_CUDA is 1, but {' and '.join(missing)} cannot be found")
@@ -33,12 +33,12 @@ def wanted() -> bool:
     reason = "MFENGINE_CUDA is 0" if WISH == "0" else f"no {' and no '.join(missing)} found"
     library.say(f"{reason}: installing without the CUDA optimizer kernels")
     if "editable_wheel" in sys.argv:
-        library.LIBRARY.unlink(missing_ok=True)  # of an installation before
+        library.LIBRARY.unlink(missing_ok=True)  # from an earlier installation
     return False
 
 
 class BuildLibrary(build_ext):
-    """Builds the library by CMake. It is not an extension of Python: its file has no suffix of one."""
+    """Builds the library with CMake. It is not a Python extension, so its file has no extension suffix."""
 
     def get_ext_filename(self, fullname: str) -> str:
         return fullname.replace(".", "/") + ".so"
@@ -58,14 +58,15 @@ class BuildLibrary(build_ext):
 
 
 class LibraryWheel(bdist_wheel):
-    """A wheel for one platform and every Python: the library knows nothing of Python."""
+    """A wheel for one platform and every Python version: the library does not depend on Python."""
 
     def get_tag(self) -> tuple[str, str, str]:
         _, _, platform = super().get_tag()
         return ("py3", "none", platform)
 
 
-# mfengine/kernels is a link to kernels/: importable from a clone, checked by mypy, and installed like any package.
+# mfengine/kernels is a link to kernels/. So it can be imported from a clone, is checked by mypy, and is installed like
+# any package.
 setup(
     packages=find_packages(include=["mfengine", "mfengine.*"]),
     ext_modules=[Extension(LIBRARY, sources=[], optional=True)] if wanted() else [],

@@ -1,6 +1,6 @@
-"""What is timed: each case is one piece of work, with the implementations that do it and the least that it costs.
+"""The benchmark cases. Each is one piece of work, with its implementations and a lower bound of its cost.
 
-The first implementation of a case is ours, the others are its baselines.
+The first implementation of a case is ours; the others are its baselines.
 """
 
 from __future__ import annotations
@@ -61,15 +61,15 @@ class Case:
 
     suite: str
     name: str
-    implementations: dict[str, Callable[[], Call]]  # by name: makes the inputs, and returns what is timed
-    samples: int  # of one call
-    flops: Callable[[], float] = float  # of one call: the least that it needs; counting takes a second
-    bytes: float = 0.0  # of one call, moved to and from memory: the least that it needs
-    hide_host: bool = False  # time the device alone, as `make_clock` does
-    predicted: Callable[[], float] = float  # seconds of one call of ours by the roofline; counting takes seconds
+    implementations: dict[str, Callable[[], Call]]  # name -> function that makes the inputs and returns the timed call
+    samples: int  # per call
+    flops: Callable[[], float] = float  # least FLOPs of a call; counting takes a second
+    bytes: float = 0.0  # least bytes that a call moves to and from memory
+    hide_host: bool = False  # time only the device, see `make_clock`
+    predicted: Callable[[], float] = float  # seconds of our call in the roofline model; counting takes seconds
 
     def row(self, implementation: str, rounds: list[float]) -> Row:
-        """What the seconds of some rounds say."""
+        """A table row from the seconds of several rounds."""
         timed = summarise(rounds)
         predicted = self.predicted() if implementation == OURS else 0.0
         return Row(
@@ -86,10 +86,10 @@ class Case:
 
 @dataclass(frozen=True)
 class Machine:
-    """Where cases run, and so how large they are."""
+    """Where cases run, which determines their size."""
 
     device: torch.device
-    folder: Path  # an empty one, for data and checkpoints
+    folder: Path  # an empty folder for data and checkpoints
     rehearse: bool = False  # everything in miniature, without a GPU
 
     @property
@@ -98,17 +98,17 @@ class Machine:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of matrix products."""
+        """Dtype of matrix products."""
         return torch.bfloat16 if self.gpu else torch.float32
 
     @property
     def backend(self) -> Backend:
-        """What computes the ops: our kernels run on a GPU."""
+        """Backend of the ops: our kernels on a GPU."""
         return "triton" if self.gpu else "torch"
 
     @property
     def roofline(self) -> str:
-        """The GPU whose ceilings predict a step; a rehearsal goes through that, too."""
+        """The GPU whose roofline predicts a step; a rehearsal runs the prediction, too."""
         return "h200" if self.rehearse else device_name(self.device)
 
     def model(self, preset: str) -> Any:
@@ -116,20 +116,20 @@ class Machine:
         return config if self.gpu else tiny(config) if self.rehearse else small(config)
 
     def name(self, preset: str) -> str:
-        """What `model(preset)` is called in the tables."""
+        """The name of `model(preset)` in the tables."""
         return preset if self.gpu else "tiny" if self.rehearse else "small"
 
     def state(self) -> Any:
-        """A network whose weights no cache holds."""
+        """A network with weights too large for any cache."""
         config = PRESETS["xl2" if self.gpu else "b2"][1].model
         return config if self.gpu else tiny(config) if self.rehearse else of_blocks(config, 2)
 
 
 def fitting_batch(machine: Machine, preset: str) -> int:
-    """The largest batch whose guided step fits into the memory that is free now, at most 256.
+    """The largest batch, at most 256, whose guided step fits into the memory that is free now.
 
-    Counted: 22 bytes per parameter (weight, gradient, two moments, average, bfloat16 copy), and 41 that each layer
-    keeps of a token's channel (`benchmarks.counts`); a tenth is left for the rest.
+    It counts 22 bytes per parameter (weight, gradient, two moments, average, bfloat16 copy) and 41 that each layer
+    keeps per channel of a token (`benchmarks.counts`); a tenth is left for the rest.
     """
     config = machine.model(preset)
     count = sum(p.numel() for p in make_model(config, torch.device("meta")).parameters())
@@ -143,13 +143,13 @@ def cases(machine: Machine, peer: Callable[..., Call] | None = None) -> Iterator
 
     Args:
         machine: where they run.
-        peer: somebody else's training step, timed beside ours: (model config, objective config, batch, device,
-            dtype) -> a function that does one optimizer step.
+        peer: another training step, timed beside ours: (model config, objective config, batch, device, dtype) -> a
+            function that does one optimizer step.
     """
     for preset in ("xl2", "b2") if machine.gpu else ("xl2",):
         for batch in (32, 256) if machine.gpu else (32,):
             yield from kernels(machine, preset, batch)
-            if machine.gpu:  # plain PyTorch is ours elsewhere
+            if machine.gpu:  # elsewhere, ours is plain PyTorch, too
                 yield from attention(machine, preset, batch)
     for preset in ("b2", "l2", "xl2") if machine.gpu else ("b2",):
         for batch in (32, 256) if machine.gpu else (16,):
@@ -162,7 +162,7 @@ def cases(machine: Machine, peer: Callable[..., Call] | None = None) -> Iterator
 
 
 def rotating(make: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
-    """A function that gives several inputs in turn: more than the device's cache holds, so that none stays in it."""
+    """A function that cycles through several inputs that are together larger than the device's cache."""
     inputs = [make()]
     number = 4
     if device.type == "cuda":
@@ -221,7 +221,7 @@ def rotary_attention(qkv: Tensor, q_weight: Tensor, k_weight: Tensor) -> Tensor:
     return o.transpose(1, 2).flatten(2)
 
 
-# As one writes them with PyTorch's own operators. An op that is not here is timed beside its plain reference.
+# Implementations with PyTorch's own operators. An op missing here is timed against its plain reference.
 PLAIN: dict[str, Callable[..., Any]] = {
     "attention": plain_attention,
     "adaln_modulate": adaln,
@@ -258,7 +258,7 @@ def random_on(device: torch.device, dtype: torch.dtype) -> New:
 
 
 def kernels(machine: Machine, preset: str, batch: int) -> Iterator[Case]:
-    """Every op with kernels; those of packed attention are those of attention."""
+    """Cases for every op with kernels, except packed attention, which has the kernels of attention."""
     shape = op_shape(machine.model(preset), batch)
     for name in fused_ops():
         if name == "attention_packed":
@@ -272,7 +272,7 @@ def kernels(machine: Machine, preset: str, batch: int) -> Iterator[Case]:
         ):
             plain, others = ("torch.func.jvp", OTHERS_WITH_JVP) if mode == "dual" else ("plain", OTHERS)
             peers = {plain: PLAIN.get(name)} | others.get(name, {})
-            if machine.gpu and name == "attention" and mode != "dual":  # which is SDPA's by default
+            if machine.gpu and name == "attention" and mode != "dual":  # then ours is SDPA by default
                 peers["mfengine, Triton"] = by_triton(example.function)
             yield Case(
                 "kernels",
@@ -290,7 +290,7 @@ def kernels(machine: Machine, preset: str, batch: int) -> Iterator[Case]:
 
 
 def reference(function: Callable[..., Any]) -> Callable[..., Any]:
-    """An op in plain PyTorch."""
+    """An op on plain PyTorch."""
 
     def call(*arguments: Tensor) -> Any:
         with ops.use_backend("torch"):
@@ -300,7 +300,7 @@ def reference(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def by_triton(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Attention by our kernels."""
+    """Attention with our kernels."""
 
     def call(*arguments: Tensor) -> Any:
         with ops.use_attention("triton"):
@@ -310,7 +310,7 @@ def by_triton(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def rotating_arguments(machine: Machine, name: str, shape: Shape) -> Callable[[], tuple[tuple[Tensor, ...], ...]]:
-    """Arguments of an op, and tensors like them, in turn."""
+    """Arguments of an op: several sets of tensors, in turn."""
     make = partial(OPS[name], shape, random_on(machine.device, machine.dtype))
     return rotating(lambda: (make().arguments, make().arguments), machine.device)
 
@@ -327,7 +327,7 @@ def primal_call(machine: Machine, name: str, shape: Shape, f: Callable[..., Any]
 
 
 def dual_call(machine: Machine, name: str, shape: Shape, f: Callable[..., Any], explicit: bool = False) -> Call:
-    """Output and tangent, of all arguments but parameters: from our explicit duals, or by `torch.func.jvp`."""
+    """Output and tangent for tangents of all arguments but parameters: with our duals, or with `torch.func.jvp`."""
     following = rotating_arguments(machine, name, shape)
     example = OPS[name](shape, random_on(torch.device("meta"), machine.dtype))
     active = len(example.arguments) - example.parameters
@@ -356,17 +356,17 @@ def backward_call(machine: Machine, name: str, shape: Shape, f: Callable[..., An
 
 
 def outputs_of(result: Any) -> tuple[Any, ...]:
-    """An op returns one output, or a tuple of them."""
+    """The outputs of an op, which returns one or a tuple, as a tuple."""
     return result if isinstance(result, tuple) and not isinstance(result, Dual) else (result,)
 
 
 # ----------------------------------------------------------------------------
-# Attention as other objectives and models take it: causal, with a mask, with grouped queries; and a backward through
-# the tangent.
+# Attention for other objectives and models: causal, with a mask, with grouped queries, and with a backward through the
+# tangent.
 
 
 def attention(machine: Machine, preset: str, batch: int) -> Iterator[Case]:
-    """Output and tangent, and the gradients of both, which `jvp_flash_attention` does not have."""
+    """Output and tangent, and the gradients of both, which `jvp_flash_attention` cannot compute."""
     shape, able = op_shape(machine.model(preset), batch), find_spec("jvp_flash_attention") is not None
     for variant, options, groups in (
         ("", {}, shape.heads),
@@ -378,10 +378,10 @@ def attention(machine: Machine, preset: str, batch: int) -> Iterator[Case]:
         k = v = (batch, groups, shape.tokens, shape.dim)
         arguments = (None, "is_causal" in options, None)
         dual = sum(ATTENTION.flops(q, k, v, *arguments)[:2])
-        size = 2 * machine.dtype.itemsize * sum(map(math.prod, (q, k, v, o)))  # of primals and tangents
+        size = 2 * machine.dtype.itemsize * sum(map(math.prod, (q, k, v, o)))  # primals and tangents
         backward = ATTENTION.backward_dual_flops(q, k, v, q, k, v, *arguments)
         for through, flops in ((False, dual), (True, dual + backward)):
-            if variant or through:  # the other one is in `kernels`
+            if variant or through:  # the plain case is in `kernels`
                 peers = {OURS: ops.attention, "math SDPA": math_sdpa}
                 if able and not through and groups == shape.heads:
                     peers["jvp_flash_attention"] = jvp_flash_attention
@@ -395,7 +395,7 @@ def attention(machine: Machine, preset: str, batch: int) -> Iterator[Case]:
                     },
                     samples=batch,
                     flops=partial(float, flops),
-                    bytes=4 * size if through else size,  # read again with its gradients, and as many written
+                    bytes=4 * size if through else size,  # the backward rereads it with gradients, and writes as much
                     hide_host=True,
                 )
 
@@ -408,8 +408,8 @@ def attention_call(
     is_causal: bool = False,
     masked: bool = False,
 ) -> Call:
-    """Output and tangent, from explicit duals if f is ours and by `torch.func.jvp` if not; if `through`, with the
-    gradients of primals and tangents for gradients of both. The mask hides the last eighth of the keys.
+    """Output and tangent, with explicit duals if f is ours, else with `torch.func.jvp`. If `through`, also the
+    gradients of primals and tangents from gradients of both. The mask hides the last eighth of the keys.
     """
     keys = shapes[1][2]
     mask = torch.arange(keys, device=machine.device) < keys - keys // 8 if masked else None
@@ -439,7 +439,7 @@ def attention_call(
 
 
 def step(machine: Machine, preset: str, batch: int, objective: str, peer: Callable[..., Call] | None = None) -> Case:
-    """Our step and its peers on the same random latents, with the same draws; improved MeanFlow has no peers."""
+    """Our step and its peers on the same random latents with the same draws. Improved MeanFlow has no peers."""
     config, method = machine.model(preset), (OBJECTIVES | IMPROVED)[objective]
     arguments = (config, method, batch, machine.device, machine.dtype)
     implementations: dict[str, Callable[[], Call]] = {
@@ -460,28 +460,28 @@ def step(machine: Machine, preset: str, batch: int, objective: str, peer: Callab
 
 
 def usable(implementation: str, machine: Machine) -> bool:
-    """Compiling takes minutes on a CPU, and the published kernel needs a GPU."""
+    """False if it would compile on a CPU, which takes minutes, or needs a GPU that is missing."""
     if "jvp_flash_attention" in implementation:
         return machine.gpu and find_spec("jvp_flash_attention") is not None
     return machine.gpu or "compiled" not in implementation
 
 
 # ----------------------------------------------------------------------------
-# The rest of training and sampling.
+# Other parts of training and sampling.
 
 
 @dataclass(frozen=True)
 class Update:
-    """What a step of the optimizer does beside AdamW and one EMA."""
+    """The work of an optimizer step besides AdamW and one EMA."""
 
     label: str
     clip_norm: float | None = None
-    copy: bool = False  # the parameters in bfloat16
-    checked: bool = True  # left out where a gradient is not finite, which the pair never does
+    copy: bool = False  # bfloat16 copies of the parameters
+    checked: bool = True  # skip steps with gradients that are not finite; the pair never does
 
     @property
     def bytes(self) -> int:
-        """Per parameter, that ours moves: the gradient for its norm, then one pass over everything."""
+        """Bytes per parameter that ours moves: the gradient for its norm, then one pass over everything."""
         one = torch.empty(1, device="meta")
         row = multi_tensor.Row(one, one, one, one, one, [one], one.bfloat16() if self.copy else None)
         read = one.element_size() if self.checked or self.clip_norm is not None else 0
@@ -528,7 +528,7 @@ def optimizer(machine: Machine) -> Iterator[Case]:
 
 
 def data(machine: Machine) -> Iterator[Case]:
-    """Batches of moments, 2 x 4 x 32 x 32 in float16, by DALI from shards and by a DataLoader from one file each."""
+    """Batches of moments, 2 x 4 x 32 x 32 in float16: DALI reads shards, a DataLoader reads one file per sample."""
     batch, batches, count, space = 256, 16, 8192, LatentSpace((4, 32, 32), num_classes=1000)
     moments = np.random.default_rng(0).standard_normal((count, 1, 2, *space.shape), np.float32)
     source = ArraySamples("random", space, moments, np.arange(count) % space.num_classes)
@@ -556,7 +556,7 @@ def data(machine: Machine) -> Iterator[Case]:
         return partial(read, endless())
 
     def read(loader: Any) -> None:
-        for _ in range(batches):  # more than either reads ahead
+        for _ in range(batches):  # more than either prefetches
             next(loader)
 
     samples = batch * batches
@@ -565,7 +565,7 @@ def data(machine: Machine) -> Iterator[Case]:
 
 
 class _Files(torch.utils.data.Dataset[tuple[Tensor, int]]):
-    """One file per sample, as MeanFlow ports read them."""
+    """One file per sample, the format of MeanFlow ports."""
 
     def __init__(self, folder: Path) -> None:
         self._paths = sorted(folder.iterdir())
@@ -609,7 +609,7 @@ def sampler(machine: Machine) -> Iterator[Case]:
 
 
 def checkpoint(machine: Machine) -> Iterator[Case]:
-    """Weights, two moments and one average to disk, whole when the call returns; by us and by `torch.save`."""
+    """Weights, two moments and one average, written to disk before the call returns: ours, and `torch.save`."""
     config = machine.state()
 
     def state() -> dict[str, Any]:
@@ -622,7 +622,7 @@ def checkpoint(machine: Machine) -> Iterator[Case]:
         }
 
     def ours() -> Call:
-        from mfengine.engine.checkpoint import Checkpointer  # needs packages that the GPU script does without
+        from mfengine.engine.checkpoint import Checkpointer  # here: it needs packages that `make gpu` lacks
 
         world = World(0, 1, machine.device)
         writer = Checkpointer(machine.folder / "run", world, keep=1, asynchronous=machine.gpu)

@@ -1,6 +1,7 @@
-"""Is everything right on this device? Each check gives a row of the report: what was checked, its error and its bound.
+"""Correctness checks for a device. Each check gives a row of the report: its name, error and bound.
 
-The bound is twice the error of plain PyTorch in the same dtype, both against float64. Golden cases have their own.
+The bound is twice the error of plain PyTorch in the same dtype; both errors are against float64. Golden cases have a
+bound of their own.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from mfengine.optim import AdamWEMA
 from mfengine.optim import Backend as OptimBackend
 
 GOLDEN_BOUND = 1e-5
-Check = dict[str, Any]  # check: its name; error, bound; note: what else is wrong, if anything
+Check = dict[str, Any]  # check: name; error, bound; note: any other failure
 
 
 def passed(check: Check) -> bool:
@@ -36,22 +37,22 @@ def passed(check: Check) -> bool:
 def compare(
     name: str, actual: Sequence[Tensor], plain: Sequence[Tensor], exact: Sequence[Tensor], note: str = ""
 ) -> Check:
-    """Of all tensors the one that is nearest to its bound, or furthest beyond."""
+    """The error and bound of the tensor that is nearest to its bound, or furthest beyond it."""
 
     def error(x: Tensor, e: Tensor) -> float:
         return float((x.detach().double() - e.detach()).norm() / e.detach().norm().clamp_min(1e-300))
 
-    # Everything is computed in float32: a few of its units are right, too, where plain PyTorch is nearly exact.
+    # Everything is computed in float32, so a few units of it are allowed where plain PyTorch is nearly exact.
     least = 4 * torch.finfo(torch.float32).eps
     found = [(error(x, e), max(2 * error(p, e), least)) for x, p, e in zip(actual, plain, exact, strict=True)]
-    # A nan is worse than any number.
+    # NaN is worse than any number.
     worst = max(found, key=lambda pair: pair[0] / pair[1] if pair[0] == pair[0] else torch.inf)
     return {"check": name, "error": worst[0], "bound": worst[1], "note": note}
 
 
 @contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """`torch.empty` and its kin give nan inside, so that what a kernel does not write shows."""
+    """`torch.empty` and similar functions return NaN inside, so that elements a kernel fails to write show."""
     assert torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]  # PyTorch's default
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
@@ -67,7 +68,7 @@ def poisoned_memory() -> Iterator[None]:
 def check_op(
     op: str, shape: Shape, dtype: torch.dtype, name: str, device: torch.device, backend: Backend = "triton"
 ) -> Check:
-    """Output, tangent and gradients of an op through our kernels; three runs must agree bit for bit.
+    """Output, tangent and gradients of an op with our kernels; three runs must agree bit for bit.
 
     The first row has no tangent, and memory is poisoned.
     """
@@ -93,13 +94,13 @@ def check_op(
 
 
 def attentions(shape: Shape, dtype: torch.dtype, device: torch.device) -> list[Attention]:
-    """The implementations other than the plain one that take such heads here."""
+    """The implementations, except the plain one, that support such heads here."""
     names = [name for name in get_args(Attention) if name not in ("auto", "torch")]
     return [name for name in names if why_not(name, device, dtype, shape.dim) is None]
 
 
 def check_attention(by: Attention, shape: Shape, dtype: torch.dtype, name: str, device: torch.device) -> Check:
-    """Output and gradient of attention where no row has a tangent."""
+    """Output and gradient of attention without tangents."""
     torch.manual_seed(0)
     case = OPS["attention_packed"](shape, random_on(device, dtype))
 
@@ -119,7 +120,7 @@ def check_attention(by: Attention, shape: Shape, dtype: torch.dtype, name: str, 
 
 
 def check_golden(name: str, device: torch.device) -> Check:
-    """Loss and gradients of the paper's own code, in float32."""
+    """Loss and gradients against the paper's own code, in float32."""
     sys.path.insert(0, str(ROOT / "tests"))
     from golden_cases import golden_case, relative_error
 
@@ -144,7 +145,7 @@ def check_step(
     device: torch.device,
     backend: Backend = "triton",
 ) -> Check:
-    """Loss and gradient of a step through our kernels."""
+    """Loss and gradient of a step with our kernels."""
     method = OBJECTIVES.build(objective)
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(batch, *config.latent_shape, generator=generator)
@@ -186,14 +187,14 @@ def check_waits(
 def check_optimizer(backend: OptimBackend, device: torch.device, steps: int = 200) -> Check:
     """A backend of AdamWEMA, beside torch.optim.AdamW and averages by lerp in float32, both against float64.
 
-    On any alignment, and again from the same start, which must give the same bits; then a gradient that is not finite
-    must change nothing. AdamWEMA raises ValueError where the backend cannot be used.
+    Tensors have any alignment. A second run from the same start must give the same bits. Then a gradient that is not
+    finite must change nothing. AdamWEMA raises ValueError if the backend is unavailable.
     """
     sizes, decays = (1, 3, 16383, 16385, 100_003), (0.9, 0.9999)
     settings: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.95), "weight_decay": 0.1}
 
     def start(dtype: torch.dtype = torch.float32) -> list[Tensor]:
-        # Views into one buffer: all but the first begin where 16 bytes do not.
+        # Views into one buffer: all but the first start at an address that is not a multiple of 16 bytes.
         flat = torch.randn(sum(sizes), generator=torch.Generator().manual_seed(0)).to(device, dtype)
         return [torch.nn.Parameter(part) for part in flat.split(sizes)]
 

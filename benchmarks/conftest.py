@@ -1,4 +1,4 @@
-"""`pytest benchmarks/`: how cases are timed, the table at the end, and what its own options do."""
+"""Times the cases of `pytest benchmarks/`, prints the table at the end, and adds options."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ from benchmarks.report import render
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("mfengine")
-    group.addoption("--guard", action="store_true", help="fail where a figure fell below the accepted one")
+    group.addoption("--guard", action="store_true", help="fail if a figure is worse than its accepted value")
     group.addoption("--accept", action="store_true", help="accept the figures of this run, under benchmarks/results")
-    group.addoption("--results", type=Path, default=RESULTS, metavar="FOLDER", help="where accepted figures are")
+    group.addoption("--results", type=Path, default=RESULTS, metavar="FOLDER", help="folder of accepted figures")
     group.addoption("--record", type=Path, metavar="FILE", help="write all figures as JSON, for benchmarks.report")
     group.addoption(
         "--peer",
         metavar="MODULE:FUNCTION",
-        help="time somebody else's training step on the same work: "
+        help="also time another training step on the same work: "
         "function(model config, objective config, batch, device, dtype) returns a function that does one step",
     )
 
 
 class Session:
-    """What a session measures, and what it compares it with."""
+    """The measurements of a session."""
 
     def __init__(self, config: pytest.Config) -> None:
         self.folder = tempfile.TemporaryDirectory(prefix="mfengine-benchmarks-")
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         if device.type == "cpu":
-            torch.set_num_threads(1)  # threads that wait for each other stall as soon as anything else runs
+            torch.set_num_threads(1)  # several threads wait for each other and stall as soon as anything else runs
         self.machine = Machine(device, Path(self.folder.name))
         self.cases = list(cases(self.machine, _load_peer(config.option.peer)))
         self.rows: list[Row] = []
@@ -50,7 +50,7 @@ class Session:
 
     @property
     def ceilings(self) -> dict[str, float]:
-        """Measured once, before the first row."""
+        """The machine's ceilings, measured once, before the first row."""
         self._ceilings = self._ceilings or ceilings(self.machine.device, self.machine.dtype)
         return self._ceilings
 
@@ -68,7 +68,7 @@ class Session:
         return {"environment": environment(self.machine.device), "figures": found}
 
     def confirmed_regressions(self, accepted: guard.Figures) -> list[str]:
-        """Regressions that are still there when the case is measured again, its implementations in turns."""
+        """Regressions that remain when the cases are measured again, with implementations in turns."""
         tolerance = guard.TOLERANCE["gpu" if self.machine.gpu else "cpu"]
         suspects = guard.regressions(self.guarded()["figures"], accepted, tolerance)
         if not suspects:
@@ -87,14 +87,14 @@ def _load_peer(name: str | None) -> Any:
     try:
         return getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:
-        raise pytest.UsageError(f"--peer {name} is not MODULE:FUNCTION: {error}") from None
+        raise pytest.UsageError(f"--peer must be MODULE:FUNCTION, not {name}: {error}") from None
 
 
 SESSION = pytest.StashKey[Session]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.option.benchmark_quiet = True  # our table says more than that of pytest-benchmark
+    config.option.benchmark_quiet = True  # our table replaces that of pytest-benchmark
     config.stash[SESSION] = Session(config)
 
 
@@ -123,7 +123,7 @@ def session(pytestconfig: pytest.Config) -> Session:
 
 @pytest.fixture
 def record(session: Session, benchmark: Any) -> Callable[[Case, str], Row]:
-    """Time one implementation of a case, and keep the row."""
+    """Time one implementation of a case and keep the row."""
 
     def run(case: Case, implementation: str) -> Row:
         limits = session.ceilings
@@ -169,7 +169,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
                 failures += measured.confirmed_regressions(accepted["figures"])
         if measured.counts:
             failures += guard.changed_counts(now, guard.read(counts_file) or {"torch": "", "counts": {}})
-        messages += [f"REGRESSION {line}" for line in failures] or ["guard: nothing has fallen"]
+        messages += [f"REGRESSION {line}" for line in failures] or ["guard: no regressions"]
         if failures and session.exitstatus == pytest.ExitCode.OK:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
     if config.option.accept:
@@ -177,5 +177,5 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
             guard.write(accepted_file, measured.guarded())
         if measured.counts:
             guard.write(counts_file, now)
-        messages.append(f"accepted: commit what changed under {folder}")
+        messages.append(f"accepted: commit the changes under {folder}")
     measured.folder.cleanup()

@@ -1,7 +1,7 @@
-"""What a training step costs whatever the machine: FLOPs, bytes saved, launches, waits. Counted exactly, without a GPU.
+"""Costs of a training step on any machine: FLOPs, bytes saved, launches, waits. Counted exactly, without a GPU.
 
-The step of the workload runs on meta tensors, which have shapes and no values, through the operators that a GPU would
-run; a dispatch mode sees each of them.
+The step of the workload runs on meta tensors, which have shapes and no values, through the operators that would run on
+a GPU. A dispatch mode counts them.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from mfengine.networks.layers import TransformerConfig
 from mfengine.ops import use_backend
 
 _SHAPES = torch.library.Library("aten", "IMPL", "Meta")
-_SHAPES.impl("_fused_sgd_", lambda *args, **kwargs: None)  # PyTorch has none for meta tensors
+_SHAPES.impl("_fused_sgd_", lambda *args, **kwargs: None)  # PyTorch lacks it for meta tensors
 
 
 class Saved(saved_tensors_hooks):
-    """Bytes that a forward keeps for its backward, beside the parameters."""
+    """Bytes that a forward saves for its backward, without the parameters."""
 
     def __init__(self) -> None:
         super().__init__(self._pack, lambda x: x)
-        self._kept: dict[int, Tensor] = {}  # by storage; the tensor is held, so that no other gets its place
+        self._kept: dict[int, Tensor] = {}  # storage -> tensor, held so that no other one takes the same address
 
     def _pack(self, x: Tensor) -> Tensor:
         base = x._base if x._is_view() and x._base is not None else x
@@ -45,7 +45,7 @@ class Saved(saved_tensors_hooks):
 
 
 def count_optimizer(implementation: str, update: Update) -> dict[str, float]:
-    """Bytes per parameter that a step of the optimizer moves: ours by the CUDA library, or else PyTorch's pair."""
+    """Bytes per parameter that an optimizer step moves: ours with the CUDA library, or PyTorch's pair."""
     if implementation == OURS:
         return {"bytes_per_parameter": update.bytes}
     p = torch.nn.Parameter(torch.zeros(2**20, device=META))
@@ -60,16 +60,16 @@ def count_optimizer(implementation: str, update: Update) -> dict[str, float]:
 def count(
     model: TransformerConfig, objective: ObjectiveConfig, implementation: str, batch: int = 256
 ) -> dict[str, Any]:
-    """Counts of one optimizer step, in bfloat16 through the fused ops, as on a GPU.
+    """Counts of one optimizer step, in bfloat16 with the fused ops, as on a GPU.
 
     Args:
-        model, objective, implementation: as `training_step`; a peer is counted in float32, meta tensors having no
-            autocast, and so without its bytes.
+        model, objective, implementation: as in `training_step`. A peer is counted in float32, because meta tensors have
+            no autocast, and therefore without bytes.
         batch: rows.
 
     Returns:
-        `flops` per sample, and `forwards`, the same in forward passes; for ours also `operators`, `launches` and
-        `host_waits` per step, and `saved_bytes` per sample and layer: what the forward keeps for the backward.
+        `flops` per sample, and `forwards`, the same in forward passes. For ours also `operators`, `launches` and
+        `host_waits` per step, and `saved_bytes` per sample and layer, which the forward saves for the backward.
     """
     ours = implementation == OURS
     dtype = torch.bfloat16 if ours else torch.float32
@@ -82,7 +82,7 @@ def count(
         if not ours:
             return found
         kept = []
-        for depth in (2, 3):  # of improved MeanFlow, its trunk grows
+        for depth in (2, 3):  # the difference is one layer; in improved MeanFlow, of the trunk
             step = training_step(of_blocks(model, depth), objective, batch, META, dtype, 1, OURS)
             saved = Saved()
             with saved:

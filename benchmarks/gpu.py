@@ -1,14 +1,14 @@
-"""`python -m benchmarks.gpu`: is everything right on this GPU, and how fast is it?
+"""`python -m benchmarks.gpu`: is everything correct on this GPU, and how fast is it?
 
-One command for ten minutes with a GPU, most valuable first: checks of what XL/2 uses, its step at 32 rows, the kernels
+One command for ten minutes of GPU time, in order of value: checks of what XL/2 uses, its step at 32 rows, the kernels
 beside their peers, its step at as many rows as fit, improved MeanFlow, B/2, the remaining checks, compiled peers. Every
-line of the report is a task of its own, in another process: one that raises, runs out of memory, hangs or ends the
-process costs nothing but itself. Checks run in parallel on all cores, because compiling their kernels takes the time,
-and they compile what the timings after them use. With OUT set, $OUT/gpu.json is written anew after each task;
-`python -m benchmarks.report` makes full tables of it.
+line of the report is a separate task in another process, so a task that raises, runs out of memory, hangs or crashes
+affects no other. Checks run in parallel on all cores, because compiling kernels takes most of their time, and the
+timings reuse what they compiled. If OUT is set, $OUT/gpu.json is rewritten after each task; `python -m
+benchmarks.report` makes full tables from it.
 
-Needs torch, triton and numpy only. `--rehearse` runs all of it in miniature on a CPU, so that no time with a GPU is
-spent on debugging the script.
+Needs only torch, triton and numpy. `--rehearse` runs everything in miniature on a CPU, so that no GPU time is spent on
+debugging this script.
 """
 
 from __future__ import annotations
@@ -44,29 +44,29 @@ from mfengine.files import write_atomic
 from mfengine.ops.table import Shape
 from mfengine.ranks import World
 
-START_S = 20  # in which a worker imports PyTorch and finds its device, at a guess
+START_S = 20  # estimated time for a worker to import PyTorch and find its device
 IMPROVED_STEPS = (("imf-xl2", 32), ("imf-xl2", 64), ("imf-b2", 256))  # 38, 61 and 52 GB by `mfengine.train --dry-run`
-PATIENCE, PATIENCE_S = 8, 60.0  # a task may run so many times as long as was expected, and so many seconds more
+TIMEOUT_FACTOR, TIMEOUT_S = 8, 60.0  # a task's timeout: this factor times its estimate, plus these seconds
 
-Part = dict[str, Any]  # of the report: lists are appended to what it has under the same name, dictionaries merged
+Part = dict[str, Any]  # of the report: lists are appended to those of the same name, dictionaries are merged
 
 # ----------------------------------------------------------------------------
-# What there is to do.
+# Tasks.
 
 
 @dataclass(frozen=True)
 class Task:
-    """What one line of the report takes."""
+    """One line of the report, and how to produce it."""
 
     stage: str
     name: str
-    seconds: float  # that it takes, at a guess
-    alone: bool  # nothing runs beside it: it is timed
-    run: Callable[[], Part] | None = None  # in a worker
+    seconds: float  # estimate
+    alone: bool  # nothing else runs meanwhile, because it is timed
+    run: Callable[[], Part] | None = None  # set in a worker
 
 
 def plan(machine: Machine, many: int) -> dict[str, Task]:
-    """All tasks by name, the most valuable first; `many` is the batch of XL/2 that fills the device."""
+    """All tasks by name, most valuable first. `many` is the batch of XL/2 that fills the device."""
     tasks: dict[str, Task] = {}
     for task in _tasks(machine, many):
         tasks.setdefault(task.name, task)
@@ -121,7 +121,7 @@ def _tasks(machine: Machine, many: int) -> Iterator[Task]:
 
 
 def _checks_of_a_preset(machine: Machine, preset: str, objective: str) -> Iterator[Task]:
-    """Its step at two blocks, and each op at its shapes: they compile all kernels of its timings."""
+    """Checks of its step at two blocks, and of each op at its shapes. They compile all kernels of its timings."""
     config, method = of_blocks(machine.model(preset), 2), (OBJECTIVES | IMPROVED)[objective]
     shape, dtype = op_shape(config, 4), machine.dtype
     name = f"{objective} step, {machine.name(preset)} of {config.depth} blocks"
@@ -144,7 +144,8 @@ def _remaining_checks(machine: Machine) -> Iterator[Task]:
     examples = [(Shape(2, 7, 1, 24), torch.float16)]
     if gpu:
         heads = ((16, 64), (16, 72), (8, 80), (8, 96), (4, 128))
-        # Not one token: its softmax is constant, so plain PyTorch is exact, and twice its error is no bound.
+        # At least two tokens: with one, the softmax is constant, plain PyTorch is exact, and twice its error is no
+        # bound.
         examples = [(Shape(3, tokens, *head), torch.bfloat16) for head in heads for tokens in (2, 257)]
         examples += [(Shape(3, 257, 16, 72), torch.float32), (Shape(3, 257, 16, 72), torch.float16)]
         examples += [(Shape(3, 100, 4, 128), torch.float16)]
@@ -171,7 +172,7 @@ def _check(stage: str, name: str, seconds: float, check: Callable[[], checks.Che
 
 
 def _timed(stage: str, machine: Machine, case: Case, compiled: bool = False) -> Iterator[Task]:
-    """A row for each implementation of a case: those that PyTorch compiles, which takes minutes, or the others."""
+    """One row per implementation of a case: those that PyTorch compiles, which takes minutes, or else the others."""
     for name, make in case.implementations.items():
         if ("compiled" in name) == compiled:
             budget = (0.3 if case.hide_host else 2.0) if machine.gpu else 0.0
@@ -201,14 +202,14 @@ Plan = Callable[[Machine, int], dict[str, Task]]
 
 
 def work(connection: Connection, make_plan: Plan, rehearse: bool, folder: str, many: int | None) -> None:
-    """A worker: sends its device and its tasks, then runs those that it is told to, one at a time.
+    """A worker: sends its device and its tasks, then runs tasks on request, one at a time.
 
     Args:
         connection: to the parent.
         make_plan: `plan`.
         rehearse: on a CPU.
         folder: for data.
-        many: the batch of XL/2 that fills the device; found out here if None.
+        many: the batch of XL/2 that fills the device; None determines it here.
     """
     threading.Thread(target=_end_with_parent, daemon=True).start()
     device = torch.device("cpu" if rehearse else "cuda:0")
@@ -232,7 +233,7 @@ def work(connection: Connection, make_plan: Plan, rehearse: bool, folder: str, m
 
 
 def attempt(task: Task, device: torch.device) -> tuple[Part, bool]:
-    """What a task gives, or why it gives nothing, and whether others can run after it in this process."""
+    """The result of a task, or the reason for its failure; and whether this process can run another task."""
     assert task.run is not None
     try:
         part = task.run()
@@ -244,14 +245,14 @@ def attempt(task: Task, device: torch.device) -> tuple[Part, bool]:
     gc.collect()
     try:
         synchronise(device)
-        torch.cuda.empty_cache()  # does nothing without a GPU
-    except RuntimeError:  # CUDA does not recover from some errors, a bad address among them
+        torch.cuda.empty_cache()  # no effect without a GPU
+    except RuntimeError:  # CUDA does not recover from some errors, such as an invalid address
         return part, False
     return part, True
 
 
 def describe(error: Exception) -> str:
-    """One line."""
+    """An error in one line."""
     text = str(error).strip()
     return f"{type(error).__name__}: {text.splitlines()[0][:300]}" if text else type(error).__name__
 
@@ -267,7 +268,7 @@ class Worker:
     """A process that runs tasks."""
 
     def __init__(self, timeout: float, *args: Any) -> None:
-        """With the arguments of `work` after the connection; RuntimeError if it does not start in time."""
+        """Takes the arguments of `work` after the connection; RuntimeError if the process does not start in time."""
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=work, args=(theirs, *args), daemon=True)
@@ -277,17 +278,17 @@ class Worker:
         self.tasks = [Task(*values) for values in tasks]
 
     def run(self, name: str, timeout: float) -> tuple[Part, bool]:
-        """What a task gives, or why it gives nothing, and whether the worker can run another."""
+        """The result of a task, or the reason for its failure; and whether the worker can run another task."""
         self._connection.send(name)
         try:
             return self._answer(timeout)
         except RuntimeError as error:
             return {"errors": {name: str(error)}}, False
 
-    def stop(self, patience: float = 5.0) -> int | None:
-        """End the process: it ends by itself when nobody is there to tell it what to run; its exit code."""
+    def stop(self, timeout: float = 5.0) -> int | None:
+        """End the process, which exits by itself when its connection closes; returns its exit code."""
         self._connection.close()
-        self._process.join(patience)
+        self._process.join(timeout)
         self._process.kill()
         self._process.join()
         return self._process.exitcode
@@ -299,7 +300,7 @@ class Worker:
         try:
             return self._connection.recv()
         except (EOFError, OSError):
-            raise RuntimeError(f"the process ended, exit code {self.stop()}") from None
+            raise RuntimeError(f"the process ended with exit code {self.stop()}") from None
 
 
 class Run:
@@ -327,13 +328,13 @@ class Run:
         for stage in dict.fromkeys(task.stage for task in first.tasks):
             tasks = [task for task in first.tasks if task.stage == stage]
             self._serve([task for task in tasks if not task.alone], self._cores)
-            self._stop(1)  # the others would hold memory
+            self._stop(1)  # idle workers would hold memory
             self._serve([task for task in tasks if task.alone], 1)
             print(f"\n--- after {stage}\n{compact(self.report)}\n", flush=True)
         self._stop(0)
 
     def _stop(self, first: int) -> None:
-        """End the workers from `first` on, all at once."""
+        """Stop the workers from `first` on, all at once."""
         ending = [worker for worker in self._workers[first:] if worker]
         self._workers[first:] = [None] * (self._cores - first)
         with ThreadPoolExecutor(self._cores) as pool:
@@ -347,10 +348,10 @@ class Run:
             total += seconds
             lines.append(f"{stage}: {len(found)} tasks, {seconds / 60:.1f} min")
         left = (self._deadline - time.monotonic()) / 60
-        return f"at a guess {total / 60:.1f} min, of which {left:.1f} are left: {'; '.join(lines)}"
+        return f"estimated {total / 60:.1f} min, of which {left:.1f} are left: {'; '.join(lines)}"
 
     def _serve(self, tasks: list[Task], workers: int) -> None:
-        """Run tasks in order, by so many workers; each thread has its own."""
+        """Run tasks in order on this many workers; each has its own thread."""
         queue, lock = iter(tasks), threading.Lock()
 
         def following() -> Task | None:
@@ -366,7 +367,7 @@ class Run:
             list(pool.map(serve, range(workers)))
 
     def _result(self, i: int, task: Task) -> Part:
-        """Of a task, run by worker i, which is started if it is not there."""
+        """The result of a task from worker i, which is started if needed."""
         left = self._deadline - time.monotonic()
         if left < task.seconds:
             return {"missing": {task.name: "no time left"}}
@@ -374,7 +375,7 @@ class Run:
             worker = self._workers[i] or self._start()
         except RuntimeError as error:
             return {"errors": {task.name: f"no worker: {error}"}}
-        part, well = worker.run(task.name, min(left, PATIENCE * task.seconds + PATIENCE_S))
+        part, well = worker.run(task.name, min(left, TIMEOUT_FACTOR * task.seconds + TIMEOUT_S))
         if not well:
             worker.stop()
         self._workers[i] = worker if well else None
@@ -382,10 +383,12 @@ class Run:
 
     def _start(self) -> Worker:
         left = max(1.0, self._deadline - time.monotonic())
-        return Worker(min(left, PATIENCE * START_S + PATIENCE_S), self._plan, self._rehearse, self._folder, self._many)
+        return Worker(
+            min(left, TIMEOUT_FACTOR * START_S + TIMEOUT_S), self._plan, self._rehearse, self._folder, self._many
+        )
 
     def _keep(self, part: Part) -> None:
-        """Into the report, to the disk, then to the terminal."""
+        """Add a result to the report, write the report, and print the result."""
         with self._lock:
             for key, value in part.items():
                 if isinstance(value, list):
@@ -413,8 +416,8 @@ def _lines(part: Part) -> Iterator[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rehearse", action="store_true", help="everything in miniature, on a CPU")
-    parser.add_argument("--minutes", type=float, default=9, help="when these are over, everything has ended")
+    parser.add_argument("--rehearse", action="store_true", help="run everything in miniature, on a CPU")
+    parser.add_argument("--minutes", type=float, default=9, help="time limit for everything, in minutes")
     args = parser.parse_args()
     if not args.rehearse and not torch.cuda.is_available():
         print("error: torch finds no GPU; `python -m benchmarks.gpu --rehearse` runs on a CPU", file=sys.stderr)

@@ -1,7 +1,7 @@
-"""Has throughput regressed? Figures of this run beside the accepted ones of the same machine.
+"""Detects regressions of throughput: compares this run with the accepted figures of the same machine.
 
-Compared are ratios measured within one run: ours over each baseline, and the share of the machine's ceiling. Absolute
-times are compared on GPUs only, where a model's name says what to expect. Counts must be equal.
+It compares ratios measured within one run: ours over each baseline, and the share of the machine's ceiling. Absolute
+times are compared only on GPUs, whose model says what to expect. Counts must be equal.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from benchmarks.measure import Row, make_clock, measure
 VERSIONED = ("operators", "launches", "moved_bytes", "least_ms")
 """Counts that depend on how a version of PyTorch decomposes its operators."""
 
-TOLERANCE = {"cpu": 0.35, "gpu": 0.1}  # of a ratio: other work on the machine disturbs a CPU more
+TOLERANCE = {"cpu": 0.35, "gpu": 0.1}  # of a ratio; larger on a CPU, which other work disturbs more
 
 Figures = dict[str, float]  # higher is better
 
 
 def figures(rows: list[Row], ceilings: dict[str, float], gpu: bool) -> Figures:
-    """What is guarded, of the fastest rounds: those that nothing disturbed."""
+    """The guarded figures, from the fastest rounds, which nothing disturbed."""
     found: Figures = {}
     baselines = [row for row in rows if row.implementation != OURS]
     for ours in (row for row in rows if row.implementation == OURS):
@@ -37,7 +37,7 @@ def figures(rows: list[Row], ceilings: dict[str, float], gpu: bool) -> Figures:
 
 
 def regressions(now: Figures, accepted: Figures, tolerance: float) -> list[str]:
-    """A line for each figure that has fallen past the tolerance; figures that either lacks are not compared."""
+    """A line for each figure below tolerance. A figure missing on either side is not compared."""
     return [
         f"{name}: {now[name]:.3g}, accepted {accepted[name]:.3g}, tolerance {tolerance:.0%}"
         for name in now
@@ -46,9 +46,9 @@ def regressions(now: Figures, accepted: Figures, tolerance: float) -> list[str]:
 
 
 def changed_counts(now: dict[str, Any], accepted: dict[str, Any]) -> list[str]:
-    """A line for each count that is not what was accepted.
+    """A line for each count that differs from the accepted one.
 
-    Those of `VERSIONED` are compared for the accepted version of PyTorch only.
+    Those in `VERSIONED` are compared only for the accepted version of PyTorch.
     """
     lines = []
     same_torch = now["torch"] == accepted["torch"]
@@ -61,7 +61,7 @@ def changed_counts(now: dict[str, Any], accepted: dict[str, Any]) -> list[str]:
 
 
 def in_turns(case: Case, machine: Machine, rounds: int = 12) -> list[Row]:
-    """Time the implementations of a case in turns, so that what disturbs the machine disturbs all of them."""
+    """Time the implementations of a case in turns, so that disturbances affect all of them alike."""
     clock = make_clock(machine.device, case.hide_host)
     calls = {name: make() for name, make in case.implementations.items()}
     seconds: dict[str, list[float]] = {name: [] for name in calls}
@@ -72,12 +72,12 @@ def in_turns(case: Case, machine: Machine, rounds: int = 12) -> list[Row]:
 
 
 def read(path: Path) -> dict[str, Any] | None:
-    """Accepted figures, if there are any."""
+    """The accepted figures; None if there are none."""
     return json.loads(path.read_text()) if path.exists() else None
 
 
 def write(path: Path, values: dict[str, Any]) -> None:
-    """Accept figures; those of cases that this run left out are kept."""
+    """Accept figures. Earlier figures of cases missing in this run are kept."""
     before = read(path) or {}
     kept = {name: {**before.get(name, {}), **value} for name, value in values.items() if isinstance(value, dict)}
     path.parent.mkdir(parents=True, exist_ok=True)

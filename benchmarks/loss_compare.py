@@ -1,13 +1,13 @@
-"""Whether two settings, or two commits, train alike: losses of 100 steps, and the weights after them.
+"""Do two settings, or two commits, train alike? Compares the losses of 100 steps and the final weights.
 
     python -m benchmarks.loss_compare                                        # with the accepted losses of this device
-    python -m benchmarks.loss_compare --accept                               # accept them anew
+    python -m benchmarks.loss_compare --accept                               # accept the losses
     python -m benchmarks.loss_compare --baseline="" --test="--recompute"
     python -m benchmarks.loss_compare --baseline main --test "HEAD --recompute"
 
-A side is options of `mfengine.train`, after a commit if it is not this working tree. Both sides train the digits from
-the same seed, on one CPU thread or on the GPU, each in a process of its own. Exit code 1: they differ by more than the
-tolerance.
+A side is a list of options of `mfengine.train`, after a commit unless it is this working tree. Both sides train the
+digits from the same seed, on one CPU thread or on the GPU, in separate processes. The exit code is 1 if they differ by
+more than the tolerance.
 """
 
 from __future__ import annotations
@@ -32,36 +32,36 @@ from benchmarks.measure import ROOT, environment, short_name
 
 RUN = (
     *("digits", "--batch-size=64", "--log-every=1", "--sample-every=0", "--evaluate-every=0", "--name=run"),
-    *("--data=data", "--optim.ema-decays", "0"),  # the average without memory is the weights
+    *("--data=data", "--optim.ema-decays", "0"),  # with decay 0, the average equals the weights
 )
 COMPARED = ("loss", "v_loss", "loss_u", "loss_v")
 FILE = "losses.json"
 
 
 class Side(NamedTuple):
-    """A run."""
+    """The results of one run."""
 
-    losses: dict[str, list[float]]  # of every step, by name
+    losses: dict[str, list[float]]  # name -> value at every step
     weights: dict[str, Tensor]
 
 
 def train(side: str, steps: int, data: Path) -> Side:
-    """Train in a process of its own.
+    """Train in a separate process.
 
     Args:
         side: `[COMMIT] OPTIONS`.
-        steps: of the run.
-        data: the digits.
+        steps: number of steps.
+        data: folder of the digits.
 
     Raises:
-        RuntimeError: git or the training failed; it says how.
+        RuntimeError: git or the training failed; the message says how.
     """
     words = shlex.split(side)
     commit = words.pop(0) if words and not words[0].startswith("-") else None
     with tempfile.TemporaryDirectory() as folder, _tree(commit, Path(folder)) as tree:
         (Path(folder) / "data").symlink_to(data)
         env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(tree)}
-        env |= {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}  # the same sums each time
+        env |= {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}  # for deterministic sums
         command = [sys.executable, "-m", "mfengine.train", *RUN, f"--steps={steps}", *words]
         _run(command, cwd=folder, env=env)
         run = Path(folder) / "runs/run"
@@ -76,7 +76,7 @@ def train(side: str, steps: int, data: Path) -> Side:
 
 @contextmanager
 def _tree(commit: str | None, folder: Path) -> Iterator[Path]:
-    """The files of a commit, in a worktree for as long; this working tree if it is None."""
+    """The files of a commit, in a temporary worktree; for None, this working tree."""
     if commit is None:
         yield ROOT
         return
@@ -91,22 +91,22 @@ def _tree(commit: str | None, folder: Path) -> Iterator[Path]:
 def _run(command: list[str], **options: Any) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False, **options)
     if done.returncode:
-        raise RuntimeError(f"{shlex.join(command)}: {(done.stderr.strip() or 'no word').splitlines()[-1]}")
+        raise RuntimeError(f"{shlex.join(command)}: {(done.stderr.strip() or 'no message').splitlines()[-1]}")
 
 
 def furthest(a: list[float], b: list[float]) -> tuple[float, int]:
-    """The largest relative difference of two curves, and the step, from 1, where it is; nan is larger than any."""
+    """The largest relative difference of two curves, and its step, counted from 1. NaN counts as largest."""
     differences = [abs(x - y) / max(abs(x), 1e-30) for x, y in zip(a, b, strict=True)]
     i = int(np.argmax(differences))
     return differences[i], i + 1
 
 
 def compare(baseline: Side, test: Side) -> dict[str, float]:
-    """Relative differences by what differs: the largest of each loss, and that of all weights by their norm."""
+    """Relative differences: the largest of each loss, and the norm of that of all weights."""
     found = {}
     for name in baseline.losses.keys() & test.losses.keys():
         difference, step = furthest(baseline.losses[name], test.losses[name])
-        found[f"{name}, most at step {step}"] = difference
+        found[f"{name}, largest at step {step}"] = difference
     if baseline.weights and test.weights:
         a, b = (
             torch.cat([side.weights[name].flatten().double() for name in baseline.weights]) for side in (baseline, test)
@@ -117,16 +117,16 @@ def compare(baseline: Side, test: Side) -> dict[str, float]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--baseline", metavar="SIDE", help="not given: the accepted losses of this device")
-    parser.add_argument("--test", metavar="SIDE", default="", help="not given: this working tree as it is")
+    parser.add_argument("--baseline", metavar="SIDE", help="default: the accepted losses of this device")
+    parser.add_argument("--test", metavar="SIDE", default="", help="default: this working tree without further options")
     parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--tolerance", type=float, help="relative; 0 unless given, 1e-3 with accepted losses")
+    parser.add_argument("--tolerance", type=float, help="relative difference; default 0, or 1e-3 for accepted losses")
     parser.add_argument("--accept", action="store_true", help="accept the losses of the tested side")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     accepted = ROOT / "benchmarks/results" / short_name(device) / FILE
     if args.baseline is None and not args.accept and not accepted.exists():
-        parser.error(f"there are no accepted losses for {short_name(device)}: give --baseline, or --accept")
+        parser.error(f"there are no accepted losses for {short_name(device)}: add --baseline or --accept")
     with tempfile.TemporaryDirectory() as folder:
         try:
             data = Path(folder) / "data"

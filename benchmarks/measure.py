@@ -1,4 +1,4 @@
-"""How everything here is timed, and beside what: the clock, the machine's ceilings, and a row of the tables."""
+"""Shared tools for timing: the clock, the machine's ceilings, and rows of the tables."""
 
 from __future__ import annotations
 
@@ -33,22 +33,22 @@ class Row:
     fastest: float  # seconds
     slowest: float  # seconds
     rounds: int
-    samples: int  # of one call
-    flops: float  # of one call: the least that the case needs, whatever the implementation does
-    bytes: float  # of one call, likewise
-    predicted: float = 0.0  # seconds of one call by the roofline, the host included; 0 where it says nothing
+    samples: int  # per call
+    flops: float  # least FLOPs of a call, whatever the implementation does
+    bytes: float  # least bytes of a call
+    predicted: float = 0.0  # seconds of a call in the roofline model, with the host; 0 if unknown
 
     @property
     def label(self) -> str:
         return f"{self.suite}: {self.case}"
 
     def floor(self, ceilings: dict[str, float]) -> float:
-        """Seconds of one call if the needed arithmetic, or the needed memory traffic, ran at the machine's ceiling."""
+        """Seconds of a call if its arithmetic, or its memory traffic, ran at the machine's ceiling."""
         return max(self.flops / ceilings["matrix_flops_per_s"], self.bytes / ceilings["memory_bytes_per_s"])
 
 
 def table(header: list[str], lines: list[list[str]]) -> str:
-    """A Markdown table, its columns aligned for the terminal too: text to the left, figures to the right."""
+    """A Markdown table whose columns also align in a terminal: text to the left, figures to the right."""
     widths = [max(len(line[i]) for line in [header, *lines]) for i in range(len(header))]
     left = [not any(line[i][:1].isdigit() for line in lines) for i in range(len(header))]
 
@@ -61,14 +61,14 @@ def table(header: list[str], lines: list[list[str]]) -> str:
 
 
 def make_clock(device: torch.device, hide_host: bool = False) -> Callable[[], float]:
-    """A function that tells seconds since some moment: the host's on a CPU, of CUDA events on a GPU.
+    """A function that returns seconds since some moment: from the host on a CPU, from CUDA events on a GPU.
 
-    On a GPU it waits until all that was queued is done; the device's time passes between two calls.
+    On a GPU it waits until all queued work is done; the device's time passes between two calls.
 
     Args:
-        device: the clock's.
-        hide_host: give the device other work first, which does not count. Calls are then queued while it is busy and
-            follow each other at once, so that the host's time does not show: kernels take less than their launches.
+        device: the device to time.
+        hide_host: first give the device other work, which does not count. Calls are queued while it is busy and then
+            run back to back, so that the host's time does not show: kernels can take less time than their launches.
     """
     if device.type != "cuda":
         return time.perf_counter
@@ -78,7 +78,7 @@ def make_clock(device: torch.device, hide_host: bool = False) -> Callable[[], fl
 
     def clock() -> float:
         nonlocal last, total, portions
-        late = last.query()  # the device began to wait for the host
+        late = last.query()  # the device was already waiting for the host
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         event.synchronize()
@@ -101,12 +101,12 @@ def other_work(device: torch.device) -> Callable[[], Any]:
 
 
 def measure(f: Callable[[], Any], clock: Callable[[], float], seconds: float, warmup: int = 3) -> list[float]:
-    """Seconds of one call of f, for each of several rounds that take about so long in all."""
+    """Seconds per call of f, for each of several rounds that take about `seconds` in all."""
     f()
     start = clock()
     f()
     now = clock()
-    # Short calls are queued one behind the other, so that the device does not wait for the host.
+    # Short calls are queued without waiting, so that the device does not idle.
     calls = max(1, min(50, int(2e-3 / max(now - start, 1e-7))))
     rounds: list[float] = []
     until = time.monotonic() + seconds
@@ -120,7 +120,7 @@ def measure(f: Callable[[], Any], clock: Callable[[], float], seconds: float, wa
 
 
 def summarise(rounds: list[float]) -> dict[str, Any]:
-    """The fields of a `Row` that come from its rounds."""
+    """The fields of a `Row` that depend on its rounds."""
     return {
         "seconds": statistics.median(rounds),
         "fastest": min(rounds),
@@ -130,9 +130,9 @@ def summarise(rounds: list[float]) -> dict[str, Any]:
 
 
 def ceilings(device: torch.device, dtype: torch.dtype, seconds: float = 0.5) -> dict[str, float]:
-    """What this machine reaches: moving large arrays, and a large matrix product in `dtype`; its data sheet's peak.
+    """This machine's rates for moving large arrays and for a large matrix product in `dtype`; its data-sheet peak.
 
-    Arrays are copied, and added in place: a CPU reads what a copy overwrites, which copying does not show.
+    Arrays are copied, and added in place: a CPU reads what a copy overwrites, which copying alone would not show.
     """
     size = 2**30 if device.type == "cuda" else 2**27
     a, b = (torch.ones(size // 4, device=device) for _ in range(2))
@@ -145,7 +145,7 @@ def ceilings(device: torch.device, dtype: torch.dtype, seconds: float = 0.5) -> 
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """The machine, the versions and the commit that figures belong to."""
+    """The machine, the versions and the commit of the figures."""
     commit = None
     if shutil.which("git"):
         done = subprocess.run(
@@ -164,10 +164,10 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def device_name(device: torch.device) -> str:
-    """The model of the GPU, or a CPU's."""
+    """The model of the GPU, or a name for the CPU."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU, one thread"
 
 
 def short_name(device: torch.device) -> str:
-    """The folder of this device's accepted figures: h200, cpu."""
+    """The folder of this device's accepted figures, such as h200 or cpu."""
     return device_name(device).lower().removeprefix("nvidia ").split()[0].rstrip(",")

@@ -1,4 +1,4 @@
-"""A mesh of one rank against none: FSDP2, DTensors and their checkpoints on a single device, without torchrun."""
+"""Compares a mesh of one rank with none: FSDP2, DTensors and their checkpoints on a single device, without torchrun."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ BATCH = 16
 def check_one_rank(device: torch.device) -> list[dict[str, Any]]:
     """Compare a guided training step and a checkpoint of a model sharded over one rank with those of a whole model.
 
-    In bfloat16 on a GPU, in float32 on a CPU. Starts a process group and ends it.
+    It runs in bfloat16 on a GPU, in float32 on a CPU. It starts a process group and ends it.
 
     Returns:
-        Rows of `check`, `error` and `bound`: the relative error of the weights' change, and how many tensors a
-        checkpoint, written in the background while the weights change, gives back otherwise than they were.
+        Rows of `check`, `error` and `bound`. The errors are the relative error of the weights' change, and the number
+        of tensors that a checkpoint, written in the background while the weights change, does not restore exactly.
     """
     gpu = device.type == "cuda"
     dtype = torch.bfloat16 if gpu else torch.float32
@@ -55,7 +55,7 @@ def _model(dtype: torch.dtype, ranks: World) -> DiT:
     model = DiT(CONFIG, dtype)
     with torch.no_grad():
         for p in model.parameters():
-            p.add_(0.1 * torch.randn_like(p))  # what is initialised as zero, too
+            p.add_(0.1 * torch.randn_like(p))  # also to parameters initialised as zero
     return prepare_model(model, ranks)
 
 
@@ -64,7 +64,7 @@ def _step(model: DiT, device: torch.device) -> None:
     latents = torch.randn(BATCH, CONFIG.in_channels, CONFIG.input_size, CONFIG.input_size, generator=generator)
     labels = torch.randint(CONFIG.num_classes, (BATCH,), generator=generator)
     draws = METHOD.draw(latents.shape, generator, device)
-    # So large an epsilon makes the step proportional to the gradient: Adam's first one is its sign otherwise.
+    # With this large epsilon the step is proportional to the gradient; Adam's first step is otherwise its sign.
     optimizer = AdamWEMA(model.parameters(), lr=1e-2, eps=1.0)
     METHOD.loss(model, latents.to(device), labels.to(device), draws)[0].backward()
     optimizer.step()

@@ -1,7 +1,7 @@
-"""The operators of a training step as PyTorch dispatches them: FLOPs, bytes, output tiles. Exact, without a GPU.
+"""Operators that PyTorch dispatches in a training step: FLOPs, bytes, output tiles. Exact, without a GPU.
 
-The real step of the real network runs on meta tensors, which have shapes and no values, through the operators that a
-GPU would run, and a dispatch mode notes each of them.
+The real step of the real network runs on meta tensors, which have shapes and no values, through the operators that
+would run on a GPU. A dispatch mode records each of them.
 """
 
 from __future__ import annotations
@@ -31,41 +31,41 @@ from mfengine.ops import fixed_weights, use_backend
 from mfengine.ops.flops import flop_registry
 from mfengine.ranks import World
 
-TILE = 128  # rows and columns of the output that a program of a matrix product computes
+TILE = 128  # rows and columns of the output tile of one program of a matrix product
 
 IDLE = {"detach", "lift_fresh", "empty", "empty_like", "empty_strided", "new_empty", "promote_types", "_unsafe_view"}
 WAITS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten::masked_select")
-OVERWRITES = {"copy_", "_foreach_copy_", "fill_", "zero_"}  # they do not read what they write to
+OVERWRITES = {"copy_", "_foreach_copy_", "fill_", "zero_"}  # they do not read the tensor that they write
 COPIES = {
     "_to_copy", "arange", "cat", "clone", "copy_", "embedding", "fill_", "_foreach_copy_", "index", "index_put_",
     "ones", "ones_like", "scalar_tensor", "stack", "zero_", "zeros", "zeros_like",
 }  # fmt: skip
 REDUCTIONS = {"amax", "amin", "embedding_dense_backward", "_foreach_norm", "linalg_vector_norm", "mean", "sum"}
-FUSED = {"attention": "attention", "adaln": "adaLN", "gelu": "GELU"}  # kinds by a part of an operator's name
+FUSED = {"attention": "attention", "adaln": "adaLN", "gelu": "GELU"}  # part of an operator's name -> its kind
 
 
 class Operator(NamedTuple):
-    """A dispatched operator, as often as it is alike."""
+    """A dispatched operator; equal ones are counted together."""
 
     phase: Phase
     kind: str
-    """product, attention, adaLN, GELU, pointwise, copy or reduction; the name of any other fused op; view"""
+    """product, attention, adaLN, GELU, pointwise, copy, reduction or view; for another fused op, its name"""
     name: str  # aten::mm
     shapes: str
     """bf16[8,4] bf16[4,2] -> bf16[8,2]"""
     dtype: str
-    """of its last argument: a product's first may be a bias"""
-    flops: int  # of matrix products, what a fused kernel computes twice included
-    read: int  # bytes, of each tensor once
-    written: int  # bytes, likewise
+    """of its last argument, because a product's first may be a bias"""
+    flops: int  # of matrix products, including what a fused kernel computes twice
+    read: int  # bytes, each tensor counted once
+    written: int  # bytes, each tensor counted once
     tiles: int
-    """of the output of a matrix product, each `TILE` x `TILE`; 0 for others"""
+    """output tiles of a matrix product, each `TILE` x `TILE`; 0 for others"""
     launches: int
-    """1 if it gives the device something to do"""
+    """1 if it launches work on the device"""
 
 
 def total(operators: Counter[Operator], *fields: str, phase: Phase | None = None) -> int:
-    """Sum of some fields, over all operators or those of a phase."""
+    """Sum of some fields over all operators, or those of a phase."""
     return sum(
         n * getattr(operator, field)
         for operator, n in operators.items()
@@ -75,7 +75,7 @@ def total(operators: Counter[Operator], *fields: str, phase: Phase | None = None
 
 
 class Recorder(TorchDispatchMode):
-    """Notes the operators that are dispatched inside, and those for which the host would wait."""
+    """Records the operators dispatched inside, and those for which the host would wait."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ class Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         used, made = _tensors((args, kwargs)), _tensors(result)
-        # Times and row numbers live on the host and have values: which rows are guided depends on them.
+        # Times and row numbers are on the host and have values, because they decide which rows are guided.
         on_device = any(x.is_meta for x in used)
         if on_device and (func._schema.name in WAITS or any(not x.is_meta for x in made)):
             self.waits += 1
@@ -114,7 +114,7 @@ class Recorder(TorchDispatchMode):
 
 
 def launches(func: Any) -> bool:
-    """Whether an operator gives the device something to do: no view, no bare allocation, no bookkeeping."""
+    """Whether an operator launches work on the device: not a view, an allocation or bookkeeping."""
     space, _, name = func._schema.name.partition("::")
     returns = func._schema.returns
     view = returns and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
@@ -122,11 +122,11 @@ def launches(func: Any) -> bool:
 
 
 def traffic(func: Any, args: Sequence[Any], kwargs: dict[str, Any], result: Any) -> tuple[int, int]:
-    """Bytes that an operator reads and writes at least: each tensor once, an expanded one without its repetitions."""
+    """Least bytes that an operator reads and writes: each tensor once, an expanded one without its repetitions."""
     name, read, written = func._schema.name.partition("::")[2], 0, 0
     for i, argument in enumerate(func._schema.arguments):
         size = _bytes(args[i] if i < len(args) else kwargs.get(argument.name))
-        # Fused AdamW and SGD may write gradients, but do so only where they scale them.
+        # Fused AdamW and SGD take gradients as writable, but write them only to scale them.
         left = argument.name == "grads" and kwargs.get("grad_scale") is None
         writes = argument.alias_info is not None and argument.alias_info.is_write and not left
         written += size if writes else 0
@@ -187,7 +187,7 @@ def _short(dtype: torch.dtype) -> str:
 
 
 class _CudaLibrary:
-    """Stands for the CUDA library, which the dispatcher does not see: notes what the optimizer gives it."""
+    """A stand-in for the CUDA library, which the dispatcher does not see: records the optimizer's calls."""
 
     device = META.type
 
@@ -223,17 +223,17 @@ def step_operators(
     *,
     gathered: bool = False,
 ) -> tuple[Counter[Operator], Counter[Operator]]:
-    """The operators of an optimizer step of one rank: loss, backward, AdamW and averages, in bfloat16 by fused kernels.
+    """The operators of one rank's optimizer step: loss, backward, AdamW and averages, in bfloat16 with fused kernels.
 
-    The optimizer is the CUDA library's. Draws are those of seed 0.
+    The optimizer is the CUDA library's. Draws come from seed 0.
 
     Args:
         model, method, optim: what is trained, and how.
-        rows: of the rank.
-        gathered: parameters come in the dtype that FSDP2 gathers them in; if not, the optimizer writes copies.
+        rows: rows of the rank.
+        gathered: whether parameters come in the dtype of FSDP2's gathering; otherwise the optimizer writes copies.
 
     Returns:
-        The operators of the step; and those of its forward without tangents, which is run beside it.
+        The operators of the step, and those of its forward without tangents, which runs separately.
     """
     recorder, primal = Recorder(), Counter[Operator]()
     with use_backend("triton"), patch.object(multi_tensor, "library", lambda: _CudaLibrary(recorder)):

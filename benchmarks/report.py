@@ -51,7 +51,7 @@ def _machine(report: dict[str, Any]) -> str:
 def _timings(rows: list[Row], ceilings: dict[str, float]) -> str:
     lines = []
     ours = {row.case: row for row in rows if row.implementation == OURS}
-    order = list(dict.fromkeys(row.case for row in rows))  # some rows of a case are timed after other cases
+    order = list(dict.fromkeys(row.case for row in rows))  # rows of one case need not be adjacent
     for row in sorted(rows, key=lambda row: order.index(row.case)):
         own = ours.get(row.case)
         lines.append(
@@ -78,24 +78,24 @@ def _timings(rows: list[Row], ceilings: dict[str, float]) -> str:
 
 
 def _predicted(row: Row) -> str:
-    """Milliseconds by the roofline, at most as many as measured."""
+    """Milliseconds in the roofline model, a lower bound of the measured time."""
     return f"{row.predicted * 1e3:.3f}" if row.predicted else ""
 
 
 def _mfu(row: Row, ceilings: dict[str, float]) -> str:
-    """Needed FLOPs over the data sheet's peak, where it is known."""
+    """Needed FLOPs over the data sheet's peak; empty if that is unknown."""
     peak = ceilings.get("peak_flops_per_s")
     return f"{row.flops / row.seconds / peak:.1%}" if peak and row.flops else ""
 
 
 def _share(row: Row, ceilings: dict[str, float]) -> str:
-    """The least time that the needed work takes at the measured ceilings, over the time that it took."""
+    """The least time of the needed work at the measured ceilings, over the measured time."""
     floor = row.floor(ceilings) if ceilings else 0.0
     return f"{floor / row.seconds:.0%}" if floor else ""
 
 
 def compact(report: dict[str, Any]) -> str:
-    """A line for each case, of ours and how many times as long its peers take; and what failed or is missing."""
+    """One line per case with our time and the ratio of its peers; then failed checks and missing results."""
     ceilings = report.get("ceilings", {})
     cases: dict[str, list[Row]] = {}
     for values in report.get("rows", []):
@@ -166,7 +166,7 @@ def _counts(counts: dict[str, dict[str, Any]]) -> str:
 
 
 def plot(report: dict[str, Any], folder: Path) -> list[Path]:
-    """One picture per suite, and the split of a step."""
+    """Draw one picture per suite, and the split of a step."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -220,8 +220,8 @@ def plot(report: dict[str, Any], folder: Path) -> list[Path]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("file", type=Path, help="JSON of a run")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="write report.md and plots there")
+    parser.add_argument("file", type=Path, help="JSON of a benchmark run")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="also write report.md and plots to FOLDER")
     args = parser.parse_args()
     try:
         report = json.loads(args.file.read_text())
@@ -236,7 +236,7 @@ def main() -> int:
     try:
         pictures = plot(report, args.out)
     except ImportError:
-        print("error: plots need matplotlib: install mfengine[bench]", file=sys.stderr)
+        print("error: plots need matplotlib: pip install 'mfengine[bench]'", file=sys.stderr)
         return 2
     text += "".join(f"\n![{picture.stem}]({picture.name})\n" for picture in pictures)
     (args.out / "report.md").write_text(text)

@@ -1,8 +1,8 @@
 """`python -m benchmarks.scaling`: modelled step time of XL/2, or another preset, on 1 to 1,024 GPUs.
 
-Memory and collectives are counted, by `mfengine.engine.plan`. What a GPU and its host take for a step is the roofline
-of `benchmarks.roofline`; how communication adds to it is modelled, from `Hardware`, whose rates are assumptions.
-`docs/scaling.md` says what is in the model, and what is not.
+Memory and collectives are counted, by `mfengine.engine.plan`. The time of a step on a GPU and its host comes from the
+roofline of `benchmarks.roofline`. The time that communication adds is modelled from `Hardware`, whose rates are
+assumptions. `docs/scaling.md` says what the model includes and what it omits.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from mfengine.errors import InputError
 from mfengine.ranks import World
 
 IMAGES = 1_281_167  # ImageNet's training set
-WEAK_BATCH = 32  # rows per GPU where the global batch grows with the GPUs
+WEAK_BATCH = 32  # rows per GPU in the regime where the global batch grows with the number of GPUs
 STRONG, WEAK = "the preset's global batch", "local batch 32"
 KINDS = ("all-gather", "reduce-scatter", "all-reduce")
 
@@ -45,28 +45,28 @@ STRATEGIES: dict[Strategy, str] = {
 
 @dataclass(frozen=True)
 class Hardware(Assumptions):
-    """Assumed, not measured: nodes of eight H200. Rates by data sheet, latencies by NCCL's own tuning tables."""
+    """Assumed, not measured: nodes of eight H200. Rates are from data sheets, latencies from NCCL's tuning tables."""
 
     roofline_share: float = 1.0
     """share of the roofline that a GPU's kernels reach; --measured replaces it"""
     gpus_per_node: int = 8
-    """GPUs that NVLink joins"""
+    """GPUs connected by NVLink"""
     nvlink_gb_per_s: float = 450.0
     """GB/s of NVLink per GPU, each way (H200 data sheet: 900 both ways)"""
     network_gb_per_s: float = 50.0
-    """GB/s of the network per GPU, each way: one port of 400 Gb/s for each"""
+    """GB/s of the network per GPU, each way: one 400 Gb/s port per GPU"""
     bandwidth_share: float = 0.8
     """share of the rates of NVLink and network that is reached"""
     collective_us: float = 14.0
-    """us that any collective takes (NCCL's src/graph/tuning.cc, LL128)"""
+    """us of latency of any collective (NCCL's src/graph/tuning.cc, LL128)"""
     nvlink_hop_us: float = 1.9
-    """us per hop of a ring in a node (the same)"""
+    """us per hop of a ring inside a node (same source)"""
     network_hop_us: float = 4.0
-    """us per hop of a ring between nodes (the same)"""
+    """us per hop of a ring between nodes (same source)"""
     collective_launches: float = 3.0
-    """operations that a collective launches beside itself: copies into and out of its buffer"""
+    """operators launched for each collective besides itself: copies into and out of its buffer"""
     host_hop_us: float = 50.0
-    """us per hop of the ring by which the hosts exchange loss and signals (gloo, TCP)"""
+    """us per hop of the ring on which hosts exchange loss and signals (gloo, TCP)"""
 
 
 # ----------------------------------------------------------------------------
@@ -74,19 +74,19 @@ class Hardware(Assumptions):
 
 
 def nodes(c: Collective, hw: Hardware) -> int:
-    """How many nodes a collective's ranks lie on: copies of a shard, which reduce their gradients, are one per node."""
+    """Number of nodes with ranks of a collective. Copies of a shard, which reduce their gradients, are one per node."""
     if c.kind == "all-reduce" and c.phase == "backward":
         return c.ranks
     return -(-c.ranks // hw.gpus_per_node)
 
 
 def sent_between_nodes(c: Collective, hw: Hardware) -> float:
-    """Bytes that each rank sends through its network port: a ring leaves each node once, and its ranks share that."""
+    """Bytes that each rank sends through its network port: a ring leaves each node once, shared by the node's ranks."""
     return c.sent * nodes(c, hw) / c.ranks if nodes(c, hw) > 1 else 0.0
 
 
 def plan(config: TrainConfig, ranks: int, strategy: Strategy, batch: int, hw: Hardware) -> Plan:
-    """The plan of a run with so many rows per GPU."""
+    """The plan of a run with `batch` rows per GPU."""
     replicas = max(1, ranks // hw.gpus_per_node) if strategy == "hybrid" else 1
     layout = {"replicas": replicas, "reshard": strategy == "full", "batch_size": ranks * batch}
     return make_plan(dataclasses.replace(config, **layout), World(0, ranks, torch.device("cuda")))
@@ -97,10 +97,10 @@ def plan(config: TrainConfig, ranks: int, strategy: Strategy, batch: int, hw: Ha
 
 
 def collective_seconds(c: Collective, hw: Hardware) -> float:
-    """A ring's latency and transfer; an all-reduce has the latency of a tree, which NCCL takes where a ring's is more.
+    """A ring's latency and transfer; an all-reduce has the latency of a tree if that is less, as NCCL chooses.
 
-    A ring's hops as NCCL counts them: (nodes - 1) between nodes, the others inside. All ports of a node carry a ring
-    that spans nodes, each a part of it.
+    Hops of a ring are counted as in NCCL: (nodes - 1) between nodes, the others inside. All ports of a node share a
+    ring that spans nodes.
     """
     if c.ranks == 1:
         return 0.0
@@ -116,9 +116,9 @@ def collective_seconds(c: Collective, hw: Hardware) -> float:
 
 
 def phase_seconds(busy: float, collectives: list[Collective], hw: Hardware) -> float:
-    """Communication runs beside computation: what exceeds it shows, and so does the longest collective of each kind.
+    """Exposed communication: the part longer than the computation beside it, plus the longest collective of each kind.
 
-    That one stands for the ends of the pipeline: nothing is computed before the first gather of a block and nothing
+    The latter stands for the ends of the pipeline: nothing is computed before the first gather of a block, and nothing
     is left to compute after its last reduction. Collectives inside nodes and between them use different links.
     """
     links: defaultdict[bool, float] = defaultdict(float)
@@ -137,9 +137,9 @@ class Point(NamedTuple):
     ranks: int
     strategy: Strategy
     batch: int  # rows per GPU
-    device: float  # what the kernels take
-    host: float  # what it takes to launch everything
-    exposed: float  # what communication adds
+    device: float  # time of the kernels
+    host: float  # time to launch everything
+    exposed: float  # time that communication adds
     step: float
     memory: float
 
@@ -155,18 +155,18 @@ class Point(NamedTuple):
 
 
 def model_point(plan: Plan, strategy: Strategy, step: Roofline, hw: Hardware) -> Point:
-    """One step as planned; `step` is what a rank computes in it, the update of all parameters included."""
+    """One step of a plan; `step` is a rank's computation in it, including the update of all parameters."""
     config, ranks = plan.config, plan.world.size
     of_phase = {name: [c for c in plan.communication if c.phase == name] for name in PHASES}
     per_launch = (hw.host_operator_us + hw.host_launch_us) / 1e6
     host = {name: step.host[name] + hw.collective_launches * len(of_phase[name]) * per_launch for name in PHASES}
     device = {name: seconds / hw.roofline_share for name, seconds in step.device.items()}
-    device["optimizer"] *= config.replicas / ranks  # of its shard
+    device["optimizer"] *= config.replicas / ranks  # only the rank's shard
     seconds = busy = max(device["optimizer"], host["optimizer"])
     for name in PHASES[:3]:
         alone = max(device[name], host[name])
         together = phase_seconds(alone, of_phase[name], hw)
-        if name == "backward":  # beside it runs the hosts' all-gather, for which the optimizer waits
+        if name == "backward":  # the hosts' all-gather runs beside it, and the optimizer waits for that
             together = max(together, (ranks - 1) * hw.host_hop_us / 1e6)
         busy, seconds = busy + alone, seconds + together
     return Point(
@@ -187,37 +187,37 @@ def model_point(plan: Plan, strategy: Strategy, step: Roofline, hw: Hardware) ->
 
 @dataclass(frozen=True)
 class Arguments:
-    """Modelled step time of training on N GPUs: the roofline of a GPU, counted communication, assumed rates."""
+    """Modelled step time of training on N GPUs: roofline of a GPU, counted communication, assumed rates."""
 
     preset: Literal[
         "b4", "b2", "m2", "l2", "xl2", "xl2-plus", "imf-b2", "imf-m2", "imf-l2", "imf-xl2"
     ] = "xl2"  # fmt: skip
-    """what is trained"""
+    """preset to train"""
     gpus: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
-    """numbers of GPUs; whole nodes above one node"""
+    """numbers of GPUs; above one node, whole nodes"""
     gpu: str = "h200"
-    """which, by a name such as h100-pcie"""
+    """GPU by name, such as h100-pcie"""
     hardware: Hardware = field(default_factory=Hardware)
     measured: Path | None = None
-    """gpu.json of `python -m benchmarks.gpu`: its guided step of this preset gives the share of the roofline"""
+    """gpu.json of `python -m benchmarks.gpu`; its guided step of this preset gives the share of the roofline"""
     json: Path | None = None
-    """write counts and modelled times here"""
+    """write counts and modelled times to this JSON file"""
     plot: Path | None = None
-    """draw them here (.png)"""
+    """draw counts and modelled times to this .png file"""
     rehearse: bool = False
-    """a small network instead"""
+    """use a small network instead"""
 
     def __post_init__(self) -> None:
         node = self.hardware.gpus_per_node
         for n in self.gpus:
             if n < 1 or (n > node and n % node):
-                raise ValueError(f"gpus must be at least 1 and above {node} a multiple of it, not {n}")
+                raise ValueError(f"gpus must be at least 1, and above {node} a multiple of {node}, not {n}")
         if not self.gpus:
             raise ValueError("gpus needs at least one number")
 
 
 def measured_share(path: Path, preset: str, config: TrainConfig, gpu: str, hw: Hardware) -> float:
-    """Share of the device's roofline that a measured guided step of a preset reached, at its largest batch.
+    """Share of the device's roofline reached by a measured guided step of a preset, at its largest batch.
 
     Raises:
         InputError: the file has no such step.
@@ -225,7 +225,7 @@ def measured_share(path: Path, preset: str, config: TrainConfig, gpu: str, hw: H
     try:
         rows = [Row(**row) for row in json.loads(path.read_text())["rows"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"cannot read {path} as the report of benchmarks.gpu: {error!r}") from None
+        raise InputError(f"cannot read {path} as a report of benchmarks.gpu: {error!r}") from None
     rows = [row for row in rows if row.implementation == OURS and row.label.startswith(f"step: guided, {preset} ")]
     if not rows:
         raise InputError(f"{path} has no measured step 'guided, {preset}'; run python -m benchmarks.gpu on a GPU")
@@ -235,14 +235,14 @@ def measured_share(path: Path, preset: str, config: TrainConfig, gpu: str, hw: H
 
 
 def strategies(ranks: int, hw: Hardware) -> list[Strategy]:
-    """Those that differ on so many ranks: in one node hybrid is gathered once, one rank gathers nothing."""
+    """The strategies that differ on this many ranks. In one node, hybrid is gathered once; one rank gathers nothing."""
     if ranks == 1:
         return ["gathered once"]
     return list(STRATEGIES) if ranks > hw.gpus_per_node else ["full", "gathered once"]
 
 
 def scaling(args: Arguments) -> dict[str, Any]:
-    """Counts and modelled points of the command line, as plain values."""
+    """Counts and modelled points for the command line, as plain values."""
     config = PRESETS[args.preset][1]
     if args.rehearse:
         config = dataclasses.replace(config, model=small(config.model))
@@ -283,7 +283,7 @@ def scaling(args: Arguments) -> dict[str, Any]:
 
 
 def counted(plan: Plan, strategy: Strategy, hw: Hardware) -> dict[str, Any]:
-    """One row of counts: collectives between devices, and the bytes that they make each rank send."""
+    """One row of counts: collectives between devices, and the bytes that each rank sends for them."""
     row: dict[str, Any] = {"ranks": plan.world.size, "strategy": strategy, "parameters": plan.parameters}
     for kind in KINDS:
         sizes = [c.bytes for c in plan.communication if c.kind == kind]
@@ -331,7 +331,7 @@ def tables(report: dict[str, Any]) -> str:
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
-    """Samples per second and GPU where the batch grows with the GPUs; days where it does not."""
+    """Samples per second and GPU if the batch grows with the GPUs; days if it does not."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -346,7 +346,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
     ):
         shown = [p for p in report["points"] if p["regime"] == regime and p["fits"]]
         node = [p for p in shown if p["strategy"] == "gathered once" and p["ranks"] <= gpus_per_node]
-        begins = {"full": node[:1], "gathered once": [], "hybrid": node[-1:]}  # where layouts are still the same
+        begins = {"full": node[:1], "gathered once": [], "hybrid": node[-1:]}  # points that layouts share
         for strategy, (colour, marker) in styles.items():
             points = begins[strategy] + [p for p in shown if p["strategy"] == strategy]
             x, y = [p["ranks"] for p in points], [value(p) for p in points]
@@ -383,7 +383,7 @@ def main(argv: Sequence[str]) -> None:
         try:
             import matplotlib  # noqa: F401
         except ImportError:
-            raise InputError("--plot needs matplotlib: pip install mfengine[bench]") from None
+            raise InputError("--plot needs matplotlib: pip install 'mfengine[bench]'") from None
     report = scaling(args)
     print(tables(report))
     if args.json:

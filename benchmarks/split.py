@@ -1,7 +1,7 @@
-"""`python -m benchmarks.split PRESET`: where the time of a guided training step goes, from a profiler trace.
+"""`python -m benchmarks.split PRESET`: the time of a guided training step by pass, from a profiler trace.
 
-Under torchrun the model is sharded as in training, and communication shows. On a GPU a pass is charged with the
-kernels that it launches, on a CPU with the time that it takes.
+Under torchrun the model is sharded as in training, and communication shows. On a GPU, the time of a pass is that of the
+kernels it launches; on a CPU, that of the pass itself.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ STEPS = 5
 
 
 class Labelled:
-    """A network whose passes have names in a trace."""
+    """A network whose passes are labelled in a trace."""
 
     def __init__(self, model: Any) -> None:
         self._model = model
@@ -58,17 +58,17 @@ def split(
 ) -> dict[str, float]:
     """Seconds of one step by pass.
 
-    The tangent is what the forward takes beyond one without tangents, which is run beside the steps. Communication that
-    runs at the same time as other work is counted with both, so parts may add up to more than the step.
+    The tangent is the time of the forward beyond that of one without tangents, which runs separately. Communication
+    that overlaps with other work counts in both, so parts may add up to more than the step.
 
     Args:
         config, objective: network and method.
-        world: the ranks; one process for each.
-        dtype: of matrix products.
+        world: the ranks, one process each.
+        dtype: dtype of matrix products.
         batches: endless; latents (B, C, H, W) and labels (B,), on the device.
 
     Returns:
-        Seconds for each of `PASSES`, and `step`, all of it.
+        Seconds for each of `PASSES`, and `step`, the whole.
     """
     device = world.device
     model = prepare_model(make_model(config, torch.device("cpu"), dtype), world)
@@ -117,7 +117,7 @@ def split(
 
 
 def seconds_of_passes(events: list[dict[str, Any]], gpu: bool) -> dict[str, float]:
-    """Seconds by the name of a labelled range; `communication` is that of collectives within steps."""
+    """Seconds by the name of a labelled range; `communication` is the time of collectives inside steps."""
     ranges = [e for e in events if e.get("cat") == "user_annotation" and e.get("ph") == "X"]
     steps = [e for e in ranges if e["name"] == "step"]
 
@@ -155,7 +155,7 @@ def synchronise(device: torch.device) -> None:
 
 
 def batches(config: ModelConfig, world: World, batch: int, folder: Path) -> Iterator[tuple[Tensor, Tensor]]:
-    """Random latents for a model, by way of shards and DALI as in training, or made on the device without DALI."""
+    """Random latents for a model, from shards through DALI as in training, or made on the device without DALI."""
     shape = (config.in_channels, config.input_size, config.input_size)
     labels = torch.zeros(batch, dtype=torch.long, device=world.device)
     if not (find_spec("nvidia") and find_spec("nvidia.dali")):

@@ -1,10 +1,10 @@
 """`python -m benchmarks.static`: what the compiler makes of every launch, without a GPU.
 
-A stand-in for Triton's driver lets every op of `mfengine.ops.OPS` run on real tensors, strided and packed as in a step
-of B/2, L/2 and XL/2 and of iMF's B/2 and XL/2, and attention on dense and odd ones. Triton specializes on these
-arguments and compiles as on a GPU, for sm_80, sm_90 and sm_100; only the launch does nothing. The CUDA library is
-looked at as it was built. The table shows registers, stack, shared memory, tensor-core instructions and the widths of
-global accesses in loops. A row fails on
+With a stand-in for Triton's driver, every op of `mfengine.ops.OPS` runs on real tensors, strided and packed as in a
+step of B/2, L/2 and XL/2 and of iMF's B/2 and XL/2; attention also runs on dense and odd ones. Triton specializes on
+these arguments and compiles as on a GPU, for sm_80, sm_90 and sm_100; only the launch does nothing. The CUDA library is
+inspected as built. The table shows registers, stack, shared memory, tensor-core instructions and the widths of global
+accesses in loops. A row fails on
 
 - any stack, which is a spill or a local array, but for that in `STACK`;
 - a dot product without tensor-core instructions;
@@ -42,14 +42,14 @@ from mfengine.kernels.multi_tensor import LIBRARY
 from mfengine.ops import OPS, Dual, use_backend
 from mfengine.ops.table import New, Shape
 
-SHARED_MEMORY = {80: 166912, 90: 232448, 100: 232448}  # bytes that a program may use, by architecture
-LOADS, STORES = re.compile(r"\bLDG\.[\w.]*128\b"), re.compile(r"\bSTG\.[\w.]*128\b")  # of 16 bytes
+SHARED_MEMORY = {80: 166912, 90: 232448, 100: 232448}  # architecture -> bytes that a program may use
+LOADS, STORES = re.compile(r"\bLDG\.[\w.]*128\b"), re.compile(r"\bSTG\.[\w.]*128\b")  # 16 bytes wide
 TENSOR_CORES = re.compile(r"\b(?:HMMA|HGMMA|UTC\w*MMA)\b")
 INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\s*(.*?);", re.MULTILINE)
 ROW_STATISTICS = {"delta_kernel": 1, "delta_dual_kernel": 2}
-"""Accesses of 4 bytes per row and lane, of 128 bytes per warp: the log-sum-exp.
+"""Accesses of 4 bytes per row and lane, 128 bytes per warp: the log-sum-exp.
 
-An odd number of rows has twice as many: where it is even, some of them are read in pairs."""
+An odd number of rows has twice as many, because an even number lets some be read in pairs."""
 
 STACK = {
     ("forward_kernel", "d72", 80): 8,
@@ -72,10 +72,10 @@ SHAPES = {
 }
 
 IMF = ("gated_residual_rms_norm", "rotary_attention", "swiglu")
-"""Ops of iMF's networks alone, compiled for their number of tokens alone."""
+"""Ops that only iMF's networks use, compiled only for their number of tokens."""
 
 # ----------------------------------------------------------------------------
-# What is launched.
+# The launches.
 
 
 class Case(NamedTuple):
@@ -90,10 +90,10 @@ def new_tensors(dtype: torch.dtype) -> New:
 
 
 def cases() -> Iterator[Case]:
-    """Forward, dual and backward of every op with kernels, in the layouts of a step, and attention in others too."""
+    """Forward, dual and backward of every op with kernels, in the layouts of a step; attention also in others."""
     for (name, make), (network, shape), (label, dtype) in product(OPS.items(), SHAPES.items(), DTYPES.items()):
         example = make(shape, new_tensors(dtype))
-        # Without products an op sees the width alone, which no head dim but those of the networks gives.
+        # Without products, an op depends only on the width, so only the networks' own widths matter.
         if example.op is None or (not any(example.flops) and network.startswith("d")):
             continue
         if ("iMF" in network) != (name in IMF):
@@ -102,14 +102,14 @@ def cases() -> Iterator[Case]:
     for layout, (label, dtype) in product(("dense", "odd"), DTYPES.items()):
         batch, tokens, heads, dim = SHAPES["XL/2"]
         q, k, v = torch.empty(3, batch, heads, tokens, dim, dtype=dtype).unbind(0)
-        if layout == "odd":  # nothing is a multiple of anything
+        if layout == "odd":  # no size is a multiple of anything useful
             q, k, v = torch.empty(3, batch, heads, 77, dim + 1, dtype=dtype)[..., 1:].unbind(0)
         yield from calls(f"attention XL/2 {label} {layout}", ops.attention, (q, k, v))
     yield from attention_cases()
 
 
 def attention_cases() -> Iterator[Case]:
-    """What networks of ours do not have: gradients through the tangent, causal, masks, grouped queries, sequences."""
+    """Attention beyond our networks: gradients through the tangent, causal, masks, grouped queries, sequences."""
     batch, tokens, heads = 3, 256, 16
     cu = torch.tensor([0, 100, tokens], dtype=torch.int32)
     variants: dict[str, tuple[int, dict[str, Any]]] = {
@@ -154,12 +154,12 @@ def calls(name: str, function: Callable[..., Any], arguments: tuple[Tensor, ...]
     yield Case(name, partial(outputs, *arguments))
     yield Case(f"{name} dual", partial(outputs, *(Dual(x, x) for x in arguments)))
     yield Case(f"{name} backward", partial(backward, False))
-    if name.startswith("gated_residual"):  # a residual stream that nothing else uses: the last one
+    if name.startswith("gated_residual"):  # the last one, whose residual stream has no other use
         yield Case(f"{name} last backward", partial(backward, True))
 
 
 # ----------------------------------------------------------------------------
-# How it is compiled.
+# The compilation.
 
 
 class CompileOnly:
@@ -172,7 +172,7 @@ class CompileOnly:
         return GPUTarget("cuda", self.arch, 32)
 
     def get_current_device(self) -> str:
-        return self.device  # one for each case, since Triton keeps what it compiled by device
+        return self.device  # unique per case, because Triton caches compiled code by device
 
     def get_current_stream(self, device: str) -> int:
         return 0
@@ -184,7 +184,7 @@ class CompileOnly:
         return lambda *args: None
 
     def load_binary(self, name: str, binary: bytes, shared: int, device: str) -> tuple[None, None, int, int, int]:
-        return None, None, 0, 0, 1024  # module, function, registers, spills, threads of a program at the most
+        return None, None, 0, 0, 1024  # module, function, registers, spills, most threads of a program
 
 
 def compiled(name: str, arch: int) -> list[dict[str, Any]]:
@@ -209,7 +209,7 @@ def compiled(name: str, arch: int) -> list[dict[str, Any]]:
 
 
 def narrow_accesses(name: str, kernel: str) -> int:
-    """How many accesses under 8 bytes are due.
+    """How many accesses under 8 bytes are expected.
 
     A tail of 16 columns by 16 rows, as heads of 72 and 80 have, is 4 bytes per lane: one of each of four operands in
     the backward through the tangent, and of two for keys and values with a mask.
@@ -253,11 +253,11 @@ def inspect(cubin: Path) -> dict[str, Any]:
 
 
 def accesses(sass: str) -> dict[str, int]:
-    """Number of global accesses in loops, by their bytes; of all where there is no loop."""
+    """Number of global accesses in loops by their width in bytes; of all accesses if there is no loop."""
     code = [(int(at, 16), opcode, operands) for at, opcode, operands in INSTRUCTION.findall(sass)]
     jumps = ((at, re.search(r"0x([0-9a-f]+)", operands)) for at, opcode, operands in code if opcode.startswith("BRA"))
     back = ((int(target[1], 16), at) for at, target in jumps if target and int(target[1], 16) < at)
-    # Slow paths behind the end of a kernel jump back into it too: they have its exit between.
+    # Slow paths after the end of a kernel also jump back into it, but with its exit in between.
     exits = [at for at, opcode, _ in code if opcode == "EXIT"]
     loops = [(first, last) for first, last in back if not any(first < at < last for at in exits)]
     found: Counter[str] = Counter()
@@ -275,7 +275,7 @@ def disassemble(option: str, file: Path) -> str:
 
 
 def rows(only: str = "") -> Iterator[dict[str, Any]]:
-    """One row for each launch and architecture of the cases whose name holds `only`."""
+    """One row for each launch and architecture, for cases whose name contains `only`."""
     names = [case.name for case in cases() if only in case.name]
     with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
         yield from chain.from_iterable(pool.map(compiled, *zip(*product(names, SHARED_MEMORY), strict=True)))
@@ -297,7 +297,7 @@ def library_rows(library: Path, only: str = "") -> Iterator[dict[str, Any]]:
             continue
         registers, stack, shared = map(int, re.findall(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)", resources)[0])
         code = sass[label, arch]
-        # Scalars and a few partial sums are read one at a time; whatever has the parameters' size, 16 bytes at a time.
+        # Scalars and a few partial sums are read one at a time; data of the parameters' size, 16 bytes at a time.
         wide = all(pattern.search(code) for pattern, due in ((LOADS, " " in label), (STORES, "adamw" in label)) if due)
         row = {"kernel": label, "arch": arch, "registers": registers, "stack": stack, "shared": shared}
         faults = ["stack"] * (stack > 0) + ["narrow accesses"] * (not wide)
@@ -306,11 +306,11 @@ def library_rows(library: Path, only: str = "") -> Iterator[dict[str, Any]]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="kernels whose name holds this")
+    parser.add_argument("--only", default="", help="inspect only kernels whose name contains this")
     parser.add_argument("--json", type=Path, help="write the rows to this file")
     args = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
-        print("error: TRITON_INTERPRET is set: nothing would be compiled", file=sys.stderr)
+        print("error: TRITON_INTERPRET is set, so nothing would be compiled: unset it", file=sys.stderr)
         return 2
     print(f"Triton {triton.__version__}")
     columns = ("registers", "stack", "shared", "tensor_core")
@@ -325,9 +325,12 @@ def main() -> int:
         failed = f"  FAILED: {', '.join(row['faults'])}" if row["faults"] else ""
         print(f"{row['kernel']:56} {row['arch']:7}{figures}  {widths}{failed}", flush=True)
     if not LIBRARY.is_file():
-        print("the CUDA library was not built, its kernels are not covered")
+        print("the CUDA library is not built, so its kernels are not covered")
     if args.json:
         args.json.write_text(json.dumps({"triton": triton.__version__, "kernels": found}, indent=1) + "\n")
+    if not found:
+        print(f"error: no kernel's name contains {args.only}: use the name of an op, such as rms_norm", file=sys.stderr)
+        return 2
     failed = sum(bool(row["faults"]) for row in found)
     print(f"{len(found)} compiled, {failed} failed")
     return 1 if failed else 0

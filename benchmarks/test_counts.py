@@ -1,4 +1,4 @@
-"""Counts of a training step that need no GPU, and where its time goes; `--guard` compares the counts exactly."""
+"""Counts of a training step without a GPU, and its time by pass; `--guard` compares the counts exactly."""
 
 import itertools
 
@@ -48,7 +48,7 @@ def test_optimizer(update, name, session):
 def test_split(preset, session):
     gpu = session.machine.gpu
     if not gpu and preset != "xl2":
-        pytest.skip("small networks are all alike")
+        pytest.skip("in miniature, all networks are alike")
     for batch in (32, 256) if gpu else (16,):
         world = World(0, 1, torch.device("cuda", 0) if gpu else torch.device("cpu"))
         found = guided_split(session.machine.model(preset), batch, world)

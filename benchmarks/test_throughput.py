@@ -1,4 +1,4 @@
-"""Every case of `benchmarks/cases.py`, each implementation after the other. `-k "step and guided"` selects."""
+"""Every case of `benchmarks/cases.py`, one implementation after the other. `-k "step and guided"` selects."""
 
 
 def test_throughput(case, implementation, record):

@@ -1,6 +1,6 @@
-"""The training step as benchmarks run it: random latents, real draws, model, loss, backward, AdamW and EMA.
+"""The training step in benchmarks: random latents, real draws, model, loss, backward, AdamW and EMA.
 
-One step of ours and of each peer, from the same weights, on the same batches and draws.
+Ours and each peer run one step from the same weights, on the same batches and draws.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ OBJECTIVES: dict[str, MeanFlowConfig] = {
     "unguided": MeanFlowConfig(),
     "guided": PRESETS["xl2"][1].method,
 }
-IMPROVED: dict[str, ImprovedMeanFlowConfig] = {"improved": PRESETS["imf-xl2"][1].method}  # of an IMFDiT
+IMPROVED: dict[str, ImprovedMeanFlowConfig] = {"improved": PRESETS["imf-xl2"][1].method}  # for an IMFDiT
 
 
 Call = Callable[[], Any]
@@ -52,12 +52,12 @@ def engine_update(model: Network, objective: ObjectiveConfig) -> Update:
 
 
 def torch_pair(parameters: list[Tensor], clip_norm: float | None = None, copies: list[Tensor] | None = None) -> Call:
-    """PyTorch's fused AdamW, then one EMA by foreach: the fastest that PyTorch has. A function that does one step."""
+    """PyTorch's fused AdamW, then one EMA by foreach, PyTorch's fastest. Returns a function that does one step."""
     config = OptimConfig()
     optimizer = torch.optim.AdamW(
         parameters, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True
     )
-    for p in parameters:  # made here, because AdamW makes none on meta tensors
+    for p in parameters:  # made here, because AdamW does not make state on meta tensors
         moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
         optimizer.state[p] = {"step": torch.zeros((), device=p.device), **moments}
     averages = [p.detach().clone() for p in parameters]
@@ -75,7 +75,7 @@ def torch_pair(parameters: list[Tensor], clip_norm: float | None = None, copies:
 
 
 def port_update(model: DiT, objective: MeanFlowConfig, **options: Any) -> Update:
-    """A port's step, with `Port`'s options; its optimizer and EMA are the fastest that PyTorch has."""
+    """A port's step, with `Port`'s options, and PyTorch's fastest optimizer and EMA."""
     port = Port(objective, model.compute_dtype, **options)
     device = model.pos_embed.device
     with device:
@@ -112,7 +112,7 @@ def training_step(
 ) -> Callable[[], None]:
     """A function that does one optimizer step of one of IMPLEMENTATIONS, on `num_inputs` batches in turn.
 
-    The peers know MeanFlow with a `DiT` alone.
+    The peers support only MeanFlow with a `DiT`.
     """
     model = make_model(model_config, device, compute_dtype)
     update = IMPLEMENTATIONS[implementation](model, objective)
@@ -134,7 +134,7 @@ def training_step(
 
 
 def make_model(config: NetworkConfig, device: torch.device, compute_dtype: torch.dtype = torch.float32) -> Any:
-    """A network whose output is not zero, as gates and last layers of zeros make it at first."""
+    """A network with a nonzero output: freshly initialised gates and last layers are zero."""
     torch.manual_seed(0)
     with device:
         model = NETWORKS.build(config, compute_dtype).to(device)
@@ -145,16 +145,16 @@ def make_model(config: NetworkConfig, device: torch.device, compute_dtype: torch
 
 
 def small(config: TransformerConfig) -> Any:
-    """The same network, narrow and shallow, for a machine without a GPU."""
+    """The same network, but narrow and shallow, for a machine without a GPU."""
     return of_blocks(dataclasses.replace(config, hidden_size=128, num_heads=4, input_size=16), 2)
 
 
 def tiny(config: TransformerConfig) -> Any:
-    """The same network, as small as it can be."""
+    """The same network, but as small as possible."""
     return of_blocks(dataclasses.replace(config, hidden_size=32, num_heads=2, input_size=4), 2)
 
 
 def of_blocks(config: TransformerConfig, depth: int) -> Any:
-    """The same network with so many blocks; one of them is the head, where there are heads."""
+    """The same network with this many blocks; if it has heads, one of the blocks is the head."""
     heads = {"head_depth": 1} if isinstance(config, IMFDiTConfig) else {}
     return dataclasses.replace(config, depth=depth, **heads)

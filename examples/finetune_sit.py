@@ -1,11 +1,11 @@
-"""A SiT checkpoint needs many steps to draw a sample. Fine-tuned by MeanFlow, it needs one.
+"""A SiT checkpoint needs many steps to draw a sample. After fine-tuning with MeanFlow, it needs one.
 
 python -m mfengine.prepare digits data/digits    # once; needs mfengine[digits]
 python examples/finetune_sit.py                  # writes finetune_sit.png
-python examples/finetune_sit.py SiT.pt DATA      # a SiT of yours, and a data set that mfengine.prepare wrote
+    python examples/finetune_sit.py SiT.pt DATA      # your own SiT, and a data set from mfengine.prepare
 
-Without a checkpoint, the script first trains a tiny stand-in on the digits. On many GPUs, with checkpoints and averaged
-weights, the same is `python -m mfengine.train xl2 --init SiT.pt --init-reverse-time`.
+Without a checkpoint, the script first trains a tiny stand-in on the digits. To run on many GPUs, with checkpoints and
+averaged weights, use `python -m mfengine.train xl2 --init SiT.pt --init-reverse-time`.
 """
 
 from pathlib import Path
@@ -41,13 +41,13 @@ def stand_in(loader):
     model = DiT(ModelConfig(8, 4, 1, hidden_size=64, depth=4, num_heads=4, num_classes=10))
     model.h_embedder.requires_grad_(False).mlp[2].weight.zero_()
     train(model, MeanFlowConfig(interval_share=0), loader)  # plain flow matching
-    state = from_sit(model.state_dict(), reverse_time=True).state_dict  # from our time to SiT's
+    state = from_sit(model.state_dict(), reverse_time=True).state_dict  # converts our time to SiT's
     return {name: p for name, p in state.items() if not name.startswith("h_embedder")}
 
 
 def main(args):
     if len(args) not in (0, 2):
-        raise InputError(f"expected a checkpoint and a data set, or neither, not {len(args)} argument(s)")
+        raise InputError(f"give a checkpoint and a data set, or no argument at all, not {len(args)} argument(s)")
     torch.manual_seed(0)
     path, data = args or (None, "data/digits")
     dataset = Dataset.open(Path(data))
@@ -56,7 +56,7 @@ def main(args):
         print("no checkpoint given: training a tiny stand-in for one")
     checkpoint = stand_in(loader) if path is None else torch.load(path, map_location="cpu", weights_only=True)
 
-    state = from_sit(checkpoint, reverse_time=True).state_dict  # u(z, t, h, y) = -v(z, 1 - t, y), whatever h is
+    state = from_sit(checkpoint, reverse_time=True).state_dict  # u(z, t, h, y) = -v(z, 1 - t, y) for every h
     width, channels, patch, _ = state["x_embedder.proj.weight"].shape
     depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
     classes = len(state["y_embedder.embedding_table.weight"]) - 1

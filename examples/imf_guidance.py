@@ -1,10 +1,10 @@
-"""Improved MeanFlow is told how strongly to guide when it draws: one model, and a row of digits for each weight omega.
+"""Improved MeanFlow takes the guidance weight omega as an input: one model draws a row of digits for each omega.
 
 python -m mfengine.prepare digits data/digits    # once; needs mfengine[digits]
 python -m mfengine.train digits-imf              # about two minutes on two CPU cores
-python examples/imf_guidance.py [RUN]            # runs/digits-imf if none is given; writes imf_guidance.png
+    python examples/imf_guidance.py [RUN]            # default RUN: runs/digits-imf; writes imf_guidance.png
 
-`python -m mfengine.evaluate RUN --data data/digits --sweep omega=1,1.5,2` sweeps any conditions, of any model.
+`python -m mfengine.evaluate RUN --data data/digits --sweep omega=1,1.5,2` sweeps such conditions for any model.
 """
 
 from pathlib import Path
@@ -34,7 +34,7 @@ def main(args):
     labels = torch.arange(10).repeat(SAMPLES // 10)
     blocks = {}
     for omega in OMEGAS:
-        latents = digits.sample(labels, steps=1, omega=omega, t_min=0.2, t_max=0.8)  # the same noise each time
+        latents = digits.sample(labels, steps=1, omega=omega, t_min=0.2, t_max=0.8)  # the same noise for every omega
         distance = frechet_distance(real, gaussian(digits.space.unscale(latents).flatten(1)))
         print(f"omega {omega:g}: Frechet distance of {SAMPLES:,} one-step samples from the data {distance:.1f}")
         blocks[f"omega {omega:g}"] = digits.images(latents[:20])

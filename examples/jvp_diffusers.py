@@ -16,7 +16,7 @@ import mfengine
 torch.manual_seed(0)
 model = DiTTransformer2DModel(
     num_attention_heads=4, attention_head_dim=16, num_layers=4, in_channels=4, sample_size=16, num_embeds_ada_norm=10
-).eval()  # random weights; in training mode labels would be dropped at random
+).eval()  # random weights; training mode would drop labels at random
 z, v, t, y = torch.randn(2, 4, 16, 16), torch.randn(2, 4, 16, 16), torch.rand(2), torch.tensor([3, 7])
 
 
@@ -32,7 +32,7 @@ def distance(actual):
 with mfengine.jvp_attention():
     prediction, du_dt = jvp(u, (z, t), (v, torch.ones_like(t)))
 
-print(mfengine.accelerate(model))  # the same without the context: attention and adaLN are replaced in place
+print(mfengine.accelerate(model))  # works without the context: replaces attention and adaLN in place
 accelerated = jvp(u, (z, t), (v, torch.ones_like(t)))[1]
 
 model.double()

@@ -35,5 +35,5 @@ for step in range(1, steps + 1):
 with optimizer.averaged(model):
     digits = sample(model, torch.randn(100, 1, 8, 8), torch.arange(10).repeat_interleave(10))
 pixels = torch.nn.functional.pad((6 * digits + 5) * 255 / 16, (1, 1, 1, 1)).clamp(0, 255).byte()
-grid = pixels.view(10, 10, 10, 10).transpose(1, 2).reshape(100, 100)  # a row for each digit
+grid = pixels.view(10, 10, 10, 10).transpose(1, 2).reshape(100, 100)  # one row per digit
 Image.fromarray(grid.numpy()).resize((500, 500), 0).save("meanflow.png")

@@ -1,1 +1,1 @@
-"""Triton and CUDA kernels with their launchers: no autograd, no knowledge of models. `mfengine.ops` calls them."""
+"""Triton and CUDA kernels with their launchers, without autograd or models. `mfengine.ops` calls them."""

@@ -22,19 +22,20 @@ from mfengine.kernels.sums import sum_parts
 
 MAX_WIDTH = 8192
 _NOTHING = (None,) * 5
-TOKENS_PER_PROGRAM = 16  # of the backward, which adds up a sample's gradients over so many tokens before writing
+TOKENS_PER_PROGRAM = 16  # in the backward: a program sums gradients over this many tokens of a sample before it writes
 
 # ----------------------------------------------------------------------------
-# Kernels. One program is a few tokens of one sample, or in the backward a run of them. A row is split into HEAD
-# columns, the largest power of two in its width, and a TAIL for the rest: 1152 occupies 1152 columns and not 2048.
-# Names end in 1 for the head and in 2 for the tail. `inside`: which columns of the tail exist; None for the head.
+# Kernels. One program takes a few tokens of one sample; in the backward, a run of them. A row is split into HEAD
+# columns, the largest power of two in its width, and a TAIL for the rest: a row of 1152 occupies 1152 columns, not
+# 2048. Names end in 1 for the head and in 2 for the tail. `inside` says which columns of the tail exist; None for the
+# head.
 
 
 @triton.jit
 def _columns(FIRST: tl.constexpr, WIDTH: tl.constexpr):
-    """Column numbers (1, WIDTH). A lane takes four, whatever the dtype: 16 bytes of float32, 8 of half precision.
+    """Column numbers (1, WIDTH). A lane takes four columns for every dtype: 16 bytes of float32, 8 of half precision.
 
-    The compiler would give half precision eight, and move rows between the two layouts through shared memory.
+    The compiler would choose eight for half precision, and move rows between the two layouts through shared memory.
     """
     return (FIRST + tl.max_contiguous(tl.arange(0, WIDTH), 4))[None, :]
 
@@ -70,7 +71,7 @@ def _mean_product(a1, a2, b1, b2, width):
 
 @triton.jit
 def _moments(x1, x2, inside2, width, eps):
-    """Means of rows, and the reciprocals of their standard deviations."""
+    """Means of rows, and reciprocals of their standard deviations."""
     mean = _mean(x1, x2, width)
     x1 -= mean
     if x2 is not None:
@@ -80,7 +81,7 @@ def _moments(x1, x2, inside2, width, eps):
 
 @triton.jit
 def _residual(x, y, gate, dx, dy, dgate, x_out, dx_out, cols, mask, inside):
-    """x' and its tangent, stored where there is a y. Without a dx both are x'."""
+    """x' and its tangent, stored if there is a y. Without a dx, both are x'."""
     stream = _load(x, cols, mask)
     dstream = stream
     if dx is not None:
@@ -113,7 +114,7 @@ def forward_kernel(
     tokens, width, eps,
     ROWS: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
-    """Dual if there is a dx, with a residual if there is a y: what there is not is None."""
+    """A dual if there is a dx, with a residual if there is a y. Missing tensors are None."""
     parts = tl.cdiv(tokens, ROWS)
     b = (tl.program_id(0) // parts).to(tl.int64)
     n = (tl.program_id(0) % parts * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
@@ -162,7 +163,7 @@ def forward_kernel(
 
 @triton.jit
 def _load_row(x, y, gx_out, go, cols, inside):
-    """x', y and the gradients of x' and o; x' for what there is not."""
+    """x', y and the gradients of x' and o. Missing tensors are replaced by x'."""
     stream = _load(x, cols, inside)
     branch = stream
     gstream = stream
@@ -175,7 +176,7 @@ def _load_row(x, y, gx_out, go, cols, inside):
 
 @triton.jit
 def _store_gradients(gnormal, normal, gmean, along, rstd, gstream, g, gx, gy, gx_out, cols, inside):
-    """Store the gradients of x and y; returns that of x."""
+    """Store the gradients of x and y; returns the gradient of x."""
     gradient = (gnormal - gmean - normal * along) * rstd
     if gx_out is not None:
         gradient += gstream
@@ -200,9 +201,9 @@ def backward_kernel(
     tokens, width, eps,
     TOKENS: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
-    """x is x' of the forward. `sums` (B, parts, 3, width): this part's gradients of shift, scale and gate.
+    """x is the forward's x'. `sums` (B, parts, 3, width) gets this part's gradients of shift, scale and gate.
 
-    Without a gx_out, x' has no gradient but that through o.
+    Without a gx_out, x' has a gradient only through o.
     """
     parts = tl.cdiv(tokens, TOKENS)
     b, part = (tl.program_id(0) // parts).to(tl.int64), tl.program_id(0) % parts
@@ -276,8 +277,8 @@ def backward_kernel(
 
 
 # ----------------------------------------------------------------------------
-# Launchers. `y` and `gate` are both given, or both None: then there is no residual, and x' is x.
-# They raise ValueError for arguments that the kernels cannot take, before anything is launched.
+# Launchers. `y` and `gate` are given together; without them there is no residual, and x' is x.
+# They raise ValueError for arguments that the kernels do not support, before anything is launched.
 
 
 def forward(
@@ -286,12 +287,12 @@ def forward(
     """Residual stream and modulated rows.
 
     Args:
-        x, y: (B, N, D) or (B * N, D); gate, shift, scale: (B, D). float16, bfloat16 or float32, each its own, of any
+        x, y: (B, N, D) or (B * N, D); gate, shift, scale: (B, D). Each is float16, bfloat16 or float32, with any
             strides. D is at most 8192.
-        eps: of the LayerNorm.
+        eps: epsilon of the LayerNorm.
 
     Returns:
-        x', of x's shape and dtype, which is x itself without a residual, and o in the dtype of scale.
+        x', in x's shape and dtype (x itself without a residual), and o in the dtype of scale.
     """
     primals = x, y, gate, shift, scale
     launch = _plan_forward(primals, eps)
@@ -307,10 +308,10 @@ def forward_dual(
     x: Tensor, y: Tensor | None, gate: Tensor | None, shift: Tensor, scale: Tensor,
     dx: Tensor, dy: Tensor | None, dgate: Tensor | None, dshift: Tensor, dscale: Tensor, eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """`forward`, with the tangents of the last K samples of the batch, K being theirs.
+    """Like `forward`, with tangents of the last K samples; the tangents' size gives K.
 
     Returns:
-        x', o, and their tangents, dx', which is dx itself without a residual, and do, of dx's shape.
+        x', o, and their tangents: dx' (dx itself without a residual), and do in dx's shape.
     """
     primals, tangents = (x, y, gate, shift, scale), (dx, dy, dgate, dshift, dscale)
     plan = _plan_dual((*primals, *tangents), eps)
@@ -332,9 +333,9 @@ def backward(
     """Gradients of the primal.
 
     Args:
-        x_out: x' of the forward.
-        y, gate, scale: of the forward.
-        gx_out: gradient of x', or None where there is none but that through o.
+        x_out: the forward's x'.
+        y, gate, scale: arguments of the forward.
+        gx_out: gradient of x'; None if x' has a gradient only through o.
         go: gradient of o.
 
     Returns:
@@ -358,7 +359,7 @@ def backward(
     return gx, gy, ggate, gshift, gscale
 
 
-# Plans: launches for tensors of one layout, or None if their rows are not contiguous.
+# Plans: launches for tensors of a given layout, or None if their rows are not contiguous.
 
 
 @planned
@@ -387,7 +388,7 @@ def _plan_dual(tensors: Sequence[Any], eps: float) -> tuple[Callable[..., None],
 def _forward(
     primals: Sequence[Any], tangents: Sequence[Any], first: int, last: int, eps: float
 ) -> Callable[..., None]:  # fmt: skip
-    """The launch for samples `first` to `last`; tangents are of these alone."""
+    """The launch for samples `first` to `last`; tangents cover only these samples."""
     _, tokens, width = primals[0].shape
     if not (last - first) * tokens:
         return nothing
@@ -423,7 +424,7 @@ def _plan_backward(tensors: Sequence[Any], eps: float) -> Callable[..., None] | 
 
 
 def _outputs(x: Tensor, y: Tensor | None, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """For x' and o, or their tangents."""
+    """Empty tensors for x' and o, or for their tangents."""
     x_out = x if y is None else empty_like(x)
     return x_out, empty_like(x, scale.dtype)
 
@@ -431,13 +432,13 @@ def _outputs(x: Tensor, y: Tensor | None, scale: Tensor) -> tuple[Tensor, Tensor
 def _check(
     x: Tensor, y: Tensor | None, gate: Tensor | None, shift: Tensor, scale: Tensor, *, prefix: str = ""
 ) -> tuple[Any, ...]:
-    """The arguments, tokens as (B, N, D); ValueError for what the kernels do not take."""
+    """The arguments, with tokens as (B, N, D); ValueError if the kernels do not support them."""
     if x.ndim not in (2, 3) or not 1 <= x.shape[-1] <= MAX_WIDTH or (x.ndim == 2 and len(x) % max(len(scale), 1)):
         raise ValueError(
             f"{prefix}x must be (B, N, D) or (B * N, D) with D from 1 to {MAX_WIDTH}, not of shape {tuple(x.shape)}"
         )
     if (y is None) != (gate is None):
-        raise ValueError(f"{prefix}y and {prefix}gate go together")
+        raise ValueError(f"{prefix}y and {prefix}gate must be given together")
     batch, width = len(scale) if x.ndim == 2 else len(x), x.shape[-1]
     for name, a, shape in (
         ("x", x, x.shape), ("y", y, x.shape), ("gate", gate, (batch, width)), ("shift", shift, (batch, width)),
@@ -461,34 +462,34 @@ def _rows(x: Any) -> Any:
 
 
 def _by_sample(x: Tensor, batch: int) -> Tensor:
-    """(B, N, D)."""
+    """Tokens as (B, N, D)."""
     return x if x.ndim == 3 else x.view(batch, len(x) // max(batch, 1), x.shape[1])
 
 
 def _strides(dims: int, *tensors: Tensor | None) -> list[int]:
-    """The first strides of each; zeros for what there is not."""
+    """The first `dims` strides of each tensor; zeros for a missing one."""
     return [0 if x is None else x.stride(i) for x in tensors for i in range(dims)]
 
 
-# Elements of a row that a lane holds, at most. So many fit into the registers, up to rows 4096 wide; and one warp has
-# the whole of a row of XL/2, whose sums then take no barrier. Times on a GPU: not measured yet.
+# Most elements of a row that a lane holds. They fit into the registers for rows up to 4096 wide. One warp holds a whole
+# row of XL/2, so its sums need no barrier. Times on a GPU: not measured yet.
 ELEMENTS = {"forward": 80, "dual": 40, "backward": 24}
 
 
 @lru_cache(maxsize=1024)
 def tile(kernel: str, width: int) -> dict[str, int]:
-    """Columns and warps of a kernel of this name, and the rows of a program where it takes more than one at a time."""
+    """Columns and warps for a kernel of this name, and the rows of a program if it takes several at a time."""
     head = 1 << (width.bit_length() - 1)
     warps = 1
     while True:
-        # A tail is four columns of each lane at least: fewer would be accesses of less than 8 bytes.
+        # A tail has at least four columns per lane: fewer would mean accesses of less than 8 bytes.
         tail = max(triton.next_power_of_2(width - head), 128 * warps) if width > head else 0
         if head + tail <= 32 * warps * ELEMENTS[kernel]:
             break
         warps *= 2
     shape = {"HEAD": head, "TAIL": tail, "num_warps": warps, "num_stages": 1}
     if kernel == "backward":
-        shape["maxnreg"] = min(255, 2048 // warps)  # left alone, the assembler would rather spill for one more program
+        shape["maxnreg"] = min(255, 2048 // warps)  # by default, the assembler spills to fit one more program
     else:
         shape["ROWS"] = 1 << ((32 * warps * ELEMENTS[kernel] // (head + tail)).bit_length() - 1)
     return shape

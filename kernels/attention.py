@@ -1,15 +1,15 @@
 """Softmax attention: primal forward, dual forward (output and tangent in one pass), and backward.
 
-O = P V with P = softmax(a Q K^T). With S' = a (Q' K^T + Q K'^T) the tangent is
+O = P V with P = softmax(a Q K^T). With S' = a (Q' K^T + Q K'^T), the tangent is
 O' = (P * S') V + P V' - rowsum(P * S') * O, and one accumulator holds (P * S') V + P V'.
 
-A head dim that is no power of two is split into a power of two and a tail padded to one (72 = 64 + 8 padded to 16),
-so that 72 costs 80 columns and not 128. Softmax runs in base 2 and float32. Strides are free; a layout that cannot be
+A head dim that is not a power of two is split into a power of two and a tail padded to one (72 = 64 + 8 padded to 16),
+so that 72 costs 80 columns, not 128. Softmax runs in base 2 and float32. Strides are free, but a layout that cannot be
 read 16 bytes at a time is copied first.
 
 float32 products are three TF32 products on the tensor cores, which keep float32's precision. Their operands, split in
-two, do not fit into the registers for long: scores are summed over 32 columns at a time, read anew for every tile, and
-a tail is padded to 32 columns or more.
+two, do not stay in registers: scores are summed over 32 columns at a time, read again for every tile, and a tail is
+padded to at least 32 columns.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ COLUMNS = tl.constexpr(32)  # of float32 operands at a time
 
 @triton.jit
 def _program(rows, BLOCK: tl.constexpr):
-    """Number of the head among all samples' heads, and the first row of this block.
+    """Index of the head among the heads of all samples, and the first row of this block.
 
-    One axis counts blocks and heads, since the others end at 65,535. Blocks of one head follow each other: they share
-    what they read in the L2 cache.
+    One axis counts both blocks and heads, because the others end at 65,535. Blocks of one head are adjacent, so that
+    they share what they read in the L2 cache.
     """
     blocks = tl.cdiv(rows, BLOCK)
     return (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks * BLOCK
@@ -60,7 +60,7 @@ def _program(rows, BLOCK: tl.constexpr):
 
 @triton.jit
 def _sequence(cu_seqlens, head, heads, rows):
-    """First row and number of rows of a head's sequence, where sequences follow each other in one sample."""
+    """First row and number of rows of a head's sequence, if sequences are concatenated in one sample."""
     if cu_seqlens is None:
         return 0, rows
     else:
@@ -70,7 +70,7 @@ def _sequence(cu_seqlens, head, heads, rows):
 
 @triton.jit
 def _row_values(x, head, heads, first, rows, cu_seqlens):
-    """Where the values of a head's rows begin in (B, H, N), or where sequences (H, n) follow each other."""
+    """Start of a head's row values in (B, H, N), or in the concatenated (H, n) of sequences."""
     if cu_seqlens is None:
         return x + head * rows
     else:
@@ -79,10 +79,10 @@ def _row_values(x, head, heads, first, rows, cu_seqlens):
 
 @triton.jit
 def _head(x, head, heads, stride_b, stride_h, stride_row, first=0, GROUP: tl.constexpr = 1):
-    """Where row `first` of a head begins, and the stride of rows; GROUP heads of queries share one of x.
+    """Start of row `first` of a head, and the stride of rows; GROUP query heads share one head of x.
 
-    Launchers see to it that rows begin at multiples of 16 bytes, but the compiler knows of an argument only whether it
-    is a multiple of 16. To divide and multiply shows it that strides are multiples of the elements in 16 bytes.
+    Launchers ensure that rows start at multiples of 16 bytes, but the compiler knows only whether an argument is a
+    multiple of 16. Dividing and multiplying shows it that strides are multiples of the elements in 16 bytes.
     """
     UNIT: tl.constexpr = 128 // x.dtype.element_ty.primitive_bitwidth
     offset = head // heads * (stride_b // UNIT) + head % heads // GROUP * (stride_h // UNIT)
@@ -91,10 +91,10 @@ def _head(x, head, heads, stride_b, stride_h, stride_row, first=0, GROUP: tl.con
 
 @triton.jit
 def _tile(base, rows, num_rows, stride_row, first, WIDTH: tl.constexpr, DIM: tl.constexpr, EVEN: tl.constexpr = False):
-    """Columns first to first + WIDTH of some rows, zero outside of the matrix (num_rows, DIM).
+    """Columns first to first + WIDTH of some rows, zero outside the matrix (num_rows, DIM).
 
     EVEN: all rows exist. Then nothing is masked, `first` is a constant, and columns beyond DIM repeat others of their
-    row. What they are multiplied by is zero, or the product is not stored.
+    row. Either they are multiplied by zero, or the product is not stored.
     """
     cols = tl.arange(0, WIDTH)
     if EVEN:
@@ -117,12 +117,12 @@ def _store(base, rows, num_rows, stride_row, value, FIRST: tl.constexpr, WIDTH: 
 
 @triton.jit
 def _dot(a, b, acc):
-    return tl.dot(a, b, acc, input_precision="tf32x3")  # which says nothing of operands in half precision
+    return tl.dot(a, b, acc, input_precision="tf32x3")  # has no effect on half precision
 
 
 @triton.jit
 def _dot_by_columns(a, a_rows, a_num, a_n, b, b_rows, b_num, b_n, acc, dim, DIM: tl.constexpr):
-    """acc + A B^T over some rows of each. `dim` is DIM, but no constant, or the loop would be unrolled and spill."""
+    """acc + A B^T over some rows of each. `dim` equals DIM but is not a constant: an unrolled loop would spill."""
     for first in range(0, dim, COLUMNS):
         a_tile = _tile(a, a_rows, a_num, a_n, first, COLUMNS, DIM)
         b_tile = _tile(b, b_rows, b_num, b_n, first, COLUMNS, DIM)
@@ -132,7 +132,7 @@ def _dot_by_columns(a, a_rows, a_num, a_n, b, b_rows, b_num, b_n, acc, dim, DIM:
 
 @triton.jit
 def _last_key(start, queries, keys, cu_q, BLOCK_M: tl.constexpr, CAUSAL: tl.constexpr):
-    """How many of the keys the queries from `start` on see; none where a sequence has ended."""
+    """How many keys the queries from `start` on see; none after the end of a sequence."""
     if CAUSAL:
         keys = tl.minimum(keys, start + BLOCK_M)
     if cu_q is not None:
@@ -142,7 +142,7 @@ def _last_key(start, queries, keys, cu_q, BLOCK_M: tl.constexpr, CAUSAL: tl.cons
 
 @triton.jit
 def _steps(start, queries, keys, cu_k, BLOCK_M: tl.constexpr, CAUSAL: tl.constexpr, GROUP: tl.constexpr):
-    """First and last step through the queries of GROUP heads, one after the other, that see keys from `start` on."""
+    """First and last step through the queries of GROUP heads, head by head, that see keys from `start` on."""
     low = 0
     if CAUSAL:
         low = start // BLOCK_M * BLOCK_M
@@ -156,7 +156,7 @@ def _steps(start, queries, keys, cu_k, BLOCK_M: tl.constexpr, CAUSAL: tl.constex
 
 @triton.jit
 def _step(step, low, high, GROUP: tl.constexpr):
-    """First query of a step, and which of the GROUP heads it belongs to."""
+    """First query of a step, and which of the GROUP heads the step belongs to."""
     if GROUP == 1:
         return step, 0
     else:
@@ -165,7 +165,7 @@ def _step(step, low, high, GROUP: tl.constexpr):
 
 @triton.jit
 def _member(x, member, stride_h, GROUP: tl.constexpr):
-    """Where the head begins that follows x's by `member`, in multiples of 16 bytes."""
+    """Start of the head that is `member` heads after x, in multiples of 16 bytes."""
     if GROUP == 1:
         return x
     else:
@@ -178,7 +178,7 @@ def _masked(
     s, rows, cols, queries, keys, mask, mask_m, mask_n,
     EVEN: tl.constexpr, CAUSAL: tl.constexpr, TRANSPOSED: tl.constexpr = False,
 ):  # fmt: skip
-    """Scores to base 2, -inf where a query does not see a key. EVEN: all keys exist. TRANSPOSED: keys by queries."""
+    """Scores to base 2, and -inf if a query does not see a key. EVEN: all keys exist. TRANSPOSED: keys by queries."""
     if mask is not None:
         at, exist = rows.to(tl.int64)[:, None] * mask_m + cols[None, :] * mask_n, (rows < queries)[:, None]
         seen = tl.load(mask + at, exist & (cols < keys)[None, :], 0)
@@ -209,10 +209,10 @@ def forward_kernel(
     DIM: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     EVEN: tl.constexpr, CAUSAL: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """Output and log-sum-exp; the output's tangent too where tangents are given, which are None otherwise.
+    """Output and log-sum-exp; with tangents (otherwise None), also the output's tangent.
 
-    Of the tangent, `mean`, rowsum(P * S'), where it is not None. The log-sum-exp of a row that sees no key is inf.
-    EVEN: keys are a multiple of BLOCK_N, so that none need be masked. GROUP: heads of queries that share one of keys.
+    `mean`, unless None, gets rowsum(P * S') of the tangent. The log-sum-exp of a row that sees no key is inf.
+    EVEN: keys are a multiple of BLOCK_N, so none need be masked. GROUP: query heads that share one head of keys.
     """
     head, start_m = _program(queries, BLOCK_M)
     first_m, queries = _sequence(cu_q, head, heads, queries)
@@ -271,7 +271,7 @@ def forward_kernel(
         s *= scale * LOG2_E
         s = _masked(s, rows, cols, queries, keys, mask, mask_m, mask_n, EVEN, CAUSAL)
         higher = tl.maximum(peak, tl.max(s, 1))
-        if mask is not None:  # -inf so far: differences of infinities are NaN
+        if mask is not None:  # the maximum may still be -inf: differences of infinities are NaN
             shrink = tl.exp2(peak - tl.where(higher == float("-inf"), 0.0, higher))
             p = tl.exp2(s - tl.where(higher == float("-inf"), 0.0, higher)[:, None])
         else:
@@ -334,9 +334,9 @@ def delta_kernel(
     heads, queries,
     DIM: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """What the softmax's backward takes of a row, in 8 bytes: its log-sum-exp to base 2, and rowsum(O * gradient of O).
+    """The row values for the softmax's backward, in 8 bytes: log-sum-exp to base 2, and rowsum(O * gradient of O).
 
-    The latter is the upper half of an int64, the former the lower.
+    They are the lower and the upper half of an int64.
     """
     head, start_m = _program(queries, BLOCK_M)
     first, queries = _sequence(cu_q, head, heads, queries)
@@ -356,7 +356,7 @@ def delta_kernel(
 
 @triton.jit
 def _row_stats(stats, rows, queries, other: tl.constexpr, EVEN: tl.constexpr):
-    """What `_pack` packed; beyond the last query `other`: INF is a log-sum-exp of infinity, so probability 0."""
+    """Row values from `_pack`. Rows beyond the last query get `other`; INF as log-sum-exp means probability 0."""
     both = tl.load(stats + rows) if EVEN else tl.load(stats + rows, mask=rows < queries, other=other)
     return both.to(tl.int32).to(tl.float32, bitcast=True), (both >> 32).to(tl.int32).to(tl.float32, bitcast=True)
 
@@ -370,9 +370,9 @@ def backward_kv_kernel(
     DIM: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     EVEN: tl.constexpr, CAUSAL: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of a block of keys and values, over all queries. EVEN: these are a multiple of BLOCK_M."""
+    """Gradients of a block of keys and values, over all queries. EVEN: queries are a multiple of BLOCK_M."""
     head, start_n = _program(keys, BLOCK_N)
-    head *= GROUP  # the first of those of queries
+    head *= GROUP  # the first of the query heads
     first_m, queries = _sequence(cu_q, head, heads, queries)
     first_n, keys = _sequence(cu_k, head, heads, keys)
     cols = start_n + tl.arange(0, BLOCK_N)
@@ -415,7 +415,7 @@ def backward_kv_kernel(
             if TAIL:
                 s = _dot(k2, q2.T, s)
                 gp = _dot(v2, go2.T, gp)
-        # Keys beyond the last may get any probability, also infinity: it stays in their rows, which are not stored.
+        # Keys beyond the last may get any probability, even infinity: it stays in their rows, which are not stored.
         row_lse, row_delta = _row_stats(stats + member * queries, rows, queries, INF, EVEN)
         s *= scale * LOG2_E
         mask_at = mask if mask is None else mask + member * mask_h
@@ -487,7 +487,7 @@ def backward_q_kernel(
                 s = _dot(q2, k2.T, s)
                 gp = _dot(go2, v2.T, gp)
         s *= scale * LOG2_E
-        # Keys beyond the last have score 0, whose probability overflows where the log-sum-exp is very negative.
+        # Keys beyond the last have score 0, whose probability overflows at a very negative log-sum-exp.
         s = _masked(s, rows, cols, queries, keys, mask, mask_m, mask_n, EVEN, CAUSAL)
         p = tl.exp2(s - row_lse[:, None])
         gs = (p * (gp - row_delta[:, None])).to(k1.dtype)
@@ -502,16 +502,16 @@ def backward_q_kernel(
 
 
 # ----------------------------------------------------------------------------
-# Launchers. They raise ValueError for arguments that the kernels cannot take, before anything is launched.
+# Launchers. They raise ValueError for arguments that the kernels do not support, before anything is launched.
 
 
 class Sequences(NamedTuple):
-    """Sequences of different lengths, one after the other in one sample (1, H, T, d); each sees its own keys alone."""
+    """Sequences of different lengths, concatenated in one sample (1, H, T, d); each sees only its own keys."""
 
     cu_q: Tensor
-    """(S + 1,) int32, on the device of q: the first query of each sequence, and last T"""
+    """(S + 1,) int32, on the device of q: the first query of each sequence, followed by T"""
     cu_k: Tensor
-    """the same of keys"""
+    """the same for keys"""
     longest_q: int
     longest_k: int
 
@@ -524,16 +524,16 @@ def forward(
 
     Args:
         q, k, v: float16, bfloat16 or float32, on one device, with any strides; d a multiple of 8 up to 128. G divides
-            H: H / G consecutive heads of queries share one of keys and values.
-        scale: of the scores; 1 / sqrt(d) if None.
-        is_causal: query i sees key j if i >= j, also where N is not M.
-        mask: broadcastable to (B, H, N, M); bool, true where a query sees a key, or a term of the scores, in the dtype
-            of q or float32. A row that sees no key gives zero.
-        sequences: of the tokens, where B is 1; not beside a mask.
+            H: each group of H / G consecutive query heads shares one head of keys and values.
+        scale: factor of the scores; None takes 1 / sqrt(d).
+        is_causal: query i sees key j if i >= j, even if N differs from M.
+        mask: broadcastable to (B, H, N, M); bool, true where a query sees a key, or a term added to the scores, in the
+            dtype of q or float32. A row that sees no key gives zero.
+        sequences: the tokens' sequences, if B is 1; excludes a mask.
 
     Returns:
-        o (B, H, N, d), stored as (B, N, H, d), and the log-sum-exp of the scores (B, H, N) float32, inf where a row
-        sees no key. Of sequences the latter is (H, n) for each, one after the other.
+        o (B, H, N, d), stored as (B, N, H, d), and the log-sum-exp of the scores (B, H, N) float32, inf for a row that
+        sees no key. For sequences the latter is the concatenated (H, n) of each.
     """
     seen, longest = _seen(mask, sequences)
     launch = _plan_forward((q, k, v, *seen), None, scale, is_causal, longest, *CONFIGS["forward"].values())
@@ -546,9 +546,11 @@ def forward(
 
 
 def forward_packed(qkv: Tensor, heads: int, tokens: int, qk: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """`forward` of qkv (B, N, 3 * H * d) or (B * N, 3 * H * d), its last dimension ordered (q, k, v), head, channel.
+    """`forward` for qkv (B, N, 3 * H * d) or (B * N, 3 * H * d), whose last dimension is ordered (q, k, v), head,
+    channel.
 
-    o is (B, N, H * d) or (B * N, H * d). A qk (B, N, 2 * H * d) or (B * N, 2 * H * d) has queries and keys instead.
+    o is (B, N, H * d) or (B * N, H * d). If given, qk (B, N, 2 * H * d) or (B * N, 2 * H * d) replaces queries and
+    keys.
     """
     packed = (qkv,) if qk is None else (qk, qkv)
     launch = _plan_forward((*packed, *_ALL), (heads, tokens), None, False, None, *CONFIGS["forward"].values())
@@ -563,17 +565,17 @@ def forward_dual(
     q: Tensor, k: Tensor, v: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, scale: float | None = None,
     is_causal: bool = False, mask: Tensor | None = None, sequences: Sequences | None = None, *, mean: bool = False,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """`forward`, with the tangents of the last K rows of the batch, K being theirs.
+    """Like `forward`, with tangents of the last K rows of the batch; the tangents' size gives K.
 
-    Leading rows take the primal kernel, trailing rows the dual one.
+    The first rows take the primal kernel, the last ones the dual kernel.
 
     Args:
-        q, k, v, scale, is_causal, mask, sequences: as `forward`.
+        q, k, v, scale, is_causal, mask, sequences: as in `forward`.
         dq: (K, H, N, d); dk, dv: (K, G, M, d), in the dtype of q.
-        mean: return rowsum(P * S') too.
+        mean: also return rowsum(P * S').
 
     Returns:
-        o, the log-sum-exp, and the tangent of o (K, H, N, d); rowsum(P * S') (K, H, N) float32 if asked for, which
+        o, the log-sum-exp, and the tangent of o (K, H, N, d); with `mean`, rowsum(P * S') (K, H, N) float32, which
         `backward_dual` reads.
     """
     inputs = q, k, v, dq, dk, dv
@@ -595,7 +597,7 @@ def forward_dual_packed(
     qkv: Tensor, dqkv: Tensor, heads: int, tokens: int, qk: Tensor | None = None, dqk: Tensor | None = None, *,
     mean: bool = False,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """`forward_dual` of qkv and qk as `forward_packed` takes them, with dqkv and dqk likewise of the last K samples."""
+    """`forward_dual` for qkv and qk as in `forward_packed`, with dqkv and dqk for the last K samples."""
     packed = (qkv,) if qk is None else (qk, qkv)
     along = (dqkv,) if dqk is None else (dqk, dqkv)
     inputs = (*packed, *along)
@@ -616,7 +618,7 @@ def backward(
     q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, go: Tensor, scale: float | None = None,
     is_causal: bool = False, mask: Tensor | None = None, sequences: Sequences | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of the primal, from go, the gradient of o, and what `forward` returned."""
+    """Gradients of the primal, from the gradient go of o and the results of `forward`."""
     inputs = q, k, v, o, go
     seen, longest = _seen(mask, sequences)
     plan = _plan_backward((*inputs, lse, *seen), None, scale, is_causal, longest, *_backward_configs())
@@ -631,9 +633,9 @@ def backward(
 def backward_packed(
     qkv: Tensor, o: Tensor, lse: Tensor, go: Tensor, heads: int, tokens: int, qk: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`backward`, for `forward_packed`; returns the gradients of qkv and of qk.
+    """`backward` for `forward_packed`; returns the gradients of qkv and qk.
 
-    Without a qk these are one. With one, the part of the first that belongs to queries and keys is left unwritten.
+    Without a qk, these are the same tensor. With one, the part of the first for queries and keys is not written.
     """
     packed = (qkv,) if qk is None else (qk, qkv)
     plan = _plan_backward((*packed, o, go, lse, *_ALL), (heads, tokens), None, False, None, *_backward_configs())
@@ -651,7 +653,7 @@ _Seen = tuple["Tensor | None", "Tensor | None", "Tensor | None"]
 
 
 def _seen(mask: Tensor | None, sequences: Sequences | None) -> tuple[_Seen, tuple[int, int] | None]:
-    """What kernels read of the keys that a query sees, and the longest sequences."""
+    """The kernels' arguments for which keys a query sees, and the longest sequences."""
     if sequences is None:
         return (mask, None, None), None
     if mask is not None:
@@ -660,13 +662,13 @@ def _seen(mask: Tensor | None, sequences: Sequences | None) -> tuple[_Seen, tupl
 
 
 # ----------------------------------------------------------------------------
-# Plans: launches for tensors of one layout, or None if it cannot be read 16 bytes at a time. The last three tensors are
-# the mask and the sequences. `packed` is None where queries, keys and values are tensors of their own, and heads and
-# tokens where they are parts of one, or of two: the second has the values, and its other parts are not read.
+# Plans: launches for tensors of a given layout, or None if it cannot be read 16 bytes at a time. The last three tensors
+# are the mask and the sequences. `packed` is None if queries, keys and values are separate tensors. Otherwise it holds
+# heads and tokens, and they are parts of one or two tensors: the second has the values; its other parts are not read.
 
 
 class _Problem(NamedTuple):
-    """Sizes, and what else kernels take of it; `samples` are sequences where there are any."""
+    """Sizes and other arguments of the kernels; with sequences, these are the `samples`."""
 
     samples: int
     heads: int
@@ -675,19 +677,19 @@ class _Problem(NamedTuple):
     dim: int
     scale: float
     mask: tuple[int, ...]
-    """strides, zero without a mask"""
+    """strides; zero without a mask"""
     constants: dict[str, Any]
     dense: bool
-    """samples are of one length, that of the tensors"""
+    """whether all samples have the length of the tensors"""
     tiles: tuple[str, str]
-    """which of a kernel's configurations fits, and which instead of it if there is one"""
+    """the kernel's configuration, and one that replaces it if it exists"""
 
     @property
     def scalars(self) -> tuple[Any, ...]:
         return *self.mask, self.heads, self.queries, self.keys, self.dim, self.scale
 
     def strides(self, *parts: _Part) -> list[int]:
-        """Strides of samples, heads and rows. Sequences lie in one sample."""
+        """Strides of samples, heads and rows. Sequences are in one sample."""
         return [step for p in parts for step in (p.heads.stride(0) if self.dense else 0, *p.heads.stride()[1:3])]
 
     def config(self, configs: dict[str, Config]) -> Config:
@@ -739,7 +741,7 @@ def _plan_dual(
     tensors: tuple[Tensor, ...], packed: tuple[int, int] | None, scale: float | None, is_causal: bool,
     longest: tuple[int, int] | None, *_: Config,
 ) -> tuple[Callable[..., None], Callable[..., None]] | None:  # fmt: skip
-    """For leading rows, which have no tangent, and for trailing ones."""
+    """Launches for the first rows, without a tangent, and for the last ones."""
     half = (len(tensors) - 3) // 2
     primals, tangents = _parts(tensors[:half], packed), _parts(tensors[half:-3], packed)
     problem = _problem(primals, tensors[-3:], scale, is_causal, longest)
@@ -757,7 +759,7 @@ def _plan_dual(
 def _forward(
     primals: Sequence[_Part], tangents: Sequence[_Part], first: int, last: int, problem: _Problem
 ) -> Callable[..., None]:
-    """The launch for rows `first` to `last`; tangents are of these alone. o and its tangent are (B, N, H, d)."""
+    """The launch for rows `first` to `last`; tangents cover only these. o and its tangent are (B, N, H, d)."""
     _, heads, tokens, dim = primals[0].heads.shape
     if not (last - first) * heads * tokens:
         return nothing
@@ -766,7 +768,7 @@ def _forward(
     config = problem.config(CONFIGS["dual" if tangents else "forward"])
     of_output = (tokens * heads * dim, dim, heads * dim)
     dense = (of_output[0] if problem.dense else 0, *of_output[1:])
-    # Strides of what is not there are never read.
+    # Strides of missing tensors are never read.
     strides = [*problem.strides(*primals, *(tangents or primals)), *dense, *dense]
     starts = [p.start + first * p.heads.stride(0) for p in primals]
     along = [p.start for p in tangents] or [0, 0, 0]
@@ -779,7 +781,7 @@ def _forward(
 
 
 def _zero_outputs(first: int, last: int, *tensors: Tensor | None) -> None:
-    """What a launch does where there are no keys."""
+    """The result of a launch without keys."""
     o, do, lse, mean = tensors[6:10]
     assert o is not None
     assert lse is not None
@@ -795,7 +797,7 @@ def _plan_backward(
     tensors: tuple[Tensor, ...], packed: tuple[int, int] | None, scale: float | None, is_causal: bool,
     longest: tuple[int, int] | None, *_: Config,
 ) -> Callable[..., None] | None:  # fmt: skip
-    """For q, k, v, o, go, lse, the mask, sequences, and the gradients of q, k and v, which are dense."""
+    """For q, k, v, o, go, lse, the mask, sequences, and the dense gradients of q, k and v."""
     inputs, (o, go) = tensors[:-6], tensors[-6:-4]
     parts = _parts(inputs, packed)
     problem = _problem(parts, tensors[-3:], scale, is_causal, longest)
@@ -846,7 +848,7 @@ def _zero_gradients(*tensors: Tensor) -> None:
 
 
 class _Part(NamedTuple):
-    """Heads (B, H, N, d), and the element of their tensor at which they begin."""
+    """Heads (B, H, N, d), and the element of their tensor at which they start."""
 
     heads: Tensor
     start: int
@@ -878,7 +880,7 @@ def check_arguments(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"q must be (B, H, N, d), not of shape {tuple(q.shape)}")
     batch, heads, _, dim = q.shape
     if dim % 8 or not 8 <= dim <= 128:
-        raise ValueError(f"q has head dim {dim}; accepted are multiples of 8 from 8 to 128")
+        raise ValueError(f"q has head dim {dim}; it must be a multiple of 8 from 8 to 128")
     check_dtype("q", q)
     if k.ndim != 4 or (k.shape[0], k.shape[3]) != (batch, dim) or heads % max(k.shape[1], 1):
         raise ValueError(
@@ -901,9 +903,9 @@ def check_mask(mask: Tensor, q: Tensor, keys: int) -> Tensor:
 
 
 def check_sequences(cu_q: Tensor, cu_k: Tensor, q: Tensor) -> int:
-    """How many sequences there are. What stands in cu_q and cu_k is not read."""
+    """The number of sequences. The values in cu_q and cu_k are not read."""
     if len(q) != 1:
-        raise ValueError(f"sequences lie one after the other in one sample, and q has {len(q)}")
+        raise ValueError(f"sequences must be concatenated in one sample; q has {len(q)}")
     for name, x in (("cu_q", cu_q), ("cu_k", cu_k)):
         if x.dtype != torch.int32 or x.ndim != 1 or x.shape != cu_q.shape or not len(x) or not x.is_contiguous():
             raise ValueError(f"{name} must be int32 of shape (S + 1,), not {x.dtype} of shape {tuple(x.shape)}")
@@ -962,7 +964,7 @@ def _generation(x: Tensor) -> str:
 
 
 def tile_class(dim: int, dtype: torch.dtype) -> str:
-    """Which configuration fits: by the columns that a row occupies and the bytes of an element."""
+    """Which configuration applies, from the columns that a row occupies and the bytes of an element."""
     if dtype == torch.float32:
         return "float32"
     columns = sum(widths(dim))

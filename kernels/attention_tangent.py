@@ -7,7 +7,7 @@ D = S' - r and A = H V^T - c: gS' = P * A and gS = P * (G V^T + H V'^T + A * D -
     gK = a (gS^T Q + gS'^T Q')          gK' = a gS'^T Q
     gQ = a (gS K + gS' K')              gQ' = a gS' K
 
-All sums of a row come from what the forward saved, so no pass is needed for them, and nothing is added up by atomics:
+All row sums come from what the forward saved, so no pass is needed for them. Nothing is added with atomics, so
 gradients repeat bit for bit. Names, blocks and tiles are those of `attention`.
 """
 
@@ -78,7 +78,7 @@ def _scores(acc, a, b, dim, DIM: tl.constexpr, TAIL: tl.constexpr):
 
 @triton.jit
 def _product(head, tail, p, b, TAIL: tl.constexpr):
-    """P B added to its first columns and the others."""
+    """P B, added to its first columns and to the rest."""
     head = _dot(p, b[4], head)
     if TAIL:
         tail = _dot(p, b[5], tail)
@@ -99,7 +99,7 @@ def delta_dual_kernel(
     heads, queries,
     DIM: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """Two values of a row in 8 bytes each: its log-sum-exp to base 2 and c; r and delta; the log-sum-exp and r."""
+    """Two row values in 8 bytes each time: log-sum-exp to base 2 and c; r and delta; log-sum-exp and r."""
     head, start_m = _program(queries, BLOCK_M)
     first, queries = _sequence(cu_q, head, heads, queries)
     rows = start_m + tl.arange(0, BLOCK_M)
@@ -135,14 +135,14 @@ def backward_kv_kernel(
     DIM: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     EVEN: tl.constexpr, CAUSAL: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of a block of keys, of values and of their tangents, but for those that are None.
+    """Gradients of a block of keys, of values and of their tangents, except those that are None.
 
-    `stats` and `dstats` are those of `delta_dual_kernel`; for values alone `stats` are its `vstats`: whatever is read
-    of a row is read 8 bytes at a time.
+    `stats` and `dstats` are those of `delta_dual_kernel`; for values alone, `stats` is its `vstats`, so that every read
+    of a row value is 8 bytes wide.
     """
     SCORES: tl.constexpr = gk is not None or gdk is not None
     head, start_n = _program(keys, BLOCK_N)
-    head *= GROUP  # the first of those of queries
+    head *= GROUP  # the first of the query heads
     first_m, queries = _sequence(cu_q, head, heads, queries)
     first_n, keys = _sequence(cu_k, head, heads, keys)
     cols = start_n + tl.arange(0, BLOCK_N)
@@ -237,7 +237,7 @@ def backward_q_kernel(
     DIM: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     EVEN: tl.constexpr, CAUSAL: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of a block of queries and of their tangents, but for one that is None, over all keys."""
+    """Gradients of a block of queries and of their tangents, except one that is None, over all keys."""
     head, start_m = _program(queries, BLOCK_M)
     first_m, queries = _sequence(cu_q, head, heads, queries)
     first_n, keys = _sequence(cu_k, head, heads, keys)
@@ -308,11 +308,11 @@ def backward_dual(
     """Gradients of q, k, v and of their tangents, from those of the output and of its tangent.
 
     Args:
-        q, k, v, dq, dk, dv, scale, is_causal, mask, sequences: as `attention.forward_dual` takes them; every sample has
-            a tangent.
-        o, lse, do, mean: what it returned.
+        q, k, v, dq, dk, dv, scale, is_causal, mask, sequences: as in `attention.forward_dual`; every sample has a
+            tangent.
+        o, lse, do, mean: its results.
         go, gdo: gradients of o and do (B, H, N, d), in the dtype of q.
-        gradients: where to write them, of the shape and dtype of q, k, v, dq, dk, dv; rows of multiples of 16 bytes.
+        gradients: tensors to write to, like q, k, v, dq, dk, dv, with rows of multiples of 16 bytes.
     """
     inputs = q, k, v, dq, dk, dv, o, do, go, gdo
     if gradients is None:

@@ -1,6 +1,6 @@
 """Bias and GELU (tanh form) in one pass: primal, dual, and a backward that recomputes.
 
-o = gelu(x + b);  do = gelu'(x + b) * dx. Nothing is stored but x, which the product before it made.
+o = gelu(x + b);  do = gelu'(x + b) * dx. Only x is stored, which the preceding product has written anyway.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from torch import Tensor
 from mfengine.kernels.launch import Config, Launch, check_device, check_dtype, empty_like, nothing, planned
 from mfengine.kernels.sums import sum_parts
 
-BLOCK_ROWS, BLOCK_COLS = 8, 512  # which divides 4 * 1152
-ROWS_PER_PROGRAM = 64  # of the backward, which adds up the bias's gradient over so many rows before writing
+BLOCK_ROWS, BLOCK_COLS = 8, 512  # 512 divides 4 * 1152
+ROWS_PER_PROGRAM = 64  # in the backward: a program sums the bias's gradient over this many rows before it writes
 
 
 @triton.jit
 def _gelu_and_slope(x):
     """gelu(x) = x P and its derivative, P + P (1 - P) x i', with i = 2 c (x + 0.044715 x^3), P = 1 / (1 + exp(-i)).
 
-    P is (1 + tanh(i / 2)) / 2. The exponential to base 2 and the polynomials in x^2 take the fewest instructions.
+    P is (1 + tanh(i / 2)) / 2. An exponential to base 2 and polynomials in x^2 take the fewest instructions.
     """
     TWO_C: tl.constexpr = 1.5957691216057308  # c = sqrt(2 / pi)
     LOG2_E: tl.constexpr = 1.4426950408889634
@@ -35,7 +35,7 @@ def _gelu_and_slope(x):
 
 @triton.jit
 def forward_kernel(x, bias, dx, o, do, rows, width, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """Dual if there is a dx: without, dx and do are None."""
+    """A dual if there is a dx; otherwise dx and do are None."""
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     cols = tl.program_id(1) * COLS + tl.arange(0, COLS)
     mask = (row < rows)[:, None] & (cols < width)[None, :]
@@ -52,7 +52,7 @@ def forward_kernel(x, bias, dx, o, do, rows, width, ROWS: tl.constexpr, COLS: tl
 def backward_kernel(
     x, bias, go, gx, sums, rows, width, STEPS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
 ):  # fmt: skip
-    """`sums` (parts, width): this part's gradient of the bias."""
+    """`sums` (parts, width) gets this part's gradient of the bias."""
     cols = tl.program_id(1) * COLS + tl.arange(0, COLS)
     b = tl.load(bias + cols, mask=cols < width, other=0.0).to(tl.float32)
     gbias = tl.zeros((ROWS, COLS), tl.float32)
@@ -68,7 +68,7 @@ def backward_kernel(
 
 
 # ----------------------------------------------------------------------------
-# Launchers. They raise ValueError for arguments that the kernels cannot take, before anything is launched.
+# Launchers. They raise ValueError for arguments that the kernels do not support, before anything is launched.
 
 
 def forward(x: Tensor, bias: Tensor) -> Tensor:
@@ -80,7 +80,7 @@ def forward(x: Tensor, bias: Tensor) -> Tensor:
 
 
 def forward_dual(x: Tensor, bias: Tensor, dx: Tensor) -> tuple[Tensor, Tensor]:
-    """`forward`, with the tangent of the last K rows of x's first dimension, from theirs, dx (K, ..., F)."""
+    """Like `forward`, with the tangent of the last K entries of x's first dimension, from dx (K, ..., F)."""
     lead, tail = _plan_dual((x, bias, dx), CONFIGS["forward"], CONFIGS["dual"])
     o, do = empty_like(x), empty_like(dx)
     lead(x, bias, None, o, None)
@@ -89,7 +89,7 @@ def forward_dual(x: Tensor, bias: Tensor, dx: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def backward(x: Tensor, bias: Tensor, go: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of x and of bias, in their dtypes, from that of the output."""
+    """Gradients of x and bias, in their dtypes, from that of the output."""
     go = go.contiguous()
     launch, parts = _plan_backward((x, bias, go), CONFIGS["backward"])
     gx = empty_like(x)
@@ -121,7 +121,7 @@ def _plan_dual(
 
 
 def _forward(x: Tensor, bias: Tensor, first: int, last: int, config: Config) -> Callable[..., None]:
-    """The launch for `first` to `last` of x's first dimension."""
+    """The launch for entries `first` to `last` of x's first dimension."""
     width, start = bias.shape[0], first * x.stride(0)
     rows = (last - first) * x[0].numel() // width if last > first else 0
     if not rows:
@@ -134,7 +134,7 @@ def _forward(x: Tensor, bias: Tensor, first: int, last: int, config: Config) -> 
 
 @planned
 def _plan_backward(tensors: tuple[Tensor, Tensor, Tensor], config: Config) -> tuple[Callable[..., None], int]:
-    """The launch, and how many parts there are of the bias's gradient."""
+    """The launch, and the number of parts of the bias's gradient."""
     x, bias, go = tensors
     check_arguments(x, bias)
     if go.shape != x.shape:
@@ -165,5 +165,5 @@ def check_arguments(x: Tensor, bias: Tensor, prefix: str = "") -> None:
 CONFIGS = {
     "forward": Config(num_warps=4, num_stages=1),
     "dual": Config(num_warps=4, num_stages=1),
-    "backward": Config(num_warps=4, num_stages=1, maxnreg=128),  # or the assembler rather spills for one more program
+    "backward": Config(num_warps=4, num_stages=1, maxnreg=128),  # by default, the assembler spills for one more program
 }

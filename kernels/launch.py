@@ -1,4 +1,4 @@
-"""What launchers share: the launch itself, configurations, and checks of arguments before anything is launched."""
+"""Shared parts of launchers: the launch itself, configurations, and checks of arguments before anything is launched."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-MAX_PLANS = 4096  # of one function: batches come in many sizes
+MAX_PLANS = 4096  # per function: batches have many sizes
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -32,18 +32,18 @@ class Config:
 
 
 class Launch:
-    """A launch of a kernel of which all is known but where its tensors lie.
+    """A launch of a kernel, prepared for all but the addresses of its tensors.
 
-    Triton looks at each argument in every call to find out which code it needs: 20 us of the host for 40 arguments. Of
-    these, pointers alone can change, and of a pointer it matters whether it is a multiple of 16 bytes. So Triton looks
-    once for each pattern of such pointers; later calls give addresses to what it compiled.
+    Triton inspects every argument in every call to find the right code: 20 us of the host for 40 arguments. Here only
+    pointers change from call to call, and only their alignment to 16 bytes matters. So Triton inspects the arguments
+    once for each pattern of alignments; later calls pass addresses to the compiled code.
 
     Args:
         kernel: a Triton kernel whose parameters are pointers, then scalars, then compile-time constants.
         grid: programs on each axis. Axes 1 and 2 end at 65,535.
         scalars: integers and floats, in the order of the parameters.
         constants: compile-time constants, and Triton's options.
-        starts: of each pointer, the element of the tensor that it points to; 0 for those that are not named.
+        starts: for each pointer, the element of the tensor that it points to; 0 for omitted ones at the end.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class Launch:
         self._device: torch.device | None = None
 
     def __call__(self, *tensors: Tensor | None) -> None:
-        """Launch on tensors, or None, of always the same layouts and device."""
+        """Launch on tensors, or None, with the same layouts and device in every call."""
         if not self._bytes:
             self._look_at(tensors)
         pointers: list[int | None] = []
@@ -77,7 +77,7 @@ class Launch:
         if self._device is None or self._device.index == torch.cuda.current_device():
             self._launch(odd, pointers, tensors)
         else:
-            with torch.cuda.device(self._device):  # Triton launches on the current one
+            with torch.cuda.device(self._device):  # Triton launches on the current device
                 self._launch(odd, pointers, tensors)
 
     def _look_at(self, tensors: Sequence[Tensor | None]) -> None:
@@ -86,7 +86,7 @@ class Launch:
         self._device = like.device if like.is_cuda else None
         names = self.kernel.arg_names[len(tensors) + len(self.scalars) :]
         self._rest = (*self.scalars, *(self.constants[name] for name in names))
-        # Last: another thread may have begun to launch as soon as it is there.
+        # Assigned last: as soon as it is set, another thread may launch.
         self._bytes = [0 if x is None else start * x.element_size() for x, start in zip(tensors, starts, strict=True)]
 
     def _launch(self, odd: int, pointers: Sequence[int | None], tensors: Sequence[Tensor | None]) -> None:
@@ -101,7 +101,7 @@ class Launch:
 
 
 def forget_plans() -> None:
-    """For another driver of Triton's, which compiles anew."""
+    """Drop all plans, for a different Triton driver, which compiles again."""
     for plans in _all_plans:
         plans.clear()
 
@@ -111,7 +111,7 @@ def _at(x: Tensor | None, start: int) -> Tensor | None:
 
 
 def empty_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """An empty contiguous tensor of x's shape and device."""
+    """An empty contiguous tensor with x's shape and device."""
     return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
 
 
@@ -124,9 +124,9 @@ _all_plans: list[dict[Any, Any]] = []
 
 
 def planned(make: Callable[..., Plan]) -> Callable[..., Plan]:
-    """Cache what a function of tensors returns, by their layouts: it depends on nothing else of them.
+    """Cache a function of tensors by their layouts, which must determine its result.
 
-    It is called as (tensors, *others), tensors a tuple of tensors or None. What it raises is not cached.
+    The function is called as (tensors, *others), where tensors is a tuple of tensors or None. Errors are not cached.
     """
     plans: dict[Any, Plan] = {}
     _all_plans.append(plans)
@@ -147,13 +147,13 @@ def planned(make: Callable[..., Plan]) -> Callable[..., Plan]:
 
 
 def aligned(x: Tensor) -> Tensor:
-    """x (B, H, N, d) as attention's kernels take it, or a copy."""
+    """x (B, H, N, d), or a copy in a layout that the attention kernels support."""
     return x if readable(x) and not misaligned(x) else x.clone(memory_format=torch.contiguous_format)
 
 
 def readable(x: Tensor) -> bool:
-    """Whether rows of x (B, H, N, d) lie 16 bytes apart or a multiple, and are contiguous, and whether offsets within a
-    head are below 2^31.
+    """Whether rows of x (B, H, N, d) are contiguous and a multiple of 16 bytes apart, and offsets within a head are
+    below 2^31.
     """
     *steps, last = x.stride()
     unit = 16 // x.element_size()
@@ -161,12 +161,12 @@ def readable(x: Tensor) -> bool:
 
 
 def misaligned(*tensors: Tensor) -> bool:
-    """Whether any does not begin at a multiple of 16 bytes."""
+    """Whether any tensor starts at an address that is not a multiple of 16 bytes."""
     return any(x.data_ptr() & 15 for x in tensors)
 
 
 def widths(dim: int, least: int = 16) -> tuple[int, int]:
-    """A head dim as a power of two and a tail padded to one; `least` columns are the fewest of a tail."""
+    """A head dim as a power of two plus a tail padded to one; a tail has at least `least` columns."""
     head = max(16, 1 << (dim.bit_length() - 1))
     rest = dim - head
     return head, max(least, 1 << (rest - 1).bit_length()) if rest > 0 else 0
@@ -174,7 +174,7 @@ def widths(dim: int, least: int = 16) -> tuple[int, int]:
 
 def check_dtype(name: str, x: Tensor) -> None:
     if x.dtype not in DTYPES:
-        raise ValueError(f"{name} is {x.dtype}; accepted are float16, bfloat16 and float32")
+        raise ValueError(f"{name} is {x.dtype}; it must be float16, bfloat16 or float32")
 
 
 def check_like(name: str, x: Tensor, shape: Sequence[int], like: Tensor) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 MAX_AVERAGES = 8
-CHUNK = 16384  # elements that one block works on
+CHUNK = 16384  # elements per block
 INTERFACE = 1  # MFENGINE_INTERFACE of multi_tensor.h
 GRAD_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 LIBRARY = Path(__file__).with_name("libmfengine_cuda.so")
@@ -40,22 +40,22 @@ class _Config(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Row:
-    """A parameter and what belongs to it: on one device, dense, of the same strides, float32 but for grad, copy."""
+    """A parameter with its gradient and state: dense, on one device, with the same strides, float32 unless noted."""
 
     param: Tensor
-    grad: Tensor | None  # float32 or bfloat16; without one, averages and copy follow the parameter all the same
+    grad: Tensor | None  # float32 or bfloat16; without one, averages and copy still follow the parameter
     exp_avg: Tensor
     exp_avg_sq: Tensor
-    step: Tensor  # () the number of this step, from 1
+    step: Tensor  # () number of this step, from 1
     averages: list[Tensor]
     copy: Tensor | None  # bfloat16
 
 
 class Library:
-    """The built library.
+    """The compiled library.
 
     Raises:
-        OSError: it cannot be loaded, or is of another version.
+        OSError: it cannot be loaded, or was built from another version.
     """
 
     def __init__(self, path: Path) -> None:
@@ -65,20 +65,20 @@ class Library:
         if hasattr(lib, "mfengine_interface"):
             lib.mfengine_interface(agreed)
         if list(agreed) != [TENSOR.itemsize, ctypes.sizeof(_Config), CHUNK, INTERFACE]:
-            raise OSError(f"built from other sources than these: install mfengine again ({path.name})")
+            raise OSError(f"{path.name} was built from a different version: install mfengine again")
         lib.mfengine_device.restype = lib.mfengine_error.restype = ctypes.c_char_p
         self.device: str = lib.mfengine_device().decode()
-        """type of the devices whose tensors it takes"""
+        """device type of the tensors that it takes"""
 
     def why_not(self) -> str | None:
-        """Why the current device cannot be used, or None."""
+        """Why the current device is unavailable; None if it is available."""
         if self.device == "cuda" and not torch.cuda.is_available():
             return "PyTorch finds no GPU"
         if code := self._lib.mfengine_ready():
             return str(self._lib.mfengine_error(code).decode())
         oldest = self._lib.mfengine_oldest()
         if oldest and (capability := torch.cuda.get_device_capability()) < divmod(oldest, 10):
-            return f"built for sm_{oldest} and later, this GPU is sm_{capability[0]}{capability[1]}"
+            return f"it was built for sm_{oldest} and later; this GPU is sm_{capability[0]}{capability[1]}"
         return None
 
     def adamw_ema(
@@ -97,16 +97,16 @@ class Library:
 
         Args:
             rows: the parameters.
-            lr, betas, eps, weight_decay: of AdamW.
-            decays: of the averages of each row.
-            grad_scale: () float32 on the device, a factor of the gradients, or None.
+            lr, betas, eps, weight_decay: settings of AdamW.
+            decays: decays of each row's averages.
+            grad_scale: () float32 on the device, a factor for the gradients, or None.
             skip: () float32 on the device; if it is not 0, nothing is written. Or None.
 
         Raises:
             RuntimeError: the launch failed.
         """
         for dtype, code in GRAD_DTYPES.items():
-            # Rows without a gradient go with the float32 ones.
+            # Rows without a gradient join the float32 ones.
             part = [row for row in rows if (torch.float32 if row.grad is None else row.grad.dtype) == dtype]
             if not part:
                 continue
@@ -122,10 +122,10 @@ class Library:
             self._call(self._lib.mfengine_adamw_ema, table, part[0].param.device, *arguments)
 
     def sum_of_squares(self, grads: list[Tensor]) -> Tensor:
-        """Sum of the squares of all elements, the same bits each time.
+        """Sum of the squares of all elements, with the same bits in every call.
 
         Args:
-            grads: at least one; dense, all float32 or all bfloat16, on one device.
+            grads: at least one; all dense, all float32 or all bfloat16, on one device.
 
         Returns:
             () float64 on the device.
@@ -164,12 +164,12 @@ def library() -> Library:
         OSError: it was not built, or cannot be loaded.
     """
     if not LIBRARY.is_file():
-        raise OSError("not built: mfengine was installed where no nvcc was found, or with MFENGINE_CUDA=0")
+        raise OSError("not built: mfengine was installed without nvcc, or with MFENGINE_CUDA=0")
     return Library(LIBRARY)
 
 
 def bytes_moved(row: Row) -> int:
-    """Bytes of memory that one step of AdamW reads and writes for a parameter, each counted once."""
+    """Bytes that one step of AdamW reads and writes for a parameter, each counted once."""
     moved = 4 + sum(2 * 4 for _ in row.averages) + (0 if row.copy is None else row.copy.element_size())
     if row.grad is not None:
         moved += row.grad.element_size() + 4 + 2 * (4 + 4)  # gradient, new parameter, both moments

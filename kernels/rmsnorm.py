@@ -2,8 +2,8 @@
 
 x' = x + g * y;  n = x' / rms with rms = sqrt(mean(x'^2) + eps);  o = n * w.
 Tangent: dx' = dx + g * dy + dg * y;  dn = (dx' - n * mean(n * dx')) / rms;  do = dn * w + n * dw.
-g and w are shared by all rows; without a residual, x' is x. Everything is computed in float32. Nothing is stored but
-x', and sums over rows have a fixed order.
+All rows share g and w; without a residual, x' is x. Everything is computed in float32. Only x' is stored, and sums over
+rows have a fixed order.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from mfengine.kernels.launch import Launch, check_device, check_dtype, empty_lik
 from mfengine.kernels.sums import sum_parts
 
 MAX_WIDTH = 8192
-PROGRAM = 16384  # elements of a program of the backward, which adds up gradients over its rows before writing
+PROGRAM = 16384  # elements per program of the backward, which sums gradients over its rows before it writes
 
 
 @triton.jit
 def _columns(width, BLOCK: tl.constexpr):
-    """Column numbers (1, BLOCK), and which of them exist. A lane takes four, whatever the dtype.
+    """Column numbers (1, BLOCK), and which of them exist. A lane takes four columns for every dtype.
 
-    The compiler would give half precision eight, and move rows between the two layouts through shared memory.
+    The compiler would choose eight for half precision, and move rows between the two layouts through shared memory.
     """
     cols = tl.max_contiguous(tl.arange(0, BLOCK), 4)[None, :]
     return cols, cols < width
@@ -56,7 +56,8 @@ def forward_kernel(
     rows, units, eps,
     UNIT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Dual if there is a dx, with a residual if there is a y: what there is not is None. dgate and dweight may be None.
+    """A dual if there is a dx, with a residual if there is a y. Missing tensors are None, and dgate, dweight may be
+    None.
 
     The width is units * UNIT, which tells Triton that rows of 72 are aligned.
     """
@@ -94,9 +95,9 @@ def backward_kernel(
     x_ptr, y_ptr, gate_ptr, weight_ptr, gx_out_ptr, go_ptr, gx_ptr, gy_ptr, sums_ptr, rows, units, eps,
     STEPS: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """x is x' of the forward. `sums` (parts, 1 or 2, width): this part's gradients of the weight and the gate.
+    """x is the forward's x'. `sums` (parts, 1 or 2, width) gets this part's gradients of the weight and the gate.
 
-    Without a gx_out, x' has no gradient but that through o.
+    Without a gx_out, x' has a gradient only through o.
     """
     width = units * UNIT
     cols, inside = _columns(width, BLOCK)
@@ -132,22 +133,22 @@ def backward_kernel(
 
 
 # ----------------------------------------------------------------------------
-# Launchers. `y` and `gate` are both given, or both None: then there is no residual, and x' is x.
-# They raise ValueError for arguments that the kernels cannot take, before anything is launched.
+# Launchers. `y` and `gate` are given together; without them there is no residual, and x' is x.
+# They raise ValueError for arguments that the kernels do not support, before anything is launched.
 
 
 def forward(
     x: Tensor, y: Tensor | None, gate: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Residual stream, and its rows over their root mean squares, times the weight.
+    """Residual stream, and its rows divided by their root mean squares, times the weight.
 
     Args:
-        x, y: (..., D), gate, weight: (D,); float16, bfloat16 or float32, each its own, contiguous. D is at most 8192.
+        x, y: (..., D); gate, weight: (D,). Each is float16, bfloat16 or float32, contiguous. D is at most 8192.
         eps: added to the mean square.
-        dtype: of o.
+        dtype: dtype of o.
 
     Returns:
-        x', of x's shape and dtype, which is x itself without a residual, and o, of its shape.
+        x', in x's shape and dtype (x itself without a residual), and o, in the same shape.
     """
     launch = _plan_forward((x, y, gate, weight), eps)
     x_out, o = _outputs(x, y, dtype)
@@ -159,10 +160,10 @@ def forward_dual(
     x: Tensor, y: Tensor | None, gate: Tensor | None, weight: Tensor,
     dx: Tensor, dy: Tensor | None, dgate: Tensor | None, dweight: Tensor | None, eps: float, dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """`forward`, with the tangents of the last K rows of x's first dimension.
+    """Like `forward`, with the tangents of the last K entries of x's first dimension.
 
     Args:
-        x, y, gate, weight, eps, dtype: as `forward`.
+        x, y, gate, weight, eps, dtype: as in `forward`.
         dx, dy: (K, ..., D); dgate, dweight: (D,), or None for zero.
 
     Returns:
@@ -180,7 +181,7 @@ def forward_dual(
 def backward(
     x_out: Tensor, y: Tensor | None, gate: Tensor | None, weight: Tensor, gx_out: Tensor | None, go: Tensor, eps: float
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
-    """Gradients of x, y, gate and weight, in their dtypes, from those of x' (None is zero) and of o, all contiguous."""
+    """Gradients of x, y, gate and weight, in their dtypes, from contiguous gradients of x' (None is zero) and o."""
     launch, parts = _plan_backward((x_out, y, gate, weight, gx_out, go), eps)
     gx, gweight = empty_like(x_out), empty_like(weight)
     gy, ggate = (None if x is None else empty_like(x) for x in (y, gate))
@@ -212,7 +213,7 @@ def _plan_dual(tensors: Sequence[Any], eps: float) -> tuple[Callable[..., None],
 
 
 def _forward(x: Tensor, width: int, kernel: str, start: int, eps: float) -> Callable[..., None]:
-    """The launch for as many rows as x has, which begin at an element of their tensor; tangents are of these alone."""
+    """The launch for as many rows as x has, starting at element `start` of the tensors; tangents cover only these."""
     rows = x.numel() // width
     if not rows:
         return nothing
@@ -225,7 +226,7 @@ def _forward(x: Tensor, width: int, kernel: str, start: int, eps: float) -> Call
 
 @planned
 def _plan_backward(tensors: Sequence[Any], eps: float) -> tuple[Callable[..., None], int]:
-    """The launch, and how many parts there are of the gradients of gate and weight."""
+    """The launch, and the number of parts of the gradients of gate and weight."""
     x, y, gate, weight, gx_out, go = tensors
     check_arguments(x, y, gate, weight)
     for gradient in (gx_out, go):
@@ -241,13 +242,13 @@ def _plan_backward(tensors: Sequence[Any], eps: float) -> tuple[Callable[..., No
 
 
 def _outputs(x: Tensor, y: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """For x' and o, or their tangents."""
+    """Empty tensors for x' and o, or for their tangents."""
     return x if y is None else empty_like(x), empty_like(x, dtype)
 
 
 def check_arguments(x: Tensor, y: Tensor | None, gate: Tensor | None, weight: Tensor, prefix: str = "") -> None:
     if (y is None) != (gate is None):
-        raise ValueError(f"{prefix}y and {prefix}gate go together")
+        raise ValueError(f"{prefix}y and {prefix}gate must be given together")
     if x.ndim < 2 or not 1 <= x.shape[-1] <= MAX_WIDTH:
         raise ValueError(f"{prefix}x must be (..., D) with D from 1 to {MAX_WIDTH}, not of shape {tuple(x.shape)}")
     for name, a, shape in (
@@ -266,14 +267,14 @@ def check_arguments(x: Tensor, y: Tensor | None, gate: Tensor | None, weight: Te
         check_device(prefix + name, a, x)
 
 
-# Elements of a row that a lane holds, at most, so that one warp has the whole of a row of 1024, whose sums then take no
-# barrier; in the backward two have. Times on a GPU: not measured yet.
+# Most elements of a row that a lane holds. One warp holds a whole row of 1024, so its sums need no barrier; in the
+# backward, two warps do. Times on a GPU: not measured yet.
 ELEMENTS = {"forward": 64, "dual": 32, "backward": 16}
 
 
 @lru_cache(maxsize=1024)
 def tile(kernel: str, width: int) -> dict[str, int]:
-    """What divides the width, rows of a tile, their padded width, and warps."""
+    """A divisor of the width, rows of a tile, their padded width, and warps."""
     block = triton.next_power_of_2(width)
     warps = max(1, block // (32 * ELEMENTS[kernel]))
     rows = max(1, 32 * warps * ELEMENTS[kernel] // block)

@@ -1,8 +1,8 @@
 """RMSNorm and rotary position embedding of each head's queries and keys in one pass: primal, dual, and backward.
 
-n = x / rms * w with rms = sqrt(mean(x^2) + eps) of a head; o = R n, R the rotation of the channels (2i, 2i + 1) of the
+n = x / rms * w with rms = sqrt(mean(x^2) + eps) per head; o = R n, where R rotates the channels (2i, 2i + 1) of the
 token at position m by the angle m * 10,000^(-2i / d). Tangent: do = R ((dx - n mean(n dx)) / rms * w + n dw).
-Everything is computed in float32. Queries and keys are read where they lie in the packed product of a query-key-value
+Everything is computed in float32. Queries and keys are read in place from the packed product of a query-key-value
 projection, and their gradients are written to the same places of its gradient. Sums over heads have a fixed order.
 """
 
@@ -22,12 +22,12 @@ from mfengine.kernels.launch import Launch, check_device, check_dtype, empty_lik
 from mfengine.kernels.sums import sum_parts
 
 MAX_DIM = 256
-TILE = 512  # elements of heads that a warp has at a time
-STEPS = 16  # tiles of a program of the backward, which adds up the weights' gradients over them before writing
+TILE = 512  # elements of heads per warp at a time
+STEPS = 16  # tiles per program of the backward, which sums the weights' gradients over them before it writes
 
 # ----------------------------------------------------------------------------
-# Kernels. Axis 1 of the grid is 0 for queries and 1 for keys. A tile has heads as rows: those of one token follow each
-# other, then those of the next token of the sample. Values are kept as pairs: even channels and odd ones.
+# Kernels. Axis 1 of the grid is 0 for queries and 1 for keys. The rows of a tile are heads: those of one token, then
+# those of the next token of the sample. Values are kept as pairs of even and odd channels.
 
 
 @triton.jit
@@ -44,7 +44,7 @@ def _store(x_ptr, at, mask, even, odd, ROWS: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _weight(q_ptr, k_ptr, cols, inside, BLOCK: tl.constexpr):
-    """The queries' or the keys'."""
+    """The weight of queries or keys, whichever this program handles."""
     if tl.program_id(1) == 0:
         even, odd = _pairs(q_ptr, cols, inside, 1, BLOCK)
     else:
@@ -59,7 +59,7 @@ def _mean_product(even1, odd1, even2, odd2, DIM: tl.constexpr):
 
 @triton.jit
 def _heads(tile, tokens, x_row, HEADS: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """Of a tile of a sample: offsets in its rows of x, in its rows of queries and keys, in the angles, and the mask."""
+    """For a tile of a sample: offsets in x, in the queries and keys, and in the angles; and the mask."""
     row = tile * ROWS + tl.arange(0, ROWS)[:, None]
     cols = tl.max_contiguous(tl.arange(0, BLOCK), 4)[None, :]
     mask = (row < tokens * HEADS) & (cols < DIM)
@@ -74,7 +74,7 @@ def forward_kernel(
     tokens, x_row, dx_row, eps,
     HEADS: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Dual if there is a dx: without, dx, dq_weight, dk_weight and do are None. The tangents of weights may be None."""
+    """A dual if there is a dx; otherwise dx, dq_weight, dk_weight and do are None. Weights' tangents may be None."""
     tiles = tl.cdiv(tokens * HEADS, ROWS)
     first = (tl.program_id(0) // tiles).to(tl.int64) * tokens
     tile = tl.program_id(0) % tiles
@@ -111,7 +111,7 @@ def backward_kernel(
     tokens, x_row, gx_row, eps,
     STEPS: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """`sums` (parts, 2, DIM): this part's gradients of the weights."""
+    """`sums` (parts, 2, DIM) gets this part's gradients of the weights."""
     tiles = tl.cdiv(tokens * HEADS, STEPS * ROWS)
     first = (tl.program_id(0) // tiles).to(tl.int64) * tokens
     part = tl.program_id(0) % tiles
@@ -146,8 +146,8 @@ def backward_kernel(
 
 
 # ----------------------------------------------------------------------------
-# Launchers. x holds queries, then keys, then anything: the whole packed product, or its first two thirds. Its rows are
-# contiguous and lie evenly apart. They raise ValueError for arguments that the kernels cannot take, before anything is
+# Launchers. x begins with queries, then keys: it is the whole packed product, or its first two thirds. Its rows are
+# contiguous and evenly spaced. They raise ValueError for arguments that the kernels do not support, before anything is
 # launched.
 
 
@@ -155,8 +155,8 @@ def forward(x: Tensor, q_weight: Tensor, k_weight: Tensor, heads: int, tokens: i
     """Normalised and rotated queries and keys.
 
     Args:
-        x: (B, N, W) or (B * N, W) with W at least 2 * H * d; q_weight, k_weight: (d,), contiguous. float16, bfloat16 or
-            float32, each its own. d is even, at most 256.
+        x: (B, N, W) or (B * N, W) with W at least 2 * H * d; q_weight, k_weight: (d,), contiguous. Each is float16,
+            bfloat16 or float32. d is even, at most 256.
         heads, tokens: H and N.
         eps: added to the mean square.
 
@@ -173,10 +173,10 @@ def forward_dual(
     x: Tensor, q_weight: Tensor, k_weight: Tensor, dx: Tensor, dq_weight: Tensor | None, dk_weight: Tensor | None,
     heads: int, tokens: int, eps: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`forward`, with the tangent of the last K samples.
+    """Like `forward`, with the tangent of the last K samples.
 
     Args:
-        x, q_weight, k_weight, heads, tokens, eps: as `forward`.
+        x, q_weight, k_weight, heads, tokens, eps: as in `forward`.
         dx: (K, N, W) or (K * N, W); dq_weight, dk_weight: (d,), or both None for zero.
     """
     lead, tail = _plan_dual((x, q_weight, k_weight, dx, dq_weight, dk_weight), heads, tokens, eps)
@@ -190,9 +190,9 @@ def forward_dual(
 def backward(
     x: Tensor, q_weight: Tensor, k_weight: Tensor, go: Tensor, gx: Tensor, heads: int, tokens: int, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of the weights, in their dtypes, from that of the output, contiguous.
+    """Gradients of the weights, in their dtypes, from the contiguous gradient of the output.
 
-    Those of queries and keys are written to gx, which is like x.
+    The gradients of queries and keys are written to gx, which is shaped like x.
     """
     launch, parts = _plan_backward((x, q_weight, k_weight, go, gx), heads, tokens, eps)
     dim = q_weight.shape[0]
@@ -225,7 +225,7 @@ def _plan_dual(
     x, q_weight, k_weight, dx, dq_weight, dk_weight = tensors
     samples = check_arguments(x, q_weight, k_weight, heads, tokens)
     if (dq_weight is None) != (dk_weight is None):
-        raise ValueError("dq_weight and dk_weight go together")
+        raise ValueError("dq_weight and dk_weight must be given together")
     dweight, other = (q_weight, k_weight) if dq_weight is None else (dq_weight, dk_weight)
     duals = check_arguments(dx, dweight, other, heads, tokens, prefix="d")
     check_device("dx", dx, x)
@@ -239,7 +239,7 @@ def _plan_dual(
 def _forward(
     x: Tensor, dx: Tensor, dim: int, heads: int, tokens: int, first: int, last: int, eps: float
 ) -> Callable[..., None]:
-    """The launch for samples `first` to `last`; tangents are of these alone."""
+    """The launch for samples `first` to `last`; tangents cover only these samples."""
     shape = tile(heads, dim)
     programs = (last - first) * -(-tokens * heads // shape["ROWS"])
     if not programs:
@@ -250,7 +250,7 @@ def _forward(
 
 @planned
 def _plan_backward(tensors: Sequence[Any], heads: int, tokens: int, eps: float) -> tuple[Callable[..., None], int]:
-    """The launch, and how many parts there are of the weights' gradients."""
+    """The launch, and the number of parts of the weights' gradients."""
     x, q_weight, k_weight, go, gx = tensors
     samples = check_arguments(x, q_weight, k_weight, heads, tokens)
     check_arguments(gx, q_weight, k_weight, heads, tokens, prefix="g")
@@ -262,7 +262,7 @@ def _plan_backward(tensors: Sequence[Any], heads: int, tokens: int, eps: float) 
     if not parts:
         return nothing, parts
     if shape["num_warps"] == 1:
-        shape["maxnreg"] = 128  # left alone, the assembler would rather spill for more programs
+        shape["maxnreg"] = 128  # by default, the assembler spills to fit more programs
     scalars = (tokens, x.stride(-2), gx.stride(-2), eps)
     return Launch(backward_kernel, (parts, 2), scalars, {"STEPS": STEPS, **shape}), parts
 
@@ -274,7 +274,7 @@ def _output(x: Tensor, q_weight: Tensor, heads: int) -> Tensor:
 def tile(heads: int, dim: int) -> dict[str, int]:
     """Heads of a token, their channels, rows of a tile, their padded width, and warps.
 
-    Of heads wider than 64, several warps would read the weights 4 bytes at a time. Times on a GPU: not measured yet.
+    For heads wider than 64, several warps would read the weights 4 bytes at a time. Times on a GPU: not measured yet.
     """
     block = triton.next_power_of_2(dim)
     warps = 4 if block <= 64 else 1
@@ -283,12 +283,12 @@ def tile(heads: int, dim: int) -> dict[str, int]:
 
 
 def evenly_spaced(x: Tensor) -> bool:
-    """Whether rows of x are contiguous and lie evenly apart."""
+    """Whether rows of x are contiguous and evenly spaced."""
     return x.stride(-1) == 1 and (x.ndim == 2 or x.stride(0) == x.shape[1] * x.stride(1) or len(x) < 2)
 
 
 def check_arguments(x: Tensor, q_weight: Tensor, k_weight: Tensor, heads: int, tokens: int, prefix: str = "") -> int:
-    """The number of samples; ValueError for what the kernels do not take."""
+    """The number of samples; ValueError if the kernels do not support the arguments."""
     for name, a in (("x", x), ("q_weight", q_weight), ("k_weight", k_weight)):
         check_dtype(prefix + name, a)
         check_device(prefix + name, a, x)
@@ -305,5 +305,5 @@ def check_arguments(x: Tensor, q_weight: Tensor, k_weight: Tensor, heads: int, t
             f"not of shape {tuple(x.shape)}"
         )
     if not evenly_spaced(x):
-        raise ValueError(f"rows of {prefix}x must be contiguous and evenly apart, not of strides {x.stride()}")
+        raise ValueError(f"rows of {prefix}x must be contiguous and evenly spaced, not of strides {x.stride()}")
     return prod(x.shape[:-1]) // max(tokens, 1)

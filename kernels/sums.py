@@ -1,4 +1,4 @@
-"""Adding up what the programs of a kernel have summed, in a fixed order: the gradients of what many rows share."""
+"""Adds up the partial sums of a kernel's programs in a fixed order: gradients of values that many rows share."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def sum_kernel(
     sums_ptr, out0_ptr, out1_ptr, out2_ptr, parts, units,
     UNIT: tl.constexpr, KINDS: tl.constexpr, BLOCK_PARTS: tl.constexpr, BLOCK_COLS: tl.constexpr,
 ):  # fmt: skip
-    """Each of `out` (B, width) is the sum over the parts of one kind of `sums` (B, parts, KINDS, width).
+    """Each tensor of `out` (B, width) gets the sum over the parts of one kind in `sums` (B, parts, KINDS, width).
 
     The width is units * UNIT, which tells Triton that rows of 72 are aligned.
     """
@@ -44,7 +44,7 @@ def sum_kernel(
 def sum_parts(sums: Tensor, outputs: Sequence[Tensor | None]) -> None:
     """Fill outputs, up to three of (B, D), with the sums over the parts of sums (B, parts, len(outputs), D) float32.
 
-    Of an output that is None there is no sum.
+    An output that is None is skipped.
     """
     outputs = (*outputs, None, None)[:3]
     _plan((sums, *outputs), CONFIG)(sums, *outputs)

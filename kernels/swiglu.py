@@ -1,7 +1,7 @@
 """SwiGLU in one pass: primal, dual, and a backward that recomputes.
 
-x holds two halves, [g, w].  o = silu(g) * w;  do = silu'(g) * dg * w + silu(g) * dw. Nothing is stored but x, which the
-product before it made, and the backward writes one packed gradient.
+x holds two halves, [g, w].  o = silu(g) * w;  do = silu'(g) * dg * w + silu(g) * dw. Only x is stored, which the
+preceding product has written anyway. The backward writes one packed gradient.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ BLOCK_ROWS, BLOCK_COLS = 8, 256  # 11 blocks hold 2752 columns, 8 hold 2048
 
 @triton.jit
 def _tile(rows, units, UNIT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """Offsets in rows of two halves and in rows of one, the width of a half, and what exists of a tile.
+    """Offsets in rows of two halves and in rows of one, the width of a half, and the mask of a tile.
 
     The width is units * UNIT, which tells Triton that both halves of a row of 2752 are aligned.
     """
@@ -54,7 +54,7 @@ def _silu_and_slope(g):
 def forward_kernel(
     x_ptr, dx_ptr, o_ptr, do_ptr, rows, units, UNIT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
 ):  # fmt: skip
-    """Dual if there is a dx: without, dx and do are None."""
+    """A dual if there is a dx; otherwise dx and do are None."""
     pair, at, width, mask = _tile(rows, units, UNIT, ROWS, COLS)
     value, slope = _silu_and_slope(_load(x_ptr, pair, mask))
     w = _load(x_ptr, pair + width, mask)
@@ -76,7 +76,7 @@ def backward_kernel(
 
 
 # ----------------------------------------------------------------------------
-# Launchers. They raise ValueError for arguments that the kernels cannot take, before anything is launched.
+# Launchers. They raise ValueError for arguments that the kernels do not support, before anything is launched.
 
 
 def forward(x: Tensor) -> Tensor:
@@ -88,7 +88,7 @@ def forward(x: Tensor) -> Tensor:
 
 
 def forward_dual(x: Tensor, dx: Tensor) -> tuple[Tensor, Tensor]:
-    """`forward`, with the tangent of the last K rows of x's first dimension, from theirs, dx (K, ..., 2 * F)."""
+    """Like `forward`, with the tangent of the last K entries of x's first dimension, from dx (K, ..., 2 * F)."""
     lead, tail = _plan_dual((x, dx), CONFIGS["forward"], CONFIGS["dual"])
     o, do = _output(x), _output(dx)
     lead(x, None, o, None)
@@ -127,7 +127,7 @@ def _plan_dual(
 
 
 def _forward(x: Tensor, first: int, last: int, config: Config) -> Callable[..., None]:
-    """The launch for `first` to `last` of x's first dimension."""
+    """The launch for entries `first` to `last` of x's first dimension."""
     start = first * x.stride(0)
     return _launch(forward_kernel, x[first:last], config, (start, 0, start // 2))
 
@@ -137,7 +137,7 @@ def _plan_backward(tensors: tuple[Tensor, Tensor], config: Config) -> Callable[.
     x, go = tensors
     check_arguments(x)
     if go.shape != (*x.shape[:-1], x.shape[-1] // 2):
-        raise ValueError(f"the gradient must be of half the width of x {tuple(x.shape)}, not {tuple(go.shape)}")
+        raise ValueError(f"the gradient must have half the width of x {tuple(x.shape)}, not {tuple(go.shape)}")
     return _launch(backward_kernel, x, config)
 
 

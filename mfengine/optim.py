@@ -1,4 +1,4 @@
-"""AdamW with moving averages of the weights: one optimizer over plain tensors and FSDP2's DTensors."""
+"""AdamW with moving averages of the weights: one optimizer for plain tensors and for FSDP2's DTensors."""
 
 from __future__ import annotations
 
@@ -23,35 +23,34 @@ Backend = Literal["auto", "cuda", "torch", "apex"]
 class AdamWEMA(torch.optim.Optimizer):
     """AdamW (Loshchilov and Hutter, arXiv 1711.05101), and averages <- d average + (1 - d) parameter after each step.
 
-    A step never makes the host wait for the device. Gradients that are not finite on some rank, or so large that the
-    sum of their squares is not in float32, make the step leave parameters, state, averages and copies as they are, bit
-    for bit; `skipped` tells. To know of it before anything is written, gradients are read once more.
+    A step never makes the host wait for the device. If gradients are not finite on any rank, or so large that the sum
+    of their squares overflows float32, the step leaves parameters, state, averages and copies unchanged, bit for bit,
+    and sets `skipped`. To know this before anything is written, a step reads gradients once more.
 
-    Parameters, moments and averages are float32, gradients float32 or bfloat16. Of DTensors each rank steps on what it
-    holds. A parameter without a gradient is left alone, as by PyTorch; its averages still
-    approach it. The state dict is that of `torch.optim.AdamW` with an `average_DECAY` for each decay, and the same for
-    every backend, so a run may go on with another one; gradients may be left scaled.
-
+    Parameters, moments and averages are float32; gradients are float32 or bfloat16. For DTensors, each rank updates its
+    own part. A parameter without a gradient is left alone, as in PyTorch; its averages still approach it. The state
+    dict is that of `torch.optim.AdamW` with an `average_DECAY` for each decay. It is the same for every backend, so a
+    run can continue with another one. Gradients may be left scaled.
     Args:
-        params: parameters, or groups of them with settings of their own, as for any PyTorch optimizer.
+        params: parameters, or groups of them with their own settings, as for any PyTorch optimizer.
         lr: learning rate.
         betas: decay rates of the moments.
         eps: added to the root of the second moment.
         weight_decay: decoupled weight decay.
-        ema_decays: the decay d of each moving average, at most 8; or decays by a number that names the average, such as
-            its half-life.
+        ema_decays: the decay d of each moving average, at most 8; or a mapping from a number that names an average,
+            such as its half-life, to its decay.
         clip_norm: scale gradients so that their norm over all parameters and ranks is at most this.
-        skip_nonfinite: leave out steps with gradients that are not finite. False saves the reading, unless `clip_norm`
-            needs it.
-        copies: bfloat16 tensors, one like each parameter (its local part), that hold the rounded parameters from now
-            on: for networks that compute in bfloat16. Filled here, by each step, and by `refresh_copies` when weights
-            were loaded.
-        backend: "cuda", all of a step in one pass over memory, by mfengine's CUDA library; "torch", PyTorch's fused
-            AdamW and foreach functions; "apex", NVIDIA's AdamW; "auto", the first if it can be used, else the second.
+        skip_nonfinite: skip steps with gradients that are not finite. False saves reading the gradients, unless
+            `clip_norm` needs it.
+        copies: bfloat16 tensors, one for each parameter (its local part), for networks that compute in bfloat16. From
+            now on they hold the rounded parameters. They are filled here, by each step, and by `refresh_copies` after
+            weights were loaded.
+        backend: "cuda", the whole step in one pass over memory, by mfengine's CUDA library; "torch", PyTorch's fused
+            AdamW and foreach functions; "apex", NVIDIA's AdamW; "auto", "cuda" if available, else "torch".
 
     Raises:
-        ValueError: a setting is out of range, a parameter is not float32 or on another device than the others, or the
-            backend cannot be used.
+        ValueError: a setting is out of range, a parameter is not float32, parameters are on different devices, or the
+            backend is unavailable.
 
     Example:
         >>> import torch
@@ -65,15 +64,15 @@ class AdamWEMA(torch.optim.Optimizer):
     """
 
     ema_decays: dict[float, float]
-    """of each moving average, by its name, the decay of the next step: to be changed between steps, as `lr` is in
-    `param_groups`. It is not in the state dict"""
+    """decay of each moving average in the next step, by its name; may be changed between steps, like `lr` in
+    `param_groups`. The state dict does not have it"""
     copies: dict[Tensor, Tensor]
-    """of each parameter, its copy"""
+    """parameter -> its copy"""
     skipped: Tensor
-    """() float32 on the device: 1 if the last step was left out because of a gradient that is not finite, else 0"""
+    """() float32 on the device: 1 if the last step was skipped because a gradient was not finite, else 0"""
     grad_norm: Tensor
     """() float32 on the device: norm of the last step's gradients before clipping, over all parameters and ranks; nan
-    where nothing needed it"""
+    if it was not needed"""
 
     def __init__(
         self,
@@ -90,7 +89,7 @@ class AdamWEMA(torch.optim.Optimizer):
         backend: Backend = "auto",
     ) -> None:
         if backend not in get_args(Backend):
-            raise ValueError(f"there is no backend {backend}; accepted are {', '.join(get_args(Backend))}")
+            raise ValueError(f"backend {backend} does not exist; it must be one of {', '.join(get_args(Backend))}")
         check_settings(lr, betas, eps, weight_decay, ema_decays, clip_norm)
         self.ema_decays = dict(
             ema_decays if isinstance(ema_decays, Mapping) else zip(ema_decays, ema_decays, strict=True)
@@ -98,7 +97,7 @@ class AdamWEMA(torch.optim.Optimizer):
         self.clip_norm, self.skip_nonfinite = clip_norm, skip_nonfinite
         self.copies = {}
         self._inside_averaged = False
-        # "fused" is for load_state_dict: it keeps `step` on the device.
+        # load_state_dict needs "fused": it keeps `step` on the device.
         settings = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "fused": True}
         super().__init__(params, settings)
         self._device = local(self._parameters()[0]).device
@@ -109,37 +108,37 @@ class AdamWEMA(torch.optim.Optimizer):
             self._keep_copies(list(copies))
 
     def average(self, p: Tensor, decay: float) -> Tensor:
-        """The moving average of a parameter: float32, laid out as the parameter is.
+        """The moving average of a parameter: float32, laid out like the parameter.
 
         Raises:
-            ValueError: the optimizer does not hold the parameter, or no average of this decay.
+            ValueError: the optimizer does not hold the parameter, or has no average with this decay.
         """
         if decay not in self.ema_decays:
-            raise ValueError(f"there is no moving average of decay {decay}; the decays are {tuple(self.ema_decays)}")
-        if p not in self.state:  # which would get an entry if it were asked for one
-            raise ValueError(f"a tensor of {tuple(p.shape)} is not a parameter of this optimizer")
+            raise ValueError(f"there is no moving average with decay {decay}; the decays are {tuple(self.ema_decays)}")
+        if p not in self.state:  # a look-up would add an entry
+            raise ValueError(f"a tensor of shape {tuple(p.shape)} is not a parameter of this optimizer")
         return self.state[p][_key(decay)]
 
     @contextmanager
     def averaged(self, model: nn.Module, decay: float | None = None) -> Iterator[None]:
-        """A context in which the model has the weights of a moving average. It gets its own back, bit for bit.
+        """A context in which the model has the weights of a moving average. Its own are restored, bit for bit.
 
-        Buffers stay as they are. It takes the memory of one more copy of the parameters. All ranks of an FSDP2 model
-        enter it together.
+        Buffers stay as they are. It takes memory for one more copy of the parameters. All ranks of an FSDP2 model enter
+        it together.
 
         Args:
-            model: its parameters are this optimizer's.
-            decay: which moving average; the first if None.
+            model: a model whose parameters are this optimizer's.
+            decay: which moving average; None takes the first.
 
         Raises:
-            ValueError: the optimizer does not hold a parameter of the model, or no average of this decay.
-            RuntimeError: contexts are nested, or `step` is called in one.
+            ValueError: the optimizer does not hold a parameter of the model, or has no average with this decay.
+            RuntimeError: contexts are nested, or `step` is called inside one.
         """
         if self._inside_averaged:
-            raise RuntimeError("the model has the weights of a moving average already")
+            raise RuntimeError("the model already has the weights of a moving average: leave `averaged` first")
         if decay is None:
             if not self.ema_decays:
-                raise ValueError("the optimizer has no moving average: ema_decays is empty")
+                raise ValueError("the optimizer has no moving average: its ema_decays are empty")
             decay = next(iter(self.ema_decays))
         averages = [local(self.average(p, decay)) for p in model.parameters()]
         own = [local(p).detach().clone() for p in model.parameters()]
@@ -156,12 +155,12 @@ class AdamWEMA(torch.optim.Optimizer):
         """Replace this rank's part of each parameter of the model."""
         for module in model.modules():
             if isinstance(module, FSDPModule):
-                module.reshard()  # so that the next forward gathers what the shards hold then
+                module.reshard()  # so that the next forward gathers the new values
         torch_private.foreach_copy([local(p) for p in model.parameters()], values)
         self.refresh_copies()
 
     # ------------------------------------------------------------------------
-    # State: there from the beginning, so that it can be saved, and loaded into, before the first step.
+    # State: created at once, so that it can be saved, and loaded into, before the first step.
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
@@ -181,22 +180,24 @@ class AdamWEMA(torch.optim.Optimizer):
             }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from the state of an AdamWEMA with the same decays, whatever its backend was.
+        """Continue from the state of an AdamWEMA with the same decays and any backend.
 
         Raises:
-            ValueError: it is of other parameters, or has not these averages.
+            ValueError: the state is of other parameters, or lacks an average.
         """
         keys = [key for group in state_dict["param_groups"] for key in group["params"]]
         for key, p in zip(keys, self._parameters(), strict=False):
             state = state_dict["state"].get(key, {})
             missing = [decay for decay in self.ema_decays if _key(decay) not in state]
             if missing:
-                raise ValueError(f"the state has no moving average of decay {missing[0]}")
+                raise ValueError(f"the state has no moving average with decay {missing[0]}")
             for name in self.state[p].keys() - {"step"}:
                 if state[name].shape != p.shape:
-                    raise ValueError(f"{name} of a parameter of {tuple(p.shape)} has {tuple(state[name].shape)}")
+                    raise ValueError(
+                        f"{name} of a parameter of {tuple(p.shape)} must have its shape, not {tuple(state[name].shape)}"
+                    )
         super().load_state_dict(state_dict)
-        for p in self._parameters():  # laid out in memory as the parameters are here
+        for p in self._parameters():  # in the memory layout of the parameters here
             self.state[p] = {
                 name: x if name == "step" else torch.empty_like(p, requires_grad=False).copy_(x)
                 for name, x in self.state[p].items()
@@ -214,15 +215,15 @@ class AdamWEMA(torch.optim.Optimizer):
             alike = (copy.shape, copy.stride(), copy.device) == (part.shape, part.stride(), part.device)
             if copy.dtype != torch.bfloat16 or not alike:
                 raise ValueError(
-                    f"the copy of a parameter of {tuple(part.shape)} on {part.device} must be bfloat16 and alike, also "
-                    f"in its strides, not {copy.dtype} of {tuple(copy.shape)} on {copy.device}"
+                    f"the copy of a parameter of shape {tuple(part.shape)} on {part.device} must be bfloat16, with the "
+                    f"same shape, strides and device; it is {copy.dtype} of {tuple(copy.shape)} on {copy.device}"
                 )
         self.copies = dict(zip(parameters, copies, strict=True))
         self.refresh_copies()
 
     @torch.no_grad()
     def refresh_copies(self) -> None:
-        """Fill the copies anew, after parameters were changed otherwise than by a step."""
+        """Fill the copies again, after anything but a step has changed the parameters."""
         for p, copy in self.copies.items():
             copy.copy_(local(p))
 
@@ -231,10 +232,10 @@ class AdamWEMA(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step with the gradients that are there; returns what `closure` does.
+        """Take one step with the current gradients; returns the result of `closure`.
 
         Raises:
-            RuntimeError: the parameters are a moving average, inside `averaged`.
+            RuntimeError: inside `averaged`, where the parameters are a moving average.
         """
         if self._inside_averaged:
             raise RuntimeError("the parameters are a moving average: leave `averaged` before the next step")
@@ -266,7 +267,7 @@ class AdamWEMA(torch.optim.Optimizer):
         return loss
 
     def _rows(self) -> list[list[Row]]:
-        """What this rank holds of each parameter, by group; gradients in the parameters' layout."""
+        """This rank's part of each parameter, by group; gradients are laid out like the parameters."""
         groups = []
         for group in self.param_groups:
             rows = []
@@ -284,8 +285,8 @@ class AdamWEMA(torch.optim.Optimizer):
         return groups
 
     def _sum_of_squares(self, rows: list[Row]) -> Tensor:
-        """Of all gradients on all ranks: () float64."""
-        parts: dict[Any, list[Tensor]] = {}  # by dtype, and by the ranks that share a gradient
+        """Sum of squares of all gradients on all ranks, () float64."""
+        parts: dict[Any, list[Tensor]] = {}  # by the ranks that share a gradient, and by dtype
         for p, row in zip(self._parameters(), rows, strict=True):
             if row.grad is None:
                 continue
@@ -340,8 +341,8 @@ class AdamWEMA(torch.optim.Optimizer):
 
     def _step_apex(self, group: dict[str, Any], rows: list[Row], scale: Tensor | None, skip: Tensor | None) -> None:
         if any(row.grad is None for row in rows):
-            raise ValueError("the backend apex counts steps for all parameters: each needs a gradient in every step")
-        rows = [row for row in rows if row.param.numel()]  # apex leaves out what comes before an empty tensor
+            raise ValueError("backend apex counts steps for all parameters: each needs a gradient in every step")
+        rows = [row for row in rows if row.param.numel()]  # apex skips whatever precedes an empty tensor
         if not rows:
             return
         import_module("amp_C").multi_tensor_adam_capturable(
@@ -365,21 +366,23 @@ class AdamWEMA(torch.optim.Optimizer):
         self._follow(rows, skip)
 
     def _follow(self, rows: list[Row], skip: Tensor | None) -> None:
-        """Averages and copies, by PyTorch."""
+        """Update averages and copies with PyTorch functions."""
         for i, decay in enumerate(self.ema_decays.values()):
             if skip is None:
                 torch_private.foreach_lerp([row.averages[i] for row in rows], [row.param for row in rows], 1 - decay)
                 continue
-            for part in (rows[j : j + 16] for j in range(0, len(rows), 16)):  # few, for the memory of the differences
+            for part in (
+                rows[j : j + 16] for j in range(0, len(rows), 16)
+            ):  # few at a time: the differences take memory
                 averages = [row.averages[i] for row in part]
                 away = torch_private.foreach_sub(averages, [row.param for row in part])
-                # A step of gradient descent, because it is left out where a flag on the device says so.
+                # SGD applies it, because fused SGD is skipped by a flag on the device.
                 torch_private.fused_sgd(
                     averages, away, [], weight_decay=0, momentum=0, lr=1 - decay, dampening=0, nesterov=False,
                     maximize=False, is_first_step=False, found_inf=skip,
                 )  # fmt: skip
         copied = [(row.copy, row.param) for row in rows if row.copy is not None]
-        if copied:  # of a step that was left out, parameters are what they were, and so are their copies
+        if copied:  # after a skipped step, parameters and copies are unchanged
             copies, parameters = map(list, zip(*copied, strict=True))
             torch_private.foreach_copy(copies, parameters)
 
@@ -413,17 +416,17 @@ class AdamWEMA(torch.optim.Optimizer):
 
 
 def local(x: Tensor) -> Tensor:
-    """This rank's part of a tensor, sharing its memory."""
+    """This rank's part of a tensor. It shares memory with the tensor."""
     return x.to_local() if isinstance(x, DTensor) else x
 
 
 def _makes_wait(device: torch.device) -> bool:
-    """Whether the host waits for the device when it reads a value."""
+    """Whether reading a value makes the host wait for the device."""
     return device.type != "cpu"
 
 
 def _key(decay: float) -> str:
-    """Name of a moving average in the state."""
+    """The name of a moving average in the state."""
     return f"average_{decay}"
 
 
@@ -448,6 +451,6 @@ def check_settings(
     if len(set(ema_decays)) < len(ema_decays) or not all(0 <= decay < 1 for decay in decays):
         raise ValueError(f"ema_decays must be different numbers in [0, 1), not {ema_decays}")
     if len(ema_decays) > multi_tensor.MAX_AVERAGES:
-        raise ValueError(f"ema_decays must be at most {multi_tensor.MAX_AVERAGES}, not {len(ema_decays)}")
+        raise ValueError(f"there must be at most {multi_tensor.MAX_AVERAGES} ema_decays, not {len(ema_decays)}")
     if clip_norm is not None and not clip_norm > 0:
         raise ValueError(f"clip_norm must be positive, not {clip_norm}")

@@ -1,7 +1,7 @@
-"""MkDocs hooks: files outside of docs/ that belong to the site, and links to and from them.
+"""MkDocs hooks: add files outside docs/ to the site, and adapt links to and from them.
 
 README.md is the first page. It links to pages as docs/NAME.md, and pages link to it as ../README.md, so that links work
-in a clone; on the site all of them are beside each other. Links to files that the site does not have become plain text.
+in a clone. On the site, all pages are in one folder. Links to files that are not on the site become plain text.
 """
 
 import re
@@ -29,7 +29,7 @@ def on_page_markdown(markdown, page, config, files):
         image, text, target, anchor = match.groups(default="")
         path = (folder / target).resolve()
         if not path.exists():
-            return match[0]  # which the strict build refuses
+            return match[0]  # the strict build rejects it
         inside = path.relative_to(ROOT).as_posix()
         if inside in PAGES:
             target = PAGES[inside]

@@ -1,5 +1,8 @@
-"""What tests share: the digits as a data set, and commands run as a user runs them."""
+"""Shared by the tests: the digits as a data set, and functions that run commands as a user does."""
 
+import contextlib
+import fcntl
+import io
 import multiprocessing
 import os
 import runpy
@@ -10,29 +13,19 @@ import sys
 import tempfile
 import warnings
 from pathlib import Path
+from unittest import mock
 
-os.environ["OMP_NUM_THREADS"] = "1"  # tests run in several processes, and sums round by the number of threads
+os.environ["OMP_NUM_THREADS"] = "1"  # tests run in several processes, and sums depend on the number of threads
 
 import pytest
-import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # before the first import of triton: kernels then run on CPU tensors
-
-from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
-from torch.distributed.launcher.api import elastic_launch
-from torch.distributed.run import config_from_args, get_args_parser
-
-from mfengine.engine.checkpoint import newest_checkpoint
-from mfengine.kernels.multi_tensor import Library
 
 ROOT = Path(__file__).parent.parent
 
 
 def _patch_triton_once():
-    """Make Triton's interpreter patch its language once a launch, not once a call of a device function.
+    """Make Triton's interpreter patch its language once per launch instead of once per call of a device function.
 
-    It is 2.4 times as fast so.
+    This makes it 2.4 times as fast.
     """
     try:
         import triton.language as tl
@@ -50,20 +43,30 @@ def _patch_triton_once():
     interpreter._patch_lang = once
 
 
-_patch_triton_once()
+def pytest_configure(config):
+    """Import slow modules only in the processes that collect and run tests, not in the one that starts them."""
+    if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
+        return
+    import torch
 
-torch.set_num_threads(1)  # tests run in several processes
+    if not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"  # before the first import of triton: kernels then run on CPU tensors
+    _patch_triton_once()
+    torch.set_num_threads(1)  # tests run in several processes
 
 
 def run_command(*args, cwd, ranks=1, env=None, timeout=300, stdout=None, meanwhile=None):
     """Run `python -m ...`, under torchrun for several ranks, on one thread per rank.
 
-    In a fork, stdout goes to a file if one is given, and `meanwhile` is called with the process while it runs.
-
-    Without an environment of its own, by a fork of a process that has imported the commands: to import them takes
-    longer than most commands do. Several ranks are then forks that torchrun's own agent starts and watches. CUDA does
-    not work in forks.
+    Without `env`, a single command runs in this process, because importing the commands takes longer than most of them.
+    Several ranks, and a command with `stdout` or `meanwhile`, are forks of a process that has imported the commands.
+    `stdout` names a file; `meanwhile` is called with the running process. torchrun's own agent starts and watches
+    several ranks. CUDA does not work in forks.
     """
+    import torch
+
+    if env is None and ranks == 1 and stdout is None and meanwhile is None:
+        return run_here(*map(str, args), cwd=cwd)
     if env is None and not torch.cuda.is_available():
         return fork_command(*map(str, args), cwd=cwd, ranks=ranks, timeout=timeout, stdout=stdout, meanwhile=meanwhile)
     launch = ["-m"] if ranks == 1 else ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "-m"]
@@ -104,6 +107,10 @@ MEET = ("--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "--rdzv-id=test") 
 
 
 def run_in_fork(args, cwd, ranks, environment, files):
+    import torch
+    from torch.distributed.launcher.api import elastic_launch
+    from torch.distributed.run import config_from_args, get_args_parser
+
     for fd, name in enumerate(files, start=1):
         os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), fd)
     os.chdir(cwd)
@@ -120,7 +127,7 @@ def run_in_fork(args, cwd, ranks, environment, files):
 
 
 def run_module(args):
-    """As `python -m` does, in a process that may have imported the module before."""
+    """Like `python -m`, in a process that may have imported the module before."""
     sys.argv = list(args)
     sys.path.insert(0, "")
     warnings.filterwarnings("ignore", ".* found in sys.modules after import", RuntimeWarning)
@@ -128,11 +135,25 @@ def run_module(args):
         runpy.run_module(args[0], run_name="__main__", alter_sys=True)
     except SystemExit as stop:
         if stop.code:
-            raise  # torchrun's agent waits for a result of those that end well
+            raise  # torchrun's agent waits for results of ranks that succeed
+
+
+def run_here(*args, cwd):
+    """Run a command in this process."""
+    streams = [io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True) for _ in range(2)]
+    with contextlib.chdir(cwd), mock.patch.object(sys, "argv", list(args)), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".* found in sys.modules after import", RuntimeWarning)
+        with contextlib.redirect_stdout(streams[0]), contextlib.redirect_stderr(streams[1]):
+            try:
+                runpy.run_module(args[0], run_name="__main__", alter_sys=True)
+                code = 0
+            except SystemExit as stop:
+                code = stop.code or 0
+    return subprocess.CompletedProcess(args, code, *(stream.buffer.getvalue().decode() for stream in streams))
 
 
 def kill(process):
-    """SIGKILL to torchrun, then to the processes it started, which would live on."""
+    """SIGKILL torchrun, then the processes it started, which would otherwise survive."""
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     for pid in (process.pid, *map(int, children)):
         os.kill(pid, signal.SIGKILL)
@@ -140,7 +161,7 @@ def kill(process):
 
 
 def run_in_process(*args, cwd, monkeypatch, capsys):
-    """As `run_command`, without the seconds that a process takes to start: (exit code, stdout, stderr)."""
+    """Like `run_command`, but with the test's monkeypatches: (exit code, stdout, stderr)."""
     monkeypatch.chdir(cwd)
     monkeypatch.setattr(sys, "argv", list(map(str, args)))
     with pytest.raises(SystemExit) as stop:
@@ -150,25 +171,41 @@ def run_in_process(*args, cwd, monkeypatch, capsys):
 
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory):
-    """A folder with the digits, as the command writes them."""
-    folder = tmp_path_factory.mktemp("digits") / "data"
-    done = run_command("mfengine.prepare", "digits", folder, cwd=folder.parent)
-    assert done.returncode == 0, done.stderr
+    """A folder with the digits, written by the command, once for all processes of pytest-xdist."""
+    shared = tmp_path_factory.getbasetemp()
+    folder = (shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared) / "digits"
+    with open(f"{folder}.lock", "w") as lock:
+        fcntl.lockf(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            done = run_command("mfengine.prepare", "digits", folder, cwd=shared)
+            assert done.returncode == 0, done.stderr
     return folder
+
+
+def pytest_collection_modifyitems(items):
+    """Tests that fork come first, so that one worker runs them all and only it starts the process to fork from."""
+    items.sort(key=lambda item: item.get_closest_marker("forks") is None)
 
 
 @pytest.fixture(scope="session")
 def host_library(tmp_path_factory):
-    """The CUDA library's interface and arithmetic, compiled by the C++ compiler for tensors on the CPU."""
+    """The CUDA library's interface and arithmetic, compiled for tensors on the CPU by the C++ compiler."""
     cmake = shutil.which("cmake", path=os.pathsep.join([os.environ["PATH"], str(Path(sys.executable).parent)]))
     if cmake is None or not any(map(shutil.which, ("c++", "g++", "clang++"))):
         pytest.skip("needs cmake and a C++ compiler")
+    from mfengine.kernels.multi_tensor import Library
+
     folder = tmp_path_factory.mktemp("host_library")
     configure = [cmake, "-S", str(ROOT), "-B", str(folder), "-DMFENGINE_CUDA=OFF"]
     for command in (configure, [cmake, "--build", str(folder)]):
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
     return Library(folder / "libmfengine_host.so")
+
+
+def slow(*values):
+    """Parameters of a case that runs only in `make test-all`."""
+    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 SMALL = (
@@ -179,7 +216,12 @@ SMALL = (
 
 
 def checkpoint_contents(path):
-    """All that a checkpoint, or a run's newest, holds, as {path: tensor or value}."""
+    """The contents of a checkpoint, or of a run's newest one, as {path: tensor or value}."""
+    import torch
+    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+    from mfengine.engine.checkpoint import newest_checkpoint
+
     merged = path / "merged.pt"
     dcp_to_torch_save(newest_checkpoint(path) or path, merged)
 

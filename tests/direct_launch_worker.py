@@ -1,4 +1,4 @@
-"""Attention launched twice on the same tensors, for a GPU that is not there: what Triton hands its driver, and we."""
+"""Launches attention twice on the same tensors, without a GPU: compares what Triton and we pass to the driver."""
 
 import torch
 from triton.runtime import driver
@@ -6,7 +6,7 @@ from triton.runtime import driver
 from benchmarks.static import CompileOnly
 from mfengine import ops
 
-METADATA = 6  # what stands before: three sizes of the grid, stream, function, packed metadata
+METADATA = 6  # arguments before the kernel's: three sizes of the grid, stream, function, packed metadata
 
 
 class Recording(CompileOnly):
@@ -25,7 +25,7 @@ def main():
     with ops.use_backend("triton"):
         kept = [ops.attention_packed(ops.Dual(x, dx), 2) for _ in range(2)]
     assert len(kept) == 2
-    by_triton, by_us = recording.launches[:2], recording.launches[2:]  # leading rows, trailing rows
+    by_triton, by_us = recording.launches[:2], recording.launches[2:]  # first rows, last rows
     inputs = 0
     for theirs, ours in zip(by_triton, by_us, strict=True):
         for i, (a, b) in enumerate(zip(theirs, ours, strict=True)):
@@ -35,7 +35,7 @@ def main():
                 assert a.data_ptr() == b
                 inputs += 1
             else:
-                assert isinstance(b, int)  # outputs lie elsewhere each time
+                assert isinstance(b, int)  # outputs have new addresses each time
     print(f"{inputs} inputs alike")
 
 

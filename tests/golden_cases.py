@@ -1,4 +1,4 @@
-"""Cases computed by the authors' own JAX code; `tests/golden/README.md` says what each array is."""
+"""Cases computed with the authors' own JAX code; `tests/golden/README.md` describes each array."""
 
 import ast
 from pathlib import Path
@@ -29,7 +29,7 @@ def golden_case(name):
 
 
 class GoldenCase:
-    """One file: the model, the method and the inputs it was computed with."""
+    """One file: a model, a method, and the inputs and results of the authors' code."""
 
     convert = staticmethod(from_jax)
     intermediate = ("v_g", "u", "du_dt")
@@ -84,7 +84,7 @@ class GoldenCase:
 
 
 class ImprovedCase(GoldenCase):
-    """The same of improved MeanFlow."""
+    """A case of improved MeanFlow."""
 
     convert = staticmethod(from_jax_imf)
     intermediate = ("v_g", "v_c", "u", "v", "du_dt")

@@ -1,4 +1,4 @@
-"""Tasks of benchmarks.gpu that go wrong in every way, for workers that import no more than this."""
+"""Tasks of benchmarks.gpu that fail in every way, for workers that import nothing else."""
 
 import os
 import time
@@ -26,7 +26,7 @@ GOES_WRONG = {
 
 
 def broken_plan(machine, many):
-    """Each of them alone, followed by one that is fine; the worst also beside one that is fine."""
+    """Each failing task alone, followed by one that succeeds; the worst also beside one that succeeds."""
     runs = {}
     for name, run in GOES_WRONG.items():
         runs |= {name: (run, True), f"after {name}": (fine, True)}
@@ -35,16 +35,16 @@ def broken_plan(machine, many):
 
 
 def endless_plan(machine, many):
-    """One that never ends, and one for which there is no time."""
+    """A task that never ends, and one that has no time left."""
     tasks = [Task("stage", "endless", 1.0, True, lambda: time.sleep(1000)), Task("stage", "late", 1.0, True, fine)]
     return {task.name: task for task in tasks}
 
 
 def hopeless_plan(machine, many):
-    """Nothing but a check that raises."""
+    """Only a check that raises."""
     return {"check": Task("stage", "check", 0.0, False, lambda: raises(ValueError()))}
 
 
 def planless(machine, many):
-    """A worker that never comes to its tasks."""
+    """A worker that never gets to its tasks."""
     time.sleep(1000)

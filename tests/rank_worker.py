@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from golden_cases import golden_case, relative_error
-from stranger import Stranger
+from stock_network import StockNetwork
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -50,7 +50,7 @@ METHOD = MeanFlow(MeanFlowConfig(omega=0.2, kappa=0.92, t_end=0.5))
 
 
 def zero_guided_rows(here):
-    """A rank without guided rows does not hang the others, and gradients are the mean over ranks."""
+    """A rank without guided rows does not block the others, and gradients are the mean over ranks."""
     reference = make_model()
     for rank in range(here.size):
         (METHOD.loss(reference, *batch(rank))[0] / here.size).backward()
@@ -61,11 +61,11 @@ def zero_guided_rows(here):
         assert (gradient - expected.grad).norm() <= 1e-5 * expected.grad.norm() + 1e-9, name
 
 
-def strangers_network(here):
+def stock_network(here):
     """A network without tangents in DDP and FSDP2, and ours in DDP: gradients are the mean over ranks to 1e-5.
 
-    DDP's default broadcasts buffers in its forward, and `find_unused_parameters` adds an autograd.Function to it:
-    neither can be differentiated forward.
+    By default, DDP broadcasts buffers in its forward, and `find_unused_parameters` adds an autograd.Function to it.
+    Neither is differentiable in forward mode.
     """
 
     def shard(network, reshard):
@@ -80,12 +80,12 @@ def strangers_network(here):
 
     mesh = init_device_mesh("cpu", (here.size,))
     wrappers = {
-        "DDP": lambda: DistributedDataParallel(network(Stranger)),
-        "DDP, unused": lambda: DistributedDataParallel(network(Stranger), find_unused_parameters=True),
-        "DDP, compiled": lambda: DistributedDataParallel(torch.compile(network(Stranger), backend="eager")),
+        "DDP": lambda: DistributedDataParallel(network(StockNetwork)),
+        "DDP, unused": lambda: DistributedDataParallel(network(StockNetwork), find_unused_parameters=True),
+        "DDP, compiled": lambda: DistributedDataParallel(torch.compile(network(StockNetwork), backend="eager")),
         "DDP, ours": lambda: DistributedDataParallel(network(DiT)),
-        "FSDP2": lambda: shard(network(Stranger), True),
-        "FSDP2, gathered": lambda: shard(network(Stranger), False),
+        "FSDP2": lambda: shard(network(StockNetwork), True),
+        "FSDP2, gathered": lambda: shard(network(StockNetwork), False),
     }
     batches = [batch(rank) for rank in range(here.size)]
     for share in (0.25, 1.0):
@@ -95,7 +95,7 @@ def strangers_network(here):
             (method.loss(reference, latents, labels, draws)[0] / here.size).backward()
         for name, wrap in wrappers.items():
             model = wrap()
-            for _ in range(2):  # the first step is not like the others to DDP
+            for _ in range(2):  # DDP treats the first step differently
                 model.zero_grad()
                 method.loss(model, *batches[here.rank])[0].backward()
             for p, expected in zip(model.parameters(), reference.parameters(), strict=True):
@@ -106,7 +106,7 @@ def strangers_network(here):
         mock.patch.object(torch, "__version__", TorchVersion("2.12.1")),
         pytest.raises(NotImplementedError, match=r"torch 2\.12\.1 cannot differentiate FSDP2 forward"),
     ):
-        METHOD.loss(shard(network(Stranger), True), *batch(here.rank))
+        METHOD.loss(shard(network(StockNetwork), True), *batch(here.rank))
 
 
 def bfloat16(here):
@@ -125,7 +125,7 @@ def bfloat16(here):
 
 
 def asynchronous_checkpoint(here):
-    """What is written is the state at the call, though the weights go on changing; old checkpoints go."""
+    """The checkpoint has the state at the call, even if the weights change meanwhile; old checkpoints are removed."""
     model = prepare_model(make_model(), here)
     run = Path("run")
     checkpointer = Checkpointer(run, here, keep=2, asynchronous=True)
@@ -141,7 +141,7 @@ def asynchronous_checkpoint(here):
         with torch.no_grad():
             for p in model.parameters():
                 local(p).fill_(-1)
-        for _ in range(20):  # training goes on, and its ranks talk too
+        for _ in range(20):  # training continues, with communication of its own
             assert here.gather([here.rank])[:, 0].tolist() == list(range(here.size))
             checkpointer.poll()
     checkpointer.wait()
@@ -157,7 +157,7 @@ def asynchronous_checkpoint(here):
 
 
 def optimizer(here):
-    """Both backends on shards, with clipping, do what one process does; a bad gradient on one rank stops all."""
+    """Both backends on shards, with clipping, equal one process; a bad gradient on one rank skips the step on all."""
     library = multi_tensor.Library(Path(sys.argv[1]))
     multi_tensor.library = lambda: library
     for backend in ("cuda", "torch"):
@@ -194,12 +194,12 @@ def optimizer(here):
 
 
 def improved_meanflow(here):
-    """Two ranks that share the authors' batch have their gradients, in all layouts of FSDP2."""
+    """Two ranks that share the authors' batch get the authors' gradients, in all layouts of FSDP2."""
     for layout in ({}, {"reshard": True, "recompute": True}):
         case = golden_case("imf_train")
         model = prepare_model(case.model, here, **layout)
         latents, labels, draws = case.batch("in")
-        each = case.num_instant // here.size  # rows of a kind
+        each = case.num_instant // here.size  # instant rows per rank
         first = here.rank * each
         mine = [*range(first, first + each), *range(case.num_instant + first, case.num_instant + first + each)]
         draws = type(draws)(*(x[mine] if isinstance(x, torch.Tensor) else x for x in draws))
@@ -211,7 +211,7 @@ def improved_meanflow(here):
 
 
 def lost_rank(here):
-    """The host exchange ends with one error where a rank has ended without a word."""
+    """The hosts' exchange fails with one error if a rank has ended silently."""
     if here.rank == 0:
         with pytest.raises(TrainingError, match=r"^another rank has ended or does not answer: [^\n]+$"):
             here.gather([1.0])
@@ -220,14 +220,14 @@ def lost_rank(here):
 
 
 CHECKS = (
-    *(zero_guided_rows, bfloat16, improved_meanflow, optimizer, asynchronous_checkpoint, strangers_network),
+    *(zero_guided_rows, bfloat16, improved_meanflow, optimizer, asynchronous_checkpoint, stock_network),
     lost_rank,
 )
-"""The last ends the processes."""
+"""In this order: the last check ends the processes."""
 
 
 if __name__ == "__main__":
     with world("cpu") as here:
         for check in CHECKS:
             check(here)
-            print(f"passed {check.__name__}\n", end="", flush=True)  # in one write, as the ranks share a pipe
+            print(f"passed {check.__name__}\n", end="", flush=True)  # in one write, because the ranks share a pipe

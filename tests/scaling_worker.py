@@ -1,4 +1,4 @@
-"""Records the collectives of one real step, on fake or real ranks; under torchrun, writes those of the real ones."""
+"""Records the collectives of one real step on fake ranks or, under torchrun, on real ones, and writes the latter."""
 
 import dataclasses
 import json
@@ -38,7 +38,7 @@ KINDS = {
 
 
 class Recorder(TorchDispatchMode):
-    """The collectives that pass PyTorch's dispatcher."""
+    """Records collectives that pass PyTorch's dispatcher."""
 
     def __init__(self):
         super().__init__()
@@ -47,9 +47,9 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if DTensor in types:
-            return NotImplemented  # it comes back as operations on this rank's part
+            return NotImplemented  # PyTorch then calls it again with this rank's part
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        # Times and row numbers live on the host and have values: which rows are guided depends on them.
+        # Times and row numbers are on the host and have values, because they decide which rows are guided.
         real = bool(tensors) and not any(isinstance(x, FakeTensor) for x in tensors)
         with unset_fake_temporarily() if real else nullcontext():
             out = func(*args, **(kwargs or {}))
@@ -62,7 +62,7 @@ class Recorder(TorchDispatchMode):
 
 
 def record_step(config, here, tensors):
-    """The collectives of one real step of rank `here.rank`; tensors are made inside of `tensors`."""
+    """The collectives of one real step of rank `here.rank`; tensors are made in the context `tensors`."""
     method, shape = MeanFlow(config.method), (4, *config.model.latent_shape)
     draws = method.draw(shape, torch.Generator().manual_seed(0))
     labels = torch.zeros(4, dtype=torch.int64)
@@ -74,7 +74,7 @@ def record_step(config, here, tensors):
     def enter_pass(*_):
         recorder.phase = "forward" if torch.is_grad_enabled() else "guidance"
 
-    model.register_forward_pre_hook(enter_pass, prepend=True)  # before FSDP's own, which gathers
+    model.register_forward_pre_hook(enter_pass, prepend=True)  # before FSDP's own hook, which gathers
     with tensors:
         optimizer = adamw_ema(model, config.optim)
         latents, noise = torch.zeros(shape), torch.zeros(shape)
@@ -84,14 +84,14 @@ def record_step(config, here, tensors):
             reduce_gradients(model, True, config.reshard)
             loss.backward()
             recorder.phase = "optimizer"
-            with patch("mfengine.optim._makes_wait", lambda device: True):  # as a GPU does
+            with patch("mfengine.optim._makes_wait", lambda device: True):  # as on a GPU
                 optimizer.step()
     return recorder.collectives
 
 
 @contextmanager
 def fake_world(ranks):
-    """Rank 0 among so many, in a process group that communicates nothing."""
+    """Rank 0 of `ranks`, in a process group that communicates nothing."""
     if ranks > 1:
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
     try:

@@ -1,9 +1,9 @@
-"""The objective with networks that have no explicit tangents: agreement, calls, wrappers, and what is refused."""
+"""The objective with networks that have no explicit tangents: agreement, calls, wrappers, errors."""
 
 import pytest
 import torch
 from golden_cases import NAMES, GoldenCase, relative_error
-from stranger import Stranger
+from stock_network import StockNetwork
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -16,9 +16,9 @@ CONFIG = ModelConfig(4, 2, 2, hidden_size=16, depth=1, num_heads=2, num_classes=
 GUIDED = MeanFlowConfig(omega=0.2, kappa=0.92, t_end=0.75)
 
 
-def stranger(**kwargs):
+def stock_network(**kwargs):
     torch.manual_seed(0)
-    network = Stranger(CONFIG, **kwargs)
+    network = StockNetwork(CONFIG, **kwargs)
     with torch.no_grad():
         for p in network.parameters():
             p.normal_(std=0.2)
@@ -40,7 +40,7 @@ def gradients(network, parameters, **kwargs):
 @pytest.mark.parametrize("name", NAMES)
 def test_agreement_with_the_papers_own_code(name):
     case = GoldenCase(name)
-    network = Stranger(case.model.config)
+    network = StockNetwork(case.model.config)
     network.load_state_dict(case.parameters("params"))
     value, metrics = case.method.loss(network, *case.batch("in"))
     value.backward()
@@ -55,11 +55,11 @@ def test_agreement_with_the_papers_own_code(name):
 
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
-def test_calls(share):
-    """A JVP for interval rows alone; the same calls whatever was drawn, never with zero rows."""
+def test_sequence_of_calls(share):
+    """Only interval rows go through a JVP; the sequence of calls is always the same, and never has zero rows."""
     guidance, sequences = set(), set()
     for seed in range(8):
-        network = stranger()
+        network = stock_network()
         loss(network, MeanFlowConfig(omega=2.0, t_start=0.8, interval_share=share), seed)
         guidance.add(network.calls[0])
         sequences.add(tuple(network.calls[1:]))
@@ -67,19 +67,19 @@ def test_calls(share):
     expected = [(rows, jvp) for rows, jvp in ((8 - interval, False), (interval, True)) if rows]
     assert sequences == {tuple(expected)}
     assert {jvp for _, jvp in guidance} == {False}
-    assert len(guidance) > 1  # the rows in it differ
+    assert len(guidance) > 1  # its number of rows varies
 
 
 def test_zero_guided_rows():
-    network = stranger()
+    network = stock_network()
     config = MeanFlowConfig(omega=2.0, t_start=1.0)
     _, metrics = loss(network, config)
     assert network.calls[0] == (1, False)
     assert torch.equal(metrics["v_g"], loss(network, MeanFlowConfig())[1]["v_g"])
 
 
-def test_a_function_is_a_network():
-    network = stranger()
+def test_plain_function_as_network():
+    network = stock_network()
 
     def u(z, t, h, y):
         return network(z, t, h, y)
@@ -88,27 +88,28 @@ def test_a_function_is_a_network():
     assert torch.equal(loss(u)[0], loss(network)[0])
 
 
+@pytest.mark.slow
 def test_compiled_network():
-    """Compiled where there is no JVP; under it, the network inside runs as it is."""
-    expected = gradients(reference := stranger(), reference.parameters())
-    network = stranger()
+    """The compiled network runs without a JVP; under a JVP, the network inside runs uncompiled."""
+    expected = gradients(reference := stock_network(), reference.parameters())
+    network = stock_network()
     compiled = torch.compile(network, backend="eager")
     actual = gradients(compiled, network.parameters())
     assert max(map(relative_error, actual, expected)) < TOLERANCE
 
 
-def test_attention_of_pytorch():
-    expected = gradients(reference := stranger(), reference.parameters())
-    network = stranger(attend=sdpa)
+def test_pytorch_attention_inside_jvp_attention():
+    expected = gradients(reference := stock_network(), reference.parameters())
+    network = stock_network(attend=sdpa)
     with mfengine.jvp_attention():
         actual = gradients(network, network.parameters())
     assert max(map(relative_error, actual, expected)) < TOLERANCE
 
 
 def test_autocast():
-    """Every parameter has a gradient, though guidance has cast the weights without one before."""
-    expected = gradients(reference := stranger(), reference.parameters())
-    network = stranger()
+    """Every parameter gets a gradient, although guidance has cast the weights without one before."""
+    expected = gradients(reference := stock_network(), reference.parameters())
+    network = stock_network()
     with torch.autocast("cpu", torch.bfloat16):
         value, metrics = loss(network)
     assert metrics["u"].dtype == metrics["du_dt"].dtype == torch.float32
@@ -118,7 +119,7 @@ def test_autocast():
 
 
 # ----------------------------------------------------------------------------
-# What is refused, and what the message says to do.
+# Errors, and the remedies in their messages.
 
 
 class Function(torch.autograd.Function):
@@ -132,20 +133,20 @@ class Function(torch.autograd.Function):
 
 
 class Around(nn.Module):
-    """A network with something done to its output, or to its call."""
+    """A network with a function applied to its output or its call."""
 
     num_classes = 3
 
     def __init__(self, around, **kwargs):
         super().__init__()
-        self.network = stranger(**kwargs)
+        self.network = stock_network(**kwargs)
         self.around = around
 
     def forward(self, *args):
         return self.around(self.network, *args)
 
 
-JVP_ATTENTION = r"If it is attention, take the loss inside `with mfengine.jvp_attention\(\):`"
+JVP_ATTENTION = r"If this is attention, compute the loss inside `with mfengine.jvp_attention\(\):`"
 
 
 @pytest.mark.parametrize(
@@ -157,8 +158,12 @@ JVP_ATTENTION = r"If it is attention, take the loss inside `with mfengine.jvp_at
             ValueError,
             r"Around returned \(6, 4, 4, 4\); u must have the shape of z, \(6, 2, 4, 4\)",
         ),
-        (lambda: nn.Identity(), ValueError, r"Identity does not say .* set it, as in `model.num_classes = 1000`"),
-        (lambda: stranger(attend=sdpa), NotImplementedError, f"Stranger cannot be .*attention.*{JVP_ATTENTION}"),
+        (lambda: nn.Identity(), ValueError, r"Identity does not say .* set it: `model.num_classes = 1000`"),
+        (
+            lambda: stock_network(attend=sdpa),
+            NotImplementedError,
+            f"StockNetwork cannot be .*attention.*{JVP_ATTENTION}",
+        ),
         (
             lambda: Around(lambda u, *args: Function.apply(u(*args))),
             NotImplementedError,
@@ -172,12 +177,12 @@ JVP_ATTENTION = r"If it is attention, take the loss inside `with mfengine.jvp_at
     ],
     ids=["tuple", "shape", "num_classes", "attention", "function", "checkpoint"],
 )
-def test_refused(network, error, message):
+def test_error_names_the_remedy(network, error, message):
     with pytest.raises(error, match=message):
         loss(network(), MeanFlowConfig())
 
 
-def test_errors_of_the_network_itself_are_left_alone():
+def test_errors_of_the_network_are_not_rewritten():
     with pytest.raises(RuntimeError, match=r"^mine$"):
         loss(Around(raising), MeanFlowConfig(interval_share=1.0))
 

@@ -1,4 +1,4 @@
-"""Every implementation of attention by the same tests: alone, compiled; and which one is chosen."""
+"""Every implementation of attention in the same tests, eager and compiled; and the choice between them."""
 
 import itertools
 import json
@@ -8,7 +8,7 @@ from typing import get_args
 
 import pytest
 import torch
-from conftest import SMALL, run_in_process
+from conftest import SMALL, run_in_process, slow
 from golden_cases import relative_error
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -27,7 +27,7 @@ BOUNDS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 8e-3, torch.
 
 
 def flash_attn_func(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, deterministic=False):
-    """As flash-attn documents it: (B, N, H, d), half precision."""
+    """flash-attn's function as documented: (B, N, H, d), half precision."""
     assert q.dtype in (torch.float16, torch.bfloat16)
     assert q.stride(-1) == k.stride(-1) == v.stride(-1) == 1
     assert not causal
@@ -38,7 +38,7 @@ def flash_attn_func(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, de
 
 @pytest.fixture(autouse=True)
 def _with_flash_attn(monkeypatch):
-    """The package where it is installed, and else what is documented of it, on any device."""
+    """Use the package if it is installed; otherwise a stand-in that follows its documentation, on any device."""
     forget()
     if choice._does_not_import("flash_attn"):
         module = ModuleType("flash_attn")
@@ -58,7 +58,7 @@ def forget():
 
 def takes(name, dtype, dim):
     if name == "triton" and DEVICE == "cpu" and dtype == torch.bfloat16:
-        return False  # Triton's interpreter multiplies it wrongly
+        return False  # Triton's interpreter computes it wrongly
     return choice.why_not(name, torch.device(DEVICE), dtype, dim) is None
 
 
@@ -71,12 +71,12 @@ def packed(x):
 
 
 def strided(q, k, v):
-    """Heads as every other channel, and queries that are not as many as keys."""
+    """Heads that take every other channel, and fewer or more queries than keys."""
     return ops.attention(q[..., ::2], k[..., ::2], v[..., ::2], scale=0.3)
 
 
 def from_projection(x):
-    """As a projection leaves them: views of one product."""
+    """Heads as views of one product, as a projection returns them."""
     q, k, v = x.unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
     return ops.attention(q, k[:, :, 1:], v[:, :, 1:])
 
@@ -86,7 +86,7 @@ def rotary(x, q_weight, k_weight):
 
 
 def rotary_rows(x, q_weight, k_weight):
-    """Of tokens as rows."""
+    """With tokens as rows."""
     return ops.rotary_attention(x.flatten(0, 1), q_weight, k_weight, 2, x.shape[1])
 
 
@@ -113,18 +113,29 @@ def forward_and_gradients(op, arguments):
 
 
 # ----------------------------------------------------------------------------
-# Alone: no row has a tangent.
+# Without tangents.
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("dtype", BOUNDS)
-@pytest.mark.parametrize("case", CASES)
+# Triton runs only the cases that show something new.
+REPEATED = (
+    *((case, torch.float16) for case in ("packed, one token", "rotary", "strided", "views")),
+    *((case, torch.float32) for case in ("packed", "views")),
+)
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype", "name"),
+    [
+        slow(*case) if case[:2] in REPEATED and case[2] == "triton" else case
+        for case in itertools.product(CASES, BOUNDS, NAMES)
+    ],
+)
 def test_forward_and_gradients(case, dtype, name):
     op, shapes = CASES[case]
     arguments = [randn(i, *shape, dtype=dtype) for i, shape in enumerate(shapes)]
     if not takes(name, dtype, DIMS[case]):
         if DEVICE == "cuda" or dtype != torch.bfloat16:
-            with ops.use_attention(name), pytest.raises(ValueError, match=f"attention by {name}: "):
+            with ops.use_attention(name), pytest.raises(ValueError, match=f"attention with {name}: "):
                 op(*arguments)
         return
     with ops.use_backend("torch"):
@@ -135,12 +146,12 @@ def test_forward_and_gradients(case, dtype, name):
             actual.append(op(*arguments))
     for a, e in zip(actual, [*exact, exact[0]], strict=True):
         assert (a.dtype, a.shape) == (dtype, e.shape)
-        if e.norm() > 1e-6:  # of one token, nothing depends on the scores
+        if e.norm() > 1e-6:  # with one token, nothing depends on the scores
             assert relative_error(a.cpu(), e.cpu()) <= BOUNDS[dtype]
 
 
 class Operators(TorchDispatchMode):
-    """Names of the operators that run."""
+    """Records the names of operators that run."""
 
     def __init__(self):
         super().__init__()
@@ -155,7 +166,7 @@ class Operators(TorchDispatchMode):
     ("name", "operator"),
     [("torch", "aten::_softmax"), ("triton", "mfengine::"), ("sdpa", "aten::_scaled_dot_product_")],
 )
-def test_the_one_asked_for_runs(name, operator):
+def test_requested_implementation_runs(name, operator):
     for op in (packed, from_projection):
         with ops.use_attention(name), Operators() as operators:
             op(randn(0, 2, 5, 96))
@@ -163,17 +174,18 @@ def test_the_one_asked_for_runs(name, operator):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_no_rows(name):
+def test_zero_rows(name):
     with ops.use_attention(name):
         assert packed(randn(0, 0, 5, 3 * 2 * 16, dtype=torch.float16)).shape == (0, 5, 32)
 
 
+@pytest.mark.slow  # `test_ops.py` compiles an op
 @pytest.mark.parametrize(
-    ("name", "dynamic"),  # that flash-attn compiles is its own matter
-    [("torch", True), ("triton", True), ("sdpa", True), pytest.param("triton", False, marks=pytest.mark.slow)],
+    ("name", "dynamic"),  # flash-attn's own compilation is not our concern
+    [("torch", True), ("triton", True), ("sdpa", True), ("triton", False)],
 )
 def test_compiled(name, dynamic):
-    """One graph, for any number of rows and tokens, and another when another attention is asked for."""
+    """One graph for any number of rows and tokens, and a new graph after another attention is chosen."""
     torch._dynamo.reset()
     compiled = torch.compile(packed, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     with ops.use_backend("torch"):
@@ -188,7 +200,7 @@ def test_compiled(name, dynamic):
 
 
 @pytest.mark.parametrize("name", ["torch", "sdpa"])
-def test_transforms_and_forward_mode_take_no_notice(name):
+def test_transforms_and_forward_mode_ignore_the_choice(name):
     x, dx = randn(0, 2, 5, 96), randn(1, 2, 5, 96)
 
     def results():
@@ -206,7 +218,7 @@ def test_transforms_and_forward_mode_take_no_notice(name):
 
 
 # ----------------------------------------------------------------------------
-# Which one is chosen.
+# The choice.
 
 
 @pytest.mark.parametrize(
@@ -219,16 +231,16 @@ def test_transforms_and_forward_mode_take_no_notice(name):
         ("triton", "torch", "torch"),
     ],
 )
-@pytest.mark.parametrize("dim", [16, 12, 136])  # kernels take the first
+@pytest.mark.parametrize("dim", [16, 12, 136])  # kernels support only the first
 def test_choice_without_a_tangent(backend, asked, expected, dim):
     q = torch.zeros(1, 1, 2, dim, device=DEVICE)
     with ops.use_backend(backend), ops.use_attention(asked):
         assert choice.choose(q, q, q, dim=dim) == expected
 
 
-@pytest.mark.parametrize("asked", NAMES)
-def test_backend_decides_where_there_is_a_tangent(asked, monkeypatch):
-    """Rows without a tangent beside those with one, and the backward of all, are by the kernels then."""
+@pytest.mark.parametrize("asked", [name if name == "sdpa" else slow(name) for name in NAMES])
+def test_backend_decides_with_a_tangent(asked, monkeypatch):
+    """Then the kernels compute all rows, with and without a tangent, and their backward."""
     calls = []
 
     def recorded(name):
@@ -253,21 +265,24 @@ def test_backend_decides_where_there_is_a_tangent(asked, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "dtype", "dim", "message"),
     [
-        ("triton", torch.float32, 12, "attention by triton: q has head dim 12; accepted are multiples of 8"),
-        ("triton", torch.float64, 16, "attention by triton: q is torch.float64"),
-        ("flash-attn", torch.float32, 16, "attention by flash-attn: it takes float16 and bfloat16 and head dims"),
-        ("flash-attn", torch.float16, 264, "attention by flash-attn: .* up to 256, not torch.float16 of 264"),
+        ("triton", torch.float32, 12, "attention with triton: q has head dim 12; it must be a multiple of 8"),
+        ("triton", torch.float64, 16, "attention with triton: q is torch.float64"),
+        ("flash-attn", torch.float32, 16, "attention with flash-attn: it takes float16 or bfloat16 and head dims"),
+        ("flash-attn", torch.float16, 264, "attention with flash-attn: .* up to 256, not torch.float16 and 264"),
     ],
 )
-def test_what_an_implementation_does_not_take(name, dtype, dim, message):
+def test_unsupported_arguments_of_an_implementation(name, dtype, dim, message):
     q = torch.zeros(1, 1, 2, dim, dtype=dtype, device=DEVICE)
     with ops.use_attention(name), pytest.raises(ValueError, match=message):
         ops.attention(q, q, q)
 
 
-def test_unknown_and_missing(monkeypatch):
+def test_unknown_or_missing_implementation(monkeypatch):
     accepted = "auto, torch, triton, sdpa, flash-attn"
-    with pytest.raises(ValueError, match=f"no attention flash; accepted are {accepted}"), ops.use_attention("flash"):
+    with (
+        pytest.raises(ValueError, match=f"attention flash does not exist; it must be one of {accepted}"),
+        ops.use_attention("flash"),
+    ):
         pass
     monkeypatch.setitem(sys.modules, "flash_attn", None)
     forget()
@@ -280,16 +295,16 @@ def test_triton_without_a_gpu_or_its_interpreter(monkeypatch):
 
     monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
     why = choice.why_not("triton", torch.device("cpu"), torch.float32, 64)
-    assert why == "its kernels run on a GPU alone"
+    assert why == "its kernels run only on a GPU"
 
 
 # ----------------------------------------------------------------------------
 # Causal, masks, grouped queries, cross lengths and sequences: output, tangent and gradients of both, fused, against
-# plain PyTorch in float64, which is compared with PyTorch's own attention.
+# plain PyTorch in float64. Plain PyTorch is compared with PyTorch's own attention.
 
 
 def bool_mask(*shape):
-    """Of which query 3 sees nothing, and queries from 17 on neither."""
+    """A mask in which query 3 and queries from 17 on see nothing."""
     mask = torch.rand(shape, generator=torch.Generator().manual_seed(1)) > 0.4
     mask[..., 3, :] = False
     mask[..., 17:, :] = False
@@ -297,7 +312,7 @@ def bool_mask(*shape):
 
 
 def bias(*shape):
-    """Of which the first five keys alone are seen, and by query 4 none."""
+    """A bias with which only the first five keys are visible, and query 4 sees none."""
     term = randn(9, *shape)
     term[..., 5:] = -torch.inf
     term[..., 4, :] = -torch.inf
@@ -313,6 +328,9 @@ VARIANTS = {  # head dim, queries, keys, heads of queries, heads of keys, option
     "mask of each sample, grouped": (16, 20, 17, 4, 2, {"mask": bool_mask(2, 1, 20, 17)}),
     "term of each head": (16, 20, 37, 2, 2, {"mask": bias(1, 2, 20, 37)}),
     "whole blocks": (128, 16, 32, 1, 1, {"mask": bias(16, 32)}),
+    "few, causal, grouped": (16, 5, 17, 2, 1, {"is_causal": True}),
+    "few, mask": (16, 5, 17, 1, 1, {"mask": bool_mask(5, 17)}),
+    "few, term": (24, 5, 17, 1, 1, {"mask": bias(5, 17)}),
 }
 
 
@@ -321,7 +339,7 @@ def arguments(name, dtype=torch.float32):
 
 
 def arguments_of(dim, queries, keys, heads, key_heads, dtype=torch.float32):
-    """Primals of two samples, tangents of the last, and weights of output and tangent."""
+    """Primals of two samples, tangents of the last one, and weights for output and tangent."""
     shapes = [(heads, queries, dim), (key_heads, keys, dim), (key_heads, keys, dim)]
     primals = [randn(i, 2, *shape, dtype=dtype) for i, shape in enumerate(shapes)]
     tangents = [randn(3 + i, 1, *shape, dtype=dtype) for i, shape in enumerate(shapes)]
@@ -343,7 +361,7 @@ def assert_close(actual, exact, bound=1e-5):
         if e.norm() > 1e-9:
             assert relative_error(a.cpu(), e.cpu()) <= bound, i
         else:
-            assert a.abs().max() <= 2e-6, i  # of values of order 1
+            assert a.abs().max() <= 2e-6, i  # values have order 1
 
 
 def double(x):
@@ -359,16 +377,12 @@ def assert_fused_equals_plain(given, options, through=True):
     assert_close(actual, exact)
 
 
-REPEATED = ("causal", "mask of all samples", "whole blocks")  # branches of the kernels that the others take too
-
-
 @pytest.mark.parametrize(
     ("name", "through"),
-    [
-        *((name, True) for name in VARIANTS if name not in REPEATED),
-        ("causal, more keys, grouped", False),
-        ("term of each head", False),
-        *(pytest.param(name, True, marks=pytest.mark.slow) for name in REPEATED),
+    [  # few queries and a padded block of keys cover every branch of the kernels
+        *((name, True) if name.startswith("few") else slow(name, True) for name in VARIANTS),
+        ("few, causal, grouped", False),
+        slow("term of each head", False),
     ],
 )
 def test_gradients_of_output_and_tangent(name, through):
@@ -381,7 +395,7 @@ def test_gradients_of_output_and_tangent(name, through):
     [*itertools.product([16, 24, 64, 72, 80, 96, 128], [1, 17, 100]), *itertools.product([16, 72, 128], [257])],
 )
 def test_gradients_over_head_dims_and_lengths(dim, length, monkeypatch):
-    """More than one of the smallest blocks in tiles of 128, since the interpreter takes its time by the program."""
+    """Lengths beyond the smallest block, in tiles of 128: the interpreter's time grows with the number of programs."""
     if length > 17:
         for module in (kernel, attention_tangent):
             for configs in module.CONFIGS.values():
@@ -395,7 +409,7 @@ def test_gradients_over_head_dims_and_lengths(dim, length, monkeypatch):
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_plain_attention_equals_pytorchs(name):
+def test_plain_attention_equals_pytorch(name):
     *_, heads, key_heads, options = VARIANTS[name]
     options = {key: double(x) if isinstance(x, torch.Tensor) else x for key, x in options.items()}
     primals, _, weights = arguments(name, torch.float64)
@@ -413,7 +427,7 @@ def test_plain_attention_equals_pytorchs(name):
     assert_close(results[1], results[0], 1e-12)
 
 
-@pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"mask": bias(6, 7).double()}])
+@pytest.mark.parametrize("options", [slow({}), slow({"is_causal": True}), {"mask": bias(6, 7).double()}])
 def test_gradcheck_of_plain_attention_with_its_tangent(options):
     shapes = [(1, 2, 6, 8), (1, 1, 7, 8), (1, 1, 7, 8)] * 2
     inputs = [randn(i, *shape, dtype=torch.float64).requires_grad_() for i, shape in enumerate(shapes)]
@@ -427,13 +441,13 @@ def test_gradcheck_of_plain_attention_with_its_tangent(options):
 
 
 def test_gradients_through_the_tangent_repeat_bit_for_bit():
-    given = arguments_of(16, 20, 37, 2, 1)
+    given = arguments_of(16, 5, 17, 1, 1)
     first, second = (through_tangent("triton", *given, ops.attention) for _ in range(2))
     assert all(map(torch.equal, first, second))
 
 
 @pytest.mark.parametrize(
-    ("dim", "generation"),  # a tail, and keys and values in launches of their own; three for keys and values; two tiles
+    ("dim", "generation"),  # a tail, with separate launches for keys and values; three such launches; two tiles
     [(72, "Hopper"), (128, "Hopper"), (128, "Ampere")],
 )
 def test_gradients_through_the_tangent_in_half_precision(dim, generation, monkeypatch):
@@ -445,7 +459,7 @@ def test_gradients_through_the_tangent_in_half_precision(dim, generation, monkey
     assert_close(through_tangent("triton", x[:3], x[3:6], x[6:], ops.attention), exact, 4e-3)
 
 
-@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("rows", [1, slow(2)])
 def test_packed_gradients_through_the_tangent(rows):
     x, dx = randn(0, 2, 9, 3 * 2 * 16), randn(1, rows, 9, 3 * 2 * 16)
     weights = randn(2, 2, 9, 32), randn(3, rows, 9, 32)
@@ -459,9 +473,9 @@ def test_packed_gradients_through_the_tangent(rows):
     assert_close(*results)
 
 
-@pytest.mark.parametrize("is_causal", [pytest.param(False, marks=pytest.mark.slow), True])
-def test_sequences_equal_each_alone(is_causal):
-    """One of them has no keys, another nothing at all."""
+@pytest.mark.parametrize("is_causal", [slow(False), True])
+def test_concatenated_sequences_equal_separate_ones(is_causal):
+    """One sequence has no keys, another has nothing at all."""
     lengths_q, lengths_k = (7, 0, 13), (0, 0, 33)
     cu_q, cu_k = (
         torch.tensor([0, *lengths], device=DEVICE).cumsum(0).int() for lengths in (lengths_q, lengths_k)
@@ -547,7 +561,7 @@ def test_wrong_groups_and_sequences():
 def test_flops_of_causal_attention_and_of_the_backward_through_the_tangent():
     from mfengine.ops.attention import ATTENTION
 
-    q, k = (1, 1, 3, 2), (1, 1, 2, 2)  # three queries see one, two and two keys
+    q, k = (1, 1, 3, 2), (1, 1, 2, 2)  # three queries that see one, two and two keys
     assert ATTENTION.flops(q, k, k, None, True, None) == tuple(2 * 5 * 2 * n for n in (2, 4, 7))
     assert ATTENTION.flops(q, k, k, None, False, None) == tuple(2 * 6 * 2 * n for n in (2, 4, 7))
     assert ATTENTION.backward_dual_flops(q, k, k, q, k, k, None, True, None) == 2 * 5 * 2 * 21
@@ -568,7 +582,7 @@ def test_training_with_another_attention(digits, tmp_path, monkeypatch, capsys):
     assert losses["sdpa"] == pytest.approx(losses["torch"], rel=1e-4)
 
 
-def test_training_refuses_what_is_not_there(digits, tmp_path, monkeypatch, capsys):
+def test_training_rejects_a_missing_implementation(digits, tmp_path, monkeypatch, capsys):
     args = (*SMALL, f"--data={digits}", "--attention=flash-attn", "--device=cpu", "--precision=float32")
     code, _, err = run_in_process("mfengine.train", *args, cwd=tmp_path, monkeypatch=monkeypatch, capsys=capsys)
     assert code == 2

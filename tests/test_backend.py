@@ -1,4 +1,4 @@
-"""The fast backend inside other people's models: jvp_attention, accelerate, and the public ops."""
+"""The fast backend inside any PyTorch model: jvp_attention, accelerate, and the public ops."""
 
 import copy
 import doctest
@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.autograd.forward_ad as fwad
 import torch.nn.functional as F
+from conftest import slow
 from torch import nn
 from torch.func import grad, jacfwd, jvp, vmap
 from torch.nn.functional import scaled_dot_product_attention as sdpa_by_name
@@ -28,7 +29,7 @@ BACKENDS = pytest.mark.parametrize("backend", ["torch", "triton"])
 
 
 class Attention(nn.Module):
-    """After timm's: attention by PyTorch's function, or written out if not fused_attn."""
+    """Like timm's: attention with PyTorch's function, or written out unless fused_attn."""
 
     def __init__(self, dim, num_heads=2, qk_norm=False, attn_drop=0.0):
         super().__init__()
@@ -90,7 +91,7 @@ class FinalLayer(nn.Module):
 
 
 class DiT(nn.Module):
-    """Tokens are pixels; SiT is the same with a norm on queries and keys here, and the velocity's sign turned."""
+    """Tokens are pixels. Here, SiT is the same with normalised queries and keys and the opposite sign."""
 
     def __init__(self, dim=32, depth=2, sign=1.0, **attention):
         super().__init__()
@@ -110,7 +111,7 @@ class DiT(nn.Module):
 
 
 class Diffusers(nn.Module):
-    """diffusers' DiT, called as the others are."""
+    """diffusers' DiT, with the calling convention of the others."""
 
     def __init__(self, depth=2, **config):
         super().__init__()
@@ -119,7 +120,7 @@ class Diffusers(nn.Module):
             num_attention_heads=2, attention_head_dim=16, num_layers=depth, sample_size=8, patch_size=2,
             num_embeds_ada_norm=10, **config,
         )  # fmt: skip
-        self.eval()  # in training it drops labels
+        self.eval()  # training mode drops labels
 
     def forward(self, z, t, y):
         return self.model(z, timestep=t * 1000, class_labels=y).sample
@@ -147,7 +148,7 @@ def velocity(model):
 
 
 def plain(model):
-    """A copy with attention written out in products and a softmax."""
+    """A copy with attention written out as products and a softmax."""
     model = copy.deepcopy(model)
     for module in model.modules():
         if hasattr(module, "fused_attn"):
@@ -158,7 +159,7 @@ def plain(model):
 
 
 def run(model, primals, tangents, transform=lambda f: f):
-    """Output, tangent, and the gradients of a loss as MeanFlow's."""
+    """Output, tangent, and the gradients of a loss like MeanFlow's."""
     model.zero_grad()
 
     def f(primals, tangents):
@@ -182,28 +183,32 @@ def compiled(f):
 
 
 # ----------------------------------------------------------------------------
-# Their models in forward mode.
+# These models in forward mode.
 
 
 @NAMES
-def test_forward_mode_fails_without(name):
+def test_forward_mode_fails_without_jvp_attention(name):
     model, primals, tangents = build(name)
     with pytest.raises(NotImplementedError, match="forward AD"):
         jvp(velocity(model), primals, tangents)
 
 
-@BACKENDS
-@NAMES
-def test_inside_jvp_attention(name, backend):
+CASES_AND_BACKENDS = pytest.mark.parametrize(
+    ("name", "backend"),
+    [*((name, "torch") for name in CASES), ("DiT", "triton"), slow("SiT", "triton"), slow("diffusers", "triton")],
+)
+
+
+@CASES_AND_BACKENDS
+def test_forward_mode_inside_jvp_attention(name, backend):
     model, primals, tangents = build(name, depth=1 if backend == "triton" else 2)
     expected = run(plain(model), primals, tangents)
     with ops.use_backend(backend), jvp_attention():
         assert_near(run(model, primals, tangents), expected)
 
 
-@BACKENDS
-@NAMES
-def test_accelerated(name, backend):
+@CASES_AND_BACKENDS
+def test_accelerated_model_in_forward_mode(name, backend):
     depth = 1 if backend == "triton" else 2
     model, primals, tangents = build(name, depth)
     expected = run(plain(model), primals, tangents)
@@ -217,11 +222,11 @@ def test_accelerated(name, backend):
         assert_near(run(model, primals, tangents), expected)
 
 
-def slow(*values):
-    return pytest.param(*values, marks=pytest.mark.slow)
+# Compiled tests are slow: the compiler takes seconds to import, and `test_ops.py` compiles one op.
 
 
-@pytest.mark.parametrize("name", ["DiT", slow("SiT"), slow("diffusers")])  # compiling takes seconds
+@pytest.mark.slow
+@NAMES
 def test_compiled_inside_jvp_attention(name):
     model, primals, tangents = build(name, depth=1)
     expected = run(plain(model), primals, tangents)
@@ -236,19 +241,20 @@ def test_compiled_inside_jvp_attention(name):
     assert_near(run(model, primals, tangents, inside), expected)
 
 
+@pytest.mark.slow
 def test_compiled_with_jvp_attention_around():
     model, primals, tangents = build("DiT", depth=1)
     expected = run(plain(model), primals, tangents)
     f = compiled(lambda p, t: jvp(velocity(model), p, t))
     with jvp_attention():
         assert_near(run(model, primals, tangents, lambda _: f), expected)
-    with pytest.raises(Exception, match="forward AD"):  # the context is over, and the graph not used again
+    with pytest.raises(Exception, match="forward AD"):  # outside the context, the graph is not reused
         f(primals, tangents)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "backend"),
-    [("DiT", "triton"), slow("SiT", "torch"), slow("diffusers", "torch"), slow("diffusers", "triton")],
+    ("name", "backend"), [("DiT", "triton"), ("SiT", "torch"), ("diffusers", "torch"), ("diffusers", "triton")]
 )
 def test_compiled_accelerated(name, backend):
     model, primals, tangents = build(name, depth=1)
@@ -258,9 +264,10 @@ def test_compiled_accelerated(name, backend):
         assert_near(run(model, primals, tangents, compiled), expected)
 
 
+@pytest.mark.slow
 @BACKENDS
 def test_jvp_of_a_compiled_model(backend):
-    """torch.func.jvp leaves compiled code for eager there; torch.autograd.forward_ad likewise."""
+    """There, torch.func.jvp and torch.autograd.forward_ad run compiled code eagerly."""
     model, primals, tangents = build("DiT", depth=1)
     u, du, *_ = run(plain(model), primals, tangents)
     f = torch.compile(velocity(model), backend="aot_eager")
@@ -273,7 +280,7 @@ def test_jvp_of_a_compiled_model(backend):
 
 
 # ----------------------------------------------------------------------------
-# The function, with all that it takes.
+# The function with all of its options.
 
 
 def randn(seed, *shape):
@@ -318,13 +325,16 @@ def duals(shapes):
     return tuple(randn(i, *s) for i, s in enumerate(shapes)), tuple(randn(50 + i, *s) for i, s in enumerate(shapes))
 
 
-# Dynamo traces options alike: one for a mask, grouped heads, an odd head dim and other dimensions.
+# Dynamo traces options alike: one case each for a mask, grouped heads, an odd head dim and other dimensions.
 COMPILED = ("boolean mask", "gqa, causal", "head dim 12", "3-D")
 
 
 @pytest.mark.parametrize(
     ("name", "how"),
-    [*((name, how) for name in OPTIONS for how in ("func", "forward_ad")), *((name, "compile") for name in COMPILED)],
+    [
+        *((name, how) for name in OPTIONS for how in ("func", "forward_ad")),
+        *(slow(name, "compile") for name in COMPILED),
+    ],
 )
 def test_options(name, how):
     shapes, options = OPTIONS[name]
@@ -342,7 +352,10 @@ def test_options(name, how):
     assert_near(actual, expected)
 
 
-@pytest.mark.parametrize("name", OPTIONS)
+ALIKE = ("cross", "scale", "causal", "float mask", "gqa, causal")  # combinations whose parts are in other cases
+
+
+@pytest.mark.parametrize("name", [slow(name) if name in ALIKE else name for name in OPTIONS])
 def test_options_with_the_fused_path_forced(name):
     shapes, options = OPTIONS[name]
     primals, tangents = duals(shapes)
@@ -357,7 +370,7 @@ def test_options_with_the_fused_path_forced(name):
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_auto_fuses_what_the_kernels_take(name, monkeypatch):
-    """As on a GPU, with a mark in place of the fused op."""
+    """As on a GPU, with a marker in place of the fused op."""
     fused = []
     monkeypatch.setattr(sdpa, "fused", lambda x: True)
 
@@ -391,7 +404,7 @@ def test_dropout():
             jvp(f, primals, tangents)
 
 
-def test_a_tangent_of_one_argument_or_none():
+def test_tangent_of_one_argument_or_none():
     (q, k, v), (dq, _, dv) = duals(SELF)
     of_q, of_v = (lambda f: lambda x: f(x, k, v)), (lambda f: lambda x: f(q, k, x))
     for backend in ("torch", "triton"):
@@ -430,11 +443,22 @@ def test_transforms(name):
     f = lambda x: F.scaled_dot_product_attention(x, k, v)  # noqa: E731
     with jvp_attention():
         assert_near([transform(f, x, dx)], [expected])
-        if name != "vmap of jvp":  # which PyTorch 2.13 cannot compile of anything
-            torch._dynamo.reset()
-            assert_near([torch.compile(transform, backend="aot_eager")(f, x, dx)], [expected])
     with ops.use_backend("triton"), pytest.raises(ValueError, match=r"under a single torch.func.jvp"):
         transform(lambda x: ops.attention(x, k, v), x, dx)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("name", sorted(TRANSFORMS.keys() - {"vmap of jvp"}))  # which PyTorch 2.13 cannot compile
+def test_compiled_transforms(name):
+    transform = TRANSFORMS[name]
+    x, dx = randn(0, 1, 2, 3, 8), randn(1, 1, 2, 3, 8)
+    k, v = randn(2, 1, 2, 4, 8), randn(3, 1, 2, 4, 8)
+    expected = transform(lambda x: written_out(x, k, v), x, dx)
+    torch._dynamo.reset()
+    with jvp_attention():
+        compiled = torch.compile(transform, backend="aot_eager")
+        assert_near([compiled(lambda x: F.scaled_dot_product_attention(x, k, v), x, dx)], [expected])
 
 
 @BACKENDS
@@ -446,14 +470,22 @@ def test_multi_head_attention_of_pytorch(backend):
         expected = jvp(layer, (x,), (dx,))
     with ops.use_backend(backend), jvp_attention():
         assert_near(jvp(layer, (x,), (dx,)), expected)
-        attention = layer.self_attn
-        f = lambda x: attention(x, x, x, need_weights=False)[0]  # noqa: E731
+
+
+@pytest.mark.slow
+@BACKENDS
+def test_compiled_multi_head_attention_of_pytorch(backend):
+    torch.manual_seed(0)
+    attention = nn.MultiheadAttention(32, 2, batch_first=True)
+    (x,), (dx,) = duals([(2, 5, 32)])
+    f = lambda x: attention(x, x, x, need_weights=False)[0]  # noqa: E731
+    with ops.use_backend(backend), jvp_attention():
         compiled_jvp = compiled(lambda x, dx: [y.detach() for y in jvp(f, (x,), (dx,))])
         assert_near(compiled_jvp(x, dx), jvp(f, (x,), (dx,)))
 
 
 class Operators(TorchDispatchMode):
-    """The names of the operators that run inside."""
+    """Records the names of operators that run inside."""
 
     def __init__(self):
         super().__init__()
@@ -464,7 +496,7 @@ class Operators(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_pytorchs_attention_runs_outside_of_forward_mode():
+def test_pytorch_attention_runs_outside_forward_mode():
     (q, k, v), tangents = duals(SELF)
     with jvp_attention(), ops.use_backend("triton"):
         with Operators() as native:
@@ -475,7 +507,7 @@ def test_pytorchs_attention_runs_outside_of_forward_mode():
     assert "attention_differentiable_dual" in forward.names
 
 
-def test_autocast_casts_as_for_pytorchs():
+def test_autocast_casts_like_pytorch():
     (q, k, v), tangents = duals(SELF)
     with jvp_attention(), torch.autocast("cpu", torch.bfloat16):
         o, do = jvp(lambda q, k, v: F.scaled_dot_product_attention(q, k.bfloat16(), v), (q, k, v), tangents)
@@ -483,8 +515,8 @@ def test_autocast_casts_as_for_pytorchs():
     assert_near((o.float(), do.float()), jvp(written_out, (q, k, v), tangents), bound=0.1)
 
 
-def test_a_warning_tells_once(monkeypatch):
-    """Where kernels run."""
+def test_each_reason_for_plain_attention_warns_once(monkeypatch):
+    """On a device where kernels run."""
     sdpa._warn_plain.cache_clear()
     primals, tangents = duals(SELF)
     f = lambda *x: F.scaled_dot_product_attention(*x, dropout_p=0.1)  # noqa: E731
@@ -497,9 +529,9 @@ def test_a_warning_tells_once(monkeypatch):
         jvp(f, primals, tangents)
 
 
-@BACKENDS
+@pytest.mark.parametrize("backend", ["torch", slow("triton")])
 def test_masks_with_a_gradient_and_rows_without_keys(backend):
-    """Their gradients are finite, also through the tangent, and that of the mask is not lost."""
+    """Gradients are finite, also through the tangent, and the mask's gradient is kept."""
     (q, k, v), tangents = duals(SELF)
     bias = randn(5, 5, 5).masked_fill(~MASK, -torch.inf)
     bias[1] = -torch.inf
@@ -518,7 +550,7 @@ def test_masks_with_a_gradient_and_rows_without_keys(backend):
 
 @pytest.mark.parametrize("how", ["func", "forward_ad"])
 def test_gradients_through_the_tangent_of_layer_norm(how):
-    """PyTorch's own are wrong."""
+    """PyTorch's own gradients are wrong."""
     x, dx, weight, bias = randn(0, 2, 5, 4), randn(1, 2, 5, 4), randn(2, 5, 4), randn(3, 5, 4)
 
     def written(x, weight, bias):
@@ -545,7 +577,7 @@ def test_gradients_through_the_tangent_of_layer_norm(how):
 
 
 # ----------------------------------------------------------------------------
-# What accelerate swaps, and what it leaves.
+# Modules that accelerate swaps or leaves.
 
 
 class Causal(Attention):
@@ -587,24 +619,24 @@ def hooked(module):
 
 
 STRANGERS = {
-    "causal": (lambda: Causal(32), "computes something else"),
-    "heads first": (lambda: HeadsFirst(32), "computes something else"),
-    "another scale": (lambda: with_attributes(Attention(32), scale=1.0), "computes something else"),
+    "causal": (lambda: Causal(32), "computes something different"),
+    "heads first": (lambda: HeadsFirst(32), "computes something different"),
+    "another scale": (lambda: with_attributes(Attention(32), scale=1.0), "computes something different"),
     "no Linear": (lambda: with_attributes(Attention(32), qkv=nn.Identity()), "could not be checked: AttributeError"),
     "meta": (lambda: Attention(32).to("meta"), "meta device"),
     "forward of its own": (lambda: with_attributes(Attention(32), forward=lambda x: x), "replaced on the instance"),
-    "drop path": (lambda: DropPath(32), "computes something else than ours in training"),
-    "scale first": (lambda: ScaleFirst(32), "computes something else"),
+    "drop path": (lambda: DropPath(32), "computes something different from ours in training"),
+    "scale first": (lambda: ScaleFirst(32), "computes something different"),
     "affine": (lambda: with_attributes(DiTBlock(32), norm2=nn.LayerNorm(32)), "LayerNorm has parameters"),
     "RMSNorm": (lambda: with_attributes(DiTBlock(32), norm1=nn.RMSNorm(32)), "its norm is RMSNorm"),
     "hooks": (lambda: hooked(DiTBlock(32)), "hooks"),
-    "PyTorch's": (lambda: nn.MultiheadAttention(32, 2), "of no known family"),
+    "PyTorch's": (lambda: nn.MultiheadAttention(32, 2), "not a known family"),
 }
 
 
 @pytest.mark.filterwarnings("ignore:nothing was swapped")
 @pytest.mark.parametrize("name", STRANGERS)
-def test_strangers_are_left(name):
+def test_unsupported_modules_are_left(name):
     make, reason = STRANGERS[name]
     module = make()
     before = type(module)
@@ -644,7 +676,7 @@ def test_one_configuration_is_checked_once(monkeypatch):
     model = DiT(depth=5)
     model.blocks[3].attn.scale = 1.0
     swaps = accelerate(model)
-    assert len(checked) == 4  # of block and attention, of those of block 3
+    assert len(checked) == 4  # a block and its attention, and those of block 3
     assert swaps.swapped.keys() == {f"blocks.{i}" for i in range(5)} | {f"blocks.{i}.attn" for i in (0, 1, 2, 4)}
     assert swaps.left.keys() == {"blocks.3.attn", "final_layer"}
 
@@ -653,7 +685,7 @@ def test_accelerate_twice_copy_pickle_and_report():
     model = DiT()
     report = str(accelerate(model))
     assert "swapped 2 (blocks.0, blocks.1): adaLN block" in report
-    assert "left 1 (final_layer): FinalLayer: of no known family" in report
+    assert "left 1 (final_layer): FinalLayer: not a known family" in report
     types = [type(m) for m in model.modules()]
     assert str(accelerate(model)) == report
     assert [type(m) for m in model.modules()] == types
@@ -667,7 +699,7 @@ def test_accelerate_twice_copy_pickle_and_report():
         assert next(model.parameters()).abs().max() > 0
 
 
-def test_a_mask_and_dropout_after_accelerate():
+def test_mask_and_dropout_after_accelerate():
     torch.manual_seed(0)
     old = Attention(32, attn_drop=0.5)
     new = copy.deepcopy(old)
@@ -685,7 +717,7 @@ def test_a_mask_and_dropout_after_accelerate():
 
 
 def test_arguments_by_name():
-    """By their names in the old forward, whatever these are."""
+    """Arguments go by their names in the old forward."""
 
     class Block(DiTBlock):
         def forward(self, tokens, condition, extra=None):
@@ -719,7 +751,7 @@ def test_diffusers_attention_of_other_models():
 def test_wrong_use_of_accelerate():
     with pytest.raises(ValueError, match=r"model must be a torch.nn.Module, not dict"):
         accelerate({})
-    with pytest.warns(UserWarning, match="nothing was swapped: found no attention"):
+    with pytest.warns(UserWarning, match="nothing was swapped: found no block of DiT"):
         swaps = accelerate(nn.Linear(2, 2))
     assert not swaps.swapped
 
@@ -733,9 +765,9 @@ def test_wrong_tangents_on_the_fused_path():
     heads = torch.zeros(2, 3, 5, 16)
     wrong = (
         (ops.attention, [(heads, heads[:, :2]), (heads, heads), (heads, heads)], r"dq must be of shape \(2, 3, 5, 1"),
-        (ops.attention, [(heads.double(), heads.double())] * 3, "q is torch.float64; accepted are"),
+        (ops.attention, [(heads.double(), heads.double())] * 3, "q is torch.float64; it must be float16"),
         (ops.adaln_modulate, [(x, x[:, :4]), (row, row), (row, row)], r"dx must be \(K, 5, 16\) with K at most 2"),
-        (ops.adaln_modulate, [(x, x), (row, row[:1]), (row, row)], "of one number of rows, not of 2 and 1"),
+        (ops.adaln_modulate, [(x, x), (row, row[:1]), (row, row)], "the same number of rows, not 2 and 1"),
         (ops.gated_residual_adaln, [(x, x), (x, x[..., :1])] + [(row, row)] * 3, r"dy must be of shape \(2, 5, 16\)"),
         (ops.gelu, [(x, torch.zeros(3, 5, 16))], r"dx must be \(K, ...\) like x"),
     )  # fmt: skip

@@ -1,6 +1,6 @@
-"""Wrong input and failing disks, over all commands: one line and exit code 2, nothing lost, nothing overwritten.
+"""Wrong input and failing disks, for all commands: one line and exit code 2, nothing lost, nothing overwritten.
 
-`pytest tests/test_bad_input.py -m "" -s` prints the table: each command, its exit code, and the line that it ends with.
+`pytest tests/test_bad_input.py -m "" -s` prints the table: each command, its exit code, and its last line.
 """
 
 import hashlib
@@ -22,11 +22,11 @@ from conftest import SMALL, run_command
 from PIL import Image
 
 # ----------------------------------------------------------------------------
-# What is done to the inputs before a command runs.
+# Damage to the inputs before a command runs.
 
 
 def edit(path, **changes):
-    """Change values of a JSON file, nested ones as outer__inner; an ellipsis removes one."""
+    """Change values of a JSON file; outer__inner names a nested one, and an ellipsis removes a value."""
 
     def apply():
         values = json.loads(Path(path).read_text())
@@ -44,7 +44,7 @@ def edit(path, **changes):
 
 
 def put(path, content=""):
-    """Write a file in the place of what is there."""
+    """Replace whatever is there with a file."""
 
     def apply():
         if Path(path).is_dir():
@@ -84,7 +84,7 @@ def weights(path, value):
 
 
 def label(number):
-    """Give the first sample of the data another label."""
+    """Change the label of the first sample in the data."""
 
     def apply():
         at = int(Path("data/000000.idx").read_text().splitlines()[1].split()[5])
@@ -96,7 +96,7 @@ def label(number):
 
 
 def moment(value):
-    """Give the first sample of the data another mean."""
+    """Change the mean of the first sample in the data."""
 
     def apply():
         at = int(Path("data/000000.idx").read_text().splitlines()[1].split()[1])
@@ -108,7 +108,7 @@ def moment(value):
 
 
 def metadata(content):
-    """Replace the description of the export: a text, or changes to it."""
+    """Replace the description of the export with a text, or with changes to it."""
 
     def apply():
         from safetensors.torch import load_file, save_file
@@ -137,7 +137,7 @@ def described(**changes):
 
 
 def crowd(folder):
-    """Many more images."""
+    """Add many images."""
 
     def apply():
         for i in range(500):
@@ -174,7 +174,7 @@ def full(path):
 
 
 def filled(path):
-    """As `full`, with what was there before in it."""
+    """Like `full`, but with the earlier contents."""
 
     def apply():
         there = Path(path).rename("aside")
@@ -192,7 +192,7 @@ def filled(path):
 
 
 def read_only(path):
-    """What is there, on a disk that is mounted read-only."""
+    """The same contents on a disk that is mounted read-only."""
 
     def apply():
         Path(path).mkdir(parents=True, exist_ok=True)
@@ -213,14 +213,14 @@ class Case:
     command: str
     damage: tuple = ()
     says: str = ""
-    """part of the line"""
+    """a part of the line"""
     code: int = 2
     new: tuple[str, ...] = field(default=())
-    """names of what may be there afterwards that was not before"""
+    """names of files that the command may create"""
     signum: int | None = None
-    """sent to the process"""
+    """signal to send to the process"""
     sent: str = ""
-    """when there is this file; after some seconds if none is named"""
+    """send it when this file exists; without a name, after some seconds"""
 
 
 def case(command, *damage, says="", code=2, new=()):
@@ -336,7 +336,7 @@ OPTIONS = [
     case("train --dry-run --ranks 3 --data data", says="--batch-size 256 is not a multiple"),
     case(f"{TRAIN} --batch-size=30", says="interval share"),
     case(f"{TRAIN} --accumulation=3", says="--batch-size 32 is not a multiple of ranks x --accumulation"),
-    case(f"{TRAIN} --replicas=2", says="--replicas 2 does not divide"),
+    case(f"{TRAIN} --replicas=2", says="--replicas must divide the 1 rank(s); 2 does not"),
     case(f"{TRAIN} --model.input-size=16", says="holds latents of (1, 8, 8); the model takes"),
     case(f"{TRAIN} --model.num-classes=5", says="--model.num-classes is 5"),
     case(f"{TRAIN} --optim.backend=cuda", says="--optim.backend cuda"),
@@ -353,17 +353,17 @@ OPTIONS = [
     case("generate runs/digits --labels x"),
     case("generate runs/digits --out x.jpg", says="--out x.jpg must end in .png"),
     case("generate runs/digits --out ''"),
-    case("generate runs/digits --ema-decay 0.1", says="has no moving average of decay 0.1"),
+    case("generate runs/digits --ema-decay 0.1", says="has no moving average with decay 0.1"),
     case("generate runs/digits --ema-decay nan", says="--ema-decay must"),
     case("generate runs/digits --conditions omega 1", says="omega"),
     case("generate runs/digits --conditions omega", says="--conditions takes pairs of a name and a number"),
     case("generate runs/digits --conditions omega x", says="--conditions takes pairs of a name and a number"),
     case("generate runs/digits --conditions omega nan", says="--conditions must be finite"),
     case("generate model.safetensors --ema-decay 0.9", says="model.safetensors is an export"),
-    case("generate runs/digits --vae nowhere/with/it", says="there is no folder nowhere/with/it"),
+    case("generate runs/digits --vae nowhere/with/it", says="nowhere/with/it is not a folder"),
     case("generate runs/digits --vae mistyped/name", says="mistyped/name"),
     case("generate runs/digits --vae images", says="images"),
-    case("generate runs/digits --vae vae", says="the VAE has 4 latent channels, the model 1"),
+    case("generate runs/digits --vae vae", says="the VAE has 4 latent channels; the model has 1"),
     case("evaluate", says="CHECKPOINT"),
     case("evaluate runs/digits", says="nothing to do"),
     case(f"{EVALUATE} --num=1", says="--num must be at least 2, not 1"),
@@ -383,7 +383,7 @@ OPTIONS = [
     case(f"{EVALUATE} --sweep steps=1 steps=2", says="steps is given twice"),
     case(f"{EVALUATE} --sweep ema_decay=0.9,inf", says="must be finite and different"),
     case(f"{EVALUATE} --sweep ema_decay=0.9,0.9", says="must be finite and different"),
-    case(f"{EVALUATE} --sweep ema_decay=0.9,0.1", says="has no moving average of decay 0.1"),
+    case(f"{EVALUATE} --sweep ema_decay=0.9,0.1", says="has no moving average with decay 0.1"),
     case(f"{EVALUATE} --sweep ema_decay=0.9 --ema-decay=0.9", says="ema_decay is given twice"),
     case(f"{EVALUATE} --sweep steps=1 --save=x", says="--sweep needs"),
     case(f"{EVALUATE} --sweep steps=1 --out=x.png", says="--out x.png must end in .json"),
@@ -412,8 +412,8 @@ OPTIONS = [
     case("export runs/digits model.safetensors", says="model.safetensors exists"),
     case("export runs/digits nowhere/x.safetensors", says="nowhere does not exist"),
     case("export runs/digits x.safetensors --ema-decay=0.1", says="decay 0.1"),
-    case("export model.safetensors x.safetensors", says="model.safetensors is an export already"),
-    case("export data x.safetensors", says="data is neither a checkpoint"),
+    case("export model.safetensors x.safetensors", says="model.safetensors is already an export"),
+    case("export data x.safetensors", says="data must be a checkpoint"),
     case("prepare", says="no command is given"),
     case("prepare digts out", says="the nearest is digits"),
     case("prepare qqqq out", says="there is no command qqqq; there are digits"),
@@ -440,15 +440,15 @@ OPTIONS = [
     case(IMAGES.replace("images out", "nowhere out"), says="nowhere does not exist"),
     case(IMAGES.replace("images out", "sit.pt out"), says="sit.pt is neither a folder, a .tar nor an LMDB"),
     case(IMAGES.replace("images out", "images/a out"), says="--one-class"),
-    case(IMAGES.replace("images out", "images images/out"), says="images/out is in images"),
+    case(IMAGES.replace("images out", "images images/out"), says="images/out is inside the source images"),
     case(IMAGES.replace("images out", "images data"), says="data is not an empty folder"),
     case(IMAGES.replace("=vae", "=mistyped/name"), says="mistyped/name"),
-    case(IMAGES.replace("=vae", "=./nowhere"), says="there is no folder ./nowhere"),
+    case(IMAGES.replace("=vae", "=./nowhere"), says="./nowhere is not a folder"),
     case(IMAGES.replace("=vae", "=images"), says="images"),
     case("prepare import npy", says="OUT"),
     case("prepare import nowhere out", says="nowhere does not exist"),
-    case("prepare import images out", says="images is none of what can be imported"),
-    case("prepare import npy npy/out", says="npy/out is in npy"),
+    case("prepare import images out", says="images cannot be imported: it must be an LMDB"),
+    case("prepare import npy npy/out", says="npy/out is inside the source npy"),
     case("prepare import npy out --scale nan", says="--scale must"),
     case("prepare import npy out --scale 0", says="--scale must"),
     case("prepare import npy out --bias inf", says="--bias must"),
@@ -458,7 +458,7 @@ OPTIONS = [
     case("prepare import npy out --num-classes 0", says="--num-classes must"),
     case("prepare import npy out --max-broken 2", says="--max-broken must"),
     case("prepare import npy out --seed=-1", says="--seed must"),
-    case("prepare import data out", says="data is a data set of mfengine already"),
+    case("prepare import data out", says="data is already a data set of mfengine"),
     case("prepare check", says="DATA"),
     case("prepare check nowhere", says="nowhere"),
     case("prepare check runs/digits", says="runs/digits is a run folder"),
@@ -466,7 +466,7 @@ OPTIONS = [
     case("prepare normalise", says="DATA"),
     case("prepare normalise data", says="--to"),
     case("prepare normalise data --to std", says="--to"),
-    case("prepare normalise data --to sd", says="normalisation sd is of 4 channels; these latents have 1"),
+    case("prepare normalise data --to sd", says="normalisation sd is for 4 channels; these latents have 1"),
     case("prepare normalise nowhere --to sd", says="nowhere"),
     case("info extra", says="unexpected argument extra"),
     case("info --verbose", says="there is no option --verbose"),
@@ -495,7 +495,7 @@ DAMAGE = [
             ({"space__bias": float("inf")}, "space.bias"),
             ({"space__bias": "abc"}, "space.bias"),
             ({"space__scale": None}, "space.scale"),
-            ({"space__scale": [1, 2]}, "space.scale must be a number, or one for each of 1 channel(s)"),
+            ({"space__scale": [1, 2]}, "space.scale must be a number, or one per channel (1)"),
             ({"space__scale": ["x"]}, "space.scale[0]"),
             ({"space__shape": [8]}, "space.shape"),
             ({"space__shape": 8}, "space.shape"),
@@ -622,7 +622,7 @@ DAMAGE = [
     ),
     case("generate model.safetensors", described(model__depth=3), says="another architecture"),
     case("generate nowhere", says="nowhere"),
-    case("generate images", says="images is neither a checkpoint"),
+    case("generate images", says="images must be a checkpoint"),
     case("generate sit.pt", says="sit.pt"),
     case("generate nowhere.safetensors", says="nowhere.safetensors"),
     # Sources of images and latents.
@@ -745,7 +745,7 @@ INTERRUPTS = [
 
 @pytest.fixture(scope="module")
 def inputs(digits, tmp_path_factory):
-    """A folder with one of everything that commands read."""
+    """A folder with one input of every kind that commands read."""
     folder = tmp_path_factory.mktemp("inputs")
     shutil.copytree(digits, folder / "data")
     done = run_command(
@@ -798,7 +798,7 @@ def unmount(folder):
 
 
 def send(case, process):
-    """Send a signal to the process of a command that is at work."""
+    """Send a signal to a running command."""
     deadline = time.monotonic() + (60 if case.sent else 3)
     while process.is_alive() and time.monotonic() < deadline and not (case.sent and Path(case.sent).exists()):
         time.sleep(0.001)
@@ -807,7 +807,7 @@ def send(case, process):
 
 
 def ending(case, inputs, folder):
-    """(exit code, last line, what is bad about it) of a command."""
+    """(exit code, last line, problem) of a command."""
     shutil.copytree(inputs, folder)
     before_cwd = Path.cwd()
     os.chdir(folder)
@@ -856,7 +856,8 @@ def check(cases, inputs, tmp_path):
     assert not wrong, "\n" + "\n".join(wrong)
 
 
-def test_a_sample_of_bad_input_ends_with_one_line(inputs, tmp_path):
+@pytest.mark.forks
+def test_sample_of_bad_input_ends_with_one_line(inputs, tmp_path):
     check([*OPTIONS[::150], *DAMAGE[::150], *DISKS[7::40]], inputs, tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""The peers of the benchmarks compute the paper's loss, and cost what such a peer costs."""
+"""The benchmarks' peers compute the paper's loss, at the expected cost."""
 
 from functools import partial
 from importlib.util import find_spec
@@ -22,7 +22,7 @@ def loss_and_gradients(port, network, inputs):
 
 
 def worst_error(actual, expected):
-    """Largest relative error of the loss and of any parameter's gradient."""
+    """The largest relative error of the loss and of any parameter's gradient."""
     assert actual[1].keys() == expected[1].keys()
     gradients = [relative_error(actual[1][name].cpu(), expected[1][name].cpu()) for name in expected[1]]
     return max(relative_error(actual[0].cpu(), expected[0]), *gradients)
@@ -36,7 +36,7 @@ def golden(name):
 
 
 def random_case(config, device="cpu", batch=8):
-    """A network whose output is not zero, a guided objective, and a batch."""
+    """A network with nonzero output, a guided objective, and a batch."""
     torch.manual_seed(0)
     network = PortDiT(config).to(device)
     with torch.no_grad():
@@ -68,9 +68,9 @@ def test_port_in_bfloat16_is_near_float32():
     assert 1e-4 < worst_error(actual, expected) < 0.03
 
 
-@pytest.mark.slow  # the eager one is compared above
+@pytest.mark.slow  # the eager port is compared above
 def test_compiled_port_agrees_with_the_papers_own_code(monkeypatch):
-    """Dynamo's and AOTAutograd's graphs, where a JVP would get lost; Inductor takes a minute of C++ on two cores."""
+    """With Dynamo and AOTAutograd, whose graphs could lose a JVP; Inductor takes a minute of C++ on two cores."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager", fullgraph=True))
     network, config, inputs, expected = golden("guided_kappa")
     assert worst_error(loss_and_gradients(Port(config, compiled=True), network, inputs), expected) < TOLERANCE
@@ -88,7 +88,7 @@ def test_port_compiled_by_inductor():
 @pytest.mark.skipif(not find_spec("jvp_flash_attention"), reason="needs the package jvp_flash_attention")
 @pytest.mark.parametrize("dim", [64, 72])
 def test_port_with_jvp_flash_attention(dim):
-    """In bfloat16 beside float32: the golden cases have fewer tokens than the package takes."""
+    """In bfloat16, against float32: the golden cases have fewer tokens than the package supports."""
     network, objective, inputs = random_case(ModelConfig(16, 2, 4, 2 * dim, 2, 2, num_classes=10), "cuda")
     expected = loss_and_gradients(Port(objective), network, inputs)
     flash = Port(objective, torch.bfloat16, jvp_attention=jvp_flash_attention, attention=sdpa)
@@ -106,14 +106,15 @@ def test_missing_jvp_flash_attention_is_an_import_error():
 # Cost, in forward passes of one sample.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("implementation", "objective", "low", "high"),
     [
-        ("mfengine", "flow matching", 3.0, 3.1),  # the backward makes the attention's scores again
+        ("mfengine", "flow matching", 3.0, 3.1),  # the backward computes attention's scores again
         ("mfengine", "unguided", 3.25, 3.4),
         ("mfengine", "guided", 4.1, 4.5),
         ("port", "flow matching", 2.99, 3.0),
-        ("port", "unguided", 4.95, 5.0),  # PyTorch's JVP of a linear layer also multiplies by the weight's zero tangent
+        ("port", "unguided", 4.95, 5.0),  # PyTorch's JVP of a linear layer multiplies by the weight's zero tangent
         ("port", "guided", 6.3, 6.8),
     ],
 )

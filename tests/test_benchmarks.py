@@ -1,4 +1,4 @@
-"""The benchmarks: what trips the guard, what a check notices, and what is timed."""
+"""The benchmarks: the guard, the checks, and the timing."""
 
 import json
 import os
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import slow
 
 from benchmarks import cases, checks, guard, measure, report
 from benchmarks.cases import Machine, fused_ops, rotating
@@ -42,7 +43,7 @@ def test_figures_are_ratios_of_one_run():
     assert guard.figures(rows, CEILINGS, gpu=True)["kernels: gelu: calls per second"] == pytest.approx(100)
 
 
-def test_tolerance():
+def test_regressions_beyond_tolerance():
     accepted = {"a": 2.0, "b": 1.0, "gone": 1.0}
     assert guard.regressions({"a": 1.81, "b": 5.0, "new": 0.1}, accepted, 0.1) == []
     assert guard.regressions({"a": 1.79}, accepted, 0.1) == ["a: 1.79, accepted 2, tolerance 10%"]
@@ -56,15 +57,15 @@ def test_counts_are_exact():
         "guided: flops 1,001, accepted 1,000",
         "guided: launches 8, accepted 7",
     ]
-    assert len(guard.changed_counts({**more, "torch": "2.14.0"}, accepted)) == 1  # it may launch otherwise
+    assert len(guard.changed_counts({**more, "torch": "2.14.0"}, accepted)) == 1  # PyTorch may launch differently
     assert guard.changed_counts({"torch": "", "counts": {"new": {"flops": 1}}}, accepted) == [
         "new: flops 1, accepted None"
     ]
 
 
-def test_peers_of_attention_compute_what_ours_does(tmp_path, monkeypatch):
-    """Causal, masked, with grouped queries, and the gradients through the tangent."""
-    monkeypatch.setattr(cases, "find_spec", lambda name: None)  # what needs a GPU
+def test_peers_of_attention_agree_with_ours(tmp_path, monkeypatch):
+    """Causal, masked, with grouped queries, and with gradients through the tangent."""
+    monkeypatch.setattr(cases, "find_spec", lambda name: None)  # hides what needs a GPU
     machine, count = Machine(torch.device("cpu"), tmp_path, rehearse=True), 0
     for case in cases.attention(machine, "xl2", 2):
         results = []
@@ -112,7 +113,7 @@ SELECTION = "(gelu and dual) or (counts and b2-guided-mfengine) or (step and pee
 
 
 def run_benchmarks(*options, cwd, plugin=None):
-    # Nothing of the session that runs this: kernels are timed compiled, and not beside others under xdist.
+    # In a separate environment: kernels must be compiled for timing, and pytest-xdist must not run beside them.
     inherited = ("TRITON_INTERPRET", "PYTEST_")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(inherited)}
     environment["PYTHONPATH"] = str(cwd)
@@ -162,14 +163,15 @@ def test_guard_trips_on_a_slow_op_and_on_an_extra_forward(tmp_path):
     assert (tmp_path / "report" / "kernels.png").stat().st_size > 5_000
 
 
-def test_peer_that_is_not_there(tmp_path):
+@pytest.mark.slow
+def test_missing_peer(tmp_path):
     done = run_benchmarks("--peer=mfengine:nobody", cwd=tmp_path)
     assert done.returncode == 4
-    assert "--peer mfengine:nobody is not MODULE:FUNCTION" in done.stderr
+    assert "--peer must be MODULE:FUNCTION, not mfengine:nobody" in done.stderr
 
 
 def test_split_takes_tangents_as_training_does(monkeypatch):
-    """Not by `torch.func.jvp`, which is for networks without explicit ones."""
+    """It does not use `torch.func.jvp`, which is for networks without explicit tangents."""
     monkeypatch.setattr(torch.func, "jvp", None)
     config = ModelConfig(8, 2, 4, hidden_size=24, depth=1, num_heads=2, num_classes=3)
     method = MeanFlow(OBJECTIVES["guided"])
@@ -178,7 +180,7 @@ def test_split_takes_tangents_as_training_does(monkeypatch):
     assert loss.requires_grad
 
 
-def test_report_of_something_else(tmp_path, monkeypatch, capsys):
+def test_report_of_an_unrelated_file(tmp_path, monkeypatch, capsys):
     (tmp_path / "x.json").write_text(json.dumps({"rows": 3}))
     monkeypatch.setattr(sys, "argv", ["report", str(tmp_path / "x.json")])
     assert report.main() == 2
@@ -208,11 +210,11 @@ def test_split_counts_launches_through_the_runtime_and_through_the_driver():
 
 
 # ----------------------------------------------------------------------------
-# What is timed.
+# Timing.
 
 
 class SimulatedDevice:
-    """A GPU that works through a queue, beside a host that fills it; times in seconds."""
+    """A GPU that works through a queue while a host fills it; times in seconds."""
 
     def __init__(self):
         self.host = self.free = 0.0
@@ -243,7 +245,7 @@ class SimulatedEvent:
 
 
 @pytest.mark.parametrize("host", [5e-5, 1e-3])
-def test_kernel_timings_leave_the_host_out(host, monkeypatch):
+def test_kernel_timings_exclude_the_host(host, monkeypatch):
     device = SimulatedDevice()
     monkeypatch.setattr(torch.cuda, "Event", device.event)
     monkeypatch.setattr(measure, "other_work", lambda _: lambda: device.launch(1e-5, 7e-4))
@@ -253,10 +255,10 @@ def test_kernel_timings_leave_the_host_out(host, monkeypatch):
         return sorted(measure.measure(lambda: device.launch(host, 2.5e-5), clock, 0.0, warmup=2))[1]
 
     assert median(hide_host=True) == pytest.approx(2.5e-5, rel=0.01)
-    assert median(hide_host=False) == pytest.approx(host, rel=0.1)  # what a step waits for counts
+    assert median(hide_host=False) == pytest.approx(host, rel=0.1)  # the time that a step waits counts
 
 
-def test_inputs_are_more_than_the_cache_holds(monkeypatch):
+def test_inputs_exceed_the_cache(monkeypatch):
     class Properties:
         L2_cache_size = 60_000_000
 
@@ -268,11 +270,11 @@ def test_inputs_are_more_than_the_cache_holds(monkeypatch):
 
 
 # ----------------------------------------------------------------------------
-# What a check notices.
+# Checks.
 
 
-@pytest.mark.parametrize("op", fused_ops())
-def test_checks_pass_our_kernels(op):
+@pytest.mark.parametrize("op", [slow(op) if "attention" in op or op == "adaln_modulate" else op for op in fused_ops()])
+def test_kernels_pass_the_checks(op):
     check = checks.check_op(op, SMALL, torch.float16, op, torch.device("cpu"))
     assert checks.passed(check), check
 
@@ -296,8 +298,8 @@ def different_each_time(o):
 
 
 @pytest.mark.parametrize("fault", [lost_tangent, unwritten, inexact, different_each_time])
-def test_checks_notice(fault, monkeypatch):
-    """What goes wrong only where our kernels run."""
+def test_checks_detect_faults(fault, monkeypatch):
+    """They detect faults that occur only in our kernels."""
     usual = ops.OPS["gelu"]
 
     def planted(*args):
@@ -316,7 +318,7 @@ def test_checks_notice(fault, monkeypatch):
 
 
 def test_optimizer_without_its_library_fails(monkeypatch, tmp_path):
-    """Rather than to check PyTorch's instead."""
+    """It must not check PyTorch's optimizer instead."""
     monkeypatch.setattr(multi_tensor, "LIBRARY", tmp_path / "libmfengine_cuda.so")
     multi_tensor.library.cache_clear()
     with pytest.raises(ValueError, match="not built"):
@@ -348,7 +350,7 @@ def test_data_sheets(name, tflops, monkeypatch):
     assert rates.peak_rate(device, torch.float32) == 1e12
 
 
-def test_tables_show_the_prediction_and_the_shares_of_the_data_sheet_and_of_the_measured_rate():
+def test_tables_show_prediction_and_shares():
     step = Row(
         "step", "guided, xl2 of 32", "mfengine", 0.1, 0.1, 0.1, 5, samples=32, flops=4e13, bytes=0, predicted=0.066
     )
@@ -365,7 +367,7 @@ def test_tables_show_the_prediction_and_the_shares_of_the_data_sheet_and_of_the_
         assert "3.00 x" in text
 
 
-def test_a_row_that_is_timed_late_stands_with_its_case():
+def test_late_rows_are_grouped_with_their_case():
     rows = [("A", "mfengine"), ("B", "mfengine"), ("B", "port"), ("A", "port compiled")]
     found = {"environment": dict.fromkeys(("device", "torch", "cuda", "triton", "python", "commit"), "x")}
     found["rows"] = [vars(Row("step", *row, 0.1, 0.1, 0.1, 5, samples=32, flops=0, bytes=0)) for row in rows]

@@ -1,4 +1,4 @@
-"""When and how checkpoints are written; `test_run_folder.py` says what is read from them."""
+"""When and how checkpoints are written. `test_run_folder.py` tests how they are read."""
 
 import errno
 import os
@@ -32,9 +32,9 @@ def assert_same(actual, expected):
         assert torch.equal(actual[name], value) if isinstance(value, torch.Tensor) else actual[name] == value, name
 
 
-def test_checkpoints_in_the_background_equal_those_that_training_waits_for(digits, tmp_path, monkeypatch, capsys):
+def test_background_checkpoints_equal_synchronous_ones(digits, tmp_path, monkeypatch, capsys):
     where = {"digits": digits, "cwd": tmp_path, "monkeypatch": monkeypatch, "capsys": capsys}
-    args = ("--steps=6", "--checkpoint-every=1")
+    args = ("--steps=3", "--checkpoint-every=1")
     waiting = run("waiting", *args, **where)
     trained = threading.Event()
     step, save = trainer.Trainer._train_step, dcp.save
@@ -46,7 +46,7 @@ def test_checkpoints_in_the_background_equal_those_that_training_waits_for(digit
 
     def save_after_a_step(*args, **kwargs):
         trained.clear()
-        trained.wait(timeout=5)  # the weights change before they are written; not after the last step
+        trained.wait(timeout=5)  # the weights change before they are written, except after the last step
         return save(*args, **kwargs)
 
     monkeypatch.setattr(trainer.Trainer, "_train_step", step_and_tell)
@@ -55,12 +55,12 @@ def test_checkpoints_in_the_background_equal_those_that_training_waits_for(digit
     monkeypatch.setattr(trainer, "Checkpointer", lambda *args, **options: Checkpointer(*args, **options | given))
     background = run("background", *args, **where)
     names = [path.name for path in sorted(waiting.iterdir())]
-    assert names == [path.name for path in sorted(background.iterdir())] == [f"step-{i:08d}" for i in range(1, 7)]
-    for name in (names[0], names[3], names[5]):
+    assert names == [path.name for path in sorted(background.iterdir())] == [f"step-{i:08d}" for i in range(1, 4)]
+    for name in names:
         assert_same(background / name, waiting / name)
 
 
-def test_the_writer_works_on_its_ranks_gpu_from_pinned_memory_that_is_allocated_once(tmp_path, monkeypatch):
+def test_writer_uses_its_ranks_gpu_and_reuses_pinned_memory(tmp_path, monkeypatch):
     devices, options, written = [], [], []
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: devices.append((device, threading.get_ident())))
     monkeypatch.setattr(dcp, "save", lambda state, **_: written.append((state["x"].data_ptr(), threading.get_ident())))
@@ -89,7 +89,7 @@ def no_space(*args, **kwargs):
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
-def test_a_checkpoint_that_cannot_be_written_leaves_nothing(asynchronous, tmp_path, monkeypatch):
+def test_failed_write_leaves_nothing(asynchronous, tmp_path, monkeypatch):
     checkpointer = Checkpointer(tmp_path, World(0, 1, torch.device("cpu")), keep=2, asynchronous=asynchronous)
     for step, save in ((1, dcp.save), (2, no_space), (3, dcp.save)):
         monkeypatch.setattr(dcp, "save", save)
@@ -98,7 +98,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_nothing(asynchronous, tmp_pa
         if step == 2:
             folder = tmp_path / "checkpoints"
             assert checkpointer.failed == (
-                f"cannot write {folder}/step-00000002: No space left on device; last whole checkpoint: "
+                f"cannot write {folder}/step-00000002: No space left on device; last complete checkpoint: "
                 f"{folder}/step-00000001"
             )
             assert [path.name for path in folder.iterdir()] == ["step-00000001"]
@@ -107,7 +107,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_nothing(asynchronous, tmp_pa
     assert checkpointer.newest == folder / "step-00000003"
 
 
-def test_training_goes_on_when_a_checkpoint_does_not_fit(digits, tmp_path, monkeypatch, capsys):
+def test_training_continues_if_a_checkpoint_does_not_fit(digits, tmp_path, monkeypatch, capsys):
     save, calls = dcp.save, []
 
     def save_where_there_is_room(*args, **kwargs):
@@ -120,18 +120,18 @@ def test_training_goes_on_when_a_checkpoint_does_not_fit(digits, tmp_path, monke
     code, _, err = run_in_process(*args, "--name=first", cwd=tmp_path, monkeypatch=monkeypatch, capsys=capsys)
     assert code == 0, err
     warning = "warning: cannot write runs/first/checkpoints/step-00000001: No space left on device"
-    assert f"{warning}; last whole checkpoint: none; training goes on" in err
+    assert f"{warning}; last complete checkpoint: none; training goes on" in err
     assert sorted(path.name[-1] for path in (tmp_path / "runs/first/checkpoints").iterdir()) == ["2", "3"]
-    fails = (6,)  # the last of the second run
+    fails = (6,)  # the last step of the second run
     code, _, err = run_in_process(*args, "--name=last", cwd=tmp_path, monkeypatch=monkeypatch, capsys=capsys)
     assert code == 1
     assert err.splitlines()[-1] == (
-        "error: cannot write runs/last/checkpoints/step-00000003: No space left on device; last whole checkpoint: "
+        "error: cannot write runs/last/checkpoints/step-00000003: No space left on device; last complete checkpoint: "
         "runs/last/checkpoints/step-00000002"
     )
 
 
-def test_old_checkpoint_that_cannot_be_removed_is_told(tmp_path, monkeypatch):
+def test_failed_removal_of_an_old_checkpoint_is_reported(tmp_path, monkeypatch):
     def in_use(path, **_):
         raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
 
@@ -144,7 +144,7 @@ def test_old_checkpoint_that_cannot_be_removed_is_told(tmp_path, monkeypatch):
 
 
 def test_checkpoint_minutes(digits, tmp_path, monkeypatch, capsys):
-    """After so many minutes by rank 0's clock, counted from the last checkpoint; the weights stay what they are."""
+    """Every few minutes by rank 0's clock, counted from the last checkpoint; the weights are unchanged."""
     where = {"digits": digits, "cwd": tmp_path, "monkeypatch": monkeypatch, "capsys": capsys}
     expected = run("steps", "--steps=10", "--checkpoint-every=4", **where)
     now, train_step = 0, trainer.Trainer._train_step

@@ -1,4 +1,4 @@
-"""Weights of other code bases: a DiT and a SiT written here as they are published, plain and with their own forward."""
+"""Weights of other code bases: a DiT and a SiT written here in their published layout, with their own forward."""
 
 import math
 
@@ -92,7 +92,7 @@ def test_sit_without_second_embedder_is_the_same_velocity_for_every_h(batch):
     assert result.fresh == [f"h_embedder.mlp.{i}.{p}" for i in (0, 2) for p in ("weight", "bias")]
     assert result.unused == ["pos_embed"]
     model(z, t, h, y).square().sum().backward()
-    assert model.h_embedder.mlp[2].weight.grad.abs().sum() > 0  # and it can be trained from there
+    assert model.h_embedder.mlp[2].weight.grad.abs().sum() > 0  # training can change it
 
 
 def test_dit_that_predicts_variances_keeps_the_means(batch):
@@ -117,7 +117,7 @@ def test_reversed_time_is_folded_into_the_weights(batch):
     torch.testing.assert_close(model(z, t, h, y), -sit(z, 1 - t, y), rtol=1e-3, atol=1e-4)
 
 
-def test_not_a_dit():
+def test_checkpoint_without_a_dit():
     with pytest.raises(ValueError, match="no DiT in this checkpoint"):
         from_sit({"conv1.weight": torch.zeros(3)})
 

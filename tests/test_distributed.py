@@ -18,6 +18,7 @@ from mfengine.ranks import world
 
 GUIDED = ("--method.omega=0.2", "--method.kappa=0.92", "--method.t-end=0.75")
 STEPS = ("--steps=20", "--checkpoint-every=10")
+CLIPPED = ("--steps=5", "--optim.clip-norm=0.01", "--optim.eps=1e-4", "--log-every=1", *GUIDED)
 
 
 def train(digits, cwd, name, *args, ranks=1):
@@ -27,7 +28,7 @@ def train(digits, cwd, name, *args, ranks=1):
 
 
 def weights(cwd, name):
-    """Of the network itself: its moving average is still near the common start."""
+    """Weights of the network itself: its moving average is still close to the common start."""
     return {k: v for k, v in checkpoint_contents(cwd / "runs" / name).items() if k.startswith("/model/")}
 
 
@@ -39,7 +40,7 @@ def assert_near(actual, expected, tolerance=1e-5):
 
 @pytest.fixture(scope="module")
 def single(digits, tmp_path_factory):
-    """One process that takes the global batch in two passes: 20 steps."""
+    """20 steps of one process that takes the global batch in two passes."""
     cwd = tmp_path_factory.mktemp("ranks")
     train(digits, cwd, "single", *STEPS, *GUIDED, "--accumulation=2")
     return cwd
@@ -47,23 +48,54 @@ def single(digits, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def sharded(single, digits):
-    """The same by two processes, in one pass each, beside it."""
+    """20 steps of two processes, one pass each."""
     train(digits, single, "sharded", *STEPS, *GUIDED, ranks=2)
     return single
 
 
-def test_two_processes_reach_the_weights_of_one(single, sharded):
-    assert_near(weights(single, "sharded"), weights(single, "single"))
-    lines = [(single / "runs" / name / "metrics.jsonl").read_text().splitlines()[-1] for name in ("single", "sharded")]
+@pytest.fixture(scope="module")
+def clipped(digits, tmp_path_factory):
+    """Five steps of each, with gradients clipped to a norm over all ranks."""
+    cwd = tmp_path_factory.mktemp("clipped")
+    train(digits, cwd, "single", *CLIPPED, "--accumulation=2")
+    train(digits, cwd, "sharded", *CLIPPED, ranks=2)
+    return cwd
+
+
+@pytest.mark.forks
+def test_two_processes_reach_the_weights_of_one(clipped):
+    assert_near(weights(clipped, "sharded"), weights(clipped, "single"))
+    lines = [(clipped / "runs" / name / "metrics.jsonl").read_text().splitlines()[-1] for name in ("single", "sharded")]
     one, two = map(json.loads, lines)
     assert one["loss"] == pytest.approx(two["loss"], rel=1e-5)
 
 
-def test_hsdp_resharding_and_recomputing_reach_them_too(single, digits):
+@pytest.mark.forks
+def test_another_number_of_processes_resumes(clipped, digits):
+    before = checkpoint_contents(clipped / "runs/sharded")
+    # This small rate leaves the weights as they were read, and shows that a resumed run takes the new rate.
+    done = train(digits, clipped, "sharded", *CLIPPED, "--steps=6", "--optim.lr=1e-20", "--resume=auto")
+    assert "continuing runs/sharded/checkpoints/step-00000005" in done.stderr
+    assert "dealt in 2 part(s), now in 1: its position restarts at the beginning of the epoch" in done.stderr
+    after = checkpoint_contents(clipped / "runs/sharded")
+    weights = [name for name in before if name.startswith("/model/")]
+    assert len(weights) > 10
+    assert all(torch.equal(before[name], after[name]) for name in weights)
+    assert {float(value) for name, value in after.items() if name.endswith("/step")} == {6.0}
+
+
+@pytest.mark.slow
+def test_twenty_steps_of_two_processes_are_those_of_one(single, sharded):
+    assert_near(weights(single, "sharded"), weights(single, "single"))
+
+
+@pytest.mark.slow
+def test_hsdp_resharding_and_recomputing_reach_the_same_weights(single, digits):
     train(digits, single, "layouts", *STEPS, *GUIDED, "--replicas=2", "--reshard", "--recompute", ranks=2)
     assert_near(weights(single, "layouts"), weights(single, "single"))
 
 
+@pytest.mark.slow
 def test_two_processes_stop_and_resume(single, sharded, digits):
     train(digits, single, "stopped", "--steps=7", *GUIDED, ranks=2)
     train(digits, single, "stopped", *STEPS, *GUIDED, "--resume=auto", ranks=2)
@@ -72,34 +104,12 @@ def test_two_processes_stop_and_resume(single, sharded, digits):
         assert torch.equal(stopped[name], value) if isinstance(value, torch.Tensor) else stopped[name] == value, name
 
 
-def test_clipping_takes_the_norm_over_all_ranks(single, digits):
-    clipped = ("--steps=5", "--optim.clip-norm=0.01", "--optim.eps=1e-4", *GUIDED)
-    train(digits, single, "clipped", *clipped, "--accumulation=2")
-    train(digits, single, "clipped-sharded", *clipped, ranks=2)
-    assert_near(weights(single, "clipped-sharded"), weights(single, "clipped"))
-
-
-@pytest.mark.slow  # each half has its test
-def test_one_process_in_two_passes_continues_what_two_began(single, digits):
+@pytest.mark.slow  # other tests cover each half
+def test_one_process_in_two_passes_continues_a_run_of_two(single, digits):
     train(digits, single, "passes", "--steps=7", *GUIDED, ranks=2)
     done = train(digits, single, "passes", *STEPS, *GUIDED, "--resume=auto", "--accumulation=2")
     assert "restarts" not in done.stderr
     assert_near(weights(single, "passes"), weights(single, "single"))
-
-
-def test_another_number_of_processes_resumes(single, digits):
-    train(digits, single, "moved", "--steps=10", *GUIDED, ranks=2)
-    before = checkpoint_contents(single / "runs/moved")
-    # So small a rate leaves the weights as they were read, and shows that a resumed run takes the new rate.
-    done = train(digits, single, "moved", "--steps=11", "--optim.lr=1e-20", *GUIDED, "--resume=auto")
-    assert "continuing runs/moved/checkpoints/step-00000010" in done.stderr
-    assert "dealt in 2 part(s), now in 1: its position restarts at the beginning of the epoch" in done.stderr
-    after = checkpoint_contents(single / "runs/moved")
-    assert {
-        name for name in before if name.startswith("/model/") and not torch.equal(before[name], after[name])
-    } == set()
-    steps = {float(value) for name, value in after.items() if name.endswith("/step")}
-    assert steps == {11.0}
 
 
 def test_one_rank_mesh_equals_no_mesh():
@@ -114,25 +124,24 @@ def test_one_rank_mesh_and_no_mesh_continue_each_other(digits, tmp_path, monkeyp
         assert code == 0, err
 
     run("alone", "--steps=6")
-    expected = checkpoint_contents(tmp_path / "runs/alone")
-    for name, first, second in (("to-mesh", "auto", "always"), ("from-mesh", "always", "auto")):
-        run(name, "--steps=3", f"--shard={first}")
-        run(name, "--steps=6", f"--shard={second}")
-        actual = checkpoint_contents(tmp_path / "runs" / name)
-        for key, value in expected.items():
-            assert torch.equal(actual[key], value) if isinstance(value, torch.Tensor) else actual[key] == value, key
+    for steps, shard in ((2, "auto"), (4, "always"), (6, "auto")):
+        run("to and from", f"--steps={steps}", f"--shard={shard}")
+    expected, actual = (checkpoint_contents(tmp_path / "runs" / name) for name in ("alone", "to and from"))
+    for key, value in expected.items():
+        assert torch.equal(actual[key], value) if isinstance(value, torch.Tensor) else actual[key] == value, key
 
 
-def test_error_on_every_rank_is_told_once(digits, tmp_path):
+@pytest.mark.forks
+def test_error_on_every_rank_is_reported_once(digits, tmp_path):
     done = run_command("mfengine.train", *SMALL, f"--data={digits}", "--batch-size=33", cwd=tmp_path, ranks=2)
     assert done.returncode != 0
     line = "error: --batch-size 33 is not a multiple of ranks x --accumulation = 2 x 1"
     assert done.stderr.splitlines().count(line) == 1
-    assert done.stderr.splitlines()[-2].endswith(f"traceback : {line}")  # torchrun's own report, which comes last
+    assert done.stderr.splitlines()[-2].endswith(f"traceback : {line}")  # torchrun's own report comes last
 
 
 def write_bad(folder, make):
-    """64 samples in two shards, one for each of two ranks; `make(i)` is the mean of the i-th written."""
+    """64 samples in two shards, one per rank; `make(i)` is the mean of the i-th sample written."""
     space = LatentSpace(shape=(1, 8, 8), num_classes=10)
     moments = np.empty((64, 1, 2, 1, 8, 8))
     for i, sample in enumerate(order(64, 0)):
@@ -140,6 +149,7 @@ def write_bad(folder, make):
     return write_dataset(folder, ArraySamples("bad", space, moments, np.arange(64) % 10), shard_samples=32)
 
 
+@pytest.mark.slow
 def test_loss_that_is_not_finite_on_one_rank(tmp_path):
     write_bad(tmp_path / "bad", lambda i: np.inf if i >= 32 else 0)
     args = ("mfengine.train", *SMALL, "--data=bad", "--steps=3", "--evaluate-every=0")
@@ -154,7 +164,8 @@ def test_loss_that_is_not_finite_on_one_rank(tmp_path):
     assert all(p.isfinite().all() for p in model.parameters())
 
 
-def test_data_that_only_one_rank_finds_unreadable(tmp_path):
+@pytest.mark.slow
+def test_unreadable_data_on_one_rank(tmp_path):
     dataset = write_bad(tmp_path / "bad", lambda i: 0)
     index = dataset.folder / "000001.idx"
     lines = index.read_text().splitlines()
@@ -177,8 +188,9 @@ def test_allocator_uses_expandable_segments_unless_told_otherwise(name, monkeypa
     assert at_start == [expected]
 
 
-def test_on_two_ranks(host_library, tmp_path):
-    """The checks of rank_worker.py, one after the other in one process group."""
+@pytest.mark.slow
+def test_checks_on_two_ranks(host_library, tmp_path):
+    """The checks in rank_worker.py, one after the other in one process group."""
     done = run_command("rank_worker", host_library.path, cwd=tmp_path, ranks=2, env={})  # torchrun itself
     assert done.returncode == 0, done.stderr
     passed = [line.removeprefix("passed ") for line in done.stdout.splitlines() if line.startswith("passed ")]

@@ -1,4 +1,4 @@
-"""The documentation: its links lead somewhere, its site builds, and files and versions that it names are right."""
+"""The documentation: links, the site, and the files and versions that it mentions."""
 
 import os
 import re
@@ -28,7 +28,7 @@ def test_contributing_names_files_that_exist():
     assert [file for file in files if not (ROOT / file).exists()] == []
 
 
-def test_one_version():
+def test_version_is_the_same_everywhere():
     changelog = re.search(r"^## \[([\d.]+)\] - ([\d-]+)$", (ROOT / "CHANGELOG.md").read_text(), re.M)
     citation = dict(re.findall(r"^(version|date-released): (\S+)$", (ROOT / "CITATION.cff").read_text(), re.M))
     assert changelog.groups() == (citation["version"], citation["date-released"])
@@ -45,7 +45,7 @@ def test_reference_has_every_public_name():
 def test_site_builds_without_a_warning_or_a_network(tmp_path):
     if not find_spec("mkdocs") or not find_spec("mkdocstrings"):
         pytest.skip("needs the extra docs: make docs installs it")
-    closed = dict.fromkeys(("http_proxy", "https_proxy"), "http://127.0.0.1:9")  # nothing listens there
+    closed = dict.fromkeys(("http_proxy", "https_proxy"), "http://127.0.0.1:9")  # a closed port
     done = subprocess.run(
         [sys.executable, "-m", "mkdocs", "build", "--site-dir", tmp_path],
         cwd=ROOT,

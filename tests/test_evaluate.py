@@ -1,12 +1,14 @@
-"""Evaluation: the same samples and figures on any number of ranks, and figures that agree with other libraries'."""
+"""Evaluation: samples and metrics that do not depend on the number of ranks, and agree with other libraries."""
 
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -22,6 +24,7 @@ from mfengine.data.format import Dataset, LatentSpace, iterate_means, read_means
 from mfengine.data.image_files import ImageArchive, ImageFolder
 from mfengine.data.vae import VAE
 from mfengine.data.writer import ArraySamples, order, write_dataset
+from mfengine.engine import trainer
 from mfengine.engine.checkpoint import newest_checkpoint
 from mfengine.engine.weights import load_model
 from mfengine.errors import InputError, RankError
@@ -41,16 +44,17 @@ LATENTS = LatentSpace(shape=(4, 8, 8), num_classes=10, scale=(0.2, 0.3, 0.5, 1.0
 
 @pytest.fixture(scope="module")
 def trained(digits, tmp_path_factory):
-    """A run of 20 steps that measures its samples twice."""
+    """A run of 20 steps that evaluates samples twice, but fewer than usual."""
     folder = tmp_path_factory.mktemp("trained")
-    done = run_command(*TRAIN, f"--data={digits}", "--steps=20", "--accumulation=2", cwd=folder)
+    with mock.patch.object(trainer, "MEASURED_SAMPLES", 2000):
+        done = run_command(*TRAIN, f"--data={digits}", "--steps=20", "--accumulation=2", cwd=folder)
     assert done.returncode == 0, done.stderr
     return folder / "runs/digits", done
 
 
 @pytest.fixture(scope="module")
 def export(tmp_path_factory):
-    """A model of VAE latents, not trained: 4 x 8 x 8."""
+    """An untrained model of VAE latents: 4 x 8 x 8."""
     torch.manual_seed(0)
     model = DiT(ModelConfig(8, 4, 4, hidden_size=32, depth=1, num_heads=2, num_classes=10))
     for p in model.final_layer.parameters():
@@ -111,7 +115,7 @@ def test_a_sample_depends_on_seed_and_number_alone(labels):
 
 
 def test_every_rank_calls_the_network_equally_often():
-    """A sharded model needs it: 5 slices over 3 ranks."""
+    """As a sharded model needs it: 5 slices over 3 ranks."""
 
     class Counting(Shifting):
         calls = 0
@@ -131,7 +135,7 @@ def test_every_rank_calls_the_network_equally_often():
 
 
 def by_scipy(a, b):
-    """With SciPy's root of a matrix."""
+    """The distance with SciPy's matrix square root."""
     linalg = pytest.importorskip("scipy.linalg", reason="SciPy comes with the extra digits")
     covariances = [np.cov(x, rowvar=False) for x in (a, b)]
     shift = a.mean(0) - b.mean(0)
@@ -154,7 +158,7 @@ def test_frechet_distance_agrees_with_scipy(n):
     assert frechet_distance(fitted(a), fitted(a)) == pytest.approx(0, abs=1e-4)
 
 
-def test_moments_are_numpys_however_they_are_gathered():
+def test_moments_equal_numpys_in_any_pieces():
     x = np.random.default_rng(0).standard_normal((300, 20)) * 6 + 5
     halves = [Moments(20, ALONE.device) for _ in range(2)]
     for half, part in zip(halves, (x[:100], x[100:]), strict=True):
@@ -165,7 +169,7 @@ def test_moments_are_numpys_however_they_are_gathered():
         np.testing.assert_allclose(gaussian.covariance, np.cov(x, rowvar=False), rtol=1e-9, atol=1e-12)
 
 
-def test_distance_of_what_is_not_finite_is_not_a_number():
+def test_distance_of_nonfinite_samples_is_nan():
     x = np.random.default_rng(0).standard_normal((30, 4))
     broken = np.where(x == x[0, 0], np.inf, x)
     assert np.isnan(frechet_distance(fitted(x), fitted(broken)))
@@ -182,14 +186,14 @@ def test_means_are_read_in_parts(tmp_path, num_parts):
     assert [first for first, _, _ in found] == list(np.cumsum([0] + [len(means) for _, means, _ in found])[:-1])
 
 
-def test_means_that_cannot_be_read(tmp_path):
+def test_unreadable_means(tmp_path):
     zeros = ArraySamples("x", LATENTS, np.zeros((3, 1, 2, *LATENTS.shape)), np.zeros(3, int))
     dataset = write_dataset(tmp_path / "data", zeros)
     index = tmp_path / "data/000000.idx"
     kept = index.read_text()
     for wrong, message in (
         (kept.replace("label", "lebal"), "'label'"),
-        (kept.replace(" 4 ", "99999 4 "), "it ends before samples that its index lists"),
+        (kept.replace(" 4 ", "99999 4 "), "it ends before the last sample in its index"),
     ):
         index.write_text(wrong)
         with pytest.raises(RankError, match=rf"cannot read .*000000.tar: {message}"):
@@ -198,9 +202,9 @@ def test_means_that_cannot_be_read(tmp_path):
 
 @pytest.mark.parametrize(
     ("values", "labels", "message"),
-    [(0.0, [0, 1, 7], "a label outside of 0 to 3"), (np.nan, [0, 1, 2], "means that are not finite")],
+    [(0.0, [0, 1, 7], "a label outside 0 to 3"), (np.nan, [0, 1, 2], "means that are not finite")],
 )
-def test_data_that_training_refuses_is_not_measured(tmp_path, values, labels, message):
+def test_data_that_training_rejects_is_not_evaluated(tmp_path, values, labels, message):
     space = LatentSpace((1, 2, 2), num_classes=8)
     moments = np.full((3, 1, 2, *space.shape), values)
     dataset = write_dataset(tmp_path / "data", ArraySamples("x", space, moments, np.array(labels)))
@@ -213,12 +217,12 @@ def test_data_that_training_refuses_is_not_measured(tmp_path, values, labels, me
 def test_labels_of_one_class_cannot_be_read(tmp_path):
     moments = np.zeros((3, 1, 2, 1, 2, 2))
     samples = ArraySamples("x", LatentSpace((1, 2, 2), num_classes=4), moments, np.array([1, 1, 1]))
-    with pytest.raises(InputError, match="samples of one class"):
+    with pytest.raises(InputError, match="samples of only one class"):
         LabelReader(write_dataset(tmp_path / "data", samples))
 
 
 def test_halves_of_the_data(digits):
-    """The floor is the distance of two random halves; together they are the data."""
+    """The floor is the distance between two random halves; together they are the data."""
     dataset = Dataset.open(digits)
     pixels = read_means(dataset)[0].reshape(dataset.count, -1).astype(np.float64)
     first, second = (half.fit() for half in data_moments(dataset, ALONE))
@@ -250,20 +254,22 @@ def test_training_measures_its_samples(trained, digits):
     assert list(figures) == [10, 20]
     assert f"step 20: frechet_1nfe {figures[20]:.4g}" in done.stderr
     model, space, *_ = load_model(run)
-    samples = SampleSet(space, 10_000, 32)
+    samples = SampleSet(space, 2000, 32)
     distance = latent_distance(model, samples, 1, fit_data(Dataset.open(digits), ALONE), ALONE)
     assert figures[20] == pytest.approx(distance, rel=1e-6)
     assert figures[10] > figures[20]
 
 
-@pytest.mark.slow  # the command, below, has two processes
-def test_two_processes_measure_the_same_and_a_resumed_run_repeats_it(trained, digits, tmp_path):
-    """The model is sharded, 10,000 samples in slices of 16 dealt to two ranks."""
+@pytest.mark.slow  # a test of the command, below, has two processes
+def test_two_processes_measure_the_same_and_a_resumed_run_repeats_it(digits, tmp_path):
+    """The model is sharded, and 10,000 samples are dealt to two ranks in slices of 16."""
+    alone = run_command(*TRAIN, f"--data={digits}", "--steps=20", "--accumulation=2", "--name=alone", cwd=tmp_path)
+    assert alone.returncode == 0, alone.stderr
     for steps, resume in ((10, "never"), (20, "auto")):
         args = (f"--data={digits}", f"--steps={steps}", f"--resume={resume}")
         done = run_command(*TRAIN, *args, cwd=tmp_path, ranks=2)
         assert done.returncode == 0, done.stderr
-    assert measured(tmp_path / "runs/digits") == pytest.approx(measured(trained[0]), rel=1e-4)
+    assert measured(tmp_path / "runs/digits") == pytest.approx(measured(tmp_path / "runs/alone"), rel=1e-4)
 
 
 # ----------------------------------------------------------------------------
@@ -271,7 +277,7 @@ def test_two_processes_measure_the_same_and_a_resumed_run_repeats_it(trained, di
 
 
 def images_of(path):
-    """(N, H, W, 3) of a folder or an .npz."""
+    """Images (N, H, W, 3) from a folder or an .npz."""
     if path.suffix == ".npz":
         with np.load(path) as arrays:
             assert list(arrays.keys()) == ["arr_0"]
@@ -281,10 +287,11 @@ def images_of(path):
     return np.stack([np.asarray(Image.open(path / name)) for name in names])
 
 
-def test_two_processes_give_the_figures_and_images_of_one(trained, digits, tmp_path, monkeypatch, capsys):
-    """71 samples in slices of 16: three for the first rank, two for the second."""
+@pytest.mark.forks
+def test_two_processes_give_the_metrics_and_images_of_one(trained, digits, tmp_path, monkeypatch, capsys):
+    """71 samples in slices of 16: three slices for the first rank, two for the second."""
     args = ("mfengine.evaluate", trained[0], f"--data={digits}", "--num-samples=71", "--batch-size=16")
-    done = run_command(*args, "--save=folder", "--out=two.json", cwd=tmp_path, ranks=2, env={})
+    done = run_command(*args, "--save=folder", "--out=two.json", cwd=tmp_path, ranks=2)
     assert done.returncode == 0, done.stderr
     assert "samples/s" in done.stderr
     code, output, errors = run_in_process(
@@ -322,25 +329,25 @@ def test_images_of_latents_are_decoded(export, vae, tmp_path, monkeypatch, capsy
     found = images_of(tmp_path / "x.npz")
     assert found.shape == (5, 16, 16, 3)
     assert np.abs(found.astype(int) - expected.numpy()).max() <= 1
-    assert [p.name for p in tmp_path.iterdir()] == ["x.npz"]  # nothing was measured
+    assert [p.name for p in tmp_path.iterdir()] == ["x.npz"]  # no metrics
 
 
-def test_too_few_samples_are_told(export, tmp_path, monkeypatch, capsys):
+def test_too_few_samples_are_reported(export, tmp_path, monkeypatch, capsys):
     moments = np.random.default_rng(0).standard_normal((300, 1, 2, *LATENTS.shape))
     write_dataset(tmp_path / "data", ArraySamples("x", LATENTS, moments, np.arange(300) % 10))
     args = ("mfengine.evaluate", export, "--data=data", "--steps=1", "--out=metrics.json")
     code, _, errors = run_in_process(*args, "--num=256", cwd=tmp_path, monkeypatch=monkeypatch, capsys=capsys)
     assert code == 0, errors
-    assert "note: 256 samples leave a covariance of 256 dimensions singular" in errors
+    assert "note: 256 samples are too few: the covariance of 256 dimensions is singular" in errors
     figures = json.loads((tmp_path / "metrics.json").read_text())
-    named = {*SAMPLES} - {"conditions"}  # which are named where some were given
+    named = {*SAMPLES} - {"conditions"}  # which are named only if some are given
     assert figures.keys() == {"frechet_1nfe", "frechet_floor", *named, "data"}  # no pixels, no labels to read
     code, _, errors = run_in_process(*args, "--num=300", cwd=tmp_path, monkeypatch=monkeypatch, capsys=capsys)
     assert (code, "note:" in errors) == (0, False)
 
 
-def test_figures_of_the_same_samples_stay(tmp_path):
-    """What was measured against data stays when references come; of other samples or other data nothing does."""
+def test_metrics_of_the_same_samples_are_kept(tmp_path):
+    """Metrics against data stay when references are added; nothing stays from other samples or other data."""
     path = tmp_path / "metrics.json"
     path.write_text('{"fid_1nfe": 1.0, "samples": 9, "checkpoint": "step-1"}')  # as mfengine 0.1 wrote it
     samples = dict.fromkeys(SAMPLES, 1)
@@ -360,7 +367,7 @@ def test_figures_of_the_same_samples_stay(tmp_path):
     assert json.loads(path.read_text()) == {"frechet_1nfe": 5.0, **measured}
 
 
-def test_figures_tell_what_they_are_of(trained, digits, tmp_path, monkeypatch, capsys):
+def test_metrics_name_their_samples(trained, digits, tmp_path, monkeypatch, capsys):
     code, _, errors = run_in_process(
         "mfengine.evaluate", trained[0], f"--data={digits}", "--num=20", "--batch-size=10", "--seed=3", "--steps=1",
         "--labels=random", "--ema-decay=0.5", "--out=x.json", cwd=tmp_path, monkeypatch=monkeypatch, capsys=capsys,
@@ -380,7 +387,7 @@ def test_too_little_memory_to_decode(vae, monkeypatch):
         raise torch.OutOfMemoryError
 
     monkeypatch.setattr(decoder._vae, "decode", too_little)
-    with pytest.raises(RankError, match="too small to decode 2 latents at a time: choose fewer, as by --batch-size"):
+    with pytest.raises(RankError, match="too little GPU memory to decode 2 latents at a time: choose a smaller batch"):
         decoder.decode(torch.zeros(2, *LATENTS.shape), LATENTS)
 
 
@@ -388,8 +395,10 @@ def test_too_little_memory_to_decode(vae, monkeypatch):
 # Wrong input.
 
 
-def references(folder):
-    """References with something wrong, and one without: 8 x 8 images."""
+@pytest.fixture(scope="module")
+def made_references(tmp_path_factory):
+    """A valid reference of 8 x 8 images, and several invalid ones."""
+    folder = tmp_path_factory.mktemp("references")
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (5, 8, 8, 3), dtype=np.uint8)
     mu, sigma = np.zeros(2048, np.float32), np.eye(2048)
@@ -409,6 +418,15 @@ def references(folder):
     for i, image in enumerate(images):
         Image.fromarray(image).save(folder / f"images/{i}.png")
     np.save(folder / "w.pt", mu)
+    zeros = ArraySamples("x", LATENTS, np.zeros((10, 1, 2, *LATENTS.shape)), np.arange(10))
+    write_dataset(folder / "latents", zeros)
+    return folder
+
+
+@pytest.fixture
+def references(made_references, tmp_path):
+    """The references in the test's folder; large files are links."""
+    shutil.copytree(made_references, tmp_path, copy_function=os.link, dirs_exist_ok=True)
 
 
 @pytest.mark.parametrize(
@@ -425,14 +443,14 @@ def references(folder):
         (["--data=DATA", "--out=images"], "images is a folder: name a file in it"),
         (["--data=DATA", "--save=good.npz/x"], "good.npz is not a writable folder"),
         (["--data=DATA", "--seed=-1"], "seed must be at least 0 and below 2^63, not -1"),
-        (["--data=DATA", "--ema-decay=0.1"], "no moving average of decay 0.1; it has [0.5]"),
+        (["--data=DATA", "--ema-decay=0.1"], "no moving average with decay 0.1; it has [0.5]"),
         (["--data=DATA", "--sweep", "omega=1"], "no setting to sweep omega; there are steps, ema_decay"),
         (["--data=DATA", "--sweep", "steps=1.5"], "--sweep steps=1.5: values must be whole numbers, as in"),
         (["--data=DATA", "--sweep", "steps"], "--sweep steps: values must be whole numbers"),
         (["--data=DATA", "--sweep", "steps=0"], "--sweep steps=0: steps must be at least 1"),
         (["--data=DATA", "--sweep", "ema_decay=0.5,nan"], "values must be finite and different"),
         (["--data=DATA", "--sweep", "steps=1", "steps=2"], "--sweep steps=2: steps is given twice"),
-        (["--data=DATA", "--sweep", "ema_decay=0.5,0.1"], "no moving average of decay 0.1; it has [0.5]"),
+        (["--data=DATA", "--sweep", "ema_decay=0.5,0.1"], "no moving average with decay 0.1; it has [0.5]"),
         (["--sweep", "steps=1", "--save=x"], "--sweep needs --data or --reference"),
         (["--data=DATA", "--sweep", "steps=1", "--out=x.png"], "--out x.png must end in .json with --sweep"),
         (["--data=DATA", "--conditions", "omega"], "--conditions takes pairs of a name and a number, as in"),
@@ -445,25 +463,21 @@ def references(folder):
         (["--reference=good.npz", "--num=9"], "--num must be at least 10 with --reference"),
         (["--reference=nowhere"], "reference nowhere is neither a folder of images nor an .npz file"),
         (["--reference=w.pt"], "reference w.pt is neither"),
-        (["--reference=keys.npz"], "keys.npz has cov, mean; reference statistics are mu and sigma"),
-        (["--reference=mu.npz"], "mu.npz: mu is (64,); of Inception features it is (2048,)"),
-        (["--reference=sigma.npz"], "sigma.npz: sigma is (64, 2048); of Inception features it is (2048, 2048)"),
-        (["--reference=float.npz"], "arr_0 is float64 (5, 8, 8, 3); images are uint8 (N, H, W, 3)"),
-        (["--reference=planar.npz"], "arr_0 is uint8 (5, 3, 8, 8); images are uint8 (N, H, W, 3)"),
-        (["--reference=few.npz"], "few.npz has 3 image(s); a reference has more than 3"),
+        (["--reference=keys.npz"], "keys.npz has cov, mean; it needs reference statistics as mu and sigma"),
+        (["--reference=mu.npz"], "mu.npz: mu is (64,); for Inception features it must be (2048,)"),
+        (["--reference=sigma.npz"], "sigma.npz: sigma is (64, 2048); for Inception features it must be (2048, 2048)"),
+        (["--reference=float.npz"], "arr_0 is float64 (5, 8, 8, 3); images must be uint8 (N, H, W, 3)"),
+        (["--reference=planar.npz"], "arr_0 is uint8 (5, 3, 8, 8); images must be uint8 (N, H, W, 3)"),
+        (["--reference=few.npz"], "few.npz has 3 image(s); a reference needs more than 3"),
         (["--reference=object.npz"], "arr_0 is object"),
         (["--reference=broken.npz"], "broken.npz is not an .npz file"),
         (["--reference=empty"], "empty has no images (.jpg"),
         (["--reference=text"], "cannot read text/a.png: cannot identify image file"),
     ],
 )
-def test_wrong_input(trained, digits, tmp_path, monkeypatch, capsys, args, message):
+def test_wrong_input(trained, digits, references, tmp_path, monkeypatch, capsys, args, message):
     if "--device=cuda" in args and torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    references(tmp_path)
-    zeros = ArraySamples("x", LATENTS, np.zeros((10, 1, 2, *LATENTS.shape)), np.arange(10))
-    write_dataset(tmp_path / "latents", zeros)
-    capsys.readouterr()  # its progress
     before = sorted(tmp_path.rglob("*"))
     args = [part.replace("DATA", str(digits)).replace("LATENTS", "latents") for part in args]
     code, _, errors = run_in_process(
@@ -477,7 +491,7 @@ def test_wrong_input(trained, digits, tmp_path, monkeypatch, capsys, args, messa
 
 
 def test_run_folder_that_cannot_be_written_to(trained, digits, tmp_path, monkeypatch, capsys):
-    """Found before samples are drawn."""
+    """It is found before samples are drawn."""
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
     code, _, errors = run_in_process(
         "mfengine.evaluate", trained[0], f"--data={digits}", cwd=tmp_path, monkeypatch=monkeypatch, capsys=capsys
@@ -491,13 +505,12 @@ def test_run_folder_that_cannot_be_written_to(trained, digits, tmp_path, monkeyp
     [
         (["--save=x.npz"], "latents of (4, 8, 8) need a VAE to become images: give it with --vae"),
         (["--save=x", "--vae=empty"], "cannot load the VAE empty"),
-        (["--save=x", "--vae=THREE"], "the VAE has 3 latent channels, the model 4"),
-        (["--reference=good.npz", "--vae=VAE"], "the images of good.npz are 8 x 8, those of the model 16 x 16"),
-        (["--reference=images", "--vae=VAE"], "the images of images are 8 x 8, those of the model 16 x 16"),
+        (["--save=x", "--vae=THREE"], "the VAE has 3 latent channels; the model has 4"),
+        (["--reference=good.npz", "--vae=VAE"], "the images of good.npz are 8 x 8, but those of the model are 16 x 16"),
+        (["--reference=images", "--vae=VAE"], "the images of images are 8 x 8, but those of the model are 16 x 16"),
     ],
 )
-def test_decoders_and_references_that_do_not_fit(export, vae, tmp_path, monkeypatch, capsys, args, message):
-    references(tmp_path)
+def test_decoders_and_references_that_do_not_fit(export, vae, references, tmp_path, monkeypatch, capsys, args, message):
     if "THREE" in args[-1]:
         type(vae[1]).from_config({**vae[1].config, "latent_channels": 3}).save_pretrained(tmp_path / "three")
     before = sorted(tmp_path.rglob("*"))
@@ -510,12 +523,15 @@ def test_decoders_and_references_that_do_not_fit(export, vae, tmp_path, monkeypa
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_reference_image_that_is_broken_or_of_another_size(tmp_path):
-    references(tmp_path)
+def test_reference_image_that_is_broken_or_of_another_size(references, tmp_path):
+    for name in ("2.png", "4.png"):
+        content = (tmp_path / "images" / name).read_bytes()
+        (tmp_path / "images" / name).unlink()  # a link
+        (tmp_path / "images" / name).write_bytes(content)
     Image.new("RGB", (9, 8)).save(tmp_path / "images/4.png")
     folder = ImageFolder(tmp_path / "images")
     assert folder.read(range(4)).shape == (4, 3, 8, 8)
-    with pytest.raises(RankError, match=r"4.png is 9 x 8, 0.png is 8 x 8: crop all images to one size"):
+    with pytest.raises(RankError, match=r"4.png is 9 x 8, but 0.png is 8 x 8: crop all images to one size"):
         folder.read(range(3, 5))
     (tmp_path / "images/2.png").write_bytes((tmp_path / "images/2.png").read_bytes()[:60])
     with pytest.raises(RankError, match=r"cannot read .*2.png"):
@@ -533,7 +549,7 @@ def test_reference_images_of_a_compressed_archive(tmp_path):
 
 @pytest.mark.parametrize("name", ["x.npz", "x"])
 def test_images_that_cannot_be_written(trained, tmp_path, monkeypatch, capsys, name):
-    """A limit on the size of files stands for a disk that is full."""
+    """A limit on the size of files simulates a full disk."""
     usual = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, usual[1]))
     try:
@@ -552,7 +568,7 @@ def test_images_that_cannot_be_written(trained, tmp_path, monkeypatch, capsys, n
     )  # fmt: skip
     assert code == 0, errors
     assert len(images_of(tmp_path / name)) == 80
-    assert [p.name for p in tmp_path.iterdir()] == [name]  # what was left is gone
+    assert [p.name for p in tmp_path.iterdir()] == [name]  # no partial files
 
 
 def test_samples_that_are_not_finite(export, digits, tmp_path, monkeypatch, capsys):
@@ -568,7 +584,7 @@ def test_samples_that_are_not_finite(export, digits, tmp_path, monkeypatch, caps
         cwd=tmp_path, monkeypatch=monkeypatch, capsys=capsys,
     )  # fmt: skip
     assert code == 2
-    assert errors.splitlines()[-1] == "error: samples in 1 step(s) are not finite: these weights cannot be measured"
+    assert errors.splitlines()[-1] == "error: samples in 1 step(s) are not finite: these weights cannot be evaluated"
     assert not (tmp_path / "x.json").exists()
 
 
@@ -577,7 +593,7 @@ def test_samples_that_are_not_finite(export, digits, tmp_path, monkeypatch, caps
 
 
 class Missing:
-    """Finds that torch-fidelity is not installed."""
+    """Makes torch-fidelity appear not installed."""
 
     def find_spec(self, name, *_):
         if name == "torch_fidelity":
@@ -588,12 +604,11 @@ class Missing:
     ("content", "message"),
     [
         (None, "--reference needs the torch-fidelity library: pip install 'mfengine[fid]'"),
-        ("import torchvision_of_another_torch", "does not import: No module named 'torchvision_of_another_torch'"),
+        ("import torchvision_of_another_torch", "its import fails: No module named 'torchvision_of_another_torch'"),
         ("raise RuntimeError('operator torchvision::nms does not exist')", "operator torchvision::nms does not exist"),
     ],
 )
-def test_torch_fidelity_that_does_not_import(trained, tmp_path, monkeypatch, capsys, content, message):
-    references(tmp_path)
+def test_torch_fidelity_with_a_failing_import(trained, references, tmp_path, monkeypatch, capsys, content, message):
     for name in [name for name in sys.modules if name.startswith("torch_fidelity")]:
         monkeypatch.delitem(sys.modules, name)
     if content is None:
@@ -614,7 +629,7 @@ def test_torch_fidelity_that_does_not_import(trained, tmp_path, monkeypatch, cap
 
 
 STAND_IN = {
-    # All that torch-fidelity takes of torchvision to import itself and to read a folder of PNG files.
+    # The parts of torchvision that torch-fidelity needs to import itself and to read a folder of PNG files.
     "__init__.py": "from torchvision import datasets, transforms",
     "datasets.py": "class CIFAR10: pass\nclass CIFAR100: pass\nclass STL10: pass",
     "transforms/__init__.py": """
@@ -668,7 +683,7 @@ print(json.dumps(figures))
 
 @pytest.fixture
 def fidelity_path(tmp_path):
-    """What PYTHONPATH needs for torch-fidelity to import: nothing, or a stand-in where torchvision does not."""
+    """The PYTHONPATH with which torch-fidelity imports: empty, or with a stand-in if torchvision cannot be imported."""
     if find_spec("torch_fidelity") is None:
         pytest.skip("torch-fidelity is not installed")
     try:
@@ -681,8 +696,8 @@ def fidelity_path(tmp_path):
     return os.pathsep.join([str(tmp_path / "path"), str(Path(__file__).parent.parent)])
 
 
-def test_figures_are_those_of_torch_fidelity(trained, tmp_path, fidelity_path):
-    """Random Inception weights; two processes, then one, against the library called on the images themselves."""
+def test_metrics_equal_those_of_torch_fidelity(trained, tmp_path, fidelity_path):
+    """With random Inception weights: two processes, then one, against the library called on the images themselves."""
     env = {"PYTHONPATH": fidelity_path, "OMP_NUM_THREADS": "1"}
 
     def script(text):
@@ -702,11 +717,11 @@ def test_figures_are_those_of_torch_fidelity(trained, tmp_path, fidelity_path):
         assert done.returncode == 0, done.stderr
         figures = json.loads((tmp_path / "out.json").read_text())
         for name in (*SAMPLES, "reference"):
-            figures.pop(name, None)  # conditions are named where there are some
+            figures.pop(name, None)  # conditions are named only if there are some
         return figures, done.stderr
 
     script(MAKE_WEIGHTS)
-    # From a grey image to noise as the samples are after 20 steps, so that both overlap in part.
+    # Between a grey image and noise like the samples after 20 steps, so that both overlap in part.
     noise = np.random.default_rng(0).standard_normal((9, 8, 8, 1)) * np.linspace(0, 6, 9).reshape(9, 1, 1, 1) + 5
     images = np.repeat(noise.clip(0, 16) * 255 / 16, 3, axis=3).astype(np.uint8)
     np.save(tmp_path / "reference.npy", images)

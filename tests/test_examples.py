@@ -1,4 +1,4 @@
-"""The scripts of examples/ run, and their pictures show what docs/gallery.md says of them."""
+"""The scripts of examples/ run, and their pictures show what docs/gallery.md says."""
 
 import sys
 from pathlib import Path
@@ -18,7 +18,7 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """Run an example in an empty folder, with other constants if they are given; returns its names and its picture."""
+    """Run an example in an empty folder, with other constants if given; returns its variables and its picture."""
     monkeypatch.chdir(tmp_path)
 
     def run(name, *args, **constants):
@@ -38,12 +38,12 @@ def test_meanflow_in_40_lines(run):
     names, picture = run("meanflow", "15")
     assert picture.shape == (500, 500)
     assert picture.std() > 10
-    assert names["metrics"]["v_loss"].mean() < 110  # 128 where the network predicts nothing
+    assert names["metrics"]["v_loss"].mean() < 110  # 128 for a network that predicts nothing
 
 
 @pytest.mark.slow
 def test_meanflow_draws_its_labels(run):
-    """By the image of the data that is nearest."""
+    """According to the nearest image in the data."""
     names, _ = run("meanflow", "600")
     distances = names["digits"].flatten(1).unsqueeze(1) - names["images"].flatten(1)
     found = names["labels"][distances.square().sum(2).argmin(1)].view(10, 10)
@@ -73,17 +73,17 @@ def test_sit_is_fine_tuned_to_one_step(run, digits):
 
     run("finetune_sit", STEPS=300, labelled_grid=keep)
     blurred, *_, sharp = (images.std() for images in rows.values())
-    assert blurred < 0.9 * sharp  # one step of the SiT is a mean, one of the fine-tuned network is a digit
+    assert blurred < 0.9 * sharp  # one step of the SiT is a mean; one step of the fine-tuned network is a digit
 
 
 @pytest.mark.slow
-def test_checkpoint_of_a_sit_is_taken(run, digits, capsys):
+def test_given_sit_checkpoint_is_used(run, digits, capsys):
     model = DiT(ModelConfig(8, 2, 1, hidden_size=384, depth=1, num_heads=6, num_classes=10))
     torch.save({name: p for name, p in model.state_dict().items() if "h_embedder" not in name}, "sit.pt")
     _, picture = run("finetune_sit", "sit.pt", str(digits), STEPS=1)
     assert picture.std() > 10
     assert "stand-in" not in capsys.readouterr().out
-    with pytest.raises(InputError, match="a checkpoint and a data set, or neither, not 1 argument"):
+    with pytest.raises(InputError, match="a checkpoint and a data set, or no argument at all, not 1 argument"):
         run("finetune_sit", "sit.pt")
 
 

@@ -1,4 +1,4 @@
-"""Files get their name when they are whole, on file systems with and without fsync."""
+"""Atomic writes of files and folders, on file systems with and without fsync."""
 
 import errno
 import os

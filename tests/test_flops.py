@@ -1,9 +1,10 @@
-"""The counted FLOPs that the progress line's MFU rests on, against the method's own arithmetic."""
+"""The counted FLOPs, on which the progress line's MFU is based, against the method's own arithmetic."""
 
 import dataclasses
 
 import pytest
 import torch
+from conftest import slow
 
 from mfengine import MeanFlow, MeanFlowConfig, ModelConfig
 from mfengine.engine.flops import sample_flops, step_flops
@@ -17,7 +18,7 @@ FORWARD = (
     + ATTENTION
     + 3 * 2 * 6 * WIDTH**2 + 2 * 2 * WIDTH**2 + 2 * 2 * (FEATURES * WIDTH + WIDTH**2)
 )  # fmt: skip
-INPUTS = 2 * (TOKENS * PATCH * WIDTH + 2 * FEATURES * WIDTH)  # whose gradient nobody needs: z and the sinusoids
+INPUTS = 2 * (TOKENS * PATCH * WIDTH + 2 * FEATURES * WIDTH)  # inputs z and sinusoids, which need no gradient
 
 
 def test_sample_is_one_forward():
@@ -28,14 +29,14 @@ def test_sample_is_one_forward():
     ("settings", "guidance"),
     [
         ({"interval_share": 0.0}, 0),
-        ({}, 0),
-        ({"omega": 2.0}, 1),
+        slow({}, 0),
+        slow({"omega": 2.0}, 1),
         ({"omega": 0.5, "kappa": 0.5}, 0.25),  # the unconditional term has weight 0
         ({"omega": 0.2, "kappa": 0.92}, 1.25),
     ],
     ids=str,
 )
-def test_step(settings, guidance):
+def test_flops_of_a_step(settings, guidance):
     """Three forwards, the tangents of interval rows, and guidance; every row is guided."""
     config = MeanFlowConfig(label_dropout=0.0, **settings)
     tangents = config.interval_share * (FORWARD + ATTENTION)
@@ -51,7 +52,7 @@ def test_share_of_guided_rows():
     assert guidance == pytest.approx(float(share), abs=0.01)
 
 
-def test_a_batch_that_divides_no_power_of_two():
+def test_batch_that_is_not_a_power_of_two():
     assert step_flops(CONFIG, MeanFlowConfig(interval_share=1 / 3), 9) > 3 * FORWARD
 
 

@@ -36,7 +36,7 @@ def test_intermediate(case, step):
         assert relative_error(actual, expected[len(expected) - len(actual) :]) < TOLERANCE, name
 
 
-def test_figures(case, step):
+def test_metrics(case, step):
     for name in case.figures:
         assert relative_error(step[1][name], case.arrays[f"out/{name}"]) < TOLERANCE, name
 
@@ -54,7 +54,7 @@ def test_every_gradient(case, step):
 def test_samples(case, steps):
     model = copy.deepcopy(case.model)
     if "train/losses" in case.arrays:
-        model.load_state_dict(case.parameters("train/params"))  # the file's last weights
+        model.load_state_dict(case.parameters("train/params"))  # the last weights in the file
     labels = torch.from_numpy(case.arrays["sample/y"]).long()
     actual = sample(model, case.image("sample/z"), labels, steps, **case.conditions)
     assert relative_error(actual, case.image(f"sample/nfe{steps}")) < TOLERANCE

@@ -1,4 +1,4 @@
-"""What needs a GPU, and the rehearsal of the GPU script, which does not."""
+"""Tests that need a GPU, and a rehearsal of the GPU script, which does not."""
 
 import functools
 import json
@@ -16,7 +16,7 @@ from shutil import which
 import gpu_tasks
 import pytest
 import torch
-from conftest import SMALL, run_command
+from conftest import SMALL, run_command, slow
 
 from benchmarks import gpu
 from benchmarks.cases import Machine
@@ -33,7 +33,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GP
 
 
 def needed(names):
-    """Distributions of these names and, without extras, of all that they need."""
+    """The distributions of these names and, without extras, of everything they need."""
     found, todo = {}, list(names)
     while todo:
         requirement = todo.pop()
@@ -42,7 +42,7 @@ def needed(names):
             continue
         try:
             found[name] = distribution(name)
-        except PackageNotFoundError:  # not for this platform
+        except PackageNotFoundError:  # not on this platform
             continue
         todo += found[name].requires or []
     return found.values()
@@ -56,14 +56,14 @@ def bare(tmp_path_factory):
     python = folder / "venv/bin/python"
     site = next((folder / "venv/lib").glob("python*/site-packages"))
     for dist in needed(["torch", "triton", "numpy"]):
-        # Of nvidia, a folder of many distributions, those that are needed.
+        # Of the folder nvidia, which many distributions share, only those that are needed.
         for parts in {file.parts[: 2 if file.parts[0] == "nvidia" else 1] for file in dist.files}:
             if parts[0] != ".." and not parts[0].startswith("__"):
                 link = site.joinpath(*parts)
                 link.parent.mkdir(exist_ok=True)
                 link.symlink_to(dist.locate_file(Path(*parts)))
     subprocess.run(["git", "clone", "--quiet", ROOT, folder / "clone"], check=True)
-    # What is not committed yet is tested too.
+    # Uncommitted changes are tested, too.
     changed = subprocess.run(
         ["git", "ls-files", "--modified", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True
     ).stdout.split()
@@ -90,6 +90,7 @@ def rehearsal(bare, out):
     )
 
 
+@pytest.mark.slow
 def test_rehearsal_needs_only_torch_triton_and_numpy(bare, tmp_path):
     python, clone = bare
     others = "import importlib.util as u; print([n for n in ('tyro', 'tqdm', 'PIL', 'pytest') if u.find_spec(n)])"
@@ -98,7 +99,7 @@ def test_rehearsal_needs_only_torch_triton_and_numpy(bare, tmp_path):
     process = rehearsal(bare, tmp_path)
     out, _ = process.communicate(timeout=300)
     assert process.returncode == 0, out
-    assert out.index("at a guess") < out.index("--- after xl2\n") < out.index("--- after remaining\n")
+    assert out.index("estimated ") < out.index("--- after xl2\n") < out.index("--- after remaining\n")
     assert out.rindex("--- after remaining\n") < out.rindex("| step: guided, tiny of 4")
     report = json.loads((tmp_path / "gpu.json").read_text())
     assert {row["suite"] for row in report["rows"]} == {"step", "kernels", "attention", "optimizer", "sampler"}
@@ -109,8 +110,8 @@ def test_rehearsal_needs_only_torch_triton_and_numpy(bare, tmp_path):
     assert not {"missing", "errors"} & report.keys()
 
 
-def test_a_killed_rehearsal_leaves_a_whole_report(bare, tmp_path, pytestconfig):
-    """Killed at random: the report holds each line that was printed, and no process lives on."""
+def test_killed_rehearsal_leaves_a_complete_report(bare, tmp_path, pytestconfig):
+    """Killed at random: the report holds every printed line, and no process survives."""
     chance = random.Random()
     for attempt in range(pytestconfig.getoption("--kills")):
         out = tmp_path / str(attempt)
@@ -145,8 +146,9 @@ def running(group):
     return True
 
 
-def test_the_cuda_library_is_built_first_where_it_is_missing(bare, tmp_path):
-    """Where nvcc and cmake are; elsewhere a line says that it is not."""
+@pytest.mark.slow
+def test_missing_cuda_library_is_built_first(bare, tmp_path):
+    """If nvcc and cmake exist; otherwise a line says that it is not built."""
     _, clone = bare
     plan = subprocess.run(["make", "--dry-run", "gpu"], cwd=clone, capture_output=True, text=True, check=True).stdout
     assert plan.index("kernels/cuda/build.py") < plan.index("-m benchmarks.gpu")
@@ -158,11 +160,11 @@ def test_the_cuda_library_is_built_first_where_it_is_missing(bare, tmp_path):
 
     assert "no nvcc" in build(PATH=str(tmp_path), CUDA_HOME="", CUDACXX="")
     if which("nvcc") and which("cmake"):
-        smi = tmp_path / "nvidia-smi"  # of a machine with two GPUs of one kind
+        smi = tmp_path / "nvidia-smi"  # reports two GPUs of the same kind
         smi.write_text("#!/bin/sh\nprintf '9.0\\n9.0\\n'\n")
         smi.chmod(0o755)
         said = build(PATH=os.pathsep.join((str(tmp_path), os.environ["PATH"])))
-        assert "building libmfengine_cuda.so, which is not there" in said
+        assert "libmfengine_cuda.so is missing: building it" in said
         assert "built libmfengine_cuda.so for 90\n" in said
         assert Library(clone / "kernels/libmfengine_cuda.so").device == "cuda"
         assert build() == ""
@@ -172,9 +174,10 @@ def test_the_cuda_library_is_built_first_where_it_is_missing(bare, tmp_path):
 # Tasks and their order.
 
 
-def test_a_task_that_goes_wrong_costs_only_itself(tmp_path, monkeypatch, capsys):
-    """It raises, runs out of memory, ends its process or hangs."""
-    monkeypatch.setattr(gpu, "PATIENCE_S", 2.0)
+@pytest.mark.slow
+def test_failing_task_affects_no_other(tmp_path, monkeypatch, capsys):
+    """A task raises, runs out of memory, ends its process or hangs."""
+    monkeypatch.setattr(gpu, "TIMEOUT_S", 2.0)
     monkeypatch.setenv("OUT", str(tmp_path))
     gpu.Run(True, 5, str(tmp_path), gpu_tasks.broken_plan).run()
     report = json.loads((tmp_path / "gpu.json").read_text())
@@ -183,12 +186,13 @@ def test_a_task_that_goes_wrong_costs_only_itself(tmp_path, monkeypatch, capsys)
     assert report["errors"] == {
         "has no message": "ValueError",
         "has two lines": "RuntimeError: first",
-        "ends its process": "the process ended, exit code 3",
-        "ends its process, beside": "the process ended, exit code 3",
+        "ends its process": "the process ended with exit code 3",
+        "ends its process, beside": "the process ended with exit code 3",
         "hangs": "stopped after 2 s",
     }
 
 
+@pytest.mark.slow
 def test_nothing_runs_after_the_deadline(tmp_path, monkeypatch):
     run = gpu.Run(True, 5, str(tmp_path), gpu_tasks.endless_plan)
     start = run._start
@@ -207,20 +211,20 @@ def test_nothing_runs_after_the_deadline(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("make_plan", "told"),
-    [(gpu_tasks.hopeless_plan, "errors: check: ValueError"), (gpu_tasks.planless, "no worker: stopped after 4 s")],
+    [slow(gpu_tasks.hopeless_plan, "errors: check: ValueError"), (gpu_tasks.planless, "no worker: stopped after 4 s")],
 )
-def test_a_run_in_which_nothing_succeeds_ends_with_a_line(make_plan, told, monkeypatch, capsys):
-    """No check has a result; or the first worker hangs before its first task, which must not take all of the time."""
+def test_run_without_results_ends_with_one_line(make_plan, told, monkeypatch, capsys):
+    """No check has a result, or the first worker hangs before its first task, which must not use up the time."""
     monkeypatch.setattr(gpu, "START_S", 0 if make_plan is gpu_tasks.planless else gpu.START_S)
-    monkeypatch.setattr(gpu, "PATIENCE_S", 4.0 if make_plan is gpu_tasks.planless else gpu.PATIENCE_S)
+    monkeypatch.setattr(gpu, "TIMEOUT_S", 4.0 if make_plan is gpu_tasks.planless else gpu.TIMEOUT_S)
     monkeypatch.setattr(gpu, "Run", functools.partial(gpu.Run, make_plan=make_plan))
     monkeypatch.setattr(sys, "argv", ["gpu", "--rehearse"])
     assert gpu.main() == 1
     assert told in "".join(capsys.readouterr())
 
 
-def test_order_of_a_gpu(monkeypatch):
-    """XL/2's step at 32 rows comes in the first two minutes, compiled peers last."""
+def test_order_of_tasks_on_a_gpu(monkeypatch):
+    """XL/2's step at 32 rows is in the first two minutes; compiled peers come last."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     tasks = list(gpu.plan(GPU, many=192).values())
     stages = list(dict.fromkeys(task.stage for task in tasks))
@@ -229,7 +233,7 @@ def test_order_of_a_gpu(monkeypatch):
     assert all("compiled" in task.name for task in tasks if task.stage == "compiled peers")
     before = next(i for i, task in enumerate(tasks) if task.name == "step: guided, xl2 of 32: mfengine")
     assert gpu.START_S + sum(t.seconds / (1 if t.alone else 16) for t in tasks[:before]) < 120
-    assert not any(" x 1 x " in task.name for task in tasks)  # twice plain PyTorch's error is no bound there
+    assert not any(" x 1 x " in task.name for task in tasks)  # there, twice plain PyTorch's error is no bound
     names = {task.name for task in tasks}  # our own attention is timed where SDPA is the default
     for mode in ("primal", "forward + backward"):
         assert f"kernels: attention, {mode}, xl2 of 32: mfengine, Triton" in names
@@ -238,7 +242,7 @@ def test_order_of_a_gpu(monkeypatch):
 
 
 @pytest.mark.parametrize(("gigabytes", "rows"), [(142, 256), (85, 160), (24, 32)])
-def test_sizes_by_free_memory(gigabytes, rows, monkeypatch):
+def test_batch_fits_the_free_memory(gigabytes, rows, monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (gigabytes * 10**9, 10**12))
     assert gpu.fitting_batch(GPU, "xl2") == rows
 

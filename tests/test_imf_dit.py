@@ -1,4 +1,4 @@
-"""The network of improved MeanFlow: tangents, heads, layouts, weights of the authors' code, and its commands."""
+"""The network of improved MeanFlow: tangents, heads, layouts, the authors' weights, and its commands."""
 
 import json
 from dataclasses import replace
@@ -23,7 +23,7 @@ def small_model(dtype=torch.float64, **changes):
                              "num_heads": 3, "num_classes": 4, "head_depth": 1, **changes})  # fmt: skip
     model = IMFDiT(config, compute_dtype=dtype)
     with torch.no_grad():
-        for p in model.parameters():  # the zeros of gates and outputs would hide most of the network
+        for p in model.parameters():  # zero gates and outputs would hide most of the network
             p.add_(0.2 * torch.randn_like(p))
     return model.to(torch.float64) if dtype == torch.float64 else model
 
@@ -53,7 +53,7 @@ def test_dual_forward_is_the_jvp(rows):
     assert not du.requires_grad
 
 
-def test_each_head_alone_is_that_of_both():
+def test_each_head_alone_equals_both():
     model = small_model()
     z, h, y, conditions = inputs(3)
     u, v = model(z, h, y, **conditions)
@@ -74,7 +74,7 @@ def test_network_for_sampling_has_no_head_of_v():
         model(z, h, y, **conditions)
 
 
-def test_no_rows_is_a_batch_too():
+def test_zero_rows():
     z, h, y, conditions = inputs(0)
     u, v, du = small_model()(z, h, y, **conditions, tangents=(z, h))
     assert u.shape == v.shape == du.shape == (0, 3, 6, 6)
@@ -144,7 +144,7 @@ def test_initial_network_is_zero_and_its_weights_have_the_authors_scale():
     ("changes", "message"),
     [
         ({"head_depth": 3}, "head_depth must be at least 1 and less than the depth 3, not 3"),
-        ({"hidden_size": 21, "num_heads": 3}, "rotary positions need an even one"),
+        ({"hidden_size": 21, "num_heads": 3}, "rotary positions need an even number"),
         ({"time_tokens": 0}, "time_tokens must be at least 1"),
         ({"patch_size": 4}, "input_size 6 is not a multiple of patch_size 4"),
     ],
@@ -159,7 +159,7 @@ def test_bad_architecture(changes, message):
 
 
 def pth(case, **changes):
-    """The case's weights as the authors' PyTorch code has them, from their JAX code's."""
+    """The case's weights, from the authors' JAX code, in the layout of their PyTorch code."""
     state = to_imf(case.model.state_dict())
     assert "net.shared_blocks.0.attn.q_proj._flax_linear.weight" in state
     assert "net.y_embedder.embedding_table._flax_embedding.weight" in state
@@ -198,7 +198,7 @@ def test_jax_parameters_nested_or_flat():
     assert all(torch.equal(value, state[name]) for name, value in case.model.state_dict().items())
 
 
-def test_what_is_no_improved_meanflow_is_refused():
+def test_unrelated_checkpoint_is_rejected():
     with pytest.raises(ValueError, match=r"no u_final_layer\.linear\.weight or time_tokens"):
         IMFDiT.convert({"model": {"blocks.0.attn.qkv.weight": torch.zeros(1)}}, reverse_time=False)
     with pytest.raises(ValueError, match="there is no time to reverse"):
@@ -225,9 +225,11 @@ def test_through_all_commands(digits, tmp_path, monkeypatch, capsys):
     code, _, err = run("mfengine.export", "model.pth", "small.safetensors", "--preset=digits-imf")
     assert code == 2
     assert "there are no published weights for preset digits-imf" in err
+    preset = PRESETS["imf-b2"][1]  # made shallower, to save time
+    monkeypatch.setitem(PRESETS, "imf-b2", ("", replace(preset, model=replace(preset.model, depth=2, head_depth=1))))
     code, _, err = run("mfengine.export", "model.pth", "large.safetensors", "--preset=imf-b2")
     assert code == 2
-    assert "model.pth is of another architecture" in err
+    assert "model.pth has another architecture" in err
     code, _, err = run(*train, "--steps=1", "--name=again", "--init=model.pth")
     assert code == 0, err
     assert "model.pth leaves v_heads.* as initialised" in err
@@ -236,7 +238,7 @@ def test_through_all_commands(digits, tmp_path, monkeypatch, capsys):
 
 
 def test_published_weights_become_an_export(digits, tmp_path, monkeypatch, capsys):
-    """A .pth for inference alone, with the latents and the sampling of its preset."""
+    """A .pth for inference only, with the latents and the sampling of its preset."""
     case = golden_case("imf_beta")
     torch.save(pth(case), tmp_path / "published.pth")
     preset = replace(PRESETS["imf-b2"][1], model=case.model.config)

@@ -1,4 +1,4 @@
-"""Improved MeanFlow: the row plan against the plain algorithm, which takes every term for every row; cost; draws."""
+"""Improved MeanFlow: the row plan against the plain algorithm, which computes every term for every row; cost; draws."""
 
 import dataclasses
 import math
@@ -22,7 +22,7 @@ def small_model(**changes):
                              "interval_tokens": 1, "time_tokens": 1, **changes})  # fmt: skip
     model = IMFDiT(config)
     with torch.no_grad():
-        for p in model.parameters():  # the zeros of gates and outputs would hide most of the network
+        for p in model.parameters():  # zero gates and outputs would hide most of the network
             p.add_(0.2 * torch.randn_like(p))
     return model
 
@@ -35,7 +35,7 @@ def draw(method, batch, seed):
 
 
 def algorithm(model, cfg, x, labels, draws):
-    """The paper's algorithm as it is written: guidance and JVP for all rows, through both heads."""
+    """The paper's algorithm as written: guidance and JVP for all rows, through both heads."""
     t, r, e, _, omega, t_min, t_max = draws
     dropped = torch.arange(len(x)) < draws.num_dropped
     z, v_t = (1 - column(t)) * x + column(t) * e, e - x
@@ -73,7 +73,7 @@ CONFIGS = {
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_row_plan_is_the_plain_algorithm(name):
+def test_row_plan_equals_the_plain_algorithm(name):
     cfg = CONFIGS[name]
     model, method = small_model(), ImprovedMeanFlow(cfg)
     latents, labels, draws = draw(method, 12, seed=3)
@@ -91,13 +91,14 @@ def test_row_plan_is_the_plain_algorithm(name):
     scale = max(p.grad.norm() for p in model.parameters())
     for p, gradient in zip(model.parameters(), gradients, strict=True):
         assert (gradient - p.grad).norm() < 1e-5 * scale
-    assert torch.equal(labels, kept)  # the caller's labels are left alone
+    assert torch.equal(labels, kept)  # the caller's labels are unchanged
 
 
-def test_fused_path_is_the_plain_one():
+@pytest.mark.slow  # `test_node.py` tests one of its blocks
+def test_fused_path_equals_the_plain_one():
     pytest.importorskip("triton", reason="the fused kernels need triton")
     model, method = small_model(), ImprovedMeanFlow(ImprovedMeanFlowConfig())
-    batch, results = draw(method, 4, seed=3), []
+    batch, results = draw(method, 2, seed=3), []
     for backend in ("torch", "triton"):
         with use_backend(backend):
             model.zero_grad()
@@ -109,7 +110,7 @@ def test_fused_path_is_the_plain_one():
 
 
 class CallRecorder:
-    """A network that notes what its calls ask for."""
+    """A network that records what its calls request."""
 
     def __init__(self):
         self.network, self.calls = small_model(), []
@@ -123,7 +124,7 @@ class CallRecorder:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_batch_makes_the_same_sequence_of_calls(name):
-    """Sharded ranks must gather together whatever rows they happened to draw."""
+    """Sharded ranks must gather together, whatever rows they drew."""
     method, calls = ImprovedMeanFlow(CONFIGS[name]), set()
     for seed in range(8):
         model = CallRecorder()
@@ -132,12 +133,10 @@ def test_every_batch_makes_the_same_sequence_of_calls(name):
     assert calls == {((False, "v"), (bool(CONFIGS[name].interval_share), "uv"))}
 
 
-@pytest.mark.parametrize(
-    ("name", "most", "as_written"),
-    [("imf-xl2", 5.3, 7.5), pytest.param("imf-b2", 6.8, 9, marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "most", "as_written"), [("imf-xl2", 5.3, 7.5), ("imf-b2", 6.8, 9)])
 def test_cost_of_a_step(name, most, as_written):
-    """In F, the FLOPs of a sample drawn in one step."""
+    """In F, the FLOPs of drawing a sample in one step."""
     config = PRESETS[name][1]
     cost = step_flops(config.model, config.method, 64) / sample_flops(config.model, config.method)
     print(f"{name}: {cost:.2f} F per sample; as written {as_written} F")
@@ -195,7 +194,7 @@ def test_samples_take_the_settings_of_the_objective_unless_told_otherwise():
         ({"kappa": 1.0}, "there is no condition kappa"),
     ],
 )
-def test_samples_that_cannot_be_drawn(conditions, message):
+def test_invalid_conditions(conditions, message):
     with pytest.raises(InputError, match=message):
         ImprovedMeanFlow(ImprovedMeanFlowConfig()).sampler(conditions)
 

@@ -1,4 +1,4 @@
-"""The comparison of two runs' losses and weights."""
+"""The comparison of losses and weights of two runs."""
 
 import pytest
 import torch
@@ -9,9 +9,9 @@ from benchmarks.loss_compare import Side, compare, main
 def test_differences_are_relative_and_say_where():
     a = Side({"loss": [1.0, 2.0, 4.0]}, {"w": torch.tensor([3.0, 4.0])})
     b = Side({"loss": [1.0, 2.2, 4.0], "v_loss": [0.0]}, {"w": torch.tensor([3.0, 4.5])})
-    assert compare(a, b) == {"loss, most at step 2": pytest.approx(0.1), "weights": pytest.approx(0.1)}
+    assert compare(a, b) == {"loss, largest at step 2": pytest.approx(0.1), "weights": pytest.approx(0.1)}
     nan = Side({"loss": [1.0, float("nan"), 4.0]}, {})
-    assert not compare(a, nan)["loss, most at step 2"] <= 1e9
+    assert not compare(a, nan)["loss, largest at step 2"] <= 1e9
 
 
 @pytest.mark.slow

@@ -63,7 +63,7 @@ def test_gradients_do_not_depend_on_tangents():
         torch.testing.assert_close(p.grad, e, rtol=1e-10, atol=1e-10)
 
 
-def test_no_rows_is_a_batch_too():
+def test_zero_rows():
     model = small_model()
     u = model(*inputs(0))
     assert u.shape == (0, 3, 6, 6)
@@ -82,9 +82,10 @@ def test_bfloat16_computes_near_float32_and_returns_float32():
     assert all(p.grad.dtype == torch.float32 for p in half.parameters())
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.slow  # `test_ops.py` compiles an op
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiled_blocks_keep_output_tangent_and_gradient(backend):
-    """Graphs of Dynamo and AOTAutograd, where a tangent would get lost; Inductor takes a minute of C++."""
+    """With Dynamo and AOTAutograd, whose graphs could lose a tangent; Inductor takes a minute of C++."""
     torch._dynamo.reset()
     model = small_model(torch.float32)
     z, t, h, y = inputs(5, torch.float32)
@@ -161,8 +162,8 @@ def test_bad_architecture(changes, message):
 
 @pytest.mark.slow  # Dynamo traces eight graphs
 def test_blocks_are_compiled_for_many_rows_and_for_one():
-    """However many rows are guided: first for one number, then for any, and once more for a single row."""
-    torch._dynamo.reset()  # what other tests compiled counts too
+    """For any number of guided rows: first for a fixed number, then for any, and once more for a single row."""
+    torch._dynamo.reset()  # graphs from other tests would count, too
     compiled, objective = [], MeanFlow(MeanFlowConfig(omega=0.2, kappa=0.9, t_end=0.75))
     model = small_model(torch.float32, depth=3)
 
@@ -184,6 +185,7 @@ def test_blocks_are_compiled_for_many_rows_and_for_one():
 
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
         warm = [train(guided) for guided in (4, 3, 1)][-1]
-        # Guidance by one number of rows, any, one; the main pass. Each of the first block and of the others.
+        # Guidance with a fixed number of rows, with any, with one; then the main pass. Each for the first block and
+        # others.
         assert warm == 8
         assert [train(guided) for guided in (5, 0, 8, 2, 1, 6)] == [warm] * 6

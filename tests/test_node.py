@@ -1,4 +1,4 @@
-"""A block as one node of autograd's graph: its outputs, tangents and gradients, what it saves, and what it refuses."""
+"""A block as one node of autograd's graph: outputs, tangents, gradients, saved tensors, and errors."""
 
 import pytest
 import torch
@@ -15,8 +15,8 @@ from mfengine.networks.dit import Block
 from mfengine.ops import Dual
 from mfengine.ops.flops import FlopCounterMode
 
-CONFIG = ModelConfig(input_size=4, patch_size=2, in_channels=2, hidden_size=16, depth=1, num_heads=2, num_classes=3)
-BATCH, DUALS, TOKENS, WIDTH = 3, 1, 4, 16
+CONFIG = ModelConfig(input_size=4, patch_size=2, in_channels=2, hidden_size=16, depth=1, num_heads=1, num_classes=3)
+BATCH, DUALS, TOKENS, WIDTH = 2, 1, 4, 16
 each_op = Block.forward.__wrapped__
 
 
@@ -54,7 +54,7 @@ def test_one_node_computes_what_each_op_computes():
         assert relative_error(actual, expected) <= 1e-6
 
 
-def test_it_is_one_node():
+def test_graph_has_one_node():
     with ops.use_backend("triton"):
         outputs = new_block()(*arguments())
     (node,) = {o.primal.grad_fn for o in outputs}
@@ -78,7 +78,7 @@ def test_recomputing_saves_the_arguments_and_repeats_the_gradients():
 
 
 def test_saved_tensors_are_those_of_each_op():
-    """And no tangents."""
+    """No tangents are saved."""
 
     def saved(forward):
         storages = {}
@@ -96,7 +96,7 @@ def test_saved_tensors_are_those_of_each_op():
 
 
 @pytest.mark.parametrize("stray", ["input", "output"])
-def test_a_tensor_from_outside_the_ops_is_refused(stray):
+def test_tensor_from_outside_the_ops_is_rejected(stray):
     class Stray(nn.Module):
         @ops.one_node
         def forward(self, x):
@@ -104,17 +104,17 @@ def test_a_tensor_from_outside_the_ops_is_refused(stray):
 
     with (
         ops.use_backend("triton"),
-        pytest.raises(RuntimeError, match="is neither an argument, a parameter nor the output of an op"),
+        pytest.raises(RuntimeError, match="is not an argument, a parameter or the output of an op"),
     ):
         Stray()(arguments()[0])
     with ops.use_backend("triton"), torch.no_grad():
-        Stray()(arguments()[0])  # no gradient is lost
+        Stray()(arguments()[0])  # without gradients, nothing can be lost
 
 
 WEIGHT = nn.Parameter(torch.ones(WIDTH))
 
 
-def test_an_error_inside_leaves_nothing_behind():
+def test_error_inside_clears_the_tape():
     class Broken(nn.Module):
         @ops.one_node
         def forward(self, x):
@@ -137,7 +137,7 @@ def test_second_derivatives_are_refused():
 
 
 def test_gradients_through_the_tangents_of_a_block():
-    """Then each op is a node of its own."""
+    """Then each op is a separate node."""
 
     def gradients(forward, dtype, backend):
         block = new_block().to(dtype)
@@ -169,7 +169,7 @@ def test_tangents_of_forward_mode_are_not_lost(of):
 
 
 def test_modes_see_forward_and_backward():
-    """And count the FLOPs that each op alone has."""
+    """They also count the same FLOPs as for separate ops."""
 
     def flops(forward):
         with FlopCounterMode(display=False) as counter, ops.use_backend("triton"):
@@ -180,7 +180,7 @@ def test_modes_see_forward_and_backward():
 
 
 class Copies(TorchDispatchMode):
-    """Lists what is cast."""
+    """Records casts."""
 
     def __init__(self):
         super().__init__()
@@ -193,7 +193,7 @@ class Copies(TorchDispatchMode):
 
 
 def test_gradients_of_biases_need_no_cast():
-    """But GELU's, which its kernel sums in the dtype of the parameter."""
+    """Except GELU's, which its kernel sums in the dtype of the parameter."""
     block, inputs = new_block(), arguments()
     inputs = [inputs[0], *(Dual(x.primal.detach().half().requires_grad_(), x.tangent.half()) for x in inputs[1:])]
     casts = []
@@ -210,7 +210,7 @@ def test_gradients_of_biases_need_no_cast():
 
 
 class Casts(TorchDispatchMode):
-    """Counts those of parameters."""
+    """Counts casts of parameters."""
 
     count = 0
 
@@ -235,18 +235,18 @@ def test_fixed_weights_are_cast_once():
         return mode.count, outputs
 
     once, expected = casts()
-    assert once == 9  # five products, of which one leaves its bias to GELU
+    assert once == 9  # five products, one of which leaves its bias to GELU
     copies = {p: p.detach().half() for p in block.parameters()}
     none, outputs = casts(copies)
     assert none == 0
     assert all(torch.equal(a, b) for x, y in zip(outputs, expected, strict=True) for a, b in zip(x, y, strict=True))
-    for p in block.parameters():  # with a graph of each op, copies serve those that take such gradients
+    for p in block.parameters():  # with separate ops, only parameters that take such gradients use their copies
         p.grad_dtype = torch.float16
     with Casts() as mode, ops.use_backend("torch"), ops.fixed_weights(copies):
         each_op(block, *inputs)[1].primal.float().sum().backward()
     assert mode.count == 0
     assert {p.grad.dtype for p in block.parameters()} == {torch.float16}
-    with torch.no_grad():  # outside, weights are those of the moment
+    with torch.no_grad():  # outside the context, current weights are used
         block.mlp.fc2.bias.add_(1)
         with ops.use_backend("triton"):
             moved = block(*(x.primal for x in inputs))[1]
@@ -254,8 +254,8 @@ def test_fixed_weights_are_cast_once():
 
 
 class GatedBlock(nn.Module):
-    """What a block of improved MeanFlow does: packed and padded layers, rotary attention, its last tokens alone, and
-    gates without rows."""
+    """A block like improved MeanFlow's: packed and padded layers, rotary attention, only the last tokens at the end,
+    and gates without rows."""
 
     HIDDEN = 12  # padded to 16
 
@@ -294,7 +294,7 @@ def gated_inputs(dtype=torch.float32):
 
 
 def test_a_gated_block_is_one_node():
-    """Each parameter gets its gradient in its own shape, also those that one product packs."""
+    """Each parameter gets its gradient in its own shape, including those packed in one product."""
     block = GatedBlock()
     found = outputs_and_gradients(GatedBlock.forward, block, gated_inputs(), "triton")
     assert found[0].grad_fn is found[2].grad_fn is found[4].grad_fn
@@ -306,7 +306,7 @@ def test_a_gated_block_is_one_node():
 
 
 class Packings(Casts):
-    """Counts casts of parameters, and times that several are packed."""
+    """Counts casts of parameters, and how often several are packed."""
 
     packed = 0
 
@@ -317,7 +317,7 @@ class Packings(Casts):
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])
 def test_fixed_weights_are_packed_once(backend):
-    """In a block that is one node and with a graph of each op, from the optimizer's copies where these are there."""
+    """In a one-node block and with separate ops, from the optimizer's copies if there are any."""
     block = GatedBlock()
     stream, h = gated_inputs()
     inputs = [stream, Dual(h.primal.detach().half().requires_grad_(), h.tangent.half())]
@@ -331,7 +331,7 @@ def test_fixed_weights_are_packed_once(backend):
                 block(*(x.primal for x in inputs))
             block(*inputs)
         assert mode.packed == 5  # q, k and v; two padded, and joined; one padded
-        # Seven matrices, of which one is not packed: with a graph, each use of it casts it.
+        # Seven matrices, of which one is not packed: with separate ops, each use casts it.
         assert mode.count == (0 if fixed else 7 if backend == "triton" else 8)
         results.append(outputs_and_gradients(GatedBlock.forward, block, inputs, backend, **fixed))
     for plain, copied in zip(*results, strict=True):
@@ -339,7 +339,7 @@ def test_fixed_weights_are_packed_once(backend):
 
 
 def test_packed_layers_of_parameters_in_the_dtype_of_the_products():
-    """As FSDP2 gathers them."""
+    """As gathered by FSDP2."""
     block = GatedBlock().half()
     for run in (GatedBlock.forward, GatedBlock.compute):
         stream, h = gated_inputs()

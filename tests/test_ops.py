@@ -1,6 +1,6 @@
-"""Every op of the table, by its kernels and in plain PyTorch, against the plain reference in float64.
+"""Every op of the table, with its kernels and in plain PyTorch, against the plain reference in float64.
 
-Without a GPU kernels run in Triton's interpreter, where bfloat16 products are wrong: there float32 and float16 are
+Without a GPU, kernels run in Triton's interpreter, where bfloat16 products are wrong, so float32 and float16 are
 tested.
 """
 
@@ -10,6 +10,7 @@ from functools import partial
 import pytest
 import torch
 import torch.autograd.forward_ad as fwad
+from conftest import slow
 from golden_cases import relative_error
 from torch.utils._pytree import tree_leaves
 
@@ -27,6 +28,12 @@ FUSED = [name for name, make in OPS.items() if make(SMALL, random_tensors(torch.
 DTYPES = [torch.float32, torch.float16, *[torch.bfloat16] * (DEVICE == "cuda")]
 each_op = pytest.mark.parametrize("name", OPS)
 each_fused = pytest.mark.parametrize("name", FUSED)
+ATTENTION = ("attention", "attention_packed", "rotary_attention")  # slowest in the interpreter
+SHARED = ("attention_packed", "adaln_modulate", "rotary_attention")  # share their kernels with other ops
+each_small_kernel = pytest.mark.parametrize(
+    "name", [slow(name) if name in (*ATTENTION, *SHARED) else name for name in FUSED]
+)
+each_kernel = pytest.mark.parametrize("name", [slow(name) if name in SHARED else name for name in FUSED])
 
 
 def example(name, shape=SMALL, dtype=torch.float32, seed=0):
@@ -34,12 +41,12 @@ def example(name, shape=SMALL, dtype=torch.float32, seed=0):
 
 
 def whole(x):
-    """Outputs as a list: an op returns one, or a tuple of them."""
+    """Outputs as a list, for ops that return one or a tuple."""
     return list(x) if isinstance(x, tuple) and not isinstance(x, Dual) else [x]
 
 
 def duals(arguments, tangents, parameters, rows):
-    """The last `rows` rows have tangents; those of parameters are whole."""
+    """Duals whose last `rows` rows have tangents; tangents of parameters have their full shape."""
     count = len(arguments) - parameters
     return [
         Dual(x, dx[len(dx) - rows :] if i < count else dx)
@@ -48,7 +55,7 @@ def duals(arguments, tangents, parameters, rows):
 
 
 def results(case, tangents, rows, backend):
-    """Outputs, tangents and gradients, of explicit duals."""
+    """Outputs, tangents and gradients, with explicit duals."""
     leaves = [x.detach().requires_grad_() for x in case.arguments]
     with ops.use_backend(backend):
         outputs = whole(case.function(*duals(leaves, tangents, case.parameters, rows)))
@@ -58,7 +65,7 @@ def results(case, tangents, rows, backend):
 
 
 def jvp(case, tangents, which):
-    """Tangents of the outputs, by PyTorch's own forward mode, along some of the arguments."""
+    """Tangents of the outputs along some arguments, with PyTorch's own forward mode."""
 
     def f(*some):
         arguments = list(case.arguments)
@@ -80,19 +87,26 @@ def assert_near(actual, expected, bound=1e-5):
 # Values.
 
 
-@pytest.mark.parametrize(
-    ("shape", "rows", "dtype"),
-    [
-        *((ODD, 1, dtype) for dtype in DTYPES),
-        # Sizes have nothing to do with dtypes, so one of each.
-        (Shape(1, 1, 1, 16), 1, torch.float32),  # one token
-        (Shape(1, 33, 1, 72), 0, torch.float16),  # no row has a tangent
-        (Shape(2, 9, 1, 16), 2, torch.float32),  # every row has one
-        (Shape(0, 5, 2, 16), 0, torch.float16),  # no rows
-    ],
-    ids=str,
-)
-@each_fused
+SIZES = [
+    *((ODD, 1, dtype) for dtype in DTYPES),
+    # Sizes and dtypes do not interact, so each size has one dtype.
+    (Shape(1, 1, 1, 16), 1, torch.float32),  # one token
+    (Shape(1, 33, 1, 72), 0, torch.float16),  # no row has a tangent
+    (Shape(2, 9, 1, 16), 2, torch.float32),  # every row has one
+    (Shape(0, 5, 2, 16), 0, torch.float16),  # no rows
+]
+
+
+def cases_of_sizes():
+    """Attention takes seconds in the interpreter, and `test_kernels.py` has more sizes: here one odd one in float16."""
+    for name in FUSED:
+        for size in SIZES:
+            is_odd_half = size[:1] + size[2:] == (ODD, torch.float16)
+            quick = is_odd_half and name != "attention_packed" if name in ATTENTION else name not in SHARED
+            yield (name, *size) if quick else slow(name, *size)
+
+
+@pytest.mark.parametrize(("name", "shape", "rows", "dtype"), cases_of_sizes(), ids=str)
 def test_error_is_at_most_twice_that_of_plain_pytorch(name, shape, rows, dtype):
     case, tangents = example(name, shape, dtype), example(name, shape, dtype, seed=1).arguments
     exact = results(case.double(), [x.double() for x in tangents], rows, "torch")
@@ -102,22 +116,23 @@ def test_error_is_at_most_twice_that_of_plain_pytorch(name, shape, rows, dtype):
         assert (a.shape, a.dtype) == (e.shape, p.dtype)
         if e.numel():
             error, allowed = ((x.double() - e).norm() / max(e.norm(), 1) for x in (a, p))
-            # Kernels compute in float32. Plain PyTorch may be exact where nothing depends on an argument, as on the
+            # Kernels compute in float32. Plain PyTorch may be exact if nothing depends on an argument, such as the
             # scores of one token.
             depends = e.norm() > 1e-6 and (shape.tokens > 1 or not any(case.flops))
             rounding = torch.finfo(torch.float32).eps if depends else 4 * torch.finfo(dtype).eps
             assert error <= 2 * allowed + rounding
 
 
-@pytest.mark.parametrize("name", ["gated_residual_adaln", "gated_residual_rms_norm"])  # whose kernels the others share
+@pytest.mark.parametrize("name", [slow("gated_residual_adaln"), "gated_residual_rms_norm"])
 def test_widest_rows(name):
     case, tangents = (example(name, Shape(2, 1, 1, 8192), seed=seed) for seed in (0, 1))
     actual = results(case, tangents.arguments, 1, "triton")
     assert_near(actual, results(case.double(), tangents.double().arguments, 1, "torch"))
 
 
-def test_rms_norm_of_a_stream_in_the_dtype_of_the_products():
-    """Compiled too, output and tangent alike, and the gradient in the dtype of the stream."""
+@pytest.mark.parametrize(("backend", "compiled"), [("torch", False), ("triton", False), slow("triton", True)])
+def test_rms_norm_of_a_stream_in_the_dtype_of_the_products(backend, compiled):
+    """Output and tangent have that dtype, and so has the gradient."""
     dtype = torch.bfloat16
     x, dx, weight = torch.randn(3, 5, 24, device=DEVICE), torch.randn(1, 5, 24, device=DEVICE), torch.ones(24)
     weight = weight.to(DEVICE).requires_grad_()
@@ -128,19 +143,18 @@ def test_rms_norm_of_a_stream_in_the_dtype_of_the_products():
     leaf = x.double().requires_grad_()
     expected = torch.nn.functional.rms_norm(leaf, (24,), weight.double(), eps=1e-6)
     (gradient,) = torch.autograd.grad(expected.sin().sum(), leaf)
-    for backend, run in (("torch", f), ("triton", f), ("triton", torch.compile(f, backend="aot_eager"))):
-        leaf = x.clone().requires_grad_()
-        with ops.use_backend(backend):
-            o, do = run(leaf, dx)
-            assert (o.dtype, do.dtype) == (dtype, dtype)
-            (gx,) = torch.autograd.grad(o.double().sin().sum(), leaf)
-        assert gx.dtype == torch.float32
-        assert_near([o.detach(), gx], [expected.detach(), gradient], 4 * torch.finfo(dtype).eps)
+    leaf = x.clone().requires_grad_()
+    with ops.use_backend(backend):
+        o, do = (torch.compile(f, backend="aot_eager") if compiled else f)(leaf, dx)
+        assert (o.dtype, do.dtype) == (dtype, dtype)
+        (gx,) = torch.autograd.grad(o.double().sin().sum(), leaf)
+    assert gx.dtype == torch.float32
+    assert_near([o.detach(), gx], [expected.detach(), gradient], 4 * torch.finfo(dtype).eps)
 
 
-@each_fused
+@each_kernel
 def test_arguments_of_any_strides(name):
-    """Every other column of wider tensors, and gradients that come in expanded or as columns."""
+    """With every other column of wider tensors, and gradients that are expanded or columns."""
 
     def new(*size, wide=False):
         return torch.randn(*size[:-1], 2 * size[-1], device=DEVICE)[..., ::2]
@@ -195,22 +209,28 @@ def test_plain_pytorch_stays_near_in_lower_precision(name, dtype):
     exact = results(case.double(), [x.double() for x in tangents], 1, "torch")
     low = results(case, tangents, 1, "torch")
     assert_near(low, exact, 8 * torch.finfo(dtype).eps)
-    # Outputs and tangents of one dtype: the residual stream's, where it is one, and else that of the products.
+    # Outputs and tangents have one dtype: the residual stream's if there is one, else that of the products.
     kinds = [x.dtype for x in low[: len(low) - len(tangents)]]
     assert kinds[::2] == kinds[1::2]
     assert kinds[-1] == (torch.float32 if name == "sinusoid" else dtype)
 
 
 # ----------------------------------------------------------------------------
-# Any argument may carry the tangent.
+# A tangent of any argument.
 
 ARGUMENTS = [(name, i) for name in OPS for i in range(len(example(name).arguments))]
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
-@pytest.mark.parametrize(("name", "i"), ARGUMENTS)
+@pytest.mark.parametrize(
+    ("name", "i", "backend"),
+    [
+        slow(*case, backend) if case[0] in SHARED and backend == "triton" else (*case, backend)
+        for case in ARGUMENTS
+        for backend in ("torch", "triton")
+    ],
+)
 def test_tangent_of_one_argument_alone(name, i, backend):
-    """By explicit duals, torch.func.jvp and forward_ad alike."""
+    """Explicit duals, torch.func.jvp and forward_ad give the same."""
     case, tangents = example(name), example(name, seed=1).arguments
     expected = jvp(case.double(), [x.double() for x in tangents], [i])
     assert any(dx.norm() > 0 for dx in expected)
@@ -231,7 +251,7 @@ def test_tangents_of_different_numbers_of_rows_are_refused(backend):
     x, row = torch.zeros(3, 2, 8, device=DEVICE), torch.zeros(3, 8, device=DEVICE)
     with (
         ops.use_backend(backend),
-        pytest.raises(ValueError, match="tangents must be of one number of rows, not of 2 and 1"),
+        pytest.raises(ValueError, match="tangents must have the same number of rows, not 2 and 1"),
     ):
         ops.adaln_modulate(Dual(x, x[1:]), Dual(row, row[:1]), row)
 
@@ -241,7 +261,7 @@ def test_tangents_of_different_numbers_of_rows_are_refused(backend):
 
 
 def differentiated(case, tangents, how, backend, rows=2, compiled=False):
-    """Outputs, tangents, and the gradients of a loss of both: of all arguments and of their tangents."""
+    """Outputs, tangents, and the gradients of a loss of both, for all arguments and their tangents."""
     leaves, seeds = ([x.detach().requires_grad_() for x in xs] for xs in (case.arguments, tangents))
 
     def f(leaves, seeds):
@@ -263,27 +283,33 @@ def differentiated(case, tangents, how, backend, rows=2, compiled=False):
         return [x.detach() for o in outputs for x in o] + list(torch.autograd.grad(total, [*leaves, *seeds]))
 
 
-@pytest.mark.parametrize(("how", "rows"), [("dual", 1), ("dual", 0), ("func.jvp", 2), ("forward_ad", 2)])
-@each_fused
+@pytest.mark.parametrize(
+    ("name", "how", "rows"),
+    [
+        (name, how, rows) if name not in SHARED and (name != "attention" or rows == 1) else slow(name, how, rows)
+        for name in FUSED
+        for how, rows in (("dual", 1), ("dual", 0), ("func.jvp", 2), ("forward_ad", 2))
+    ],
+)
 def test_gradients_of_a_loss_of_output_and_tangent(name, how, rows):
-    """Of arguments, parameters and their tangents alike."""
+    """For arguments, parameters and their tangents."""
     case, tangents = example(name), example(name, seed=1)
     exact = differentiated(case.double(), tangents.double().arguments, "dual", "torch", rows)
     assert_near(differentiated(case, tangents.arguments, how, "triton", rows), exact)
 
 
 @each_op
-def test_gradients_through_plain_tangents_are_those_of_pytorchs_forward_mode(name):
+def test_gradients_through_plain_tangents_equal_pytorchs_forward_mode(name):
     case, tangents = example(name).double(), example(name, seed=1).double().arguments
     assert_near(*(differentiated(case, tangents, how, "torch") for how in ("dual", "func.jvp")), 1e-12)
 
 
 @pytest.mark.parametrize(
     ("name", "how", "backend"),
-    [  # operators and their autograd are alike for all; LayerNorm is another one in forward mode
-        ("gelu", "dual", "triton"),
-        ("attention", "func.jvp", "triton"),
-        ("adaln_modulate", "func.jvp", "torch"),
+    [  # operators and their autograd are the same for all ops; LayerNorm differs in forward mode
+        slow("gelu", "dual", "triton"),
+        slow("attention", "func.jvp", "triton"),
+        slow("adaln_modulate", "func.jvp", "torch"),
     ],
 )
 def test_compiled_gradients_of_a_loss_of_output_and_tangent(name, how, backend):
@@ -293,9 +319,9 @@ def test_compiled_gradients_of_a_loss_of_output_and_tangent(name, how, backend):
     assert_near(differentiated(case, tangents, how, backend, compiled=True), expected, 1e-6)
 
 
-@each_fused
+@each_kernel
 def test_tangents_that_are_not_differentiated_are_not_saved(name):
-    """Explicit ones; and those of forward mode in `differentiable_tangents(False)`, where their gradient is refused."""
+    """Explicit tangents, and those of forward mode in `differentiable_tangents(False)`, where a gradient raises."""
     case, tangents = example(name), example(name, seed=1).arguments
     leaves = [x.detach().requires_grad_() for x in case.arguments]
 
@@ -319,7 +345,7 @@ def test_tangents_that_are_not_differentiated_are_not_saved(name):
     assert saved[0] == saved[1] == saved[2] != saved[3]
 
 
-@each_fused
+@each_kernel
 def test_second_derivatives_through_a_tangent_are_refused(name):
     case, tangents = example(name), example(name, seed=1).arguments
     leaves = [x.detach().requires_grad_() for x in case.arguments]
@@ -331,10 +357,11 @@ def test_second_derivatives_through_a_tangent_are_refused(name):
             torch.autograd.grad(torch.autograd.grad(total, leaves, create_graph=True)[0].sum(), leaves)
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
-@pytest.mark.parametrize("how", ["func.jvp", "dual"])
+@pytest.mark.parametrize(
+    ("how", "backend"), [("func.jvp", "torch"), slow("func.jvp", "triton"), ("dual", "torch"), ("dual", "triton")]
+)
 def test_loss_of_the_tangent_of_two_attentions(how, backend):
-    """With a layer between: no gradient on the way is lost."""
+    """With a layer in between: no gradient is lost."""
     torch.manual_seed(0)
     layer, explicit = torch.nn.Linear(16, 16).to(DEVICE), how == "dual"
     heads, along = torch.randn(2, 3, 1, 2, 4, 16, device=DEVICE)
@@ -362,7 +389,7 @@ def test_loss_of_the_tangent_of_two_attentions(how, backend):
     assert_near(*found)
 
 
-@each_fused
+@each_kernel
 def test_second_derivatives_are_refused(name):
     case = example(name)
     leaves = [x.detach().requires_grad_() for x in case.arguments]
@@ -374,7 +401,7 @@ def test_second_derivatives_are_refused(name):
 
 
 # ----------------------------------------------------------------------------
-# How an op runs: eagerly by its launchers, and by operators of torch.library where PyTorch must see it.
+# Execution: eager, with launchers, and with operators of torch.library where PyTorch must see the op.
 
 
 def run_everything(case, tangents):
@@ -386,7 +413,7 @@ def run_everything(case, tangents):
     differentiated(case, tangents, "dual", "triton", 1)
 
 
-@each_fused
+@each_small_kernel
 def test_eager_calls_cost_no_operator(name, monkeypatch):
     case, tangents = example(name), example(name, seed=1).arguments
 
@@ -400,8 +427,8 @@ def test_eager_calls_cost_no_operator(name, monkeypatch):
             run_everything(case, tangents)
 
 
-@each_fused
-def test_operators_say_what_they_return(name):
+@each_small_kernel
+def test_fake_operators_match_real_ones(name):
     """Fake tensors have the shapes, strides and dtypes of the kernels' outputs, and nothing is changed in place."""
     case, tangents = example(name), example(name, seed=1).arguments
     operators = case.op._operators
@@ -423,11 +450,16 @@ def test_operators_say_what_they_return(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "transform"),  # one rule of forward mode serves all operators
-    [*((name, "dual") for name in FUSED), ("attention", "func.jvp"), ("gated_residual_adaln", "func.jvp")],
+    ("name", "transform"),  # all operators share one forward-mode rule
+    [
+        ("gelu", "dual"),
+        *(slow(name, "dual") for name in FUSED if name != "gelu"),
+        slow("attention", "func.jvp"),
+        slow("gated_residual_adaln", "func.jvp"),
+    ],
 )
 def test_compiled(name, transform):
-    """The whole graph, tangent included, and the gradient through it."""
+    """The whole graph with the tangent, and the gradient through it."""
     case, tangents = example(name), example(name, seed=1).arguments
 
     def f(primals, tangents):
@@ -449,7 +481,7 @@ def test_compiled(name, transform):
 
 @each_fused
 def test_flops_and_saved_tensors_on_meta_tensors(name):
-    """Beside tangents no more is saved than without, and FLOPs are counted by the formulas of the table."""
+    """Tangents do not change what is saved, and FLOPs follow the formulas of the table."""
     case = OPS[name](ODD, random_tensors(torch.bfloat16, "meta"))
     forward, tangent, backward = case.flops
     leaves = [x.detach().requires_grad_() for x in case.arguments]
@@ -476,14 +508,14 @@ def test_flops_and_saved_tensors_on_meta_tensors(name):
 
 
 # ----------------------------------------------------------------------------
-# Arguments that no implementation takes, and packed layers.
+# Wrong arguments, and packed layers.
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_wrong_arguments_of_rotary_attention_and_swiglu(backend):
     qkv, weight = torch.zeros(2, 5, 3 * 2 * 8), torch.zeros(8)
     with ops.use_backend(backend):
-        with pytest.raises(ValueError, match="RoPE rotates pairs of channels, and heads of 9 have an odd number"):
+        with pytest.raises(ValueError, match="heads must have an even number of them, not 9"):
             ops.rotary_attention(torch.zeros(2, 5, 27), torch.zeros(9), torch.zeros(9), 1)
         with pytest.raises(ValueError, match=r"k_weight must be of shape \(8,\), not \(4,\)"):
             ops.rotary_attention(qkv, weight, weight[:4], 2)
@@ -492,7 +524,7 @@ def test_wrong_arguments_of_rotary_attention_and_swiglu(backend):
 
 
 def test_rotary_attention_equals_its_formula():
-    """With pairs of channels as complex numbers."""
+    """The formula uses pairs of channels as complex numbers."""
     x, weights = torch.randn(2, 5, 3 * 2 * 8).double(), torch.randn(2, 1, 1, 8).double()
     q, k, v = x.unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4)
     angle = torch.arange(5.0).double()[:, None] * 10_000 ** (-torch.arange(0, 8, 2) / 8)
@@ -511,7 +543,7 @@ def test_rotary_attention_equals_its_formula():
 
 @pytest.mark.parametrize("columns", [10, 11, 16])
 def test_packed_linear_pads_rows_and_columns(columns):
-    """What is padded is zero, gets no gradient, and gives none."""
+    """Padding is zero; it gets no gradient and contributes none."""
     x = torch.randn(2, 3, 16 if columns > 10 else 10, requires_grad=True)
     weights = [torch.randn(rows, columns, requires_grad=True) for rows in (5, 8)]
     o = ops.packed_linear(x, weights, 8, 8)
@@ -523,12 +555,12 @@ def test_packed_linear_pads_rows_and_columns(columns):
     assert (found[0][..., columns:] == 0).all()
 
 
-def test_packed_linear_refuses_another_width():
-    with pytest.raises(ValueError, match=r"x is 12 wide, and a weight has 10 columns \(rounded to 8\)"):
+def test_packed_linear_rejects_another_width():
+    with pytest.raises(ValueError, match=r"x has width 12, but a weight has 10 columns \(rounded to 8\)"):
         ops.packed_linear(torch.zeros(2, 12), [torch.zeros(3, 10)], 8, 8)
 
 
-def test_packed_linear_of_one_weight_that_fits_takes_it_as_it_is():
+def test_packed_linear_uses_a_single_fitting_weight_directly():
     weight = torch.nn.Parameter(torch.randn(8, 16))
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: (kept.append(x.data_ptr()), x)[1], lambda x: x):
@@ -540,7 +572,7 @@ def test_packed_linear_of_one_weight_that_fits_takes_it_as_it_is():
 # Attention.
 
 
-def test_attention_equals_pytorchs():
+def test_attention_equals_pytorch():
     q, k, v = (torch.randn(2, 3, n, 8, device=DEVICE, dtype=torch.float64) for n in (5, 9, 9))
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, v)
     with ops.use_attention("torch"):

@@ -1,4 +1,4 @@
-"""The package as it is installed: editable and as a wheel, with kernels inside, light to import."""
+"""The installed package, editable and as a wheel: it contains the kernels and imports fast."""
 
 import os
 import platform
@@ -11,8 +11,10 @@ from zipfile import ZipFile
 
 import pytest
 import torch
+from conftest import slow
 
 import mfengine
+from mfengine import info
 
 ROOT = Path(__file__).parent.parent
 PROBE = (
@@ -23,7 +25,7 @@ PROBE = (
 
 
 def python(*args, cwd, **env):
-    """Run it, without building the CUDA library unless `env` says so."""
+    """Run Python, without building the CUDA library unless `env` says so."""
     done = subprocess.run(
         [sys.executable, *map(str, args)],
         cwd=cwd,
@@ -38,7 +40,7 @@ def python(*args, cwd, **env):
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """A copy of what the repository holds, so that building leaves nothing in it."""
+    """A copy of the repository's files, so that building leaves nothing in the repository."""
     copy = tmp_path_factory.mktemp("source") / "mfengine"
     leave_out = shutil.ignore_patterns(".*", "build", "*.so", "*.egg-info")
 
@@ -52,13 +54,13 @@ def source(tmp_path_factory):
 INSTALL = ("-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-build-isolation")
 
 
-@pytest.mark.slow  # `test_wheel_without_nvcc` builds one too
+@pytest.mark.slow
 def test_wheel_of_the_source_distribution(source, tmp_path):
     python("-c", f"from setuptools import build_meta; build_meta.build_sdist({str(tmp_path)!r})", cwd=source)
     (sdist,) = tmp_path.glob("*.tar.gz")
     python("-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", tmp_path, sdist, cwd=tmp_path)
     (wheel,) = tmp_path.glob("*.whl")
-    # Torch and all else that is there satisfies it: nothing but mfengine itself would be installed.
+    # All requirements are already installed: only mfengine itself is added.
     plan = python("-m", "pip", "install", "--dry-run", "--no-index", wheel, cwd=tmp_path)
     assert "mfengine" in plan
     assert plan.partition("Would install")[2].strip() in ("", wheel.name.partition("-py3")[0])
@@ -67,13 +69,13 @@ def test_wheel_of_the_source_distribution(source, tmp_path):
     assert Path(where) == tmp_path / "site/mfengine/kernels/__init__.py"
     assert (tmp_path / "site/mfengine/py.typed").exists()
     attention = "import torch, mfengine.ops as ops; print(ops.attention(*[torch.ones(1, 1, 2, 8)] * 3).sum().item())"
-    assert python("-c", attention, cwd=tmp_path, PYTHONPATH=str(tmp_path / "site")) == "16.0"  # by the times inside
+    assert python("-c", attention, cwd=tmp_path, PYTHONPATH=str(tmp_path / "site")) == "16.0"  # from the kernels inside
     assert not (tmp_path / "site/kernels").exists()
 
 
-@pytest.mark.slow  # `make install` is one
+@pytest.mark.slow  # `make install` makes one
 def test_editable_install(source, tmp_path):
-    """In an environment of its own that sees the libraries of this one."""
+    """In a separate environment that sees the libraries of this one."""
     python("-m", "venv", tmp_path / "venv", cwd=tmp_path)
     libraries = next(path for path in sys.path if path.endswith("site-packages"))
     inner = tmp_path / "venv/bin/python"
@@ -93,7 +95,7 @@ WHEEL = ("-m", "pip", "wheel", "--verbose", "--no-deps", "--no-build-isolation",
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 def test_wheel_with_the_cuda_library(source, tmp_path):
-    """Where nvcc is found: for the asked-for targets, one wheel for every Python, and it loads."""
+    """If nvcc is found: for the requested targets, one wheel for every Python, whose library loads."""
     python(*WHEEL, tmp_path, source, cwd=tmp_path, MFENGINE_CUDA="1", MFENGINE_CUDA_ARCHS="90")
     (wheel,) = tmp_path.glob("*.whl")
     assert wheel.name.endswith(f"py3-none-linux_{platform.machine()}.whl")
@@ -105,8 +107,9 @@ def test_wheel_with_the_cuda_library(source, tmp_path):
     assert "_FuncPtr" in python("-c", probe, cwd=tmp_path, PYTHONPATH=str(tmp_path / "site"))
 
 
+@pytest.mark.slow
 def test_wheel_without_nvcc(source, tmp_path):
-    """A pure one, and a line that says so; an error where the library is demanded."""
+    """A pure wheel, and a line that says so; an error if the library is required."""
     bare = tmp_path / "bin"
     bare.mkdir()
     for tool in ("cmake", "c++", "sh"):
@@ -116,7 +119,7 @@ def test_wheel_without_nvcc(source, tmp_path):
     for value, message in (
         ("", "mfengine: no nvcc found: installing without the CUDA optimizer kernels"),
         ("1", "error: MFENGINE_CUDA is 1, but nvcc cannot be found"),
-        ("yes", "error: MFENGINE_CUDA is yes; it must be 0"),
+        ("yes", "error: MFENGINE_CUDA must be 0"),
     ):
         done = subprocess.run(
             [sys.executable, *WHEEL, tmp_path, source], cwd=tmp_path, capture_output=True, text=True, check=False,
@@ -128,11 +131,14 @@ def test_wheel_without_nvcc(source, tmp_path):
     assert wheel.name.endswith("py3-none-any.whl")
 
 
-def test_info(tmp_path):
-    """What is there, what is not, and what is there and broken."""
+@pytest.mark.parametrize("packages", [("amp_C", "flash_attn", "jvp_flash_attention"), slow(tuple(info.OPTIONAL))])
+def test_info_lists_packages(packages, tmp_path, monkeypatch, capsys):
+    """It lists packages that are present, missing, or broken."""
     (tmp_path / "amp_C.py").write_text("raise OSError('libcudart.so.11: cannot open shared object file')")
-    out = python("-m", "mfengine.info", cwd=ROOT, PYTHONPATH=str(tmp_path))
-    rows = {line.split()[0]: line.split(None, 1)[1] for line in out.splitlines()}
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(info, "OPTIONAL", {name: info.OPTIONAL[name] for name in packages})
+    info.main([])
+    rows = {line.split()[0]: line.split(None, 1)[1] for line in capsys.readouterr().out.splitlines()}
     assert rows["torch"] == torch.__version__
     assert rows["mfengine"] == mfengine.__version__
     assert rows["apex"] == "installed, but cannot be imported: libcudart.so.11: cannot open shared object file"
@@ -142,6 +148,6 @@ def test_info(tmp_path):
     assert all(rows[name.replace("flash_attn", "flash-attn")].startswith("not installed (") for name in missing)
 
 
-def test_sample_is_the_function(tmp_path):
+def test_mfengine_sample_is_the_function(tmp_path):
     out = python("-c", f"{PROBE}; from mfengine import sample; print(callable(sample))", cwd=tmp_path)
     assert out.splitlines()[-1] == "True"

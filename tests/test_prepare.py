@@ -10,11 +10,12 @@ import tarfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
 import torch
-from conftest import kill, run_command, run_in_process
+from conftest import kill, run_command, run_in_process, slow
 from PIL import Image
 
 from mfengine.data.format import BROKEN, Dataset, LatentSpace
@@ -26,24 +27,28 @@ from mfengine.data.vae import VAE
 from mfengine.data.writer import order
 from mfengine.errors import InputError
 
-diffusers = pytest.importorskip("diffusers", reason="diffusers is an extra")
-datasets = pytest.importorskip("sklearn.datasets", reason="scikit-learn is an extra")
-
+pytestmark = pytest.mark.skipif(
+    not find_spec("diffusers") or not find_spec("sklearn"), reason="needs diffusers and scikit-learn"
+)
 CPU = torch.device("cpu")
 COUNT = 120
 
 
 @pytest.fixture(scope="module")
 def photographs():
-    return datasets.load_sample_images().images  # two of 427 x 640
+    from sklearn.datasets import load_sample_images
+
+    return load_sample_images().images  # two of 427 x 640
 
 
 @pytest.fixture(scope="module")
 def pictures(photographs, tmp_path_factory):
     """120 images of mixed sizes and formats in four classes; the last is the digits, grey and 8 x 8."""
+    from sklearn.datasets import load_digits
+
     folder = tmp_path_factory.mktemp("pictures") / "train"
     rng = np.random.default_rng(0)
-    digits = datasets.load_digits().images
+    digits = load_digits().images
     for i in range(COUNT):
         if i % 4 == 3:
             image = Image.fromarray((digits[i] * 15.9).astype(np.uint8))
@@ -61,15 +66,17 @@ def pictures(photographs, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def vae(tmp_path_factory):
-    """A folder with a small VAE: latents of half the side."""
+    """A folder with a small VAE, whose latents have half the side of the images."""
     folder = tmp_path_factory.mktemp("vae") / "small"
     save_vae(folder)
     return folder
 
 
 def save_vae(folder, **changes):
+    from diffusers import AutoencoderKL
+
     torch.manual_seed(0)
-    diffusers.AutoencoderKL(
+    AutoencoderKL(
         **{
             "block_out_channels": (8, 8), "down_block_types": ("DownEncoderBlock2D",) * 2,
             "up_block_types": ("UpDecoderBlock2D",) * 2, "latent_channels": 4, "norm_num_groups": 4,
@@ -80,14 +87,14 @@ def save_vae(folder, **changes):
 
 @pytest.fixture(scope="module")
 def arguments(pictures, vae):
-    """Of the command, but for where it writes."""
+    """Arguments of the command, except the output."""
     options = ("--size=32", "--shard-samples=16", "--batch-size=8", "--device=cpu", "--normalisation=measured")
     return pictures, f"--vae={vae}", *options
 
 
 @pytest.fixture(scope="module")
 def whole(arguments, tmp_path_factory):
-    """The data set as one process writes it without a break."""
+    """The data set of a single, uninterrupted process."""
     folder = tmp_path_factory.mktemp("whole") / "data"
     done = run_command("mfengine.prepare", "images", arguments[0], folder, *arguments[1:], cwd=folder.parent)
     assert done.returncode == 0, done.stderr
@@ -102,7 +109,7 @@ def contents(folder):
 
 
 def samples(dataset):
-    """{number: (moments, label)} of the tars."""
+    """{number: (moments, label)} of the samples in the tars."""
     found = {}
     for shard in dataset.shards:
         with tarfile.open(dataset.folder / shard.file) as tar:
@@ -116,7 +123,7 @@ def samples(dataset):
 
 
 def pil_crop(image, size):
-    """What ADM's training cuts out of an image: halved with a box filter, scaled with a bicubic one, the middle."""
+    """The central square as in ADM's training: halved with a box filter, then scaled with a bicubic one."""
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
@@ -130,8 +137,10 @@ def pil_crop(image, size):
 
 
 def test_samples_are_the_posteriors_of_the_cropped_images(whole, pictures, vae):
+    from diffusers import AutoencoderKL
+
     dataset = Dataset.open(whole)
-    network = diffusers.AutoencoderKL.from_pretrained(vae)
+    network = AutoencoderKL.from_pretrained(vae)
     files = sorted(str(path.relative_to(pictures)) for path in pictures.rglob("[0-9]*.*"))
     written = samples(dataset)
     assert sorted(written) == list(range(COUNT))
@@ -146,10 +155,10 @@ def test_samples_are_the_posteriors_of_the_cropped_images(whole, pictures, vae):
             np.testing.assert_allclose(moments[1], posterior.std[0], atol=5e-2)
 
 
-def test_description_says_what_it_was_made_of(whole, vae):
+def test_description_has_the_provenance(whole, vae):
     dataset = Dataset.open(whole)
     space = VAE(vae, CPU).space(32, num_classes=4)
-    assert space == LatentSpace((4, 16, 16), num_classes=4, scale=0.5, bias=0.25)  # where no normalisation is named
+    assert space == LatentSpace((4, 16, 16), num_classes=4, scale=0.5, bias=0.25)  # without --normalisation
     mean, std = (
         np.stack([moments for moments, _ in samples(dataset).values()]).astype(np.float64).transpose(2, 3, 0, 1, 4, 5)
     )  # of each channel first
@@ -170,7 +179,7 @@ def test_description_says_what_it_was_made_of(whole, vae):
     assert labels.bincount().tolist() == [30] * 4
 
 
-@pytest.mark.slow  # torchrun, twice for each kill
+@pytest.mark.slow  # starts torchrun twice per kill
 def test_two_processes_that_are_killed_write_what_one_writes(whole, arguments, tmp_path, pytestconfig):
     out, partial = tmp_path / "data", tmp_path / ".partial-data"
     command = ["mfengine.prepare", "images", arguments[0], out, *arguments[1:]]
@@ -188,7 +197,7 @@ def test_two_processes_that_are_killed_write_what_one_writes(whole, arguments, t
         kill(process)
         assert not out.exists()
         assert 2 * kills < len(list(partial.glob("0*.json"))) < 8
-        assert {name: (partial / name).stat().st_mtime_ns for name in kept} == kept  # nothing whole is done again
+        assert {name: (partial / name).stat().st_mtime_ns for name in kept} == kept  # nothing finished is repeated
         recorded = [partial / "data" / f"{record.stem}.tar" for record in partial.glob("0*.json")]
         kept = {str(p.relative_to(partial)): p.stat().st_mtime_ns for p in recorded}  # a kill may precede a record
     done = run_command(*command, cwd=tmp_path, ranks=2)
@@ -207,7 +216,7 @@ def prepare(tmp_path, monkeypatch, capsys):
     )
 
 
-def test_hub_that_does_not_answer_is_asked_once(pictures, tmp_path, monkeypatch, prepare):
+def test_unreachable_hub_is_asked_once(pictures, tmp_path, monkeypatch, prepare):
     asked = []
 
     def refuse(url):
@@ -217,7 +226,9 @@ def test_hub_that_does_not_answer_is_asked_once(pictures, tmp_path, monkeypatch,
     monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", refuse)
     code, _, err = prepare(pictures, "out", "--vae=mistyped/name")
     assert (code, len(asked)) == (2, 1)
-    assert err == ("error: cannot load the VAE mistyped/name, which is no folder, from the hub: no route to the hub\n")
+    assert err == (
+        "error: cannot load the VAE mistyped/name, which is not a folder, from the hub: no route to the hub\n"
+    )
 
 
 def test_broken_images_are_left_out(whole, pictures, arguments, tmp_path, prepare):
@@ -242,7 +253,7 @@ def test_broken_images_are_left_out(whole, pictures, arguments, tmp_path, prepar
             (source / name).write_bytes(data)
     code, _, errors = prepare(source, "data", *arguments[1:], "--shard-samples=200")
     assert code == 2
-    assert "of the first 120 samples are broken, and 0.001 of all 120 may be (--max-broken)" in errors
+    assert "of the first 120 samples are broken; --max-broken allows 0.001 of all 120" in errors
     assert ".partial-data/broken.jsonl lists them" in errors
     code, output, errors = prepare(source, "data", *arguments[1:], "--shard-samples=200", "--max-broken=0.05")
     assert code == 0, errors
@@ -253,7 +264,7 @@ def test_broken_images_are_left_out(whole, pictures, arguments, tmp_path, prepar
         assert broken[line["name"]][1] in line["reason"]
     reference, found = samples(Dataset.open(whole)), samples(Dataset.open(tmp_path / "data"))
     assert len(found) == 115
-    for number, (moments, label) in found.items():  # batches have other sizes now, and rounding with them
+    for number, (moments, label) in found.items():  # batches have other sizes now, and rounding depends on them
         assert label == reference[number][1]
         np.testing.assert_allclose(moments, reference[number][0], atol=1e-2)
 
@@ -264,10 +275,10 @@ def test_broken_images_are_left_out(whole, pictures, arguments, tmp_path, prepar
         (["nowhere", "out"], "nowhere does not exist"),
         (["list.txt", "out"], "list.txt is neither a folder, a .tar nor an LMDB"),
         (["empty", "out"], "empty, a folder per class, has no images (.jpg, .jpeg, .png, .webp, .bmp"),
-        (["flat", "out"], "flat has images but no folders: each class has a folder of its own; if one class is meant"),
-        (["PARENT", "out"], "has one class, train: if the classes are the folders in PARENT/train, give that; if one"),
+        (["flat", "out"], "flat has images but no subfolders: each class needs a folder of its own"),
+        (["PARENT", "out"], "has only the class train: if the folders in PARENT/train are the classes, give that"),
         (["gap", "out"], "gap/b has no images: each folder in gap is a class; remove it"),
-        (["labels.tar", "out"], 'labels.tar/x.png has no label: a .cls beside it with a number from 0, or a .json'),
+        (["labels.tar", "out"], 'labels.tar/x.png has no label: it needs a .cls with an integer from 0, or a .json'),
         (["cut.tar", "out"], "cannot read cut.tar"),
         (["PICTURES", "taken"], "taken is not an empty folder"),
         (["PICTURES", "out", "--size=33"], "size 33 is not a multiple of 2, the pixels per latent of"),
@@ -279,8 +290,8 @@ def test_broken_images_are_left_out(whole, pictures, arguments, tmp_path, prepar
         (["PICTURES", "out", "--batch-size=0"], "--batch-size must be at least 1, not 0"),
         (["PICTURES", "out", "--shard-samples=0"], "--shard-samples must be at least 1, not 0"),
         (["PICTURES", "out", "--max-broken=1"], "--max-broken must be at least 0 and less than 1, not 1"),
-        (["PICTURES", "out", "--vae=some/vae"], "cannot load the VAE some/vae, which is no folder, from the hub: "),
-        (["PICTURES", "out", "--vae=./vae"], "there is no folder ./vae with a VAE in it"),
+        (["PICTURES", "out", "--vae=some/vae"], "cannot load the VAE some/vae, which is not a folder, from the hub: "),
+        (["PICTURES", "out", "--vae=./vae"], "./vae is not a folder with a VAE in it"),
         (["PICTURES", "out", "--vae=empty"], "cannot load the VAE empty: "),
         (["PICTURES", "out", "--vae=grey"], "the VAE grey encodes images of 1 channel(s); RGB has 3"),
         (["PICTURES", "out", "--vea=x"], "there is no option --vea; the nearest is --vae"),
@@ -322,7 +333,7 @@ def small_disk(tmp_path):
 
 
 def test_full_disk(arguments, whole, small_disk, prepare):
-    """One line, nothing that looks whole; and it continues where there is room."""
+    """One line, nothing that looks complete; and it continues once there is room."""
     command = (arguments[0], small_disk / "data", *arguments[1:])
     code, _, errors = prepare(*command)
     assert code == 2
@@ -340,7 +351,7 @@ def test_full_disk(arguments, whole, small_disk, prepare):
 
 
 def as_tars(folder, to, label):
-    """The images of a folder in two tars, with labels as `label(number)` says: (extension, content)."""
+    """The images of a folder in two tars, with labels from `label(number)`: (extension, content)."""
     to.mkdir()
     files = sorted(path for path in folder.rglob("[0-9]*.*"))
     for number, part in enumerate((files[:70], files[70:])):
@@ -385,8 +396,8 @@ def test_sources_hold_the_same_images(pictures, tmp_path, make, kind):
 
 
 @pytest.mark.parametrize("cut", [True, False])
-def test_damaged_tar_is_no_shorter_one(pictures, tmp_path, cut):
-    """Python's tarfile takes a damaged header, and the end of the file, for the end of the archive."""
+def test_damaged_tar_is_not_read_as_a_shorter_one(pictures, tmp_path, cut):
+    """Python's tarfile takes a damaged header, or the end of the file, for the end of the archive."""
     tars = as_tars(pictures, tmp_path / "tars", lambda y: (".cls", b"%d" % y))
     with tarfile.open(tars / "0.tar") as tar:
         header = tar.getmembers()[40].offset
@@ -400,8 +411,8 @@ def test_damaged_tar_is_no_shorter_one(pictures, tmp_path, cut):
         open_source(tars)
 
 
-def test_lmdb_that_is_cut_off(pictures, tmp_path):
-    """To read beyond the end of a mapped file would end the process."""
+def test_truncated_lmdb(pictures, tmp_path):
+    """Reading beyond the end of a mapped file would end the process."""
     path = as_lmdb(pictures, tmp_path / "source")
     with (path / "data.mdb").open("r+b") as file:
         file.truncate(40_000)
@@ -422,7 +433,7 @@ def test_more_classes_than_there_are_labels(arguments, tmp_path, prepare):
 
 
 def test_one_tar_and_one_class(pictures, tmp_path):
-    """Labels are not looked for where all images are of one class."""
+    """If all images are of one class, labels are not read."""
     tars = as_tars(pictures, tmp_path / "tars", lambda y: (".txt", b"a caption"))
     with pytest.raises(InputError, match="has no label"):
         open_source(tars)
@@ -442,9 +453,9 @@ def encoded(image, kind, **options):
 
 
 def formats(image):
-    """One image in the forms that files come in."""
+    """One image in various file formats."""
     exif = Image.Exif()
-    exif[0x0112] = 6  # turned by a quarter
+    exif[0x0112] = 6  # a quarter turn
     see_through = image.convert("RGBA")
     see_through.putalpha(Image.linear_gradient("L").resize(image.size))
     return {
@@ -471,7 +482,7 @@ def decoded(data):
 
 
 def test_images_become_rgb(photographs):
-    """Whatever they were; those that lose nothing, exactly."""
+    """From any format; lossless ones exactly."""
     image = Image.fromarray(photographs[0][:101, :150])
     files = formats(image)
     found = {name: decoded(data) for name, data in files.items()}
@@ -502,7 +513,7 @@ def box(x):
 
 
 def resized(x, side, kernel):
-    """The last axis but one of uint8 (..., n, 3) to `side`: kernels as wide as a pixel of the smaller scale."""
+    """Resize the last axis but one of uint8 (..., n, 3) to `side`; kernels span pixels of the smaller scale."""
     scale = x.shape[-2] / side
     centres = (np.arange(side)[:, None] + 0.5) * scale
     weights = kernel((np.arange(x.shape[-2]) - centres + 0.5) / max(scale, 1))
@@ -511,7 +522,7 @@ def resized(x, side, kernel):
 
 
 def crop_by_formula(x, size):
-    """ADM's crop in float64, with the rounding to 8 bits that PIL does between rows and columns."""
+    """ADM's crop in float64, with PIL's rounding to 8 bits between rows and columns."""
     kernel, side = box, np.array(x.shape[:2])
     while kernel is box:
         kernel = box if min(side) >= 2 * size else bicubic
@@ -522,10 +533,11 @@ def crop_by_formula(x, size):
 
 
 @pytest.mark.parametrize(
-    ("width", "height"), [(640, 427), (375, 500), (128, 128), (129, 128), (75, 50), (257, 703), (514, 1027), (600, 3)]
+    ("width", "height"),
+    [(640, 427), (375, 500), (128, 128), (129, 128), (75, 50), (257, 703), (514, 1027), slow(600, 3)],
 )
-def test_crop_is_that_of_adm(photographs, width, height):
-    """Within one level of 8 bits: PIL's weights have 22 bits. Of tall images Pillow 13 filters columns first."""
+def test_crop_equals_that_of_adm(photographs, width, height):
+    """Within one level of 8 bits: PIL's weights have 22 bits. Pillow 13 filters columns of tall images first."""
     image = Image.fromarray(photographs[1]).resize((width, height), Image.Resampling.BICUBIC)
     crop = adm_crop(image, 128)
     assert np.array_equal(crop, pil_crop(image, 128))
@@ -535,7 +547,7 @@ def test_crop_is_that_of_adm(photographs, width, height):
 
 
 def test_images_are_encoded_in_float32_unless_asked_otherwise(arguments, tmp_path, prepare, monkeypatch):
-    """Not even in TF32, which cuDNN's convolutions take by default."""
+    """Not even TF32 is used, which is the default of cuDNN's convolutions."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     seen, encode = set(), VAE.encode
 
@@ -549,7 +561,7 @@ def test_images_are_encoded_in_float32_unless_asked_otherwise(arguments, tmp_pat
     assert seen == {("float32", False)}
 
 
-def test_vae_in_bfloat16_is_near(vae, photographs):
+def test_vae_in_bfloat16_is_close(vae, photographs):
     images = torch.tensor(photographs[0][:64, :64]).permute(2, 0, 1)[None] / 127.5 - 1
     exact, near = (VAE(vae, CPU, precision).encode(images) for precision in ("float32", "bfloat16"))
     for a, b in zip(exact, near, strict=True):
@@ -557,8 +569,10 @@ def test_vae_in_bfloat16_is_near(vae, photographs):
         assert 0 < (a - b).abs().max() < 0.05
 
 
-def test_hash_of_a_vae_is_of_its_weights(vae, tmp_path):
-    network = diffusers.AutoencoderKL.from_pretrained(vae)
+def test_vae_hash_depends_only_on_weights(vae, tmp_path):
+    from diffusers import AutoencoderKL
+
+    network = AutoencoderKL.from_pretrained(vae)
     network.save_pretrained(tmp_path / "pickled", safe_serialization=False)
     assert VAE(tmp_path / "pickled", CPU).sha256() == VAE(vae, CPU).sha256()
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Where the time of steps goes."""
+"""The profile of steps by pass and operator."""
 
 import json
 
@@ -35,7 +35,7 @@ def event(cat, name, ts, dur, **args):
 
 
 def test_kernels_belong_to_the_pass_that_launched_them():
-    """PyTorch's through the runtime, Triton's through the driver; they run later than they are launched."""
+    """PyTorch's through the runtime, Triton's through the driver; kernels run later than their launches."""
     events = [
         event("user_annotation", "forward", 0, 10),
         event("user_annotation", "backward", 10, 10),
@@ -45,7 +45,7 @@ def test_kernels_belong_to_the_pass_that_launched_them():
         event("kernel", "_attention_dual", 100, 3e6, correlation=1),
         event("kernel", "nvjet_tst_128x256", 200, 2e6, correlation=2),
         event("kernel", "ncclDevKernel_ReduceScatter", 300, 1e6, correlation=3),
-        event("cpu_op", "aten::mm", 5, 2),  # not counted beside kernels
+        event("cpu_op", "aten::mm", 5, 2),  # does not count if there are kernels
     ]
     assert spent(events) == {
         ("tangent", "attention"): 3.0,
@@ -55,7 +55,7 @@ def test_kernels_belong_to_the_pass_that_launched_them():
     assert table(spent(events)).splitlines()[1].split() == ["tangent", "all", "3000.00", "50.0%"]
 
 
-def test_operators_count_without_those_within():
+def test_time_of_an_operator_excludes_inner_ones():
     events = [
         event("user_annotation", "forward", 0, 100),
         event("cpu_op", "aten::linear", 0, 10, **{"Sequence number": 7}),

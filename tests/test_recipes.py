@@ -1,10 +1,11 @@
-"""The recipes of docs/backend.md run as they stand, and do what they say; the commands of other pages parse."""
+"""The recipes of docs/backend.md run unchanged and do what they say; the commands on other pages parse."""
 
 import re
 import shlex
 from pathlib import Path
 
 import pytest
+from conftest import slow
 from torch.distributed.run import get_args_parser
 
 from benchmarks import scaling
@@ -18,7 +19,7 @@ RECIPES = dict(re.findall(r"^## Recipe: (.*?)\n.*?^```python\n(.*?)^```", PAGE.r
 
 
 def run(title):
-    """What a recipe leaves behind, by name."""
+    """The variables of a recipe after it ran."""
     names = {"__name__": "recipe"}
     exec(compile(RECIPES[title], f"{PAGE.name}: {title}", "exec"), names)
     return names
@@ -32,7 +33,8 @@ def test_every_block_is_a_recipe():
     assert len(RECIPES) == PAGE.read_text().count("```python") == 4
 
 
-def test_meanflow_in_a_trainer_of_ones_own():
+@pytest.mark.slow
+def test_meanflow_in_your_own_trainer():
     names = run("MeanFlow, your network, your trainer")
     assert class_means(names, "labels") == pytest.approx([-1, 1], abs=0.2)
 
@@ -45,12 +47,13 @@ def test_jvp_through_a_diffusers_model():
     assert all(p.grad is not None for p in names["model"].transformer_blocks.parameters())
 
 
+@pytest.mark.slow
 def test_consistency_with_the_tangent_normalised():
     names = run("continuous-time consistency, with the tangent normalised")
     assert class_means(names, "y") == pytest.approx([-0.5, 0.5], abs=0.1)
 
 
-@pytest.mark.slow  # trains for ten seconds
+@pytest.mark.slow
 def test_terminal_velocity_matching_through_the_tangent():
     names = run("terminal velocity matching, through the tangent")
     assert class_means(names, "labels") == pytest.approx([-1, 1], abs=0.15)
@@ -58,7 +61,7 @@ def test_terminal_velocity_matching_through_the_tangent():
 
 
 # ----------------------------------------------------------------------------
-# docs/recipes.md and docs/cluster.md: every command parses, by the commands' own parsers and torchrun's.
+# docs/recipes.md and docs/cluster.md: every command parses, with the commands' own parsers and torchrun's.
 
 DOCS = PAGE.parent
 RECIPES_PAGE = (DOCS / "recipes.md").read_text()
@@ -78,7 +81,7 @@ def commands(page):
 
 
 def parse(words):
-    """Parse a command by what is to run it; returns the module and its arguments, parsed."""
+    """Parse a command with the parser of what it runs; returns the module and its parsed arguments."""
     if words[0] == "sbatch":
         words = words[words.index("scripts/slurm/run.sh") + 1 :]
     elif words[0] == "torchrun":
@@ -112,9 +115,9 @@ def test_commands_are_found():
     assert len(commands("cluster.md")) >= 8
 
 
-def test_rows_are_the_papers():
+def test_rows_match_the_paper():
     runs = [parse(shlex.split(row[1].strip("`")))[1].run for row in ROWS]
-    assert len({run.name for run in runs}) == len(runs)  # none overwrites another
+    assert len({run.name for run in runs}) == len(runs)  # no run overwrites another
     assert [run.epochs for run in runs] == [80, 80, 80, 240, 240, 240, 240, 1000]
     assert [run.model.patch_size for run in runs] == [4] * 3 + [2] * 5
     assert [(run.method.omega, run.method.kappa) for run in runs[:4]] == [(1, 0), (2, 0), (1, 0.5), (1, 0.5)]
@@ -126,7 +129,7 @@ def test_rows_are_the_papers():
         assert float(row[4].replace(",", "")) == pytest.approx(8 * float(row[3]), abs=0.9)
 
 
-def test_rows_of_improved_meanflow_are_the_papers():
+def test_rows_of_improved_meanflow_match_the_paper():
     runs = [parse(shlex.split(row[1].strip("`")))[1].run for row in IMPROVED_ROWS]
     assert [float(row[2].split(",")[0]) for row in IMPROVED_ROWS] == [3.39, 2.27, 1.86, 1.72]
     for run in runs:
@@ -134,18 +137,17 @@ def test_rows_of_improved_meanflow_are_the_papers():
         assert run.normalisation == "sd-vae-ft-mse"
 
 
-@pytest.mark.parametrize(
-    "row", [IMPROVED_ROWS[0], *(pytest.param(row, marks=pytest.mark.slow) for row in IMPROVED_ROWS[1:])]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("row", IMPROVED_ROWS)
 def test_costs_of_improved_meanflow_are_counted(row):
     run = parse(shlex.split(row[1].strip("`")))[1].run
     cost = step_flops(run.model, run.method, 128) / sample_flops(run.model, run.method)
     assert float(row[6]) == pytest.approx(cost, abs=0.03)
 
 
-@pytest.mark.parametrize("preset", ["b2", "imf-b2"])
-def test_times_are_modelled_as_said(preset):
-    """One row of each table: they are all made alike."""
+@pytest.mark.parametrize("preset", ["b2", slow("imf-b2")])
+def test_modelled_times_match_the_model(preset):
+    """One row of each table, because all rows are made the same way."""
     row = next(row for row in (*ROWS, *IMPROVED_ROWS) if row[1] == f"`mfengine.train {preset}`")
     config = PRESETS[preset][1]
     for cell, hardware in ((row[4], scaling.Hardware()), (row[5], scaling.Hardware(roofline_share=0.5))):

@@ -16,7 +16,7 @@ BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
-    """The page of two runs, of which one has no pictures and was not evaluated."""
+    """The page of two runs, one of which has no pictures and was not evaluated."""
     cwd = tmp_path_factory.mktemp("report")
     for name, share in (("meanflow", 0.25), ("flow-matching", 0.0)):
         run = cwd / name
@@ -33,7 +33,7 @@ def page(tmp_path_factory):
     return cwd / "meanflow/report.html"
 
 
-def test_page_needs_nothing_else_and_says_what_differs(page):
+def test_page_is_self_contained_and_shows_differences(page):
     html = re.sub(r"<script.*?</script>", "", page.read_text(), flags=re.DOTALL)
     rows = {re.sub(r"<.*?>", "|", row).strip("|") for row in re.findall(r"<tr>(.*?)</tr>", html, flags=re.DOTALL)}
     assert "method.interval_share||0.25||0.0" in rows
@@ -45,6 +45,7 @@ def test_page_needs_nothing_else_and_says_what_differs(page):
     assert not re.search(r'(src|href)="(?!data:)', html)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
 def test_page_draws_its_curves_in_a_browser(page):
     done = subprocess.run(
@@ -64,7 +65,7 @@ def test_page_draws_its_curves_in_a_browser(page):
         ([], "RUN must be given"),
     ],
 )
-def test_folder_that_is_no_run_is_refused(args, says, tmp_path, monkeypatch, capsys):
+def test_folder_without_a_run_is_rejected(args, says, tmp_path, monkeypatch, capsys):
     (tmp_path / "other").mkdir()
     (tmp_path / "other/config.json").write_text("{}")
     code, _, err = run_in_process("mfengine.report", *args, cwd=tmp_path, monkeypatch=monkeypatch, capsys=capsys)

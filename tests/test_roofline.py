@@ -1,4 +1,4 @@
-"""The roofline of a step: counted work by hand and by PyTorch's counter, and the command."""
+"""The roofline of a step: work counted by hand and by PyTorch's counter, and the command."""
 
 import dataclasses
 import json
@@ -57,7 +57,7 @@ def test_flops_add_up_to_the_counter_of_pytorch(found):
 
 
 def test_product_by_hand():
-    """256 tiles are 1.94 waves of 132 and take as long as 2; bytes take less."""
+    """256 tiles are 1.94 waves of 132 and take as long as 2; the bytes take less time."""
     a, b = (torch.empty(2048, 2048, device=META, dtype=torch.bfloat16) for _ in range(2))
     ((operator, n),) = recorded(lambda: a @ b).items()
     assert n == 1
@@ -86,7 +86,7 @@ def test_float32_products_do_not_run_at_the_rate_of_bfloat16():
     [
         (lambda x: x + 1, 4096, 4096),
         (lambda x: x.add_(1), 4096, 4096),
-        (lambda x: x.copy_(x[:1].expand(32, 32)), 128, 4096),  # what is overwritten is not read, what repeats is once
+        (lambda x: x.copy_(x[:1].expand(32, 32)), 128, 4096),  # overwritten data is not read, and repeats are read once
         (lambda x: x.bfloat16(), 4096, 2048),
         (lambda x: torch.add(x, 1, out=torch.empty(32, 32, device=META)), 4096, 4096),
     ],
@@ -97,7 +97,7 @@ def test_bytes_by_hand(call, read, written):
     assert [(o.read, o.written) for o in operators] == [(read, written)]
 
 
-def test_view_costs_the_host_alone(found):
+def test_view_costs_only_host_time(found):
     x = torch.empty(32, 32, device=META)
     (operator,) = recorded(lambda: x.t())
     assert (operator.kind, operator.read, operator.launches, cost(operator).seconds) == ("view", 0, 0, 0.0)
@@ -107,16 +107,16 @@ def test_view_costs_the_host_alone(found):
     )
 
 
-def test_small_kernel_takes_the_least_that_any_takes():
+def test_small_kernel_takes_the_minimum_time():
     x = torch.empty(4, device=META)
     (operator,) = recorded(x.neg)
     assert cost(operator)[:2] == (2.5e-6, "launch")
 
 
 @pytest.mark.parametrize(("decays", "expected"), [((0.9,), 34), ((0.9, 0.99), 42)])
-def test_optimizer_moves_what_the_cuda_library_does(decays, expected):
-    """The gradient twice, in bfloat16 where products take the parameter; and per parameter, each once read and once
-    written, itself, moments and averages, 4 bytes each; and its copy, 2 bytes, written.
+def test_optimizer_traffic_matches_the_cuda_library(decays, expected):
+    """The gradient twice, in bfloat16 if products take the parameter. Per parameter, the weight, moments and averages
+    are read once and written once, 4 bytes each, and the copy is written, 2 bytes.
     """
     network = meta_network(MODEL, torch.bfloat16)
     gradients = sum(p.numel() * unit.dtype.itemsize for unit, group in parameter_groups(network) for p in group)

@@ -1,4 +1,4 @@
-"""A run folder belongs to one job, is resumed from the newest checkpoint that is whole, and is left on a signal."""
+"""A run folder has one job at a time, resumes from the newest complete checkpoint, and survives signals."""
 
 import errno
 import fcntl
@@ -44,7 +44,7 @@ def hold_until_killed(run, held):
 
 @pytest.fixture
 def holder(two_steps, tmp_path):
-    """A copy of the run, and a process that holds its folder, as a rank that torchrun started."""
+    """A copy of the run, and a process that holds its folder, like a rank started by torchrun."""
     run = tmp_path / "runs/digits"
     shutil.copytree(two_steps, run)
     held = forks.Event()
@@ -56,8 +56,9 @@ def holder(two_steps, tmp_path):
     process.join()
 
 
-def test_second_job_in_a_run_folder(holder, digits, tmp_path, monkeypatch, capsys):
-    """Is refused and touches nothing, until the first has ended, be it by SIGKILL."""
+@pytest.mark.forks
+def test_second_job_is_rejected(holder, digits, tmp_path, monkeypatch, capsys):
+    """It is rejected and changes nothing, until the first job ends, even by SIGKILL."""
     run, process = holder
     train = ("mfengine.train", *SMALL, f"--data={digits}", "--steps=3", "--resume=auto")
     where = {"cwd": tmp_path, "monkeypatch": monkeypatch, "capsys": capsys}
@@ -76,12 +77,13 @@ def test_second_job_in_a_run_folder(holder, digits, tmp_path, monkeypatch, capsy
     assert not (run / lock.LOCK).exists()
 
 
+@pytest.mark.forks
 def test_orphan_of_torchrun_is_named(holder):
     run, process = holder
     gone = subprocess.Popen(["true"])
     gone.wait()
     owner = json.loads((run / lock.LOCK).read_text())
-    (run / lock.LOCK).write_text(json.dumps({**owner, "torchrun": gone.pid}))  # keeps the lock: it is of the file
+    (run / lock.LOCK).write_text(json.dumps({**owner, "torchrun": gone.pid}))  # keeps the lock, which is on the file
     with (
         pytest.raises(InputError, match=rf"torchrun \(process {gone.pid}\) has ended: end it with kill {process.pid}$"),
         lock.hold(run),
@@ -91,7 +93,7 @@ def test_orphan_of_torchrun_is_named(holder):
 
 @pytest.mark.slow
 def test_orphans_of_a_killed_torchrun(digits, tmp_path):
-    """They train on and hold the folder; the line says how to end them, and then they leave a checkpoint."""
+    """They keep training and hold the folder. The line says how to end them; then they leave a checkpoint."""
     train = ("mfengine.train", *SMALL, f"--data={digits}", "--steps=100000")
     torchrun = subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "-m", *train],
@@ -114,8 +116,8 @@ def test_orphans_of_a_killed_torchrun(digits, tmp_path):
     assert newest_checkpoint(run) is not None
 
 
-def test_lock_that_is_removed_while_it_is_awaited(tmp_path, monkeypatch):
-    """Its last holder has removed the file that was opened: the next one takes another."""
+def test_lock_file_removed_while_opening(tmp_path, monkeypatch):
+    """The last holder removed the file after it was opened, so the next one opens another."""
     lockf, calls = fcntl.lockf, []
 
     def removed_before(handle, operation):
@@ -131,7 +133,7 @@ def test_lock_that_is_removed_while_it_is_awaited(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("number", lock.NO_LOCKS)
-def test_file_system_without_locks_is_told(number, tmp_path, monkeypatch):
+def test_file_system_without_locks_is_reported(number, tmp_path, monkeypatch):
     def refuse(handle, operation):
         raise OSError(number, os.strerror(number))
 
@@ -141,7 +143,7 @@ def test_file_system_without_locks_is_told(number, tmp_path, monkeypatch):
     assert not (tmp_path / "runs").exists()
 
 
-def test_failed_disk_is_no_lack_of_locks(tmp_path, monkeypatch):
+def test_disk_error_is_not_reported_as_missing_locks(tmp_path, monkeypatch):
     def fail(handle, operation):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
@@ -151,7 +153,7 @@ def test_failed_disk_is_no_lack_of_locks(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("options", "local"), [("rw,vers=4.2,local_lock=none", False), ("rw,local_lock=all", True)])
-def test_locks_of_this_host_alone_are_told(options, local, tmp_path, monkeypatch):
+def test_local_locks_are_reported(options, local, tmp_path, monkeypatch):
     device = tmp_path.stat().st_dev
     line = f"36 25 {os.major(device)}:{os.minor(device)} / /mnt rw shared:1 - nfs4 server:/x {options}\n"
     monkeypatch.setattr(lock.Path, "read_text", lambda self: line)
@@ -159,14 +161,14 @@ def test_locks_of_this_host_alone_are_told(options, local, tmp_path, monkeypatch
         assert (warning is not None and "local to this host" in warning) == local
 
 
-def test_start_that_failed_before_its_first_step_is_not_in_the_way(digits, tmp_path, monkeypatch, capsys):
-    """Its memory did not suffice, say: a smaller model starts in the same folder, without --resume."""
+def test_failed_start_does_not_block_the_next(digits, tmp_path, monkeypatch, capsys):
+    """For example, memory ran out: a smaller model starts in the same folder, without --resume."""
     where = {"cwd": tmp_path, "monkeypatch": monkeypatch, "capsys": capsys}
     train = ("mfengine.train", *SMALL, f"--data={digits}", "--steps=1")
     with monkeypatch.context() as patched:
         patched.setattr("mfengine.MeanFlow.loss", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("none left")))
         assert run_in_process(*train, "--model.depth=2", **where)[0] == 1
-    (tmp_path / "runs/digits" / lock.LOCK).write_text("")  # as SIGKILL leaves it
+    (tmp_path / "runs/digits" / lock.LOCK).write_text("")  # as after SIGKILL
     code, _, errors = run_in_process(*train, **where)
     assert code == 0, errors
     assert json.loads((tmp_path / "runs/digits/config.json").read_text())["model"]["depth"] == 1
@@ -202,7 +204,7 @@ DAMAGES = {
 
 @pytest.fixture
 def damaged(request, two_steps, tmp_path):
-    """The run with a damaged second checkpoint, and what is to be said of it."""
+    """The run with a damaged second checkpoint, and the expected message."""
     run = tmp_path / "runs/digits"
     shutil.copytree(two_steps, run)
     damage, message = DAMAGES[request.param]
@@ -211,8 +213,8 @@ def damaged(request, two_steps, tmp_path):
 
 
 @pytest.mark.parametrize("damaged", DAMAGES, indirect=True)
-def test_resuming_falls_back_to_the_newest_whole_checkpoint(damaged, two_steps, digits, monkeypatch, capsys):
-    """It says why, keeps the damaged one under another name, and ends with the weights of an undamaged run."""
+def test_resuming_falls_back_to_the_newest_complete_checkpoint(damaged, two_steps, digits, monkeypatch, capsys):
+    """It says why, renames the damaged one, and ends with the weights of an undamaged run."""
     run, message = damaged
     args = ("mfengine.train", *SMALL, f"--data={digits}", "--steps=2", "--resume=auto")
     where = {"cwd": run.parent.parent, "monkeypatch": monkeypatch, "capsys": capsys}
@@ -231,7 +233,7 @@ def test_resuming_falls_back_to_the_newest_whole_checkpoint(damaged, two_steps, 
 
 
 @pytest.mark.parametrize("damaged", ["cut file"], indirect=True)
-def test_dry_run_says_what_it_would_fall_back_to(damaged, digits, monkeypatch, capsys):
+def test_dry_run_reports_the_fallback(damaged, digits, monkeypatch, capsys):
     run, message = damaged
     args = ("mfengine.train", *SMALL, f"--data={digits}", "--steps=2", "--resume=auto", "--dry-run", "--device=cpu")
     before = sorted(run.rglob("*"))
@@ -245,7 +247,7 @@ def test_dry_run_says_what_it_would_fall_back_to(damaged, digits, monkeypatch, c
 
 @pytest.mark.parametrize("damaged", ["flipped bit"], indirect=True)
 def test_reading_a_damaged_checkpoint(damaged, digits, monkeypatch, capsys):
-    """Every command that reads weights refuses flipped bytes, and none does so without checksums."""
+    """Every command that reads weights rejects flipped bytes, unless checksums are skipped."""
     run, message = damaged
     where = {"cwd": run.parent.parent, "monkeypatch": monkeypatch, "capsys": capsys}
     for command in (
@@ -260,7 +262,7 @@ def test_reading_a_damaged_checkpoint(damaged, digits, monkeypatch, capsys):
     assert run_in_process("mfengine.generate", run, "--skip-checksums", "--labels=1", **where)[0] == 0
 
 
-def test_run_without_a_whole_checkpoint_does_not_begin_anew(two_steps, digits, tmp_path, monkeypatch, capsys):
+def test_run_without_a_complete_checkpoint_does_not_restart(two_steps, digits, tmp_path, monkeypatch, capsys):
     run = tmp_path / "runs/digits"
     shutil.copytree(two_steps, run)
     for damaged in checkpoints_of(run):
@@ -274,7 +276,7 @@ def test_run_without_a_whole_checkpoint_does_not_begin_anew(two_steps, digits, t
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
 
 
-def test_unfinished_checkpoints_are_not_resumed_and_go(two_steps, digits, tmp_path, monkeypatch, capsys):
+def test_unfinished_checkpoints_are_removed(two_steps, digits, tmp_path, monkeypatch, capsys):
     run = tmp_path / "runs/digits"
     shutil.copytree(two_steps, run)
     shutil.copytree(run / "checkpoints/step-00000002", run / "checkpoints/.partial-step-00000003")
@@ -291,7 +293,7 @@ def test_unfinished_checkpoints_are_not_resumed_and_go(two_steps, digits, tmp_pa
 
 
 def wait_for(text, log, process):
-    """Until a command has said something; what it has said."""
+    """Wait until a command has printed something; returns its output."""
     deadline = time.monotonic() + 120
     while text not in (said := log.read_text() if log.exists() else ""):
         assert process.is_alive(), said
@@ -301,7 +303,7 @@ def wait_for(text, log, process):
 
 
 def fork(*args, cwd):
-    """A command whose stderr is a file in its folder."""
+    """A command whose stderr goes to a file in its folder."""
     run_in_fork(args, cwd, 1, dict(os.environ), (os.devnull, cwd / "stderr"))
 
 
@@ -316,8 +318,9 @@ def train_with_slow_saves(args, cwd):
     fork(*args, cwd=cwd)
 
 
-def test_second_interrupt_leaves_at_once(two_steps, digits, tmp_path):
-    """While a checkpoint is being written: one line each, no traceback, and the older checkpoint stays whole."""
+@pytest.mark.forks
+def test_second_interrupt_exits_at_once(two_steps, digits, tmp_path):
+    """During the write of a checkpoint: one line each, no traceback, and the older checkpoint stays complete."""
     shutil.copytree(two_steps, tmp_path / "runs/digits")
     args = ("mfengine.train", *SMALL, f"--data={digits}", "--steps=100000", "--resume=auto")
     process = forks.Process(target=train_with_slow_saves, args=(args, tmp_path))
@@ -325,7 +328,7 @@ def test_second_interrupt_leaves_at_once(two_steps, digits, tmp_path):
     log = tmp_path / "stderr"
     wait_for("samples/s", log, process)
     os.kill(process.pid, signal.SIGINT)
-    wait_for("\ninterrupted: writing a checkpoint; Ctrl-C again leaves without it\n", log, process)
+    wait_for("\ninterrupted: writing a checkpoint; press Ctrl-C again to exit without it\n", log, process)
     while not list(tmp_path.glob("runs/digits/checkpoints/.partial-*/.metadata")):
         time.sleep(0.01)
     began = time.monotonic()
@@ -334,12 +337,13 @@ def test_second_interrupt_leaves_at_once(two_steps, digits, tmp_path):
     assert time.monotonic() - began < 10
     assert process.exitcode == 130
     errors = log.read_text()
-    assert errors.endswith("\ninterrupted: left without a checkpoint\n")
+    assert errors.endswith("\ninterrupted: exiting without a checkpoint\n")
     assert "Traceback" not in errors
     assert [path.name[-2:] for path in checkpoints_of(tmp_path / "runs/digits")] == ["02", "01"]
     load_model(tmp_path / "runs/digits")
 
 
+@pytest.mark.slow  # `test_second_interrupt_exits_at_once` has the line of training
 def test_interrupted_command_is_one_line(two_steps, digits, tmp_path):
     args = ("mfengine.evaluate", str(two_steps), f"--data={digits}", "--num=100000000")
     process = forks.Process(target=fork, args=args, kwargs={"cwd": tmp_path})
@@ -355,7 +359,7 @@ def test_interrupted_command_is_one_line(two_steps, digits, tmp_path):
 
 @pytest.mark.parametrize(("rank", "line"), [("0", "\ninterrupted\n"), ("1", "")])
 def test_interrupt_while_a_checkpoint_is_read(rank, line, two_steps, tmp_path, monkeypatch, capsys):
-    """DCP takes it for an error of the checkpoint."""
+    """DCP reports it as an error of the checkpoint."""
 
     def interrupted(*_):
         raise KeyboardInterrupt

@@ -45,8 +45,9 @@ def test_hybrid_reduces_shards_between_nodes(plans):
     assert sent[0] < sent[1]
 
 
-def test_two_processes_do_what_fake_ones_do(tmp_path):
-    """gloo between two real processes, with real tensors: the same collectives, byte for byte."""
+@pytest.mark.slow
+def test_fake_processes_match_real_ones(tmp_path):
+    """Two real gloo processes with real tensors make the same collectives, byte for byte."""
     done = run_command("scaling_worker", cwd=tmp_path, ranks=2)
     assert done.returncode == 0, done.stderr
     real = json.loads((tmp_path / "collectives.json").read_text())
@@ -56,7 +57,7 @@ def test_two_processes_do_what_fake_ones_do(tmp_path):
 
 @pytest.mark.slow
 def test_counts_without_the_interpreter(tmp_path):
-    """As a user runs it: kernels cannot run on a CPU there, and need not."""
+    """As for a user: kernels cannot run on a CPU then, and need not."""
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.scaling", "--preset=b4", "--gpus", "2"],
@@ -80,7 +81,7 @@ def test_model_of_time(plans):
         assert point(ranks, strategy, roofline_share=0.5, **fast_host).device == pytest.approx(2 * full.device)
         assert point(ranks, strategy, 64, **fast_host).device > full.device
         assert point(ranks, strategy, bandwidth_share=0.1, **fast_host).step > full.step
-    for ranks in (8, 16):  # where communication is all that counts
+    for ranks in (8, 16):  # where only communication counts
         full, once = (point(ranks, s, 4, bandwidth_share=1e-6).step for s in ("full", "gathered once"))
         assert full > once
     slow = {"network_gb_per_s": 0.001, **fast_host}
@@ -115,7 +116,7 @@ def test_command(tmp_path, monkeypatch, capsys):
     assert "Modelled, not measured" in out
     report = json.loads((tmp_path / "out.json").read_text())
     alone = next(p for p in report["points"] if p["ranks"] == 1 and p["batch"] == 32)
-    assert alone["device"] == pytest.approx(0.32)  # of which measured is the share of the roofline
+    assert alone["device"] == pytest.approx(0.32)  # the measured share of the roofline
     assert [(row["ranks"], row["strategy"]) for row in report["counts"]] == [
         (1, "gathered once"), (16, "full"), (16, "gathered once"), (16, "hybrid"),
         (128, "full"), (128, "gathered once"), (128, "hybrid"),
@@ -129,7 +130,7 @@ def test_command(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (("--gpus", "12"), "a multiple of it, not 12"),
+        (("--gpus", "12"), "a multiple of 8, not 12"),
         (("--gpus", "0"), "at least 1"),
         (("--hardware.matrix-share=0",), "--hardware.matrix-share must be positive"),
         (("--measured=nowhere.json",), "cannot read nowhere.json"),

@@ -1,4 +1,4 @@
-"""What a run tells while it trains: its health, its progress, and its tracker."""
+"""Reports of a run during training: its health, its progress, and its tracker."""
 
 import json
 import sys
@@ -32,7 +32,7 @@ def read_metrics(folder):
 
 @pytest.fixture(params=["meanflow", "improved"])
 def step(request):
-    """(network, objective, loss, metrics, draws) of twelve guided rows."""
+    """(network, objective, loss, metrics, draws) for twelve guided rows."""
     torch.manual_seed(0)
     if request.param == "meanflow":
         model, method = DiT(ModelConfig(**SIZE, num_classes=3)), MeanFlow(MeanFlowConfig(omega=2.0, t_end=0.7))
@@ -46,7 +46,7 @@ def step(request):
     return model, method, *method.loss(model, torch.randn(shape), torch.arange(12) % 3, draws), draws
 
 
-def test_metrics_are_scalars_and_tensors_stand_apart(step):
+def test_scalar_metrics_and_tensors_are_separate(step):
     _, _, loss, metrics, _ = step
     assert all(value.shape == () and not value.requires_grad for value in metrics.values())
     assert torch.equal(metrics["loss"], loss.detach())
@@ -78,7 +78,7 @@ def test_health_splits_rows_by_kind(step):
     assert figures["loss"] == pytest.approx(loss.item())
 
 
-def test_weight_health_is_the_step_that_was_taken(step):
+def test_weight_health_matches_the_step(step):
     model, _, loss, _, _ = step
     optimizer = adamw_ema(model, OptimConfig(lr=1e-3))
     health = WeightHealth(model, optimizer, World(0, 1, CPU), replicas=1)
@@ -94,7 +94,7 @@ def test_weight_health_is_the_step_that_was_taken(step):
     update = torch.cat([(p - before[key]).flatten() for key, p in weights.items()]).norm()
     assert figures[f"weight_norm/{name}"] == pytest.approx(float(norm), rel=1e-5)
     assert figures[f"update_ratio/{name}"] == pytest.approx(float(update / norm), rel=1e-3)
-    assert health.read() == {}  # told once
+    assert health.read() == {}  # each measurement is returned once
 
 
 def test_slow_loader_shows_as_data_wait(digits, tmp_path, monkeypatch, capsys):
@@ -115,7 +115,7 @@ def test_slow_loader_shows_as_data_wait(digits, tmp_path, monkeypatch, capsys):
     assert 0 < last["update_ratio/blocks.0"] < 1
     assert not (tmp_path / "runs/digits/tensorboard").exists()
     assert [line for line in err.splitlines() if line.startswith("step 5/10: v_loss=")]
-    assert "\r" not in err  # no bar where stderr is no terminal
+    assert "\r" not in err  # no bar unless stderr is a terminal
 
 
 # ----------------------------------------------------------------------------
@@ -123,7 +123,7 @@ def test_slow_loader_shows_as_data_wait(digits, tmp_path, monkeypatch, capsys):
 
 
 def test_means_are_over_rows_not_over_steps(tmp_path):
-    """Steps with many rows of a kind count more; those with none, or that are not finite, count nothing."""
+    """A step weighs as much as its rows of a kind; without any, or if it is not finite, it does not count."""
     with Telemetry(tmp_path, True, 0, 4, 32, lambda: 1e9, shown=("a",), tracker="none") as reports:
         for total, weight in ((2.0, 2.0), (9.0, 1.0), (0.0, 0.0), (float("nan"), 5.0)):
             reports.step({"a": (total, weight), "b": (0.0, 0.0)})
@@ -133,12 +133,12 @@ def test_means_are_over_rows_not_over_steps(tmp_path):
     assert line["b"] is None
 
 
-def test_bar_counts_steps_and_shows_what_to_watch_first(tmp_path, monkeypatch, capsys):
+def test_bar_shows_steps_and_main_metrics_first(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     with Telemetry(tmp_path, True, 0, 2, 32, lambda: 1e9, shown=("v_loss", "loss"), tracker="none") as reports:
         reports.figure(0, "frechet_1nfe", 17.6)
         for _ in range(2):
-            time.sleep(0.25)  # the bar is drawn again after 0.2 s
+            time.sleep(0.25)  # the bar is redrawn after 0.2 s
             reports.step({"loss": (0.99, 1.0), "v_loss": (6.0, 2.0)})
         reports.log(2, 1.0, 1e-4, 0)
     err = capsys.readouterr().err
@@ -147,7 +147,7 @@ def test_bar_counts_steps_and_shows_what_to_watch_first(tmp_path, monkeypatch, c
     assert "step 2/2" not in err
 
 
-def test_wandb_is_told_the_same(tmp_path, monkeypatch):
+def test_wandb_gets_the_same_metrics(tmp_path, monkeypatch):
     told = []
 
     class Run:

@@ -1,4 +1,4 @@
-"""Each private name of PyTorch that mfengine uses is still needed: a failure here says that a public way has come."""
+"""Each private name of PyTorch that mfengine uses is still needed: a failure here means that a public API exists."""
 
 import inspect
 import pkgutil
@@ -22,21 +22,21 @@ def test_the_public_way_still_imports_the_compiler(public):
     assert "import torch._dynamo" in inspect.getsource(public)
 
 
-def test_active_transforms_and_modes_cannot_be_asked_for():
+def test_active_transforms_and_modes_have_no_public_query():
     assert not [name for name in dir(torch.func) if not name.startswith("_") and ("active" in name or "level" in name)]
     assert not hasattr(torch.utils, "python_dispatch")
     forward_mode = [name for name in dir(torch.autograd.forward_ad) if not name.startswith("_")]
     assert not [name for name in forward_mode if "active" in name or "current" in name]
 
 
-def test_forward_mode_is_noticed():
+def test_forward_mode_is_detected():
     found = [torch_private.in_forward_mode()]
     with torch.autograd.forward_ad.dual_level():
         found.append(torch_private.in_forward_mode())
     assert [*found, torch_private.in_forward_mode()] == [False, True, False]
 
 
-def test_transforms_and_modes_are_noticed():
+def test_transforms_and_modes_are_detected():
     seen = []
 
     def look(x):
@@ -75,7 +75,7 @@ def test_a_mode_is_still_hidden_from_multi_head_attention():
     assert F.scaled_dot_product_attention not in calls
 
 
-def test_no_private_name_of_pytorch_stands_elsewhere():
+def test_private_names_are_only_in_torch_private():
     private = re.compile(
         r"(?:torch|fwad|functorch|aten)(?:\.\w+)*\._(?!_)\w+|^\s*from torch[\w.]*\._\w+ import|\._cdata\b", re.MULTILINE
     )
@@ -96,7 +96,7 @@ def test_modes_and_fake_tensors_have_no_public_module(module):
 
 
 def test_names_that_dcp_pickles_are_still_private(tmp_path):
-    """And they are all that a restricted unpickler needs beside public ones."""
+    """A restricted unpickler needs only these and public names."""
     place, memory_format, layout = torch_private.checkpoint_names()
     assert [name for name in (place.__name__, memory_format.__name__, layout.__name__) if name[0] != "_"] == []
     with warnings.catch_warnings():
@@ -105,7 +105,7 @@ def test_names_that_dcp_pickles_are_still_private(tmp_path):
     Reader(tmp_path)
 
 
-def test_storages_of_meta_tensors_are_told_apart_by_no_public_name():
+def test_storages_of_meta_tensors_have_no_public_identity():
     x, y = torch.empty(2, 3, device="meta")
     other = torch.empty(3, device="meta")
     assert torch_private.storage_key(x) == torch_private.storage_key(y) != torch_private.storage_key(other)

@@ -1,1 +1,1 @@
-"""Peers that mfengine's training step is measured against in the same run."""
+"""Peers of mfengine's training step, measured in the same run."""

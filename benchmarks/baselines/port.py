@@ -1,10 +1,10 @@
-"""The usual PyTorch port of MeanFlow (Geng et al., arXiv 2505.13447), written from the paper as a peer to measure.
+"""The usual PyTorch port of MeanFlow (Geng et al., arXiv 2505.13447), written from the paper as a baseline.
 
-Its form is what a competent port on one GPU has: a DiT of stock modules under autocast; guidance by network passes
+It is what a competent port on one GPU looks like: a DiT of stock modules under autocast; guidance by network passes
 without gradient, for the rows it applies to; u and du/dt of all rows from one `torch.func.jvp`, u with its graph.
 
 In F, the FLOPs of one forward pass of one sample: primal and its backward 3, tangent 2, guidance about 1.5. The tangent
-is not 1 because PyTorch's JVP of `nn.Linear` multiplies the input with the zero tangent of the weight as well, eager
+is not 1 because PyTorch's JVP of `nn.Linear` also multiplies the input by the zero tangent of the weight, both eager
 and compiled (torch 2.13). Ports that run the network once more for u, as for DistributedDataParallel, pay 1 more.
 """
 
@@ -31,7 +31,7 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v in three operations, each of which PyTorch can differentiate forward."""
+    """softmax(q k^T / sqrt(d)) v in three operations, all differentiable in forward mode in PyTorch."""
     return (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(-1) @ v
 
 
@@ -48,10 +48,10 @@ def math_sdpa(q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False, mask: Te
 
 
 def jvp_flash_attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False, mask: Tensor | None = None) -> Tensor:
-    """Fused attention with a JVP, of the package `jvp_flash_attention` (0.14); needs a GPU and an even N >= 32.
+    """Fused attention with a JVP, from the package `jvp_flash_attention` (0.14); needs a GPU and an even N >= 32.
 
-    Its head dims are powers of two from 16 to 256: others are padded with zeros, which changes nothing. A mask is
-    written out for each head, and not looked through, for which the host would wait.
+    Its head dims are powers of two from 16 to 256; others are padded with zeros, which changes nothing. A mask is
+    expanded to all heads, but not inspected, because the host would wait for that.
 
     Raises:
         ImportError: the package is not installed.
@@ -162,7 +162,7 @@ class FinalLayer(nn.Module):
 
 
 class PortDiT(nn.Module):
-    """u(z, t, h, y) with the parameter names of `mfengine.DiT`, so that one state dict serves both.
+    """u(z, t, h, y) with the parameter names of `mfengine.DiT`, so that both load the same state dict.
 
     Args:
         config: the architecture.
@@ -206,11 +206,11 @@ class Port:
 
     Args:
         config: the objective's settings.
-        compute_dtype: of autocast; float32 is no autocast.
+        compute_dtype: dtype of autocast; float32 means no autocast.
         jvp_attention: attention inside the JVP.
-        attention: attention where no JVP is taken, in guidance passes and in plain flow matching.
-        compiled: `torch.compile` for the function that calls `torch.func.jvp` inside, and for that of the passes
-            without one; the rows of guidance change from step to step, so the second step compiles that once more.
+        attention: attention without a JVP, in guidance passes and in plain flow matching.
+        compiled: use `torch.compile` for the function that calls `torch.func.jvp`, and for the passes without a JVP.
+            The number of guided rows changes from step to step, so the second step compiles the latter once more.
     """
 
     def __init__(
@@ -248,16 +248,16 @@ class Port:
 
     @torch.no_grad()
     def guided_velocity(self, network: PortDiT, z: Tensor, t: Tensor, y: Tensor, v: Tensor, draws: Draws) -> Tensor:
-        """v_g = omega v + (1 - omega - kappa) u(z, t, 0, null) + kappa u(z, t, 0, y) where guidance applies, else v.
+        """v_g = omega v + (1 - omega - kappa) u(z, t, 0, null) + kappa u(z, t, 0, y) if guidance applies, else v.
 
-        Terms of weight zero are left out; the others are one pass over twice the rows.
+        Terms with weight zero are omitted; the others are one pass over twice the rows.
         """
         cfg = self.config
         if not cfg.guided:
             return v
         applies = (draws.t >= cfg.t_start) & (draws.t <= cfg.t_end)
         applies[: draws.num_dropped] = False
-        rows = to_device(applies.nonzero()[:, 0], z.device)  # found on the host, so nothing waits for the device
+        rows = to_device(applies.nonzero()[:, 0], z.device)  # computed on the host, so nothing waits for the device
         terms = [
             (weight, labels)
             for weight, labels in (
@@ -284,12 +284,13 @@ class Port:
         """Average velocity u and du/dt, its JVP along (v_g, 1, 0) in (z, t, r)."""
 
         def u(z: Tensor, t: Tensor, r: Tensor) -> Tensor:
-            # A region of autocast keeps its casts of the weights. One region for the guidance, too, would hand on
-            # casts that were made without gradient.
+            # An autocast region caches its casts of the weights. If guidance shared this region, casts made without
+            # gradient would be reused.
             with self.autocast(z):
                 return network(z, t, t - r, y, self.jvp_attention).float()
 
-        # Compiled, a du/dt that left this function with its graph would be differentiated, which fails (torch 2.13).
+        # When compiled, a du/dt that left this function with its graph would be differentiated, which fails (torch
+        # 2.13).
         tangents = (v_g, torch.ones_like(t), torch.zeros_like(r))
         primal, du_dt = torch.func.jvp(u, (z, t, r), tangents)  # type: ignore[misc]
         return primal, du_dt.detach()

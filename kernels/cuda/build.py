@@ -1,8 +1,8 @@
-"""Builds the CUDA library with CMake: setup.py does so when mfengine is installed, `make gpu` in a clone.
+"""Builds the CUDA library with CMake. setup.py calls it at installation; in a clone, `make gpu` does.
 
-    python kernels/cuda/build.py     # builds kernels/libmfengine_cuda.so for this machine's GPU, if it is not there
+    python kernels/cuda/build.py     # builds kernels/libmfengine_cuda.so for this machine's GPU if it is missing
 
-Needs nvcc and cmake, and nothing of mfengine, whose import needs torch.
+Needs nvcc and cmake, but not mfengine, which would import torch.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ ARCHITECTURES = (80, 90, 100, 120)
 
 
 class BuildError(Exception):
-    """The library cannot be built; says why."""
+    """The library cannot be built; the message says why."""
 
 
 def say(what: str) -> None:
@@ -28,13 +28,13 @@ def say(what: str) -> None:
 
 
 def find_tool(name: str, folder: str = "") -> str | None:
-    """A program on the path, beside this Python, or in `folder`."""
+    """A program on the path, in this Python's folder, or in `folder`."""
     places = [os.environ.get("PATH", ""), str(Path(sys.executable).parent), folder]
     return shutil.which(name, path=os.pathsep.join(place for place in places if place))
 
 
 def nvcc() -> str | None:
-    """The compiler that CMake will take too: $CUDACXX, which may have arguments, or nvcc."""
+    """The compiler that CMake will use, too: $CUDACXX, which may contain arguments, or nvcc."""
     home = os.environ.get("CUDA_HOME")
     named = os.environ.get("CUDACXX", "").split()
     return find_tool(named[0] if named else "nvcc", f"{home}/bin" if home else "")
@@ -45,7 +45,7 @@ def missing_tools() -> list[str]:
 
 
 def architectures() -> str:
-    """$MFENGINE_CUDA_ARCHS, or those of ours that the compiler knows."""
+    """$MFENGINE_CUDA_ARCHS, or those of our architectures that the compiler supports."""
     if asked := os.environ.get("MFENGINE_CUDA_ARCHS"):
         return asked
     known = subprocess.run([str(nvcc()), "--list-gpu-arch"], capture_output=True, text=True).stdout.split()
@@ -53,11 +53,11 @@ def architectures() -> str:
 
 
 def architectures_here() -> str:
-    """$MFENGINE_CUDA_ARCHS, or those of this machine's GPUs; where nvidia-smi finds none, all of ours."""
+    """$MFENGINE_CUDA_ARCHS, or the architectures of this machine's GPUs; all of ours if nvidia-smi finds none."""
     smi = find_tool("nvidia-smi")
     if smi is None or "MFENGINE_CUDA_ARCHS" in os.environ:
         return architectures()
-    asked = [smi, "--query-gpu=compute_cap", "--format=csv,noheader"]  # a line for each: 9.0
+    asked = [smi, "--query-gpu=compute_cap", "--format=csv,noheader"]  # prints one line per GPU, such as 9.0
     found = subprocess.run(asked, capture_output=True, text=True).stdout.replace(".", "").split()
     return ";".join(sorted({arch for arch in found if arch.isdigit()})) or architectures()
 
@@ -66,10 +66,10 @@ def build(out: Path, folder: Path, targets: str) -> None:
     """Build the library into `out`, with CMake's files in `folder`.
 
     Args:
-        targets: compute capabilities as CMakeLists.txt takes them: "90", "80;90".
+        targets: compute capabilities in CMakeLists.txt's format: "90", "80;90".
 
     Raises:
-        BuildError: a command failed; what it printed is in the message.
+        BuildError: a command failed; the message has its output.
     """
     options = [f"-DCMAKE_CUDA_ARCHITECTURES={targets}", f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={out}"]
     if "CUDACXX" not in os.environ:
@@ -82,13 +82,13 @@ def build(out: Path, folder: Path, targets: str) -> None:
 
 
 def main() -> None:
-    """Where it cannot be built, say so and go on: everything but the optimizer's CUDA backend works without it."""
+    """Build the library, or say why not and go on: only the optimizer's CUDA backend needs it."""
     if LIBRARY.exists():
         return
     if missing := missing_tools():
         say(f"no {' and no '.join(missing)} found: the CUDA optimizer kernels are not built")
         return
-    say(f"building {LIBRARY.name}, which is not there")
+    say(f"{LIBRARY.name} is missing: building it")
     with tempfile.TemporaryDirectory() as folder:
         try:
             build(LIBRARY.parent, Path(folder), architectures_here())

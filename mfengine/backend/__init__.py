@@ -1,4 +1,4 @@
-"""For other people's models: attention that works in forward mode, and our layers in place of theirs."""
+"""For any PyTorch model: attention that works in forward mode, and fused layers in place of the model's own."""
 
 from mfengine.backend.sdpa import jvp_attention
 from mfengine.backend.swap import accelerate

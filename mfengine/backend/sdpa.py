@@ -24,26 +24,26 @@ from mfengine.torch_private import multi_head_attention_forward, transformed
 
 
 def jvp_attention() -> AbstractContextManager[Any]:
-    """Make `torch.nn.functional.scaled_dot_product_attention` differentiable in forward mode inside.
+    """Make `torch.nn.functional.scaled_dot_product_attention` differentiable in forward mode inside this context.
 
-    For any model, by whatever name it imported the function, and for `torch.nn.MultiheadAttention`. Works under
-    `torch.func.jvp`, `torch.func.jacfwd` and `torch.autograd.forward_ad`, and in `torch.compile`, whether the context
-    is inside of the compiled function or around it. A backward may follow, through the output and through the tangent.
-    Outside of forward mode PyTorch's own attention runs, as without the context.
+    It works for any model, under whatever name the model imported the function, and for `torch.nn.MultiheadAttention`.
+    It works under `torch.func.jvp`, `torch.func.jacfwd` and `torch.autograd.forward_ad`, and in `torch.compile`, with
+    the context inside or around the compiled function. A backward may follow, through the output and through the
+    tangent. Outside of forward mode, PyTorch's own attention runs, as without the context.
 
-    In forward mode on a GPU fused kernels compute q (B, H, N, d), k and v (B, G, M, d) of one dtype, float16, bfloat16
+    In forward mode on a GPU, fused kernels compute q (B, H, N, d), k and v (B, G, M, d) of one dtype, float16, bfloat16
     or float32, with d a multiple of 8 up to 128, also with `is_causal`, a mask, or `enable_gqa`. Plain PyTorch, with
-    the scores in memory, computes the rest: dropout, other dtypes and shapes, and a mask that has a tangent or a
-    gradient of its own, of which a warning tells once each; `torch.func.vmap`, `grad` or a second jvp around the jvp,
-    so `jacfwd` too.
+    the scores in memory, computes the rest. With a warning for each reason, once: dropout, other dtypes and shapes,
+    and a mask that has a tangent or a gradient of its own. Without one: `torch.func.vmap`, `grad` or a second jvp
+    around the jvp, and so `jacfwd`, too.
 
-    PyTorch's gradients through the tangent of `torch.nn.functional.layer_norm` are wrong (pytorch #196700), so it is
-    written out inside, wherever forward mode keeps a graph. Where the tangent will be detached,
-    `mfengine.ops.differentiable_tangents(False)` leaves it as it is, and fused attention saves no tangents.
+    PyTorch's gradients through the tangent of `torch.nn.functional.layer_norm` are wrong (pytorch #196700). Inside the
+    context, it is therefore written out wherever forward mode keeps a graph. If the tangent will be detached,
+    `mfengine.ops.differentiable_tangents(False)` keeps PyTorch's function, and fused attention saves no tangents.
     `torch.utils.checkpoint` recomputes without tangents, and raises an error of its own.
 
     Raises:
-        ValueError: in forward mode under `use_backend("triton")`, whatever the fused kernels do not take.
+        ValueError: in forward mode under `use_backend("triton")`, for anything the fused kernels do not take.
 
     Example:
         >>> import torch, mfengine
@@ -67,7 +67,7 @@ def scaled_dot_product_attention(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
     is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
 ) -> Tensor:  # fmt: skip
-    """PyTorch's function, which is what runs outside of forward mode; see `jvp_attention` for what runs in it."""
+    """PyTorch's function, and what runs outside of forward mode; see `jvp_attention` for forward mode."""
     options: dict[str, Any] = {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
     if not _forward_mode(query, key, value, attn_mask):
         return F.scaled_dot_product_attention(query, key, value, attn_mask, **options)
@@ -83,7 +83,7 @@ def scaled_dot_product_attention(
     if len(heads) == 3 and heads[1] == heads[2] and (enable_gqa or heads[0] == heads[1]) and not dropout_p:
         with use_backend("torch") if why_not else nullcontext():
             return attention(query, key, value, scale, is_causal, attn_mask)
-    with sdpa_kernel(SDPBackend.MATH):  # the others are not differentiable in forward mode
+    with sdpa_kernel(SDPBackend.MATH):  # the only one that is differentiable in forward mode
         return F.scaled_dot_product_attention(query, key, value, attn_mask, **options)
 
 
@@ -94,7 +94,7 @@ def layer_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Tensor:
-    """PyTorch's function; where its tangent may be differentiated, written out."""
+    """PyTorch's function, but written out if its tangent may be differentiated."""
     if not (through_forward_mode() and _forward_mode(input, weight, bias)):
         return F.layer_norm(input, normalized_shape, weight, bias, eps)
     autocast = input.is_cuda and torch.is_autocast_enabled(input.device.type)  # to float32
@@ -110,7 +110,7 @@ def _forward_mode(*tensors: Tensor | None) -> bool:
 
 
 def _why_not(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> str | None:
-    """Why fused kernels do not compute attention."""
+    """Why the fused kernels cannot compute this attention; None if they can."""
     from mfengine.kernels.attention import check_arguments, check_mask
 
     if dropout > 0:
@@ -127,7 +127,7 @@ def _why_not(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: floa
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """What PyTorch's function does to its arguments under autocast."""
+    """The arguments as PyTorch's function casts them under autocast."""
     device = tensors[0].device.type
     if not torch.is_autocast_enabled(device):
         return tensors
@@ -138,7 +138,8 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 @cache
 def _warn_plain(why: str) -> None:
     warnings.warn(
-        f"attention in forward mode takes plain PyTorch, slower and with the scores in memory: {why}", stacklevel=4
+        f"attention in forward mode uses plain PyTorch, which is slower and keeps the scores in memory: {why}",
+        stacklevel=4,
     )
 
 

@@ -1,4 +1,4 @@
-"""Put fused attention and adaLN into models of others, in place."""
+"""Replaces attention and adaLN in any model by fused ones, in place."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from torch import Tensor, nn
 from mfengine import ops
 from mfengine.backend.sdpa import scaled_dot_product_attention
 
-ROWS, TOKENS = 2, 16  # of the random input on which a swap is checked
+ROWS, TOKENS = 2, 16  # shape of the random input for checking a swap
 
 
 @dataclass(frozen=True)
 class Swaps:
-    """What `accelerate` did, by the names of modules; `print` it."""
+    """What `accelerate` did, by module name; `print` it."""
 
     swapped: dict[str, str] = field(default_factory=dict)
-    """name of a module -> what it is now, or was by an earlier call"""
+    """module name -> what the module is now, from this or an earlier call"""
     left: dict[str, str] = field(default_factory=dict)
-    """name of a module that looks like attention or adaLN -> why it was left as it is"""
+    """name of a module that looks like attention or adaLN -> why it was left unchanged"""
 
     def __str__(self) -> str:
         lines = []
@@ -38,28 +38,31 @@ class Swaps:
             for what, names in groups.items():
                 shown = ", ".join(names if len(names) < 4 else [names[0], "...", names[-1]])
                 lines.append(f"{verb} {len(names)} ({shown}): {what}")
-        return "\n".join(lines) or "found no attention and no adaLN block to swap"
+        return "\n".join(lines) or (
+            "found no block of DiT, SiT, timm or diffusers to swap; other attention is differentiable "
+            "inside `with mfengine.jvp_attention():`"
+        )
 
 
 def accelerate(model: nn.Module) -> Swaps:
-    """Put attention and adaLN that are differentiable in forward mode, fused on a GPU, into a model, in place.
+    """Replace a model's attention and adaLN by ones that are differentiable in forward mode and fused on a GPU.
 
-    Known families: timm's `Attention` as DiT and SiT use it (qkv, proj, num_heads, scale), the blocks of DiT and SiT
+    Known families: timm's `Attention` as in DiT and SiT (qkv, proj, num_heads, scale), the blocks of DiT and SiT
     (norm1, attn, norm2, mlp, adaLN_modulation), diffusers' `Attention` and its adaLN-zero `BasicTransformerBlock`. A
-    module is recognised by its attributes, and swapped only if old and new forward agree on a small random input with
-    random parameters, on its device and in its dtype, in evaluation and in training; that is done once for modules that
-    are configured alike. Whatever differs stays as it is, and the report says why.
+    module is recognised by its attributes. It is swapped only if the old and the new forward agree on a small random
+    input with random parameters, on its device and in its dtype, in evaluation and in training. Modules with the same
+    configuration are checked once. A module that differs stays unchanged, and the report says why.
 
-    Parameters, buffers, state-dict keys, names and hooks stay. A swapped module is of a subclass of its class, so
+    Parameters, buffers, state-dict keys, names and hooks stay. A swapped module becomes a subclass of its class, so
     isinstance, copy, pickle and torch.compile work as before; diffusers' attention gets a processor. A second call
-    changes nothing. Attention becomes that of `jvp_attention`, adaLN `ops.adaln_modulate` and
-    `ops.gated_residual_adaln`: where fused, a gradient that reaches their tangents raises.
+    changes nothing. Attention becomes that of `jvp_attention`; adaLN becomes `ops.adaln_modulate` and
+    `ops.gated_residual_adaln`, which raise if a gradient reaches their tangents where they are fused.
 
     Args:
         model: any module; its children are searched too.
 
     Returns:
-        What was swapped and what was left. A warning says if nothing was.
+        What was swapped and what was left. If nothing was swapped, there is a warning.
 
     Raises:
         ValueError: model is not an `nn.Module`.
@@ -73,10 +76,10 @@ def accelerate(model: nn.Module) -> Swaps:
     if not isinstance(model, nn.Module):
         raise ValueError(f"model must be a torch.nn.Module, not {type(model).__name__}")
     swaps = Swaps()
-    verdicts: dict[Any, str | None] = {}  # of the check, by configuration
+    verdicts: dict[Any, str | None] = {}  # configuration -> result of the check
     for name, module in model.named_modules():
         kind = type(module)
-        if kind.__module__.startswith("mfengine."):  # ours already
+        if kind.__module__.startswith("mfengine."):  # already ours
             continue
         family = next((family for family in _FAMILIES if family.fits(module)), None)
         if family is None:
@@ -95,14 +98,14 @@ def accelerate(model: nn.Module) -> Swaps:
 
 
 # ----------------------------------------------------------------------------
-# New forwards. A swapped module is of a subclass of its class, made of one of these and of it.
+# New forwards. A swapped module's class is a subclass of one of these and of its old class.
 
 
 class _Swapped(nn.Module):
     _argument_names: tuple[str, ...]  # of the old forward
 
     def _first(self, count: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any] | None:
-        """The first arguments of the forward, given by position or by name, if no others are given."""
+        """The first arguments of the forward, by position or by name; None if others are given, too."""
         if len(args) > len(self._argument_names):
             return None
         named = {**dict(zip(self._argument_names, args, strict=False)), **kwargs}
@@ -110,14 +113,14 @@ class _Swapped(nn.Module):
         return None if any(a is None for a in first) or _any_given(*named.values()) else first
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """The subclass stands in no file: it is made again where the module is copied or loaded."""
+        """The subclass is in no module, so copy and load must make it again."""
         new, old = type(self).__bases__
         return _empty, (new, old), self.__getstate__()
 
 
 class _TimmAttention(_Swapped):
     def forward(self: Any, *args: Any, **kwargs: Any) -> Tensor:
-        """x (B, N, D) -> (B, N, D); with a mask, or whatever else, the old forward."""
+        """x (B, N, D) -> (B, N, D); the old forward for a mask or any other argument."""
         first = self._first(1, args, kwargs)
         if first is None or first[0].ndim != 3:
             return super().forward(*args, **kwargs)
@@ -133,7 +136,7 @@ class _TimmAttention(_Swapped):
 
 class _DiTBlock(_Swapped):
     def forward(self: Any, *args: Any, **kwargs: Any) -> Tensor:
-        """x (B, N, D), c (B, C) -> (B, N, D); with whatever else, the old forward."""
+        """x (B, N, D), c (B, C) -> (B, N, D); the old forward for any other argument."""
         first = self._first(2, args, kwargs)
         if first is None or (first[0].ndim, first[1].ndim) != (3, 2):
             return super().forward(*args, **kwargs)
@@ -147,7 +150,7 @@ class _DiffusersBlock(_Swapped):
         encoder_attention_mask: Any = None, timestep: Any = None, cross_attention_kwargs: Any = None,
         class_labels: Any = None, added_cond_kwargs: Any = None,
     ) -> Tensor:  # fmt: skip
-        """hidden_states (B, N, D), timestep (B,), class_labels (B,) -> (B, N, D); with a mask, the old forward."""
+        """hidden_states (B, N, D), timestep (B,), class_labels (B,) -> (B, N, D); the old forward for a mask."""
         context = attention_mask, encoder_hidden_states, encoder_attention_mask
         if hidden_states.ndim != 3 or _any_given(*context, cross_attention_kwargs, self._chunk_size):
             return super().forward(
@@ -159,7 +162,7 @@ class _DiffusersBlock(_Swapped):
 
 
 class _DiffusersProcessor:
-    """Computes what diffusers' attention module asks it to; with a mask, or whatever else, the old processor does."""
+    """Attention processor for diffusers; calls the old processor for a mask or any other argument."""
 
     def __init__(self, old: Any) -> None:
         self.old = old
@@ -192,7 +195,7 @@ def _block(x: Tensor, modulation: Tensor, norm1: Any, attn: Any, norm2: Any, mlp
 
 
 def _apply(module: nn.Module, name: str, x: Tensor) -> Tensor:
-    """x through a child that not every version of a class has."""
+    """x through a child module that only some versions of a class have."""
     child = getattr(module, name, None)
     return x if child is None else child(x)
 
@@ -214,14 +217,14 @@ def _empty(new: type, old: type) -> Any:
 
 
 # ----------------------------------------------------------------------------
-# Families: how to know a module, and on what to check it.
+# Families: how to recognise a module, and which input to check it with.
 
 
 class _Family:
     title = "adaLN block"
     attributes: tuple[str, ...]
     new: type
-    inputs: Callable[[Any, Callable[..., Tensor]], tuple[Any, ...]]  # arguments of a module's forward
+    inputs: Callable[[Any, Callable[..., Tensor]], tuple[Any, ...]]  # arguments for a module's forward
 
     def fits(self, module: Any) -> bool:
         return all(hasattr(module, name) for name in self.attributes)
@@ -230,7 +233,7 @@ class _Family:
         return isinstance(module, self.new)
 
     def unfit(self, module: Any) -> str | None:
-        """What speaks against a swap before anything is run."""
+        """A reason against a swap that is known before anything runs."""
         return "its forward was replaced on the instance" if "forward" in vars(module) else None
 
     def put(self, module: Any) -> None:
@@ -270,7 +273,7 @@ class _DiffusersAttentions(_Family):
     def unfit(self, module: Any) -> str | None:
         name = type(module.processor).__name__
         if name not in self.processors:
-            return f"its processor is {name}; known are {' and '.join(self.processors)}"
+            return f"its processor is {name}; known ones are {' and '.join(self.processors)}"
         return super().unfit(module)
 
     def put(self, module: Any) -> None:
@@ -300,7 +303,7 @@ class _DiffusersBlocks(_Family):
 
 
 _FAMILIES = (_TimmAttentions(), _DiTBlocks(), _DiffusersAttentions(), _DiffusersBlocks())
-_UNKNOWN = "of no known family (inside jvp_attention() its scaled_dot_product_attention is served)"
+_UNKNOWN = "not a known family (its scaled_dot_product_attention works inside jvp_attention())"
 
 
 def _unfit_norms(norm1: Any, norm2: Any, *around: nn.Module) -> str | None:
@@ -320,7 +323,7 @@ def _unfit_norms(norm1: Any, norm2: Any, *around: nn.Module) -> str | None:
 
 
 def _configuration(module: nn.Module) -> Any:
-    """Modules that have this in common compute the same function of their parameters."""
+    """Modules with equal configurations compute the same function of their parameters."""
 
     def settings(part: nn.Module) -> Any:
         for name, value in vars(part).items():
@@ -332,7 +335,7 @@ def _configuration(module: nn.Module) -> Any:
 
 
 def _why_not(family: _Family, module: nn.Module, verdicts: dict[Any, str | None]) -> str | None:
-    """What speaks against a swap of the module, if anything."""
+    """A reason against swapping the module, or None."""
     try:
         if reason := family.unfit(module):
             return reason
@@ -340,12 +343,12 @@ def _why_not(family: _Family, module: nn.Module, verdicts: dict[Any, str | None]
         if key not in verdicts:
             verdicts[key] = _difference(family, module)
         return verdicts[key]
-    except Exception as e:  # the code is not ours: on our input it may fail in any way
+    except Exception as e:  # the model's own code may fail in any way on this input
         return f"it could not be checked: {type(e).__name__}: {(str(e).splitlines() or [''])[0]}"
 
 
 def _difference(family: _Family, module: nn.Module) -> str | None:
-    """Why the new forward cannot be taken for the old: both run on copies with random parameters, in both modes."""
+    """How the new forward differs from the old one. Both run on copies with random parameters, in both modes."""
     old = copy.deepcopy(module)
     like = next(p for p in old.parameters() if p.is_floating_point())
     if like.is_meta:
@@ -365,14 +368,14 @@ def _difference(family: _Family, module: nn.Module) -> str | None:
     for training in (False, True):
         expected, actual = (_run(part.train(training), inputs) for part in (old, new))
         if (expected.shape, expected.dtype) != (actual.shape, actual.dtype):
-            return "its forward returns another shape or dtype than ours"
+            return "its forward returns a different shape or dtype from ours"
         if not (expected - actual).norm() <= torch.finfo(like.dtype).eps ** 0.5 * expected.norm():
-            return "its forward computes something else than ours" + " in training" * training
+            return "its forward computes something different from ours" + " in training" * training
     return None
 
 
 def _run(module: nn.Module, inputs: tuple[Any, ...]) -> Tensor:
-    """The output, with the same dropout each time, and the generators as they were."""
+    """The output, with the same dropout each time. Restores the random generators."""
     devices = {x.device for x in inputs if isinstance(x, Tensor) and x.is_cuda}
     with torch.no_grad(), torch.random.fork_rng(devices):
         torch.manual_seed(0)

@@ -1,9 +1,9 @@
 """The format of data sets of precomputed latents.
 
 A data set is a folder of WebDataset tar shards, each with a DALI index (`.idx`), and `dataset.json`. A sample has
-two raw components: `moments`, float16 (flips, 2, C, H, W), the mean and the standard deviation of the VAE's
-posterior for the image and, where flips is 2, for its mirror image; and `label`, one int32. Samples are shuffled
-when they are written (`writer.py`), so a reader's shuffle buffer need not hold the whole set.
+two raw components. `moments`, float16 (flips, 2, C, H, W), holds the mean and the standard deviation of the VAE's
+posterior for the image and, if flips is 2, for its mirror image. `label` is one int32. Samples are shuffled when they
+are written (`writer.py`), so a reader's shuffle buffer need not hold the whole set.
 """
 
 from __future__ import annotations
@@ -23,26 +23,26 @@ from mfengine.configs import check_at_least, from_json, read_json
 from mfengine.errors import InputError, RankError
 
 DESCRIPTION = "dataset.json"
-BROKEN = "broken.jsonl"  # samples that could not be read: a name and a reason each
+BROKEN = "broken.jsonl"  # samples that could not be read: name and reason of each
 INDEX_VERSION = "v1.2"  # of DALI's WebDataset index
 
 
 PerChannel = float | tuple[float, ...]
-"""One number, or one for each channel."""
+"""One number, or one per channel."""
 
 
 @dataclass(frozen=True)
 class LatentSpace:
-    """The space of latents: all that a model needs to know of the data it was trained on."""
+    """The space of latents: all that a model needs to know about the data it was trained on."""
 
     shape: tuple[int, int, int]
     """(C, H, W)"""
     num_classes: int
     scale: PerChannel = 1.0
-    """a latent is (posterior sample - bias) * scale, in each channel"""
+    """per channel: a latent is (posterior sample - bias) * scale"""
     bias: PerChannel = 0.0
     pixel_range: tuple[float, float] | None = None
-    """where the unscaled latents are pixels: the values of black and white"""
+    """if the unscaled latents are pixels: the values of black and white"""
 
     def __post_init__(self) -> None:
         if len(self.shape) != 3 or min(self.shape) < 1:
@@ -52,7 +52,7 @@ class LatentSpace:
             value = getattr(self, name)
             values = value if isinstance(value, tuple) else (value,)
             if isinstance(value, tuple) and len(value) != self.shape[0]:
-                raise ValueError(f"{name} must be a number, or one for each of {self.shape[0]} channel(s), not {value}")
+                raise ValueError(f"{name} must be a number, or one per channel ({self.shape[0]}), not {value}")
             if not all(map(math.isfinite, values)):
                 raise ValueError(f"{name} must be finite, not {value}")
             if name == "scale" and 0 in values:
@@ -61,7 +61,7 @@ class LatentSpace:
             raise ValueError(f"pixel_range must be two different values, not {self.pixel_range}")
 
     def factors(self, device: torch.device) -> tuple[float | Tensor, float | Tensor]:
-        """Scale and bias, to be applied to latents (B, C, H, W) on a device: numbers, or float32 tensors (C, 1, 1)."""
+        """Scale and bias for latents (B, C, H, W) on a device: numbers, or float32 tensors (C, 1, 1)."""
         scale, bias = (
             torch.tensor(value, device=device)[:, None, None] if isinstance(value, tuple) else value
             for value in (self.scale, self.bias)
@@ -69,7 +69,7 @@ class LatentSpace:
         return scale, bias
 
     def unscale(self, latents: Tensor) -> Tensor:
-        """Latents as the encoder gave them, from latents as the network sees them."""
+        """Latents on the encoder's scale, from latents as the network sees them."""
         scale, bias = self.factors(latents.device)
         return latents / scale + bias
 
@@ -79,7 +79,7 @@ class Shard:
     file: str
     count: int  # samples
     bytes: int
-    sha256: str = ""  # of the tar; not known of those written by mfengine 0.1
+    sha256: str = ""  # of the tar; mfengine 0.1 did not record it
 
     def __post_init__(self) -> None:
         check_at_least(0, count=self.count, bytes=self.bytes)
@@ -92,25 +92,25 @@ class Dataset:
     folder: Path
     name: str
     space: LatentSpace
-    flips: int  # 2 where mirror images are there too, else 1
-    count: int  # samples over all shards
+    flips: int  # 2 with mirror images, else 1
+    count: int  # samples in all shards
     shards: tuple[Shard, ...]
-    broken: int = 0  # samples that could not be read and are left out, listed in broken.jsonl
+    broken: int = 0  # unreadable samples, left out and listed in broken.jsonl
     class_counts: tuple[int, ...] = ()  # samples of each class
-    class_names: tuple[str, ...] = ()  # in the order of the labels, where they are known
-    provenance: dict[str, Any] = field(default_factory=dict)  # the source of the samples, and how they were made
+    class_names: tuple[str, ...] = ()  # in the order of the labels; () if unknown
+    provenance: dict[str, Any] = field(default_factory=dict)  # where the samples come from, and how they were made
 
     def __post_init__(self) -> None:
         if self.flips not in (1, 2):
             raise ValueError(f"flips must be 1 or 2, not {self.flips}")
         if not self.shards:
-            raise ValueError("shards must be one or more")
+            raise ValueError("shards must not be empty")
         if self.count != sum(shard.count for shard in self.shards):
-            raise ValueError(f"count is {self.count} samples, but the shards add up to others")
+            raise ValueError(f"count is {self.count} samples, but the shards do not add up to it")
 
     @classmethod
     def open(cls, folder: Path) -> Dataset:
-        """Read `dataset.json` and check that the shards are there and whole.
+        """Read `dataset.json`, and check that every shard is there and whole.
 
         Raises:
             InputError: a file is missing, empty, truncated or contradicts the description.
@@ -122,7 +122,7 @@ class Dataset:
 
     @classmethod
     def read(cls, folder: Path) -> Dataset:
-        """Read `dataset.json` alone; InputError unless it describes a data set."""
+        """Read `dataset.json` alone; InputError if it does not describe a data set."""
         path = folder / DESCRIPTION
         if not path.exists():
             hint = "see docs/data.md"
@@ -135,16 +135,16 @@ class Dataset:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Bytes of a sample's components."""
+        """Bytes of each component of a sample."""
         return {"moments": 2 * self.flips * 2 * math.prod(self.space.shape), "label": 4}
 
     def check_shard(self, shard: Shard) -> None:
-        """InputError unless the shard and its index are there, as long as described, and hold such samples."""
+        """InputError unless the shard and its index exist and have the size and components described."""
         path = self.folder / shard.file
         if not path.is_file():
             raise InputError(f"shard {path} is missing")
         if path.stat().st_size != shard.bytes:
-            raise InputError(f"shard {path} has {path.stat().st_size} bytes, {DESCRIPTION} says {shard.bytes}")
+            raise InputError(f"shard {path} has {path.stat().st_size} bytes; {DESCRIPTION} says {shard.bytes}")
         index = path.with_suffix(".idx")
         if not index.is_file():
             raise InputError(f"index {index} is missing")
@@ -155,7 +155,7 @@ class Dataset:
         except ValueError:
             raise InputError(f"index {index} is damaged") from None
         if header != [INDEX_VERSION, str(shard.count)]:
-            raise InputError(f"index {index} does not list the {shard.count} samples of {DESCRIPTION}")
+            raise InputError(f"index {index} does not list the {shard.count} samples that {DESCRIPTION} says")
         if found != self.sizes:
             raise InputError(
                 f"shard {path} holds {found} bytes per sample; shape {self.space.shape} with {self.flips} flip(s) "
@@ -163,7 +163,7 @@ class Dataset:
             )
 
     def check_model(self, latent_shape: tuple[int, int, int], num_classes: int) -> None:
-        """InputError unless a model of latents (C, H, W) and so many classes fits."""
+        """InputError unless a model of latents (C, H, W) and this many classes fits."""
         if latent_shape != self.space.shape:
             raise InputError(f"{self.folder} holds latents of {self.space.shape}; the model takes {latent_shape}")
         if num_classes != self.space.num_classes:
@@ -172,14 +172,14 @@ class Dataset:
             )
 
     def check_labels(self, lowest: int, highest: int) -> None:
-        """RankError unless labels that were read from the shards are of the classes."""
+        """RankError if labels read from the shards are not among the classes."""
         if lowest < 0 or highest >= self.space.num_classes:
-            classes = f"0 to {self.space.num_classes - 1}, the classes of {DESCRIPTION}"
-            raise RankError(f"{self.folder} has a label outside of {classes}")
+            classes = f"0 to {self.space.num_classes - 1}, the classes in {DESCRIPTION}"
+            raise RankError(f"{self.folder} has a label outside {classes}")
 
 
 def read_means(dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
-    """All posterior means (count, C, H, W) float32, not flipped and on the encoder's scale, and labels (count,)."""
+    """All posterior means (count, C, H, W) float32, not flipped, on the encoder's scale, and labels (count,)."""
     _, means, labels = zip(*iterate_means(dataset), strict=True)
     return np.concatenate(means), np.concatenate(labels)
 
@@ -187,21 +187,21 @@ def read_means(dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
 def iterate_means(
     dataset: Dataset, part: int = 0, num_parts: int = 1, batch: int = 4096
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """As `read_means`, a few at a time.
+    """Like `read_means`, but a few samples at a time.
 
     Args:
-        dataset: where to read.
-        part, num_parts: which of as many consecutive parts of the data to read.
-        batch: samples to read at a time, at most.
+        dataset: the data set to read.
+        part, num_parts: which of how many consecutive parts of the data to read.
+        batch: the most samples to read at a time.
 
     Yields:
-        The position of the first one, means (n, C, H, W) float32 and labels (n,) int32.
+        Position of the first sample, means (n, C, H, W) float32 and labels (n,) int32.
 
     Raises:
-        RankError: a shard cannot be read, or holds a label outside of the classes or means that are not finite.
+        RankError: a shard cannot be read, has a label outside the classes, or has means that are not finite.
     """
     start, stop = (dataset.count * i // num_parts for i in (part, part + 1))
-    size = 2 * math.prod(dataset.space.shape)  # the mean of the image itself comes first in its moments
+    size = 2 * math.prod(dataset.space.shape)  # bytes; the mean of the unflipped image comes first in the moments
     before = 0  # samples in the shards before this one
     for shard in dataset.shards:
         path = dataset.folder / shard.file
@@ -215,7 +215,7 @@ def iterate_means(
                         means = b"".join(os.pread(file.fileno(), size, offset) for offset, _ in chosen)
                         labels = b"".join(os.pread(file.fileno(), 4, offset) for _, offset in chosen)
                         if (len(means), len(labels)) != (size * len(chosen), 4 * len(chosen)):
-                            raise ValueError("it ends before samples that its index lists")
+                            raise ValueError("it ends before the last sample in its index")
                         x = np.frombuffer(means, "<f2").reshape(len(chosen), *dataset.space.shape).astype(np.float32)
                         y = np.frombuffer(labels, "<i4").reshape(len(chosen))
                         dataset.check_labels(int(y.min()), int(y.max()))
@@ -230,7 +230,7 @@ def iterate_means(
 
 
 def _read_index(path: Path) -> list[tuple[int, int]]:
-    """Where the moments and the label of each sample begin in its shard."""
+    """Offsets of the moments and the label of each sample in its shard."""
     offsets = []
     for line in path.read_text().splitlines()[1:]:
         fields = line.split()

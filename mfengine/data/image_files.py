@@ -1,4 +1,4 @@
-"""Sets of images on disk, as folders of PNG files or as ADM's .npz: read and written a few at a time."""
+"""Sets of images on disk, as folders of PNG files or as ADM's .npz, read and written a few images at a time."""
 
 from __future__ import annotations
 
@@ -19,30 +19,30 @@ from mfengine.files import check_writable, writing
 from mfengine.ranks import World
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP")  # as Pillow names them
-ARRAY = "arr_0"  # the name of the images in ADM's .npz files, and NumPy's default
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP")  # Pillow's names
+ARRAY = "arr_0"  # the array's name in ADM's .npz files, and NumPy's default
 
 
 def open_rgb(file: Path | IO[bytes]) -> Image.Image:
     """Decode an image to RGB, 8 bits a channel.
 
-    Of grey images the channel is repeated, transparency is dropped, CMYK and palettes are converted, and 16 bits are
-    cut to their upper 8. The orientation in EXIF is ignored, as ADM ignores it.
+    The channel of grey images is repeated, transparency is dropped, CMYK and palettes are converted, and 16 bits are
+    cut to their upper 8. EXIF orientation is ignored, as in ADM.
 
     Raises:
-        Exception: of many kinds, where the file is broken; PIL.UnidentifiedImageError where it is of no known format.
+        Exception: the file is broken; Pillow raises many kinds. PIL.UnidentifiedImageError: its format is unknown.
     """
     with Image.open(file, formats=FORMATS) as image:
-        if image.mode.startswith("I"):  # 16 bits, which Pillow would clip at 255
+        if image.mode.startswith("I"):  # 16 bits; Pillow would clip them at 255
             return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
         return image.convert("RGB")
 
 
 class ImageFolder:
-    """Images of one size in a folder and the folders in it, in the order of their paths.
+    """Images of one size in a folder and its subfolders, in the order of their paths.
 
     Raises:
-        InputError: there are none, or the first one cannot be read.
+        InputError: there are no images, or the first one cannot be read.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -55,19 +55,19 @@ class ImageFolder:
         return len(self._files)
 
     def read(self, rows: range) -> Tensor:
-        """Images (n, 3, H, W) uint8; RankError where one is broken or of another size than the first."""
+        """Images (n, 3, H, W) uint8; RankError if one is broken or differs in size from the first."""
         images = [_read_image(path, RankError) for path in self._files[rows.start : rows.stop]]
         for path, image in zip(self._files[rows.start : rows.stop], images, strict=True):
             if image.shape[:2] != (self.height, self.width):
                 raise RankError(
-                    f"{path} is {image.shape[1]} x {image.shape[0]}, {self._files[0].name} is "
+                    f"{path} is {image.shape[1]} x {image.shape[0]}, but {self._files[0].name} is "
                     f"{self.width} x {self.height}: crop all images to one size first"
                 )
         return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
 
 
 class ImageArchive:
-    """The images of an .npz: an array (N, H, W, 3) uint8, never held as a whole.
+    """The images of an .npz: an array (N, H, W, 3) uint8, never loaded as a whole.
 
     Raises:
         InputError: the array has another shape or type.
@@ -75,14 +75,14 @@ class ImageArchive:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._file = zipfile.ZipFile(path).open(f"{ARRAY}.npy")  # noqa: SIM115, read from till the end
+        self._file = zipfile.ZipFile(path).open(f"{ARRAY}.npy")  # noqa: SIM115, read until the end
         read_header = {
             (1, 0): np.lib.format.read_array_header_1_0,
             (2, 0): np.lib.format.read_array_header_2_0,
         }[np.lib.format.read_magic(self._file)]
         shape, column_major, dtype = read_header(self._file)
         if len(shape) != 4 or shape[3] != 3 or dtype != np.uint8 or column_major:
-            raise InputError(f"{path}: {ARRAY} is {dtype} {shape}; images are uint8 (N, H, W, 3)")
+            raise InputError(f"{path}: {ARRAY} is {dtype} {shape}; images must be uint8 (N, H, W, 3)")
         self._count, self.height, self.width, _ = shape
         self._begin = self._file.tell()
 
@@ -90,7 +90,7 @@ class ImageArchive:
         return self._count
 
     def read(self, rows: range) -> Tensor:
-        """Images (n, 3, H, W) uint8; fast where rows come in order."""
+        """Images (n, 3, H, W) uint8; fast if rows come in order."""
         size = self.height * self.width * 3
         try:
             self._file.seek(self._begin + rows.start * size)
@@ -105,21 +105,21 @@ def _read_image(path: Path, kind: Callable[[str], InputError]) -> np.ndarray:
     """(H, W, 3) uint8."""
     try:
         return np.asarray(open_rgb(path))
-    except Exception as error:  # Pillow raises many kinds for broken files
+    except Exception as error:  # Pillow raises many kinds for a broken file
         raise kind(f"cannot read {path}: {error}") from None
 
 
 class ImageWriter:
-    """Writes images, shared over the ranks, that all see the same folder. They get their name when they are whole.
+    """Writes images from several ranks into one file or folder that all of them see. The last step names it.
 
     Args:
-        path: NAME.npz, for an array (N, H, W, 3) uint8 called arr_0 as ADM's evaluation takes; or a folder, for
+        path: NAME.npz for an array (N, H, W, 3) uint8 called arr_0, which ADM's evaluation reads; or a folder for
             000000.png and so on.
-        count, height, width: of the images.
+        count, height, width: number and size of the images.
         world: the ranks that write; every rank makes a writer.
 
     Raises:
-        InputError: there is such a file, or a folder with something in it; or nothing can be written there.
+        InputError: the file exists, the folder is not empty, or the place is not writable.
     """
 
     def __init__(self, path: Path, count: int, height: int, width: int, world: World) -> None:
@@ -130,10 +130,10 @@ class ImageWriter:
         check_new(path)
 
         def begin() -> int:
-            """Bytes before the first image of the array."""
+            """Number of bytes before the first image of the array."""
             with self._writing():
                 if self._partial.exists():
-                    shutil.rmtree(self._partial)  # of a writer that was killed
+                    shutil.rmtree(self._partial)  # left by a writer that was killed
                 self._partial.mkdir(parents=True)
                 if self._array is None:
                     return 0
@@ -145,14 +145,14 @@ class ImageWriter:
         self._begin = world.on_main(begin)
 
     def write(self, rows: range, images: Tensor, names: Sequence[str] = ()) -> None:
-        """Write images (n, 3, H, W) uint8 as those of the numbers `rows`; RankError where that fails.
+        """Write images (n, 3, H, W) uint8 under the numbers `rows`; RankError if that fails.
 
-        Single files are named by their number, and by what `names` has for each image.
+        The name of a PNG file is its number, followed by its entry in `names`.
         """
         pixels = images.permute(0, 2, 3, 1).cpu().numpy()
         with self._writing(RankError):
             if self._array is not None:
-                # Not through memory maps: those of several machines overwrite each other in the pages that they share.
+                # No memory maps: machines that share a page would overwrite each other's images in it.
                 with self._array.open("r+b") as file:
                     file.seek(self._begin + rows.start * self._size)
                     file.write(pixels.tobytes())
@@ -162,15 +162,15 @@ class ImageWriter:
                     Image.fromarray(image).save(self._partial / f"{i:06d}{ending}.png", compress_level=1)
 
     def finish(self) -> None:
-        """Give the images their name; every rank calls it."""
-        self._world.gather([0])  # all have written
+        """Move the images to their final name; every rank calls it."""
+        self._world.gather([0])  # waits until all ranks have written
         self._world.on_main(self._rename)
 
     def _rename(self) -> None:
         with self._writing():
             if self._array is not None:
                 archive = self._partial / self._path.name
-                with zipfile.ZipFile(archive, "w") as file:  # not compressed, as np.savez does it
+                with zipfile.ZipFile(archive, "w") as file:  # uncompressed, as by np.savez
                     file.write(self._array, self._array.name)
                 archive.rename(self._path)
                 shutil.rmtree(self._partial)
@@ -181,7 +181,7 @@ class ImageWriter:
 
     @contextmanager
     def _writing(self, kind: Callable[[str], InputError] = InputError) -> Iterator[None]:
-        """As `writing`; nothing is left of the images where that fails."""
+        """Like `writing`, but removes all images on failure."""
         try:
             with writing(self._path, kind):
                 yield
@@ -191,7 +191,7 @@ class ImageWriter:
 
 
 def check_new(path: Path) -> None:
-    """InputError unless images can be written under this name: a file or folder that is not there, or is empty."""
+    """InputError unless images can be written under this name: it must not exist, or be an empty folder."""
     if path.suffix == ".npz" and path.exists():
         raise InputError(f"{path} exists: choose another name")
     if path.exists() and (not path.is_dir() or any(path.iterdir())):

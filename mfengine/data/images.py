@@ -1,4 +1,4 @@
-"""Images to posteriors of latents: PIL decodes and crops them on the host, as ADM does, and the VAE encodes them."""
+"""Images to posteriors of latents: PIL decodes and crops them on the host, as in ADM, and the VAE encodes them."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ from mfengine.data.writer import Broken
 from mfengine.device import to_device
 from mfengine.errors import InputError
 
-THREADS = 16  # that read, decode and crop: PIL runs outside of Python's lock, and network disks serve many at once
+THREADS = 16  # to read, decode and crop: PIL releases Python's lock, and network disks serve many readers at once
 
 
 @dataclass
 class EncodedImages:
-    """The images of a source as samples for `write_dataset`: moments of each image and of its mirror image.
+    """The images of a source as samples for `write_dataset`: moments of each image and its mirror image.
 
-    While a batch is encoded the next one is read, decoded and cropped. Batches are cut from the indices of a shard, so
-    they are the same for any number of ranks.
+    While one batch is encoded, the next is read, decoded and cropped. Batches are cut from the indices of a shard, so
+    they do not depend on the number of ranks.
 
     Args:
-        name: of the data set.
+        name: name of the data set.
         source: the images.
-        vae: encodes them.
-        size: side of the square that is cut from each image, in pixels.
+        vae: the encoder.
+        size: side of the square cut from each image, in pixels.
         batch: images encoded at a time.
-        num_classes: labels are 0 to this less 1; None takes the highest label that occurs.
+        num_classes: labels are 0 to num_classes - 1; None takes the highest label that occurs.
 
     Raises:
-        InputError: the VAE takes no images of this size, or a label is beyond the classes.
+        InputError: the VAE does not take images of this size, or a label is not below num_classes.
     """
 
     name: str
@@ -88,7 +88,7 @@ class EncodedImages:
                         yield Broken(self.source.names[index], "its latents are not finite in float16")
 
     def _load(self, index: int) -> np.ndarray | str:
-        """An image, cropped, (size, size, 3) uint8; or why it cannot be read."""
+        """A cropped image (size, size, 3) uint8, or why it cannot be read."""
         try:
             encoded = self.source.read(index)
         except OSError as error:
@@ -97,11 +97,11 @@ class EncodedImages:
             return adm_crop(open_rgb(io.BytesIO(encoded)), self.size)
         except Image.UnidentifiedImageError:
             return f"not an image of a known format: its {len(encoded)} bytes begin with {encoded[:8]!r}"
-        except Exception as error:  # Pillow raises many kinds for broken files
+        except Exception as error:  # Pillow raises many kinds for a broken file
             return str(error).partition("\n")[0] or repr(error)
 
     def _encode(self, images: list[np.ndarray]) -> np.ndarray:
-        """Moments (n, 2, 2, C, H, W) float16: for image and mirror image, mean and standard deviation."""
+        """Moments (n, 2, 2, C, H, W) float16: image and mirror image, mean and standard deviation."""
         if not images:
             return np.empty(0)
         pixels = to_device(torch.from_numpy(np.stack(images)), self.vae.device)
@@ -111,13 +111,13 @@ class EncodedImages:
 
 
 def adm_crop(image: Image.Image, size: int) -> np.ndarray:
-    """The middle square of an image, scaled as ADM's training data (Dhariwal and Nichol, arXiv 2105.05233).
+    """The central square of an image, scaled as in ADM's training data (Dhariwal and Nichol, arXiv 2105.05233).
 
-    A box filter halves the image while its shorter side is at least twice `size`, then a bicubic filter scales that
+    A box filter halves the image while its shorter side is at least twice `size`. A bicubic filter then scales that
     side to `size`. Smaller images are enlarged.
 
     Args:
-        image: RGB.
+        image: an RGB image.
         size: side of the square, in pixels.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Batches of latents for training: DALI reads shards on the host, PyTorch draws from the posteriors on the device."""
+"""Batches of latents for training: DALI reads shards on the host, PyTorch samples the posteriors on the device."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from mfengine.data.format import Dataset
 from mfengine.device import device_generator, to_device
 from mfengine.errors import InputError, RankError
 
-SHUFFLE_BUFFER = 4096  # samples a reader holds to draw from: 134 MB of 4 x 32 x 32 latents with both flips
+SHUFFLE_BUFFER = 4096  # samples that a reader holds to draw from: 134 MB of 4 x 32 x 32 latents with both flips
 
 
 class Loader:
     """Endless batches of latents and labels from one part of the data.
 
-    The data is dealt in `num_parts` equal parts, one per rank and accumulation pass. Within an epoch each sample is
-    drawn once; parts change hands after each epoch, and batches run over its end. A flip is chosen anew each time.
+    The data is split into `num_parts` equal parts, one per rank and accumulation pass. Each sample is drawn once per
+    epoch. Parts change hands after each epoch, batches span its end, and each draw chooses a flip anew.
 
     Args:
-        dataset: where to read.
+        dataset: the data set to read.
         batch: rows per batch.
-        part, num_parts: which part of the data to read.
-        seed: of shuffling and flips.
+        part, num_parts: which part of how many to read.
+        seed: seeds shuffling and flips.
         device: where the latents are made.
-        position: to continue from, as `position` returned it.
+        position: where to continue, from the attribute `position`.
 
     Raises:
         InputError: there are fewer samples than parts.
-        RankError: a shard cannot be read; also from `draw` and `next`.
+        RankError: a shard cannot be read. `draw` and `next` raise it, too.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class Loader:
     ) -> None:
         if dataset.count < num_parts:
             raise InputError(f"{dataset.folder} has {dataset.count} samples, too few for {num_parts} parts")
-        from nvidia.dali.plugin.pytorch import DALIGenericIterator  # importing mfengine does not need DALI
+        from nvidia.dali.plugin.pytorch import DALIGenericIterator  # here: importing mfengine does not need DALI
 
         self._dataset, self._device = dataset, device
         self._scale, self._bias = dataset.space.factors(device)
@@ -57,13 +57,13 @@ class Loader:
             self._batches = DALIGenericIterator([pipeline], ["moments", "labels"])
 
     def draw(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """The next batch, with latents drawn from their posteriors.
+        """The next batch, with latents sampled from their posteriors.
 
-        DALI hands over float16 moments and PyTorch draws: on two cores that is ten times as fast as DALI's own
-        random numbers, and nothing of it need be saved to repeat it.
+        DALI hands over float16 moments, and PyTorch samples: on two cores that is ten times as fast as DALI's own
+        random numbers, and there is no state to save for a resume.
 
         Args:
-            generator: a host generator; the noise on the device is seeded from it.
+            generator: a host generator; it seeds the noise on the device.
 
         Returns:
             Latents (B, C, H, W) float32 on the device, labels (B,) int64 on the host.
@@ -83,12 +83,12 @@ class Loader:
         return batch["moments"], y
 
     def position(self) -> bytes:
-        """The state of reader and random numbers after the last batch."""
+        """State of the reader and its random numbers after the last batch."""
         return self._batches.checkpoints()[0]
 
     @contextmanager
     def _readable(self) -> Iterator[None]:
-        """Turn DALI's report of unreadable data into the one line of it that says why."""
+        """Reduce DALI's report of unreadable data to the line that says why."""
         try:
             yield
         except RuntimeError as error:
@@ -102,7 +102,7 @@ def _pipeline(dataset: Dataset, batch: int, part: int, num_parts: int, seed: int
 
     paths = [dataset.folder / shard.file for shard in dataset.shards]
 
-    # On the host alone, DALI depends on no driver and there are no streams to order.
+    # On the host alone, DALI needs no driver, and there are no streams to order.
     @pipeline_def(  # type: ignore[call-overload]
         batch_size=batch,
         num_threads=2,
@@ -122,7 +122,7 @@ def _pipeline(dataset: Dataset, batch: int, part: int, num_parts: int, seed: int
             num_shards=num_parts,
             random_shuffle=True,
             initial_fill=min(SHUFFLE_BUFFER, dataset.count),
-            dont_use_mmap=True,  # to read a mapped shard beyond its end kills the process
+            dont_use_mmap=True,  # reading a mapped shard beyond its end would kill the process
         )
         moments = fn.reshape(moments, shape=[dataset.flips, 2, *dataset.space.shape])
         flip = fn.random.coin_flip() if dataset.flips > 1 else 0

@@ -1,4 +1,4 @@
-"""Latents as images without a decoder, and grids of images as files; `mfengine.data.vae` has a decoder."""
+"""Previews of latents without a decoder, and grids of images as files; `mfengine.data.vae` has a decoder."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from mfengine.files import write_atomic, writing
 
 GRID = 8  # rows and columns of a run's pictures
 MIN_SIZE = 480  # pixels of the longer side of a picture
-CELL = 48  # pixels of an image's longer side in a labelled grid, at least
+CELL = 48  # least pixels of an image's longer side in a labelled grid
 
 
 def draw_latents(latents: Tensor, space: LatentSpace) -> Tensor:
-    """Images of latents without a decoder.
+    """Preview latents as images, without a decoder.
 
     Args:
         latents: (B, C, H, W) float32, as the network sees them.
-        space: theirs. Where they are pixels they are shown as such; otherwise the first three channels are,
-            from -3 to 3 standard deviations.
+        space: their space. Pixels are shown as such. Of other latents, the first three channels are shown, from -3 to 3
+            standard deviations.
 
     Returns:
         (B, 3, H, W) in [0, 1].
@@ -39,7 +39,7 @@ def draw_latents(latents: Tensor, space: LatentSpace) -> Tensor:
 
 
 def image_grid(images: Tensor) -> Tensor:
-    """Lay out images (B, C, H, W) in rows, as near to a square as can be, with a margin: (C, H', W')."""
+    """Arrange images (B, C, H, W) in rows, as close to a square as possible, with a margin: (C, H', W')."""
     count, channels, height, width = images.shape
     columns = int(np.ceil(np.sqrt(count)))
     rows = -(-count // columns)
@@ -52,13 +52,13 @@ def image_grid(images: Tensor) -> Tensor:
 
 
 def labelled_grid(blocks: Mapping[str, Tensor], columns: Sequence[str]) -> Image.Image:
-    """Images with headings: a block of rows for each entry, with its name at the left, under the names of the columns.
+    """Images with headings: one block of rows per entry, its name at the left, column names at the top.
 
-    Small images are enlarged smoothly, by a whole factor.
+    Small images are enlarged smoothly, by an integer factor.
 
     Args:
-        blocks: images (B, 3, H, W) in [0, 1] by name, row by row; all of one size. A last row may be incomplete.
-        columns: their names; those that are wider than their column are cut off.
+        blocks: images (B, 3, H, W) in [0, 1] by name, row by row, all of one size. The last row may be incomplete.
+        columns: their names; a name wider than its column is cut off.
     """
     first = next(iter(blocks.values()))
     height, width = first.shape[2:]
@@ -90,8 +90,8 @@ def strip_over_time(pictures: Sequence[Path]) -> Tensor | None:
     """The first column of each square grid of pictures, side by side, as one image (3, H, W) in [0, 1].
 
     Args:
-        pictures: files of grids as `image_grid` lays out `GRID`^2 images, in order. Those of another size than the last
-            one are left out.
+        pictures: files of grids of `GRID`^2 images, as `image_grid` arranges them, in order. A picture is left out if
+            its size differs from that of the last one.
     """
     columns = []
     for path in pictures:
@@ -102,23 +102,23 @@ def strip_over_time(pictures: Sequence[Path]) -> Tensor | None:
 
 
 def enlarged(image: Tensor) -> Tensor:
-    """An image (C, H, W), if it is small, enlarged by a whole factor."""
+    """An image (C, H, W), enlarged by an integer factor if it is small."""
     factor = max(1, MIN_SIZE // max(image.shape[1:]))
     return image.repeat_interleave(factor, dim=1).repeat_interleave(factor, dim=2)
 
 
 def save_picture(image: Tensor, path: Path) -> None:
-    """Write an image (C, H, W) in [0, 1] as PNG, small ones enlarged by a whole factor; InputError if that fails."""
+    """Write an image (C, H, W) in [0, 1] as PNG, enlarged by an integer factor if small; InputError if that fails."""
     write_picture(Image.fromarray(_pixels(enlarged(image))), path)
 
 
 def write_picture(picture: Image.Image, path: Path) -> None:
-    """Write a picture as PNG, atomically, and its folder if it is missing; InputError if that fails."""
+    """Write a picture as PNG, atomically; make its folder if needed; InputError if that fails."""
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, picture.save)
 
 
 def _pixels(image: Tensor) -> np.ndarray:
-    """(H, W, C) uint8 of an image (C, H, W) in [0, 1]."""
+    """An image (C, H, W) in [0, 1] as (H, W, C) uint8."""
     return (image.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()

@@ -22,9 +22,9 @@ class VAE:
     """An `AutoencoderKL` of the diffusers library.
 
     Args:
-        name: a folder, or a name on the hub.
+        name: a folder, or a name on the Hugging Face hub.
         device: where it runs.
-        precision: of its convolutions and matrix products; the weights stay float32.
+        precision: precision of convolutions and matrix products; weights stay float32.
 
     Raises:
         InputError: diffusers is not installed, or there is no such VAE.
@@ -37,14 +37,14 @@ class VAE:
             raise InputError("--vae needs the diffusers library: pip install 'mfengine[vae]'") from None
         folder = Path(name)
         if not folder.is_dir() and (folder.is_absolute() or str(name).startswith(".") or len(folder.parts) > 2):
-            raise InputError(f"there is no folder {name} with a VAE in it")
+            raise InputError(f"{name} is not a folder with a VAE in it")
         try:
             if not folder.is_dir():
                 _ask_hub(str(name))
             vae = AutoencoderKL.from_pretrained(str(name), torch_dtype=torch.float32, low_cpu_mem_usage=False)
             self._vae = vae.to(device).eval()
-        except Exception as error:  # of many kinds: of the network, of JSON, of safetensors
-            where = "" if folder.is_dir() else ", which is no folder, from the hub"
+        except Exception as error:  # the network, JSON and safetensors raise many kinds
+            where = "" if folder.is_dir() else ", which is not a folder, from the hub"
             reason = " ".join(str(error).split())  # of one line or many
             raise InputError(f"cannot load the VAE {name}{where}: {reason:.300}") from None
         self.name, self.precision, self.device = str(name), precision, device
@@ -54,14 +54,14 @@ class VAE:
         """pixels per latent position, along each side"""
 
     def space(self, size: int, num_classes: int) -> LatentSpace:
-        """What its latents of square images mean.
+        """The space of its latents of square images.
 
         Args:
-            size: of the images, in pixels.
-            num_classes: of their labels.
+            size: side of the images, in pixels.
+            num_classes: number of classes of the images.
 
         Raises:
-            InputError: it takes no such images.
+            InputError: it does not take such images.
         """
         config = self._vae.config
         if config.in_channels != 3:
@@ -75,7 +75,7 @@ class VAE:
         )
 
     def sha256(self) -> str:
-        """Of its weights, as float32, in the order of their names: the same however the files are laid out."""
+        """Hash of its weights as float32, in the order of their names: independent of how files store them."""
         digest = hashlib.sha256()
         for name, weight in sorted(self._vae.state_dict().items()):
             digest.update(f"{name} {tuple(weight.shape)}\n".encode())
@@ -83,13 +83,13 @@ class VAE:
         return digest.hexdigest()
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """The posterior of latents.
+        """The posteriors of images' latents.
 
         Args:
             images: (B, 3, H', W') in [-1, 1].
 
         Returns:
-            Mean and standard deviation, (B, C, H, W) float32 each, on the encoder's own scale.
+            Mean and standard deviation, (B, C, H, W) float32 each, on the encoder's scale.
 
         Raises:
             RankError: the device has too little memory for the batch.
@@ -102,11 +102,11 @@ class VAE:
         """Images (B, 3, H', W') in [0, 1] of latents (B, C, H, W) as the network sees them.
 
         Raises:
-            InputError: the latents have another number of channels.
+            InputError: the latents have the wrong number of channels.
             RankError: the device has too little memory for the batch.
         """
         if latents.shape[1] != self.channels:
-            raise InputError(f"the VAE has {self.channels} latent channels, the model {latents.shape[1]}")
+            raise InputError(f"the VAE has {self.channels} latent channels; the model has {latents.shape[1]}")
         with self._computing(f"decode {len(latents)} latents"):
             images = self._vae.decode(space.unscale(latents)).sample
             return ((images.float() + 1) / 2).clamp(0, 1)
@@ -118,12 +118,12 @@ class VAE:
                 yield
         except torch.OutOfMemoryError:
             raise RankError(
-                f"the GPU's memory is too small to {task} at a time: choose fewer, as by --batch-size"
+                f"too little GPU memory to {task} at a time: choose a smaller batch, for example with --batch-size"
             ) from None
 
 
 def _ask_hub(name: str) -> None:
-    """Fail at once where the hub has no such model or does not answer: diffusers tries for half a minute."""
+    """Fail at once if the hub lacks the model or does not answer: diffusers would retry for half a minute."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 
     if not isinstance(try_to_load_from_cache(name, "config.json"), str):

@@ -1,13 +1,13 @@
-"""Writing data sets: samples of any source, in a global random order, to shards, by any number of ranks.
+"""Writing data sets: any number of ranks write samples of any source to shards, in a global random order.
 
-The order is one random permutation of the samples, and shard k is a fixed slice of it whatever the number of ranks:
-they take shards in turn. A shard gets its name when it is whole, then its content and checksum are recorded; a writer
-that was killed continues after the recorded ones, also with another number of ranks. Until all are there, everything
-lies beside the data set's place:
+The order is one random permutation of the samples, and shard k is a fixed slice of it, however many ranks there are.
+Ranks take shards in turn. A finished shard is renamed first; then its content and checksum are recorded. A writer that
+was killed continues after the recorded shards, also with another number of ranks. Until all shards are written, the
+files lie beside the future data set:
 
-    .partial-NAME/plan.json           the source, order and encoder: the writer continues with no other
-    .partial-NAME/000000.json ...     the content of the whole shards
-    .partial-NAME/data/000000.tar ... becomes NAME, at last, with dataset.json in it
+    .partial-NAME/plan.json           source, order and encoder: the writer continues only with the same
+    .partial-NAME/000000.json ...     content of the finished shards
+    .partial-NAME/data/000000.tar ... renamed to NAME at the end, with dataset.json in it
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ T = TypeVar("T")
 SHARD_BYTES = 2**30
 ALONE = World(0, 1, torch.device("cpu"))
 PLAN = "plan.json"
-MEETING_S = 2.0  # how often the ranks tell each other how far they are
-TIMEOUT_S = 60.0  # for the files of another node to show
+MEETING_S = 2.0  # how often the ranks exchange their progress
+TIMEOUT_S = 60.0  # for files from another node to appear
 
 
 @dataclass(frozen=True)
@@ -55,22 +55,22 @@ class Broken:
     """A sample that cannot be read."""
 
     name: str
-    """a path or key, by which the user finds it"""
+    """path or key by which the user finds it"""
     reason: str
     """one line"""
 
 
 class Samples(Protocol):
-    """Samples that can be made in any order, repeatedly, and by every rank.
+    """Samples that any rank can read, in any order and repeatedly.
 
     Attributes:
-        name: of the data set.
-        space: of the latents.
-        flips: 2 where mirror images are given too, else 1.
-        class_names: of the labels in order; () where they are not known.
-        provenance: all else that decides the content of the samples, as JSON: a fingerprint of the source (of the
-            names and sizes of its files, say), and name and hash of the encoder, crop, size and precision. A writer
-            that was killed continues only with the same. It goes into dataset.json.
+        name: name of the data set.
+        space: space of the latents.
+        flips: 2 with mirror images, else 1.
+        class_names: in the order of the labels; () if unknown.
+        provenance: everything else that determines the content of the samples, as JSON: a fingerprint of the source
+            (for example of its names and sizes), name and hash of the encoder, crop, size and precision. A writer that
+            was killed continues only with the same. It is written to dataset.json.
     """
 
     @property
@@ -87,25 +87,25 @@ class Samples(Protocol):
     def __len__(self) -> int: ...
 
     def read(self, indices: np.ndarray) -> Iterator[tuple[np.ndarray, int] | Broken]:
-        """One sample for each index, in that order. It is called once per shard, with all that belongs there.
+        """One sample for each index, in that order. Called once per shard, with all of the shard's indices.
 
-        What is read must depend on `indices` alone: if samples are encoded in batches, on batches cut from them.
+        The result must depend on `indices` alone: samples that are encoded in batches need batches cut from `indices`.
 
         Args:
             indices: (n,) int64.
 
         Yields:
-            Moments (flips, 2, C, H, W), cast to float16 if they are not, and the label; or Broken.
+            Moments (flips, 2, C, H, W), cast to float16 if necessary, and the label; or Broken.
 
         Raises:
-            InputError: nothing can be read any more.
+            InputError: reading cannot continue.
         """
         ...
 
 
 @dataclass(frozen=True)
 class ArraySamples:
-    """Samples that are in memory."""
+    """Samples in memory."""
 
     name: str
     space: LatentSpace
@@ -129,25 +129,25 @@ class ArraySamples:
 
 
 def order(count: int, seed: int) -> np.ndarray:
-    """The order in which samples are written: a permutation of 0 to count - 1."""
+    """The order in which samples are written: a permutation of 0, ..., count - 1."""
     return np.random.default_rng(seed).permutation(count)
 
 
 def check_vacant(folder: Path, source: Path | None = None) -> None:
-    """InputError if there is something at a data set's future place, or it cannot be given a name.
+    """InputError if a data set cannot be put there: something is in the way, or it cannot be renamed to that place.
 
     Args:
-        folder: the place.
-        source: a folder that nothing is written into.
+        folder: the data set's future place.
+        source: a folder that must stay unchanged.
     """
     if source is not None and folder.resolve().is_relative_to(source.resolve()):
-        raise InputError(f"{folder} is in {source}, the source: write the data set to another place")
+        raise InputError(f"{folder} is inside the source {source}: write the data set to another place")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} is not an empty folder: choose another one, or remove it first")
     if folder.is_symlink() or folder.is_mount() or folder.resolve() == Path.cwd():
         raise InputError(
-            f"{folder} is a link, a mount point or the current folder, which a data set written beside it cannot "
-            "replace: name a new folder in it"
+            f"{folder} is a link, a mount point or the current folder. A finished data set cannot be renamed to it: "
+            "choose a new folder inside it"
         )
     check_writable(folder)
 
@@ -170,24 +170,24 @@ def write_dataset(
     max_broken: float = 0.0,
     normalisation: Normalisation | None = None,
 ) -> Dataset:
-    """Write a data set, whose folder gets its name when it is whole; continue one that was begun.
+    """Write a data set, or continue one; its folder gets its name when it is complete.
 
-    Every rank calls it with the same arguments, and gets the same data set. Its shards are, byte for byte, those that a
-    single rank writes without a break, if `samples` gives the same. The first rank shows the progress of all.
+    Every rank calls this with the same arguments and gets the same data set. If `samples` is deterministic, its shards
+    are identical, byte for byte, to those of a single uninterrupted rank. The first rank shows the progress of all.
 
     Args:
         folder: must not exist, or be empty.
-        samples: to write.
+        samples: the samples to write.
         world: the ranks that share the work.
-        seed: of the order.
-        shard_samples: samples per shard; as many as make about 1 GB if None.
-        max_broken: the share of samples that may be broken: those are skipped and listed.
-        normalisation: of the latents; as the samples say if None. One that is measured is that of what is written.
+        seed: seed of the order.
+        shard_samples: samples per shard; None makes shards of about 1 GB.
+        max_broken: the largest share of broken samples to accept; they are skipped and listed.
+        normalisation: normalisation of the latents; None takes that of `samples`. "measured" measures what is written.
 
     Raises:
-        InputError: the folder is not empty; the normalisation is of other latents; another data set was begun in its
-            place; there are no samples, or one contradicts what `samples` says; too many are broken; the disk is full.
-            Whole shards remain, and the same call continues after them.
+        InputError: the folder is not empty; the normalisation is for other latents; another data set was begun
+            there; there are no samples, or one contradicts what `samples` says; too many are broken; the disk
+            is full. Finished shards remain, and the same call continues after them.
     """
     if len(samples) == 0:
         raise InputError(f"{samples.name} has no samples")
@@ -200,7 +200,7 @@ def write_dataset(
 
 
 def _share_out(writer: _Writer, world: World, max_broken: float) -> None:
-    """Write all shards that are not there, this rank its own; the ranks meet every few seconds."""
+    """Write all missing shards, this rank its own; the ranks meet every few seconds."""
     whole = world.on_main(writer.begin)
     pending = [shard for shard in range(writer.num_shards) if shard not in whole]
     total = len(writer.samples)
@@ -235,13 +235,13 @@ def _share_out(writer: _Writer, world: World, max_broken: float) -> None:
                 lists = _gather(world, found)
                 report = world.on_main(lambda: writer.report([b for part in lists for b in part]))  # noqa: B023
                 raise InputError(
-                    f"{broken} of the first {done} samples are broken, and {max_broken:g} of all {total} may be "
-                    f"(--max-broken); {report}"
+                    f"{broken} of the first {done} samples are broken; --max-broken allows {max_broken:g} of all "
+                    f"{total}. {report}"
                 )
 
 
 def _gather(world: World, value: T) -> list[T]:
-    """Everyone's value, by rank."""
+    """The values of all ranks, in order."""
     values = [value] * world.size
     if world.size > 1:
         dist.all_gather_object(values, value)
@@ -249,7 +249,7 @@ def _gather(world: World, value: T) -> list[T]:
 
 
 class _Writer:
-    """One rank's part in writing a data set."""
+    """One rank's part of writing a data set."""
 
     def __init__(
         self, folder: Path, samples: Samples, shard_samples: int, seed: int, normalisation: Normalisation | None
@@ -259,8 +259,8 @@ class _Writer:
         self.data = self.partial / "data"
         self.order = order(len(samples), seed)
         self.num_shards = math.ceil(len(samples) / shard_samples)
-        self.lock: IO[str] | None = None  # on the first rank, from `begin` on
-        self.made = False  # the partial folder, on the first rank
+        self.lock: IO[str] | None = None  # held by the first rank from `begin` on
+        self.made = False  # whether the first rank has made the partial folder
         self.measured = normalisation == "measured"
         space = samples.space
         if normalisation is not None and normalisation != "measured":
@@ -278,7 +278,7 @@ class _Writer:
         }
 
     def begin(self) -> dict[int, tuple[int, int]]:
-        """Make or find the partial folder: {shard: (samples, broken ones)} of those that are whole in it."""
+        """Make or find the partial folder; returns {shard: (samples, broken samples)} of its finished shards."""
         check_vacant(self.folder)
         self.made = not self.partial.exists()
         with self._disk():
@@ -289,17 +289,17 @@ class _Writer:
             except BlockingIOError:
                 raise InputError(f"another process is writing {self.folder}") from None
             except OSError:
-                pass  # a file system without locks
+                pass  # the file system has no locks
         path, plan = self.partial / PLAN, json.loads(json.dumps(self.plan))
         if path.exists():
             was, now = flatten(read_json(path)), flatten(plan)
             for name in now | was:
-                # The same encoder may be found elsewhere: its checksum is compared.
+                # The same encoder may lie elsewhere: its checksum is compared instead.
                 if was.get(name) == now.get(name) or name == "provenance.vae.name":
                     continue
                 raise InputError(
-                    f"{self.partial} was begun with {name} {was.get(name)!s:.80}, not {now.get(name)!s:.80}: it "
-                    f"cannot be continued so; remove it to start again"
+                    f"{self.partial} was begun with {name} {was.get(name)!s:.80}, not {now.get(name)!s:.80}: "
+                    f"continue with the same, or remove it to start again"
                 )
         with self._disk():
             if not path.exists():
@@ -308,7 +308,7 @@ class _Writer:
         return {k: (record["count"], len(record["broken"])) for k, record in records.items() if record}
 
     def _record(self, shard: int) -> dict[str, Any] | None:
-        """What a whole shard holds; None if it is not there."""
+        """The record of a finished shard; None if there is none."""
         try:
             record: dict[str, Any] = json.loads((self.partial / f"{shard:06d}.json").read_text())
             if record["count"] == 0:
@@ -317,28 +317,28 @@ class _Writer:
             with tar.with_suffix(".idx").open() as index:
                 indexed = index.readline().split() == [INDEX_VERSION, str(record["count"])]
             return record if indexed and tar.stat().st_size == record["bytes"] else None
-        except (OSError, ValueError, KeyError, TypeError):  # not there, or not whole after a power cut
+        except (OSError, ValueError, KeyError, TypeError):  # missing, or incomplete after a power failure
             return None
 
     def report(self, found: list[Broken]) -> str:
-        """List broken samples, those found and those of the shards that are whole, beside these; say where."""
+        """Write the list of broken samples, new and recorded ones, and say where it is."""
         records = [record for k in range(self.num_shards) if (record := self._record(k))]
         broken = [sample for record in records for sample in record["broken"]]
         broken += [sample for sample in map(dataclasses.asdict, found) if sample not in broken]
         path = self.partial / BROKEN
         with self._disk():
             _write_lines(path, broken)
-        return f"{path} lists them, the first is {broken[0]['name']}: {broken[0]['reason']}"
+        return f"{path} lists them; the first is {broken[0]['name']}: {broken[0]['reason']}"
 
     def close(self) -> None:
-        """Let another process write; of what was begun here nothing is left if none of it helps to go on."""
-        if self.made and not any(self.partial.glob("[0b]*.json*")):  # neither whole shards nor a list of broken samples
+        """Let another process write. Removes what was begun here unless a later run can use it."""
+        if self.made and not any(self.partial.glob("[0b]*.json*")):  # no finished shards and no list of broken samples
             shutil.rmtree(self.partial, ignore_errors=True)
         if self.lock:
             self.lock.close()
 
     def write(self, shards: list[int]) -> Generator[Broken | None, None, None]:
-        """Write shards; for each sample, Broken if it is, None if it was written."""
+        """Write shards. Yields one value per sample: Broken if it is broken, None if it was written."""
         for shard in shards:
             yield from self._write_shard(shard)
 
@@ -398,24 +398,24 @@ class _Writer:
         samples, space = self.samples, self.samples.space
         if moments.shape != (samples.flips, 2, *space.shape):
             raise InputError(
-                f"sample {index} of {samples.name} has moments of {moments.shape}, not "
+                f"sample {index} of {samples.name} has moments of shape {moments.shape}, not "
                 f"{(samples.flips, 2, *space.shape)}"
             )
         if not 0 <= label < space.num_classes:
             raise InputError(
-                f"sample {index} of {samples.name} has label {label}, not one of 0 to {space.num_classes - 1}"
+                f"sample {index} of {samples.name} has label {label}; labels are 0 to {space.num_classes - 1}"
             )
         return moments.astype("<f2"), label
 
     def finish(self) -> Dataset:
-        """Describe the data set and give it its name; InputError unless all of its shards are there."""
+        """Describe the data set and move it to its place; InputError unless all of its shards exist."""
         records, deadline = [], time.monotonic() + TIMEOUT_S
         for shard in range(self.num_shards):
-            # Network file systems show another node's files late.
+            # Network file systems show files from another node with a delay.
             while (record := self._record(shard)) is None and time.monotonic() < deadline:
                 time.sleep(0.5)
             if record is None:
-                raise InputError(f"shard {shard} of {self.partial} is not there: the same command writes it again")
+                raise InputError(f"shard {shard} of {self.partial} is missing: run the same command again to write it")
             records.append(record)
         broken = [sample for record in records for sample in record["broken"]]
         classes: Counter[int] = Counter()
@@ -424,7 +424,7 @@ class _Writer:
         space = self.plan["space"]
         if self.measured:
             sums = ChannelSums(self.samples.space.shape[0])
-            for record in records:  # in their order, so that any number of ranks finds the same bits
+            for record in records:  # in this order, so that any number of ranks gets the same bits
                 sums.merge(record["sums"])
             space = dataclasses.asdict(measured(self.samples.space, sums))
         values = {
@@ -448,7 +448,7 @@ class _Writer:
 
     @contextmanager
     def _disk(self) -> Iterator[None]:
-        """Turn an error of the disk into one line."""
+        """Turn a disk error into one line."""
         try:
             yield
         except OSError as error:
@@ -459,12 +459,12 @@ class _Writer:
                 why = reason(error)
             remain = ""
             if any(self.partial.glob("0*.json")):
-                remain = f". The shards that are whole remain in {self.partial}, and the same command continues them"
+                remain = f". The finished shards are in {self.partial}; run the same command again to continue"
             raise InputError(f"cannot write {self.folder}: {why}{remain}") from None
 
 
 def _add(tar: tarfile.TarFile, number: int, moments: np.ndarray, label: int) -> str:
-    """Add a sample to a shard: its line in the index."""
+    """Add a sample to a shard; returns its line in the index."""
     entry = []
     for extension, array in (("moments", moments), ("label", np.array(label, "<i4"))):
         member = tarfile.TarInfo(f"{number:09d}.{extension}")
@@ -476,7 +476,7 @@ def _add(tar: tarfile.TarFile, number: int, moments: np.ndarray, label: int) -> 
 
 
 def _tar_bytes(samples: Samples) -> int:
-    """Bytes that a sample takes in a shard: its two components in whole blocks, with a header each."""
+    """Bytes of a sample in a shard: two components in whole blocks, each with a header."""
     moments = 2 * samples.flips * 2 * math.prod(samples.space.shape)
     return tarfile.BLOCKSIZE * (math.ceil(moments / tarfile.BLOCKSIZE) + 3)
 

@@ -1,1 +1,1 @@
-"""The engine around model and method: data, ranks, optimizer, checkpoints, telemetry, and the loop."""
+"""The training engine: data, ranks, optimizer, checkpoints, telemetry, and the loop."""

@@ -1,8 +1,8 @@
-"""Checkpoints: written under another name and renamed when whole, and read into a run.
+"""Checkpoints: written under a temporary name, renamed when complete, and read into a run.
 
 A checkpoint is a folder `checkpoints/step-00001000` with the shards of `torch.distributed.checkpoint` and
-`checkpoint.json`, which says what is in them, with their sizes and checksums. A folder of that name was whole when it
-got it. How files are written and read is in `storage.py`; `weights.py` reads models from them.
+`checkpoint.json`, which lists them with sizes and checksums. A folder is renamed to `step-...` only when it is
+complete. `storage.py` reads and writes the files; `weights.py` reads models from them.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from mfengine.networks import NETWORKS
 from mfengine.pickles import Refused, explained
 from mfengine.ranks import World
 
-# A single process has no process group, which is as it should be.
+# A single process has no process group, by design.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 T = TypeVar("T")
@@ -49,19 +49,19 @@ class Checkpointer:
     """Writes a run's checkpoints.
 
     Args:
-        folder: the run's.
+        folder: the run's folder.
         world: the ranks that write.
-        keep: how many to keep, the newest.
-        keep_every: those of each multiple of so many steps stay too.
-        best: the best of these steps, whose checkpoint stays too, or None.
-        asynchronous: write while training goes on. `save` then only copies the state, into host memory that it
-            allocates once (torch 2.11 does for each save), pinned if it comes from a GPU. `poll` and `wait` tell how
-            the writing ended.
+        keep: how many of the newest checkpoints to keep.
+        keep_every: also keep every checkpoint whose step is a multiple of this.
+        best: returns the best of these steps, whose checkpoint is kept, too, or None.
+        asynchronous: write in the background. `save` then only copies the state into host memory, which is allocated
+            once (in torch 2.11, for each save) and pinned if the state is on a GPU. `poll` and `wait` report how the
+            write ended.
 
     Attributes:
-        newest: whole checkpoint.
-        failed: why the last checkpoint could not be written; None if it could, or is still being written.
-        notes: what failed since the reader emptied the list.
+        newest: the newest complete checkpoint.
+        failed: why the last checkpoint could not be written; None if it was written or is still being written.
+        notes: failures since the reader last emptied the list.
     """
 
     def __init__(
@@ -80,17 +80,17 @@ class Checkpointer:
         self._group: dist.ProcessGroup | None = None
         if asynchronous:
             cuda = world.device.type == "cuda"
-            # A new thread works on the first GPU: every rank would start a context there.
+            # A new thread starts on the first GPU: without this, every rank would create a context there.
             self._writer = ThreadPoolExecutor(
                 1, initializer=partial(torch.cuda.set_device, world.device) if cuda else None
             )
-            # Copies are queued behind the optimizer's step and waited for: whatever comes next may change the weights.
+            # Copies are queued after the optimizer's step and waited for: later work may change the weights.
             self._stager = DefaultStager(
                 StagingOptions(
                     use_pinned_memory=cuda, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=cuda
                 )
             )
-            # Ranks talk in the background too, and must not be heard by those that train meanwhile.
+            # The background write needs a process group of its own, apart from that of training.
             self._group = dist.new_group(backend="gloo") if world.sharded else None
         self.newest = world.on_main(lambda: newest_checkpoint(folder))
         self.failed: str | None = None
@@ -102,7 +102,7 @@ class Checkpointer:
         Args:
             step: optimizer steps done.
             state: nested dict of tensors and picklable values.
-            description: goes to checkpoint.json, with the step.
+            description: content of checkpoint.json, to which the step is added.
         """
         self.wait()
         description = {"step": step, **description}
@@ -114,24 +114,24 @@ class Checkpointer:
             self._writing = self._writer.submit(self._write, step, staged, description)
 
     def poll(self) -> None:
-        """Take note of the end of a write in the background."""
+        """Record the result of a background write that has ended."""
         if self._writing and self._writing.done():
             self.wait()
 
     def wait(self) -> None:
-        """Wait for the write in the background, if there is one."""
+        """Wait for the background write, if there is one."""
         if self._writing:
             writing, self._writing = self._writing, None
             writing.result()
 
     def _write(self, step: int, state: dict[str, Any], description: dict[str, Any]) -> None:
-        """Write a folder under another name, rename it when it is whole, and remove old ones."""
+        """Write a folder under a temporary name, rename it when it is complete, and remove old ones."""
         unfinished, whole = (self._folder / f"{name}-{step:08d}" for name in (".partial-step", "step"))
         try:
             writer = Writer(unfinished)
             dcp.save(state, storage_writer=writer, process_group=self._group, no_dist=not self._world.sharded)
             sums = self._gather(writer.sums)
-            if self._world.main:  # all ranks have written: rank 0 ends with the metadata
+            if self._world.main:  # all ranks have written by now: rank 0 writes the metadata last
                 description["files"] = {name: each._asdict() for name, each in sorted(sums.items())}
                 description["crc32"] = _own_checksum(description)
                 write_atomic(unfinished / DESCRIPTION, json.dumps(description, indent=1) + "\n")
@@ -140,19 +140,19 @@ class Checkpointer:
                 sync(self._folder)
         except (dcp.CheckpointException, OSError) as error:
             if self._world.main:
-                shutil.rmtree(unfinished, ignore_errors=True)  # the disk may be full of it
-            self.failed = f"cannot write {whole}: {_reason(error)}; last whole checkpoint: {self.newest or 'none'}"
+                shutil.rmtree(unfinished, ignore_errors=True)  # it may have filled the disk
+            self.failed = f"cannot write {whole}: {_reason(error)}; last complete checkpoint: {self.newest or 'none'}"
             self.notes.append(self.failed)
             return
         self.newest, self.failed = whole, None
         if self._world.main:
             try:
                 for old in self._superfluous():
-                    # Renamed first: a kill in the midst of the removal must not leave a folder that looks whole.
+                    # Renamed first: a kill during the removal must not leave a folder that looks complete.
                     doomed = old.with_name(f".removed-{old.name}")
                     old.rename(doomed)
                     shutil.rmtree(doomed)
-            except OSError as error:  # in use, say
+            except OSError as error:  # for example, because it is in use
                 self.notes.append(f"cannot remove {old}: {error.strerror}")
 
     def _superfluous(self) -> list[Path]:
@@ -164,7 +164,7 @@ class Checkpointer:
         return [path for step, path in whole.items() if step not in kept]
 
     def _gather(self, sums: dict[str, Sum]) -> dict[str, Sum]:
-        """On rank 0, those of all ranks."""
+        """The sums of all ranks, on rank 0."""
         if not self._world.sharded:
             return sums
         everyones: list[dict[str, Sum]] | None = [{} for _ in range(self._world.size)] if self._world.main else None
@@ -173,7 +173,7 @@ class Checkpointer:
 
 
 def remove_leftovers(run: Path) -> None:
-    """Remove what a job that was killed left unfinished in a run folder: it may fill the disk."""
+    """Remove unfinished checkpoints of a killed job from a run folder: they may fill the disk."""
     for leftover in (*run.rglob(".partial-*"), *run.glob("checkpoints/.removed-*")):
         if leftover.is_dir():
             shutil.rmtree(leftover, ignore_errors=True)
@@ -182,39 +182,39 @@ def remove_leftovers(run: Path) -> None:
 
 
 def _whole_checkpoints(folder: Path) -> list[Path]:
-    """Oldest first."""
+    """Complete checkpoints, oldest first."""
     return sorted(path for path in folder.glob("step-*") if _WHOLE.fullmatch(path.name))
 
 
 def newest_checkpoint(run: Path) -> Path | None:
-    """The newest checkpoint of a run folder."""
+    """The newest checkpoint of a run folder, or None."""
     return next(iter(checkpoints_of(run)), None)
 
 
 def checkpoints_of(run: Path) -> list[Path]:
-    """A run folder's checkpoints, the newest first."""
+    """The checkpoints of a run folder, newest first."""
     return _whole_checkpoints(run / "checkpoints")[::-1]
 
 
 def find_checkpoint(path: Path) -> Path:
-    """A checkpoint, or the newest one of a run folder; InputError if the path is neither."""
+    """The path if it is a checkpoint, the newest one if it is a run folder, else InputError."""
     if (path / DESCRIPTION).is_file() and not path.resolve().name.startswith("."):
         return path
     newest = newest_checkpoint(path)
     if newest is None:
-        raise InputError(f"{path} is neither a checkpoint, nor a run folder with one, nor a .safetensors file")
+        raise InputError(f"{path} must be a checkpoint, a run folder with a checkpoint, or a .safetensors file")
     return newest
 
 
 def first_whole(checkpoints: list[Path], read: Callable[[Path], T]) -> tuple[T, list[str]]:
-    """What `read` makes of the first checkpoint that it can read, and what is wrong with each one before.
+    """The result of `read` for the first readable checkpoint, and the problem of each one before it.
 
     Args:
         checkpoints: at least one.
-        read: of a checkpoint; raises InputError, on all ranks alike.
+        read: reads a checkpoint; raises InputError, on all ranks alike.
 
     Raises:
-        InputError: none can be read.
+        InputError: no checkpoint is readable.
     """
     problems: list[str] = []
     for checkpoint in checkpoints:
@@ -227,7 +227,7 @@ def first_whole(checkpoints: list[Path], read: Callable[[Path], T]) -> tuple[T, 
 
 
 def set_aside(damaged: list[Path]) -> None:
-    """Rename checkpoints to `damaged-...`, so that they are not in the way of new ones of their steps."""
+    """Rename checkpoints to `damaged-...`, to make room for new ones of the same steps."""
     for checkpoint in damaged:
         aside = checkpoint.with_name(f"damaged-{checkpoint.name}")
         with writing(aside):
@@ -238,23 +238,23 @@ def set_aside(damaged: list[Path]) -> None:
 
 @dataclass(frozen=True)
 class _Progress:
-    """What checkpoint.json says beside network, objective and latent space; an export has the step alone."""
+    """Fields of checkpoint.json besides network, objective and latent space; an export has only the step."""
 
     step: int
     parts: int = 1
     skipped_steps: int = 0
     ema_decays: tuple[float, ...] = (0.0,)
-    class_names: tuple[str, ...] = ()  # in the order of the labels, where the data set has them
+    class_names: tuple[str, ...] = ()  # in the order of the labels; () if unknown
 
     def __post_init__(self) -> None:
         check_at_least(0, step=self.step, skipped_steps=self.skipped_steps)
         check_at_least(1, parts=self.parts)
         if not self.ema_decays:
-            raise ValueError("ema_decays must be one or more numbers")
+            raise ValueError("ema_decays must not be empty")
 
 
 def read_description(checkpoint: Path) -> dict[str, Any]:
-    """What checkpoint.json says; InputError if it is not valid, or a file that it names has not the size it says."""
+    """Contents of checkpoint.json; InputError if they are invalid, or a listed file has the wrong size."""
     path = checkpoint / DESCRIPTION
     description = read_json(path)
     for name in ("parts", "skipped_steps", "ema_decays"):
@@ -270,7 +270,7 @@ def read_description(checkpoint: Path) -> dict[str, Any]:
 
 
 def checked(description: dict[str, Any], where: Path) -> dict[str, Any]:
-    """The description of a checkpoint or an export, once all of it is valid; otherwise InputError."""
+    """The description of a checkpoint or an export if it is valid; otherwise InputError."""
     fields = [field.name for field in dataclasses.fields(_Progress)]
     from_json(_Progress, {name: description[name] for name in fields if name in description}, where)
     model = NETWORKS.read(description, "model", where)
@@ -291,15 +291,15 @@ def latent_space(description: dict[str, Any], where: Path) -> LatentSpace:
 
 
 def _files(checkpoint: Path, description: dict[str, Any]) -> dict[str, Sum]:
-    """The files of a checkpoint by name; empty if it is of version 0.1, which wrote none down."""
+    """The files of a checkpoint by name; empty for version 0.1, which did not list them."""
     try:
         return {name: Sum(**values) for name, values in description.get("files", {}).items()}
     except (AttributeError, TypeError):
-        raise InputError(f"{checkpoint / DESCRIPTION} does not say sizes and checksums of files") from None
+        raise InputError(f"{checkpoint / DESCRIPTION} does not list sizes and checksums of files") from None
 
 
 def _own_checksum(description: dict[str, Any]) -> int:
-    """Of what checkpoint.json says itself, in whatever layout."""
+    """Checksum of the contents of checkpoint.json, independent of their layout."""
     content = {name: value for name, value in description.items() if name != "crc32"}
     return zlib.crc32(json.dumps(content, sort_keys=True).encode())
 
@@ -307,20 +307,20 @@ def _own_checksum(description: dict[str, Any]) -> int:
 def load_state(
     checkpoint: Path, description: dict[str, Any], state: dict[str, Any], world: World, skip_checksums: bool = False
 ) -> None:
-    """Fill `state` in place with what the checkpoint has under the same keys.
+    """Fill `state` in place with the values of a checkpoint under the same keys.
 
-    Files are checked against their checksums while they are read, each by one rank. Nothing in them is executed.
+    Each file is checked against its checksum by one rank during the read. Nothing in the files is executed.
 
     Args:
-        checkpoint: where.
-        description: of it; those before version 0.2 have no checksums.
+        checkpoint: the checkpoint's folder.
+        description: its description; before version 0.2 it has no checksums.
         state: nested dict of tensors and values.
         world: the ranks that read, each its part of the state; every one calls this.
-        skip_checksums: do not check.
+        skip_checksums: skip the check.
 
     Raises:
-        InputError: the checkpoint is damaged, or has not all of the state, or in other shapes. Then `state` may hold
-            parts of it.
+        InputError: the checkpoint is damaged, lacks part of the state, or has other shapes. `state` may then be partly
+            filled.
     """
     files = {} if skip_checksums else _files(checkpoint, description)
     names = sorted(files)
@@ -329,7 +329,7 @@ def load_state(
         reader = Reader(checkpoint)
     except (OSError, ValueError, Refused) as failed:
         error = failed
-    failures = world.gather([error is not None])  # all ranks read, or none
+    failures = world.gather([error is not None])  # either all ranks read, or none
     damaged: list[int] = []
     if not failures.any():
         with ThreadPoolExecutor(4) as pool:
@@ -344,23 +344,23 @@ def load_state(
             except (RuntimeError, ValueError) as failed:
                 error = failed
             damaged = [names.index(name) for name, is_good in zip(mine, good, strict=True) if not is_good]
-    ranks = world.gather([min(damaged, default=len(names)), error is not None])  # each knows of its own part
+    ranks = world.gather([min(damaged, default=len(names)), error is not None])  # each knows only its own files
     first = int(ranks[:, 0].min())
     if first < len(names):
         raise InputError(f"{checkpoint} is damaged: the content of {names[first]} has changed")
-    summed = description.keys() & {"files", "crc32"}  # damage of one of these names must not pass for an old version
+    summed = description.keys() & {"files", "crc32"}  # one damaged key must not make it look like an old version
     if summed and not skip_checksums and description.get("crc32") != _own_checksum(description):
         raise InputError(f"{checkpoint} is damaged: the content of {DESCRIPTION} has changed")
     if isinstance(error, pickle.UnpicklingError) and not isinstance(error, Refused):
         error = explained(error)
     if isinstance(error, Refused):
-        raise InputError(f"{checkpoint} would run {error}, if it were unpickled: refused")
+        raise InputError(f"{checkpoint} would run {error} when unpickled: refused")
     if ranks[:, 1].any():
         raise InputError(f"cannot read {checkpoint}: {_reason(error) if error else 'another rank could not'}")
 
 
 def _reason(error: BaseException) -> str:
-    """The error of the disk behind it, or its last line: DCP's begin with the tracebacks of all ranks."""
+    """The disk error behind it, or else its last line: DCP's messages begin with the tracebacks of all ranks."""
     cause: BaseException | None = error
     if isinstance(error, dcp.CheckpointException):
         cause = next(iter(error.failures.values()))[0]

@@ -1,4 +1,4 @@
-"""Laying a network out over ranks: compiled, recomputed and sharded by block."""
+"""Distributes a network over ranks: its blocks are compiled, recomputed and sharded."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from mfengine.networks import Network, ShardUnit
 from mfengine.ops import Dual
 from mfengine.ranks import World
 
-# A block hands on the gate of its MLP, a view; nothing is done to it in place.
+# A block returns the gate of its MLP, which is a view; nothing modifies it in place.
 warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view tensor")
 
 
 def num_shards(ranks: int, replicas: int) -> int:
-    """Into how many shards each parameter is divided; InputError unless `replicas` divides the ranks."""
+    """The number of shards of each parameter; InputError if `replicas` does not divide the number of ranks."""
     if ranks % replicas:
-        raise InputError(f"--replicas {replicas} does not divide the {ranks} rank(s)")
+        raise InputError(f"--replicas must divide the {ranks} rank(s); {replicas} does not")
     return ranks // replicas
 
 
@@ -42,15 +42,15 @@ def prepare_model(
 
     Args:
         model: on the host, the same on every rank.
-        world: the ranks to shard over; a single one keeps the model whole, unless it is a mesh of its own.
+        world: the ranks to shard over. A single one keeps the model whole, unless it has a mesh.
         replicas: copies of the sharded model (HSDP).
-        reshard: free gathered parameters after each forward. If not, one gathering serves the guidance pass, the
-            forward and the backward.
+        reshard: free gathered parameters after each forward. Otherwise, guidance pass, forward and backward share one
+            gathering.
         compile: compile each block.
         recompute: keep only the inputs of each block for the backward.
 
     Raises:
-        InputError: replicas does not divide the ranks.
+        InputError: replicas does not divide the number of ranks.
     """
     shards = num_shards(world.size, replicas)
     units = model.shard_units()
@@ -58,7 +58,7 @@ def prepare_model(
         if compile:
             block.forward = torch.compile(block.forward)
         if recompute:
-            # A compiled block must be called as in the forward, to save the same tensors.
+            # The recomputation must call the compiled block as the forward did, to save the same tensors.
             block.forward = _recomputed(block.forward, without_tangents=not compile)
     if not world.sharded:
         return model.to(world.device)
@@ -73,11 +73,11 @@ def prepare_model(
         dtype = None if unit.dtype == torch.float32 else unit.dtype
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
         fully_shard(unit.module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
-    return model.to(world.device)  # buffers; the parameters are there already
+    return model.to(world.device)  # moves the buffers; the parameters are there already
 
 
 def parameter_groups(model: Network) -> list[tuple[ShardUnit, list[nn.Parameter]]]:
-    """What FSDP gathers and reduces together, as `prepare_model` divides it."""
+    """Groups of parameters that FSDP gathers and reduces together, as `prepare_model` forms them."""
     groups, taken = [], set[nn.Parameter]()
     for unit in (*model.shard_units(), ShardUnit(model, model.compute_dtype)):
         groups.append((unit, [p for p in unit.module.parameters() if p not in taken]))
@@ -86,9 +86,9 @@ def parameter_groups(model: Network) -> list[tuple[ShardUnit, list[nn.Parameter]
 
 
 def reduce_gradients(model: nn.Module, enabled: bool, reshard: bool) -> None:
-    """Whether the next backward reduces gradients over the ranks, or only accumulates them.
+    """Set whether the next backward reduces gradients over the ranks, or only accumulates them.
 
-    In between, gathered parameters stay for the next pass, unless `reshard` is to save memory.
+    Until the reduction, gathered parameters stay for the next pass, unless `reshard` is to save memory.
     """
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(enabled)
@@ -96,7 +96,7 @@ def reduce_gradients(model: nn.Module, enabled: bool, reshard: bool) -> None:
 
 
 def _recomputed(forward: Callable[..., Any], without_tangents: bool) -> Callable[..., Any]:
-    """Activation checkpointing of a block; its tangents, which no backward needs, can be left out the second time."""
+    """Activation checkpointing of a block. The recomputation can omit tangents, which no backward needs."""
 
     def call(*args: Any) -> Any:
         in_backward = False
@@ -112,7 +112,7 @@ def _recomputed(forward: Callable[..., Any], without_tangents: bool) -> Callable
 
         def run(*args: Any) -> Any:
             if in_backward and without_tangents and isinstance(args[0], Dual):
-                # No rows, but duals still: so ops save what they saved the first time.
+                # Duals with zero tangent rows, so that ops save what they saved the first time.
                 args = tuple(Dual(a.primal, a.tangent[:0]) if isinstance(a, Dual) else a for a in args)
             return forward(*args)
 

@@ -1,7 +1,8 @@
-"""FLOPs counted on the real code. Over those that the devices could do in the same time (`rates.py`), they are the MFU.
+"""FLOPs counted on the real code. Divided by the peak FLOPs of the devices in the same time (`rates.py`), they give
+MFU.
 
-Counted are matrix products alone, two FLOPs per multiply-add, by `torch.utils.flop_counter` on meta tensors, which have
-shapes and no values. The plain ops run, so nothing that fused ones compute twice counts.
+Only matrix products count, with two FLOPs per multiply-add. `torch.utils.flop_counter` counts them on meta tensors,
+which have shapes and no values. The plain ops run, so what fused ops compute twice counts once.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ from mfengine.networks import NETWORKS, Network, NetworkConfig
 from mfengine.ops import use_attention, use_backend
 
 META = torch.device("meta")
-COUNTED_ROWS = 8192  # at least: which rows take which passes varies with the draws
+COUNTED_ROWS = 8192  # at least this many, because the draws decide which rows take which passes
 
 
 def meta_network(config: NetworkConfig, dtype: torch.dtype = torch.float32) -> Network:
-    """The network without values, computing in this dtype."""
+    """The network on the meta device, without values, computing in this dtype."""
     with META:
         return NETWORKS.build(config, dtype).to(META)
 
@@ -35,7 +36,7 @@ def _counted() -> Iterator[FlopCounterMode]:
 
 @cache
 def step_flops(model: NetworkConfig, method: ObjectiveConfig, batch: int) -> float:
-    """Expected FLOPs of one training step for one sample, in local batches of `batch` rows."""
+    """Expected FLOPs per sample of one training step, with local batches of `batch` rows."""
     rows = -(-COUNTED_ROWS // batch) * batch
     network, objective = meta_network(model), OBJECTIVES.build(method)
     shape = (rows, *model.latent_shape)
@@ -47,7 +48,7 @@ def step_flops(model: NetworkConfig, method: ObjectiveConfig, batch: int) -> flo
 
 
 def sample_flops(model: NetworkConfig, method: ObjectiveConfig) -> int:
-    """F: FLOPs of one sample drawn in one step."""
+    """F: FLOPs of drawing one sample in one step."""
     noise, label = torch.empty(1, *model.latent_shape, device=META), torch.empty(1, dtype=torch.int64, device=META)
     with torch.no_grad(), _counted() as counter:
         OBJECTIVES.build(method).sampler({})(meta_network(model).for_sampling(), noise, label, 1)

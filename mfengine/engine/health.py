@@ -1,4 +1,4 @@
-"""Figures of a run's weights, taken on the device and read when they are there, so that no host waits for them."""
+"""Metrics of a run's weights, computed on the device and read once they are ready, so that the host never waits."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from mfengine.ranks import World
 
 
 class WeightHealth:
-    """Norms of the weights of each block, and of the last update over them.
+    """Weight norm of each block, and norm of the last update relative to it.
 
-    The update is that of AdamW without weight decay, from the moments that it leaves. A block is a unit of
-    `Network.shard_units`, named as in the state dict; `other` is what is in none.
+    The update is that of AdamW without weight decay, computed from the moments after the step. A block is a unit of
+    `Network.shard_units`, named as in the state dict; `other` holds all parameters outside the units.
 
     Args:
-        model: as `prepare_model` returned it.
-        optimizer: of its parameters.
+        model: a model from `prepare_model`.
+        optimizer: the optimizer of its parameters.
         world: the ranks, each with its part of the weights.
-        replicas: how often each part is there.
+        replicas: copies of the sharded model.
     """
 
     def __init__(self, model: Network, optimizer: AdamWEMA, world: World, replicas: int) -> None:
@@ -38,7 +38,7 @@ class WeightHealth:
         self._copy = HostCopy(torch.stack([x for parts in self._blocks.values() for x in self._squares(parts)]))
 
     def read(self) -> dict[str, float]:
-        """`weight_norm/BLOCK` and `update_ratio/BLOCK` of what was measured, once; every rank calls it."""
+        """`weight_norm/BLOCK` and `update_ratio/BLOCK` of the last measurement, once; every rank calls it."""
         if self._copy is None:
             return {}
         squares = self._world.gather(self._copy.values()).sum(0) / self._replicas
@@ -50,13 +50,13 @@ class WeightHealth:
         return figures
 
     def _squares(self, parameters: list[nn.Parameter]) -> tuple[Tensor, Tensor]:
-        """Sums of squares () of what this rank holds of these weights, and of their last update."""
+        """Sums of squares () of this rank's part of these weights, and of their last update."""
         group = self._optimizer.param_groups[0]
         beta1, beta2 = group["betas"]
         states = [self._optimizer.state[p] for p in parameters]
         averages, squares = ([local(state[name]) for state in states] for name in ("exp_avg", "exp_avg_sq"))
         step = states[0]["step"]
-        root = (1 - beta2**step).sqrt()  # of the bias correction
+        root = (1 - beta2**step).sqrt()  # for the bias correction
         divisors = torch_private.foreach_sqrt(squares)
         torch_private.foreach_add(divisors, group["eps"] * root)
         updates = torch_private.foreach_div(averages, divisors)

@@ -1,4 +1,4 @@
-"""Where the first value that is not finite comes from, found by doing a step again."""
+"""Finds the source of the first value that is not finite, by repeating a step."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ KINDS = ("weight", "latents", "guidance output", "output", "tangent", "loss", "g
 
 
 class _Check(NamedTuple):
-    kind: int  # of KINDS
-    name: int  # of the module or parameter, in the order of the network
+    kind: int  # index into KINDS
+    name: int  # index of the module or parameter, in the order of the network
     bad: Tensor  # () bool on the device
 
 
 def first_nonfinite(model: Network, step: Callable[[], Iterator[tuple[str, Tensor]]], world: World) -> str:
     """Kind and place of the first value of a step that is not finite; every rank calls it.
 
-    Modules are looked at in the order in which they end, so the innermost one is named. Of gradients the last parameter
-    is named whose gradient is not finite: a backward goes from the last to the first.
+    Modules are checked in the order in which they end, so the innermost one is named. Among gradients, the last
+    parameter with a bad one is named, because a backward goes from the last to the first.
 
     Args:
-        model: as it is before the step.
-        step: does its passes and backwards again, as all ranks do, and yields the latents and the loss of each when it
-            has them. Gradients are there at its end.
+        model: in its state before the step.
+        step: repeats the step's passes and backwards on all ranks. It yields the latents and the loss of each pass as
+            soon as it has them, and leaves the gradients in place.
         world: the ranks.
     """
     modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
@@ -48,13 +48,13 @@ def first_nonfinite(model: Network, step: Callable[[], Iterator[tuple[str, Tenso
             checks.append(_Check(KINDS.index("gradient"), i, ~local(p.grad).isfinite().all()))
     bad = torch.stack([check.bad for check in checks]).tolist()
     first = next((check for check, is_bad in zip(checks, bad, strict=True) if is_bad), None)
-    # The first of any rank: what is not finite on one reaches the others by their gradients.
+    # The first on any rank: values that are not finite reach the other ranks through the gradients.
     place: list[float] = [len(KINDS), 0] if first is None else [first.kind, first.name]
     ranks = world.gather(place).long().tolist()
     rank = min(range(len(ranks)), key=lambda i: ranks[i][0])
     kind, name = ranks[rank]
     if kind == len(KINDS):
-        return "done again, the step is finite: it does not repeat itself"
+        return "the step is finite when repeated: the error is not reproducible"
     what = KINDS[kind]
     if what in ("latents", "loss"):
         return f"the first value is in the {what} on rank {rank}"
@@ -64,12 +64,12 @@ def first_nonfinite(model: Network, step: Callable[[], Iterator[tuple[str, Tenso
 
 @contextmanager
 def _watched(model: Network, checks: list[_Check]) -> Iterator[None]:
-    """Put the outputs of all modules on the list, in the order in which they come."""
+    """Record the outputs of all modules in `checks`, in the order in which they occur."""
     guiding = False
 
     def begin(*_: Any) -> None:
         nonlocal guiding
-        guiding = not torch.is_grad_enabled()  # of the whole network: blocks may compute without a graph
+        guiding = not torch.is_grad_enabled()  # asked of the whole network: blocks may compute without a graph
 
     def hook(i: int) -> Callable[..., None]:
         def look(module: nn.Module, args: Any, output: Any) -> None:

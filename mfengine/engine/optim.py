@@ -1,4 +1,4 @@
-"""The optimizer of a training run, and its averaged weights."""
+"""The optimizer of a training run, and its moving averages."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ def adamw_ema(model: nn.Module, config: OptimConfig, *, whole: bool = False, acc
     """The optimizer that `config` describes.
 
     Args:
-        model: what it trains.
-        config: its settings.
-        whole: the model is a network on one device, without a mesh. One that computes in bfloat16 gets what FSDP2 would
-            give it: copies of the weights in bfloat16, and gradients in bfloat16 of all that computes in it.
-        accumulation: passes of a step; gradients of several are added up in float32.
+        model: the model to train.
+        config: the optimizer's settings.
+        whole: whether the model is on one device, without a mesh. If it computes in bfloat16, it then gets what FSDP2
+            would
+            give it: bfloat16 copies of the weights, and bfloat16 gradients for everything computed in bfloat16.
+        accumulation: passes per step; gradients of several passes are summed in float32.
 
     Raises:
-        InputError: the backend cannot be used here.
+        InputError: the backend is unavailable here.
     """
     copies = None
     if whole and isinstance(model, Network) and model.compute_dtype == torch.bfloat16:

@@ -1,6 +1,6 @@
-"""What a step of a run takes, without running it: memory, communication, FLOPs.
+"""The cost of a run's step without running it: memory, communication, FLOPs.
 
-All of it follows from shapes alone, so the real step runs on the meta device, whose tensors have no values.
+It follows from shapes alone, so the real step runs on the meta device, whose tensors have no values.
 `tests/test_plan.py` compares it with real tensors and with the collectives of real steps.
 """
 
@@ -28,42 +28,42 @@ from mfengine.ops import use_attention, use_backend
 from mfengine.ranks import World
 from mfengine.torch_private import TorchDispatchMode, storage_key, tree_leaves
 
-NORM = 8  # bytes of the gradients' squared norm, as the optimizer sums it over shards
+NORM = 8  # bytes of the gradients' squared norm, which the optimizer sums over shards
 SINGLE = 4  # bytes of a float32: weights, gradients, averages and the optimizer's two moments
 
 Phase = Literal["guidance", "forward", "backward", "optimizer"]  # guidance: every forward without a graph
 
 
 class Collective(NamedTuple):
-    """A collective between devices that each rank takes part in."""
+    """A collective operation between devices; each rank takes part."""
 
     phase: Phase
     kind: Literal["all-gather", "reduce-scatter", "all-reduce"]
-    ranks: int  # of its group
-    bytes: int  # of the whole tensor: gathered, to be reduced and scattered, or to be reduced
+    ranks: int  # size of its group
+    bytes: int  # of the whole tensor, before the reduction or after the gathering
 
     @property
     def sent(self) -> float:
-        """Bytes that each rank sends round a ring."""
+        """Bytes that each rank sends around a ring."""
         return self.bytes * (self.ranks - 1) / self.ranks * (2 if self.kind == "all-reduce" else 1)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What one step of a run takes on each rank, and what its checkpoints do."""
+    """The cost of one step of a run on each rank, and of its checkpoints."""
 
     config: TrainConfig
     world: World
     dtype: torch.dtype  # of matrix products
     parameters: int
     memory: dict[str, int]
-    """bytes per rank at the peak of a step, by what they hold; the allocator's and NCCL's own are not in it"""
+    """bytes per rank at the peak of a step, by content, without the overheads of allocator and NCCL"""
     communication: tuple[Collective, ...]
-    """of one step; the hosts exchange some bytes beside it"""
+    """collectives of one step; hosts also exchange a few bytes"""
 
     @cached_property
     def flops(self) -> float:
-        """Of one step over all ranks."""
+        """FLOPs of one step over all ranks."""
         config = self.config
         return config.batch_size * step_flops(config.model, config.method, config.local_batch(self.world.size))
 
@@ -73,9 +73,9 @@ class Plan:
         return SINGLE * (3 + len(self.config.optim.ema_decays)) * self.parameters
 
     def lines(self, dataset: Dataset | None) -> list[str]:
-        """The plan in words; `dataset` None where there is none yet."""
+        """The plan as text; `dataset` is None if there is none yet."""
         config, ranks = self.config, self.world.size
-        length = f"{config.epochs:g} epochs; the data set's size gives the steps"
+        length = f"{config.epochs:g} epochs; the size of the data set will give the steps"
         if dataset is not None:
             steps = config.total_steps(dataset.count)
             epochs = steps * config.batch_size / dataset.count
@@ -95,7 +95,7 @@ class Plan:
             ("arithmetic", f"{self.flops / 1e12:.4g} TFLOP per step, {self.flops / ranks / 1e12:.4g} on each rank"),
             ("memory", f"{_gb(sum(self.memory.values()))} per rank at the peak of a step"),
             *(("", f"{_gb(n)} {what}") for what, n in self.memory.items() if n),
-            ("communication", "none" if ranks == 1 else f"{_gb(self._sent)} sent by each rank per step, round rings"),
+            ("communication", "none" if ranks == 1 else f"{_gb(self._sent)} sent by each rank per step, on rings"),
             *(("", line) for line in self._collectives()),
             ("checkpoint", f"{_gb(self.checkpoint)}; with {config.keep} kept and one being written "
              f"{_gb((config.keep + 1) * self.checkpoint)}"),
@@ -115,13 +115,13 @@ class Plan:
             yield f"{len(sizes)} x {kind} over {ranks} ranks, {_gb(sum(sizes))}"
 
     def warnings(self, device: torch.device) -> list[str]:
-        """One line where it does not fit into the memory of a device that is there, which says what takes less."""
+        """One line if the run does not fit into the memory of the present device; it says how to save memory."""
         needed, available = sum(self.memory.values()), device_memory(device)
         if available is None or needed <= available:
             return []
         return [
-            f"warning: the plan takes {_gb(needed)} per rank and the device has {_gb(available)}: more --accumulation, "
-            "--recompute or more ranks take less"
+            f"warning: the plan needs {_gb(needed)} per rank, but the device has {_gb(available)}: save memory with "
+            f"more --accumulation, --recompute or more ranks"
         ]
 
 
@@ -137,22 +137,22 @@ def make_plan(config: TrainConfig, world: World) -> Plan:
 
     Args:
         config: the run.
-        world: the ranks that are to train, which need not be there.
+        world: the ranks that will train; they need not exist.
 
     Raises:
-        InputError: the batch or the model cannot be divided so, or the optimizer cannot be set so.
+        InputError: the batch or the model cannot be divided that way, or the optimizer's settings are invalid.
     """
     local = config.local_batch(world.size)
     shards = num_shards(world.size, config.replicas)
     dtype = config.compute_dtype(world.device)
     model = meta_network(config.model, dtype)
-    adamw_ema(model, dataclasses.replace(config.optim, backend="auto"))  # refuses what it would refuse on a device
+    adamw_ema(model, dataclasses.replace(config.optim, backend="auto"))  # rejects the settings that a device would
     parameters = sum(p.numel() for p in model.parameters())
     groups = parameter_groups(model)
-    padded = [sum(_padded(p, shards) for p in parameters) for _, parameters in groups]  # elements, of each group
+    padded = [sum(_padded(p, shards) for p in parameters) for _, parameters in groups]  # elements of each group
     gathered = [n * unit.dtype.itemsize for n, (unit, _) in zip(padded, groups, strict=True)]
     shard = SINGLE * sum(padded) // shards
-    copied = dtype == torch.bfloat16 and not world.sharded and not config.compile  # by `adamw_ema`
+    copied = dtype == torch.bfloat16 and not world.sharded and not config.compile  # as in `adamw_ema`
     memory = {
         "weights": shard,
         "gradients": sum(gathered) if copied and config.accumulation == 1 else shard,
@@ -162,10 +162,10 @@ def make_plan(config: TrainConfig, world: World) -> Plan:
     if copied:
         memory["bfloat16 copies"] = dtype.itemsize * parameters
     if world.sharded:
-        # What is freed after each use is there twice: in use, and gathered or reduced ahead.
+        # Memory that is freed after each use counts twice: one part in use, one gathered or reduced ahead.
         memory["gathered parameters"] = 2 * max(gathered) if config.reshard else sum(gathered)
         memory["gradients in reduction"] = 2 * SINGLE * max(padded)
-        if config.accumulation > 1:  # whole, until the last pass reduces them
+        if config.accumulation > 1:  # whole gradients, until the last pass reduces them
             memory["accumulated gradients"] = SINGLE * parameters
     fused = config.ops == "triton" or (config.ops == "auto" and world.device.type == "cuda")
     memory["activations"], passes = meta_pass(
@@ -191,7 +191,7 @@ def make_plan(config: TrainConfig, world: World) -> Plan:
 
 
 def _padded(p: Tensor, shards: int) -> int:
-    """Elements of a parameter whose rows are dealt evenly: those of the last ranks may be padding."""
+    """Elements of a parameter whose rows are dealt evenly; those on the last ranks may be padding."""
     rows = p.shape[0]
     return -(-rows // shards) * shards * (p.numel() // rows)
 
@@ -201,7 +201,7 @@ def _padded(p: Tensor, shards: int) -> int:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Bytes of all storages made inside that are alive, now and at most.
+    """Bytes of all live storages made inside the context, now and at the peak.
 
     Args:
         apart: tensors that do not count.
@@ -246,17 +246,17 @@ def meta_pass(
     recompute: bool = False,
     gathered: bool = False,
 ) -> tuple[int, list[Counter[Phase]]]:
-    """The trainer's pass over `batch` rows of one rank: loss and backward, without `--compile`.
+    """The trainer's pass over one rank's `batch` rows: loss and backward, without `--compile`.
 
     Args:
         model, method, batch, dtype: network, objective, rows, and the dtype of matrix products.
-        fused: by the fused ops.
+        fused: whether fused ops compute.
         recompute: activation checkpointing.
-        gathered: parameters come in the dtype that they are gathered or copied in; else they are cast as it goes.
+        gathered: whether parameters come in the dtype of gathering or copying; otherwise they are cast at each use.
 
     Returns:
-        The peak of all tensors but parameters and their gradients, in bytes; and for each group of parameters how
-        often it is used in which phase, in the order of its first use.
+        The peak of all tensors except parameters and their gradients, in bytes. Then, for each group of parameters in
+        the order of first use, how often each phase uses it.
     """
     network = prepare_model(meta_network(model, dtype), World(0, 1, META), recompute=recompute)
     objective, shape = OBJECTIVES.build(method), (batch, *model.latent_shape)
@@ -289,7 +289,7 @@ def _note_use(uses: Counter[Phase]) -> Any:
 
 
 def device_memory(device: torch.device) -> int | None:
-    """Bytes of a GPU's memory, or None where there is none."""
+    """Bytes of a GPU's memory; None without a GPU."""
     if device.type != "cuda" or not torch.cuda.is_available():
         return None
     return torch.cuda.get_device_properties(device).total_memory

@@ -1,4 +1,4 @@
-"""What is refused before a run starts, and the dry run, which does no more than that and prints the plan."""
+"""Checks before a run starts, and the dry run, which makes only these checks and prints the plan."""
 
 from __future__ import annotations
 
@@ -35,23 +35,23 @@ from mfengine.ranks import World
 from mfengine.torch_private import FakeTensorMode
 
 CONFIG = "config.json"
-FIXED = (  # what a run learns and from what; how it is computed, watched and kept may change when it is continued
+FIXED = (  # what a run learns, and from what; a continued run may change how this is computed, logged and stored
     *("network", "model.", "objective", "method.", "optim.ema_decays", "batch_size", "seed"),
     *("space.shape", "space.num_classes", "space.scale", "space.bias", "dataset."),
 )
 
 
 def check_run(config: TrainConfig, dataset: Dataset, world: World) -> None:
-    """Refuse, before anything is made, what does not fit the data or does not run on such devices.
+    """Reject a run that does not fit its data or cannot run on the devices. Nothing is written.
 
     Args:
         config: the run.
-        dataset: what it is to learn from.
-        world: the ranks that are to train. A GPU need not be there: then packages and libraries are tried alone.
+        dataset: the data to learn from.
+        world: the ranks that will train. Without a GPU, only packages and libraries are checked.
 
     Raises:
-        InputError: model and data do not fit; kernels, attention or optimizer are unavailable; samples are to be
-            measured in too many dimensions.
+        InputError: model and data do not fit; kernels, attention or optimizer are unavailable; the latents have too
+            many dimensions for the requested evaluation.
     """
     check_tracker(config.tracker)
     dataset.check_model(config.model.latent_shape, config.model.num_classes)
@@ -63,7 +63,7 @@ def check_run(config: TrainConfig, dataset: Dataset, world: World) -> None:
             raise InputError(f"--{option} {name} is unavailable: {why}")
     optim = config.optim
     if optim.backend == "cuda" and absent(world.device) and LIBRARY.is_file():
-        optim = replace(optim, backend="auto")  # the library says nothing without a GPU but that there is none
+        optim = replace(optim, backend="auto")  # without a GPU, the library reports nothing else
     with FakeTensorMode():
         adamw_ema(nn.ParameterList([torch.empty(1, device=world.device.type)]), optim)
     if config.evaluate_every:
@@ -71,19 +71,19 @@ def check_run(config: TrainConfig, dataset: Dataset, world: World) -> None:
 
 
 def other_normalisation(config: TrainConfig, dataset: Dataset) -> list[str]:
-    """A warning, if latents are normalised otherwise than those that the configuration was published with."""
+    """A warning if the latents are not normalised as in the publication of this configuration."""
     wanted, found = config.normalisation, describe(dataset.space)
     if wanted in (None, found):
         return []
     return [
         f"warning: this configuration was published with latents normalised by {wanted}; {config.data} has {found}. "
-        f"`python -m mfengine.prepare normalise {config.data} --to {wanted}` changes that, and --normalisation None "
-        "takes it as it is"
+        f"Change that with `python -m mfengine.prepare normalise {config.data} --to {wanted}`, or accept it with "
+        "--normalisation None"
     ]
 
 
 def absent(device: torch.device) -> bool:
-    """Whether it is a GPU that is not there: for a plan of another machine."""
+    """Whether the device is a GPU that is not present: a plan for another machine."""
     return device.type == "cuda" and not torch.cuda.is_available()
 
 
@@ -92,10 +92,10 @@ def absent(device: torch.device) -> bool:
 
 
 def check_run_folder(config: TrainConfig, dataset: Dataset) -> list[Path]:
-    """The checkpoints that a run in this folder may continue from, the newest first; empty if it has to begin.
+    """Checkpoints that a run in this folder may continue from, newest first; empty if it must start anew.
 
     Raises:
-        InputError: the folder holds something else, a run that is not to be continued, or one of another
+        InputError: the folder holds something else, a run that must not be continued, or a run with another
             architecture.
     """
     folder, path = config.folder, config.folder / CONFIG
@@ -105,22 +105,22 @@ def check_run_folder(config: TrainConfig, dataset: Dataset) -> list[Path]:
         raise InputError(f"{folder} is not a run folder: choose another --name")
     checkpoints = checkpoints_of(folder)
     if not checkpoints and not _size(folder / METRICS):
-        return []  # a run that ended before it had done anything: the next one may be of other settings
+        return []  # a run that ended before it did anything: the next one may have other settings
     if config.resume == "never":
         raise InputError(f"{folder} holds a run: continue it with --resume auto, or choose another --name")
     before = {**NETWORKS.unnamed, **OBJECTIVES.unnamed, **flatten(read_json(path))}
     for name, value in flatten(_config_values(config, dataset)).items():
         if before.get(name) != value and name.startswith(FIXED):
             raise InputError(
-                f"{folder} has a run with {name} {before.get(name)}, not {value}: "
-                "it cannot be continued so; start another run from its weights with --init"
+                f"{folder} has a run with {name} {before.get(name)}, not {value}, which must not change: "
+                "start another run from its weights with --init"
             )
-    kept_metrics(folder / METRICS)  # which refuses a damaged file
+    kept_metrics(folder / METRICS)  # rejects a damaged file
     return checkpoints
 
 
 def _leftover(path: Path) -> bool:
-    """Whether it is what a run leaves that is killed as it begins, at most."""
+    """Whether a run that was killed at its start may have left this."""
     return path.name == LOCK or path.name.startswith(".partial-")
 
 
@@ -137,16 +137,16 @@ def write_config(config: TrainConfig, dataset: Dataset) -> None:
 
 
 def read_config(path: Path) -> TrainConfig:
-    """The configuration that `write_config` wrote; InputError if it cannot be read."""
+    """The configuration written by `write_config`; InputError if it cannot be read."""
     values = read_json(path)
     model, method = NETWORKS.read(values, "model", path), OBJECTIVES.read(values, "method", path)
-    described = {"network", "objective", "space", "dataset"}  # beside the configuration
+    described = {"network", "objective", "space", "dataset"}  # keys besides the configuration
     values = {name: value for name, value in values.items() if name not in described}
     return from_json(TrainConfig, {**values, "model": model, "method": method}, path)
 
 
 def _config_values(config: TrainConfig, dataset: Dataset) -> dict[str, Any]:
-    """The configuration, and what it was trained on."""
+    """The configuration, and the data that it was trained on."""
     description = {"name": dataset.name, "count": dataset.count, "flips": dataset.flips}
     return {**config.description(), **to_json(config), "space": to_json(dataset.space), "dataset": description}
 
@@ -156,18 +156,18 @@ def _config_values(config: TrainConfig, dataset: Dataset) -> dict[str, Any]:
 
 
 def dry_run(config: TrainConfig, here: World, ranks: int) -> None:
-    """Print the plan of a run, and refuse what training would refuse. Nothing is written.
+    """Print the plan of a run, and reject what training would reject. Nothing is written.
 
-    The plan is of GPUs, unless the configuration says `--device cpu`: it may be made where there are none.
+    The plan is for GPUs unless the configuration says `--device cpu`, even on a machine without one.
 
     Args:
         config: the run.
-        here: the ranks that are there.
-        ranks: how many are to train.
+        here: the ranks of this command.
+        ranks: how many ranks will train.
 
     Raises:
-        InputError: the configuration, the data or the run folder is not usable; the plan is printed first where there
-            is one.
+        InputError: the configuration, the data or the run folder is not usable. The plan, if there is one, is printed
+            first.
     """
     device = torch.device("cpu" if config.device == "cpu" else "cuda")
     plan = make_plan(config, World(0, ranks, device, here.one_rank_mesh))
@@ -192,13 +192,13 @@ def dry_run(config: TrainConfig, here: World, ranks: int) -> None:
     elif config.init is not None:
         model = meta_network(config.model)
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*copying from a non-meta parameter")  # shapes are what counts
+            warnings.filterwarnings("ignore", message=".*copying from a non-meta parameter")  # only shapes count
             load_initial_weights(model, config.init, config.init_reverse_time, config.skip_checksums)
     part, parts = here.rank * config.accumulation, ranks * config.accumulation
     next(Loader(dataset, config.local_batch(ranks), part, parts, config.seed, torch.device("cpu")))
     if here.main:
         if absent(device):
-            print("there is no GPU here: that kernels, attention and optimizer run on one was not tried")
+            print("there is no GPU here: kernels, attention and optimizer were not tried on one")
         for problem in problems:
             print(f"warning: {problem}")
         print(f"ready to {f'continue at step {step:,}' if checkpoints else 'start'}; nothing was written")

@@ -1,4 +1,4 @@
-"""Presets: configurations by name. Another one is put in from outside: `PRESETS["mine"] = ("what it is", config)`."""
+"""Presets: configurations by name. To add one from outside: `PRESETS["mine"] = ("description", config)`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _imagenet(name: str, patch: int, width: int, depth: int, heads: int, epochs:
 
 
 def _small(size: int, patch: int) -> tuple[str, TrainConfig]:
-    """DiT-S (arXiv 2212.09748) for data of one's own."""
+    """DiT-S (arXiv 2212.09748) for your own data."""
     return (
         f"your own latents, {size} x {size}: 33 M parameters, patches of {patch} x {patch}",
         TrainConfig(
@@ -47,7 +47,7 @@ def _improved(name: str, width: int, depth: int, heads: int, omega: float, t_min
     )
 
 
-_AS_B2 = "640 epochs (training as imf-b2: its own is not published)"
+_AS_B2 = "640 epochs (trained like imf-b2: its own settings are not published)"
 
 PRESETS: dict[str, tuple[str, TrainConfig]] = {
     "digits": (
@@ -72,7 +72,7 @@ PRESETS: dict[str, tuple[str, TrainConfig]] = {
     "b4": ("ImageNet 256, 131 M parameters, 80 epochs", _imagenet("b4", 4, 768, 12, 12, 80, omega=1.0, kappa=0.5)),
     "b2": ("ImageNet 256, 131 M parameters, 240 epochs", _imagenet("b2", 2, 768, 12, 12, 240, omega=1.0, kappa=0.5)),
     "m2": (
-        "ImageNet 256, 308 M parameters, 240 epochs (guidance as b2: the published one is unconfirmed)",
+        "ImageNet 256, 308 M parameters, 240 epochs (guidance as in b2: the published one is unconfirmed)",
         _imagenet("m2", 2, 1024, 16, 16, 240, omega=1.0, kappa=0.5),
     ),
     "l2": (
@@ -84,11 +84,11 @@ PRESETS: dict[str, tuple[str, TrainConfig]] = {
         _imagenet("xl2", 2, 1152, 28, 16, 240, omega=0.2, kappa=0.92, t_end=0.75),
     ),
     "xl2-plus": (
-        "ImageNet 256, 676 M parameters, 1000 epochs (guidance as xl2: the published one is unconfirmed)",
+        "ImageNet 256, 676 M parameters, 1000 epochs (guidance as in xl2: the published one is unconfirmed)",
         _imagenet("xl2-plus", 2, 1152, 28, 16, 1000, omega=0.2, kappa=0.92, t_end=0.75),
     ),
     "digits-imf": (
-        "the digits by improved MeanFlow: minutes on two CPU cores",
+        "the digits, with improved MeanFlow: minutes on two CPU cores",
         TrainConfig(
             data=Path("data/digits"),
             name="digits-imf",
@@ -104,7 +104,16 @@ PRESETS: dict[str, tuple[str, TrainConfig]] = {
                 interval_tokens=1,
                 time_tokens=1,
             ),
-            method=ImprovedMeanFlowConfig(logit_mean=-0.8, logit_std=1.2, omega_max=2.0, omega=1.5),
+            method=ImprovedMeanFlowConfig(
+                interval_share=0.75,
+                norm_p=0.5,
+                logit_mean=-0.8,
+                logit_std=1.2,
+                omega_max=2.0,
+                omega=1.5,
+                t_min=0.2,
+                t_max=0.8,
+            ),
             optim=OptimConfig(lr=1.5e-2, schedule="cosine", warmup_epochs=5, ema_decays=(0.98,)),
             batch_size=128,
             epochs=130,

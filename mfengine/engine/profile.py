@@ -1,4 +1,4 @@
-"""Where the time of some steps goes: a trace for chrome://tracing or Perfetto, and a table of passes and operators."""
+"""Profiles steps: a trace for chrome://tracing or Perfetto, and a table of time by pass and operator."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from mfengine.files import write_atomic, writing
 
-PASSES = ("data", "guidance", "forward", "backward", "optimizer")  # and tangent, which is within the forward
-# An operator or kernel is of the first kind of which a word is in its name.
+PASSES = ("data", "guidance", "forward", "backward", "optimizer")  # and tangent, inside the forward
+# An operator or kernel belongs to the first kind with one of these words in its name.
 KINDS = {
     "communication": ("nccl", "gloo", "all_gather", "reduce_scatter", "all_reduce"),
     "attention": ("attention", "flash", "softmax", "bmm"),
@@ -38,8 +38,8 @@ class Profile:
 
     Args:
         span: `start` and `stop`, or None for no step.
-        folder: gets trace.json and table.txt.
-        model: its calls are guidance where they have no graph, the forward else.
+        folder: where trace.json and table.txt are written.
+        model: the network; a call without a graph counts as guidance, any other as forward.
     """
 
     def __init__(self, span: tuple[int, int] | None, folder: Path, model: nn.Module) -> None:
@@ -47,12 +47,12 @@ class Profile:
         self._profiler: profile | None = None
 
     def label(self, name: str) -> AbstractContextManager[Any]:
-        """Label what happens inside as one of `PASSES`, while steps are profiled."""
+        """Label the work inside the context as one of `PASSES`, while steps are profiled."""
         return nullcontext() if self._profiler is None else record_function(name)
 
     @contextmanager
     def step(self, number: int) -> Iterator[None]:
-        """Around each step. After the last of the span, trace and table are written.
+        """Wraps each step. After the last step of the span, it writes trace and table.
 
         Raises:
             InputError: they cannot be written.
@@ -94,11 +94,11 @@ class Profile:
 
 
 def spent(events: list[dict[str, Any]]) -> Spent:
-    """Seconds of a Chrome trace by pass and kind: those of kernels where there are any, else those of operators.
+    """Seconds of a Chrome trace by pass and kind: those of kernels if there are any, else those of operators.
 
-    The passes are labelled ranges of the thread that trains. A kernel is of the pass in which it was launched. A kernel
-    or operator named `dual` computes output and tangent in one, and is counted as tangent; so are, on plain PyTorch,
-    operators within the forward that have no graph. On fused ops, matrix products of tangents are counted as forward.
+    Passes are labelled ranges on the training thread. A kernel belongs to the pass that launched it. A kernel or
+    operator named `dual` computes output and tangent together and counts as tangent. So do operators without a graph
+    inside the forward, on plain PyTorch. On fused ops, matrix products of tangents count as forward.
     """
     ranges = sorted(
         (e["ts"], e["ts"] + e["dur"], e["name"])
@@ -128,9 +128,9 @@ def spent(events: list[dict[str, Any]]) -> Spent:
 
 
 def own_time(operators: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], dict[str, Any], float]]:
-    """Of each operator: the outermost one around it, itself, and its seconds less those of operators within."""
-    inside: defaultdict[int, float] = defaultdict(float)  # by the identity of the outer one
-    stacks: defaultdict[Any, list[dict[str, Any]]] = defaultdict(list)  # by thread
+    """For each operator: the outermost one around it, itself, and its seconds without those of operators inside it."""
+    inside: defaultdict[int, float] = defaultdict(float)  # keyed by the identity of the outer operator
+    stacks: defaultdict[Any, list[dict[str, Any]]] = defaultdict(list)  # keyed by thread
     outermost = []
     for e in sorted(operators, key=lambda e: (e["ts"], -e["dur"])):
         stack = stacks[e["pid"], e["tid"]]
@@ -145,13 +145,13 @@ def own_time(operators: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], 
 
 
 def kind_of(name: str) -> str:
-    """Of an operator or kernel, by its name."""
+    """The kind of an operator or kernel, from its name."""
     name = name.lower()
     return next((kind for kind, words in KINDS.items() if any(word in name for word in words)), "other")
 
 
 def table(found: Spent) -> str:
-    """Lines of pass, kind, milliseconds and share, the largest first, after the sums of the passes."""
+    """A table of pass, kind, milliseconds and share, largest first, after the sums of the passes."""
     total = sum(found.values()) or 1.0
     passes: defaultdict[str, float] = defaultdict(float)
     for (name, _), seconds in found.items():

@@ -1,4 +1,4 @@
-"""How fast a device is by its data sheet, and how fast it multiplies matrices, measured."""
+"""Peak rates of devices: from data sheets, and measured in a matrix product."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ import torch
 
 
 class DataSheet(NamedTuple):
-    """What a GPU can do by NVIDIA's data sheets, whose figures for sparse matrices are halved here."""
+    """Rates of a GPU from NVIDIA's data sheets; figures for sparse matrices are halved."""
 
     tflops: float  # TFLOP/s of dense bfloat16 products with float32 accumulation
     single_tflops: float  # TFLOP/s of float32 outside tensor cores
-    gb_per_s: float  # of device memory
+    gb_per_s: float  # bandwidth of device memory
     memory_gb: float
     multiprocessors: int
 
 
-# By words of the device's name as PyTorch gives it. The first entry whose words are all in the name counts, so variants
-# come before the plain name, which stands for the usual variant.
+# Keys are words of the device's name in PyTorch. The first entry with all its words in the name counts, so variants
+# precede the plain name, which stands for the usual variant.
 DATA_SHEETS: dict[tuple[str, ...], DataSheet] = {
     ("GB200",): DataSheet(2500.0, 80.0, 8000.0, 186.0, 152),
     ("B200",): DataSheet(2250.0, 75.0, 7700.0, 180.0, 148),
@@ -40,13 +40,13 @@ DATA_SHEETS: dict[tuple[str, ...], DataSheet] = {
 
 
 def data_sheet(name: str) -> DataSheet | None:
-    """Of a GPU by its name, as PyTorch gives it or as `h100-pcie`; None if it is not in the table."""
+    """The entry for a GPU's name, as in PyTorch or as `h100-pcie`; None if there is none."""
     words = set(re.split(r"[\s-]+", name.lower()))
     return next((s for known, s in DATA_SHEETS.items() if words.issuperset(w.lower() for w in known)), None)
 
 
 def data_sheet_rate(device: torch.device, dtype: torch.dtype) -> float | None:
-    """FLOPs per second by the data sheet in bfloat16 or float16; None for other dtypes and devices not in the table."""
+    """FLOPs per second in the data sheet for bfloat16 or float16; None for other dtypes and for unlisted devices."""
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return None
     sheet = data_sheet(torch.cuda.get_device_name(device))
@@ -54,12 +54,12 @@ def data_sheet_rate(device: torch.device, dtype: torch.dtype) -> float | None:
 
 
 def peak_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOPs per second that the MFU is a share of: the data sheet's, or the measured rate where there is none."""
+    """FLOPs per second that MFU refers to: the data sheet's, or else the measured rate."""
     return data_sheet_rate(device, dtype) or matrix_rate(device, dtype)
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOPs per second that a device reaches in a large matrix product, measured in a fraction of a second."""
+    """FLOPs per second in a large matrix product, measured in a fraction of a second."""
     n = 8192 if device.type == "cuda" else 512
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
 

@@ -1,8 +1,8 @@
-"""The files of a checkpoint: DCP's, with checksums as they are written, and read without executing anything.
+"""Files of a checkpoint: DCP writes them with checksums, and reads them without executing anything.
 
-A pickle is a program, and DCP reads pickles: the list of what a checkpoint holds (`.metadata`), and every value that is
-no tensor. Here the list is unpickled with the names alone that DCP writes into it, and values as weights are
-(`weights_only`).
+A pickle is a program, and DCP reads pickles: `.metadata`, which lists the contents of a checkpoint, and every value
+that is not a tensor. Here `.metadata` may use only the names that DCP writes into it, and values are unpickled like
+weights (`weights_only`).
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ def intact(path: Path, expected: Sum) -> bool:
 
 
 class Writer(dcp.FileSystemWriter):
-    """DCP's writer; `sums` has the size and checksum of each file that this rank has written, by name.
+    """DCP's writer. `sums` has the size and checksum of each file that this rank has written, by name.
 
-    They are of what was to be written, not of what the disk made of it.
+    They are computed from the data to write, not read back from the disk.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -70,12 +70,12 @@ class _SummedFiles(FileSystem):
     def create_stream(self, path: Any, mode: str) -> Iterator[Any]:
         with _Summed(io.FileIO(path, mode)) as stream:
             yield stream
-        # DCP renames the list of the contents when it is whole.
+        # DCP renames `.metadata` when it is complete.
         self._sums[Path(path).name.removesuffix(".tmp")] = Sum(Path(path).stat().st_size, stream.crc)
 
 
 class _Summed(io.BufferedWriter):
-    """A file that is written from front to back."""
+    """A file that is written sequentially."""
 
     crc = 0
 
@@ -89,12 +89,12 @@ class _Summed(io.BufferedWriter):
 
 
 class Reader(dcp.FileSystemReader):
-    """DCP's reader, with a restricted unpickler for the list of what a checkpoint holds.
+    """DCP's reader, with a restricted unpickler for `.metadata`, the list of contents.
 
     Raises:
         OSError: the list cannot be read.
-        Refused: it names what DCP does not write.
-        ValueError: it is no such list.
+        Refused: it contains a name that DCP does not write.
+        ValueError: it is not such a list.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -104,28 +104,28 @@ class Reader(dcp.FileSystemReader):
                 self._metadata = _Unpickler(file).load()
             except Refused:
                 raise
-            except Exception as error:  # of pickle's machine, which breaks in many ways on what is no pickle
+            except Exception as error:  # a file that is not a pickle makes the unpickler fail in many ways
                 raise ValueError(f"{METADATA} is not a pickle of DCP's: {' '.join(str(error).split())}") from None
         places = getattr(self._metadata, "storage_data", None)
         if not isinstance(self._metadata, records.Metadata) or not isinstance(places, dict):
-            raise ValueError(f"{METADATA} does not say what there is")
+            raise ValueError(f"{METADATA} does not list the contents")
         for place in places.values():
             name = getattr(place, "relative_path", None)
             if not isinstance(name, str) or Path(name).name != name:
-                raise ValueError(f"{METADATA} names files elsewhere")
+                raise ValueError(f"{METADATA} names files outside the checkpoint")
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> records.Metadata:
         return self._metadata
 
 
 class Planner(dcp.DefaultLoadPlanner):
-    """DCP's planner; what is no tensor has to be bytes, and is unpickled with `weights_only`."""
+    """DCP's planner. A value that is not a tensor must be bytes, which are unpickled with `weights_only`."""
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        # DCP unpickles whatever it gets here: so it gets what this process has pickled.
+        # DCP unpickles what it gets here, so it gets a pickle made by this process.
         content, harmless = load_tensors(value), io.BytesIO()
         if not isinstance(content, bytes):
-            raise ValueError(f"{read_item.dest_index.fqn} is of type {type(content).__name__}, not bytes")
+            raise ValueError(f"{read_item.dest_index.fqn} must be bytes, not {type(content).__name__}")
         torch.save(content, harmless)
         harmless.seek(0)
         super().load_bytes(read_item, harmless)
@@ -141,7 +141,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 class _Sealed(type):
-    """A name in a pickle. The pickle can call it, and do nothing else to it: a class itself could be changed."""
+    """A name in a pickle, which the pickle can only call: it could modify a real class."""
 
     def __setattr__(cls, name: str, value: Any) -> None:
         raise Refused(f"setattr({cls.__name__}, {name!r})")
@@ -168,6 +168,6 @@ _CLASSES = (
 _NAMES: dict[tuple[str, str], Any] = {
     **{(cls.__module__, cls.__name__): _sealed(cls.__name__, _instance(cls)) for cls in _CLASSES},
     **{(call.__module__, call.__name__): _sealed(call.__name__, call) for call in (torch.Size, _MemoryFormat, _layout)},
-    # Where the checkpoint was written, which nobody asks; Python 3.13 has paths in a module of their own.
+    # Paths, which are not needed, of where the checkpoint was written; Python 3.13 has them in a module of their own.
     **{(module, "PosixPath"): _sealed("PosixPath", lambda *_: None) for module in ("pathlib", "pathlib._local")},
 }

@@ -1,4 +1,4 @@
-"""What a run tells: progress, metrics.jsonl, pictures, and a tracker."""
+"""Reports of a run: progress, metrics.jsonl, pictures, and a tracker."""
 
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ from mfengine.files import write_atomic, writing
 from mfengine.progress import progress
 
 METRICS, SAMPLES = "metrics.jsonl", "samples"
-STRIP = 24  # pictures in the strip, at most
-RETRY_S = 60.0  # after which the tracker is tried again
+STRIP = 24  # most pictures in the strip
+RETRY_S = 60.0  # before the tracker is tried again
 
 
 class Telemetry:
     """Reports of one run; silent on every rank but the first.
 
     Args:
-        folder: the run's.
+        folder: the run's folder.
         enabled: whether this rank reports.
         step, total_steps: where the run starts and ends.
         batch_size: samples per step.
-        peak: measures the samples per second if all of the step's arithmetic ran at the devices' `peak_rate`; speed is
-            told as a share of it, the MFU. Called again when a step was faster.
-        shown: the metrics that the progress bar shows, and the lines that stand for it where stderr is no terminal.
-        tracker: of `TRACKERS`, or none.
-        facts: what the tracker says of the run.
+        peak: measures the samples per second if all arithmetic of a step ran at the devices' `peak_rate`. Speed over
+            this is the MFU. It is called again if a step was faster.
+        shown: the metrics in the progress bar, and in the lines that replace it if stderr is not a terminal.
+        tracker: one of `TRACKERS`, or none.
+        facts: facts about the run, for the tracker.
 
-    A disk that fails later does not end the run: it is told once, and what can wait is written when the disk works
-    again.
+    A disk that fails later does not end the run. The failure is reported once, and metrics are written when the disk
+    works again.
 
     Raises:
         InputError: metrics.jsonl cannot be continued.
@@ -64,14 +64,14 @@ class Telemetry:
         self._enabled, self._batch_size, self._measure_peak = enabled, batch_size, peak
         self._total_steps, self._shown = total_steps, shown
         self._last = (step, time.monotonic())
-        self._sums: dict[str, tuple[float, float]] = {}  # with their weights, of the steps since the last line
-        self._figures: dict[str, str] = {}  # that are not taken at every step, as they are shown
+        self._sums: dict[str, tuple[float, float]] = {}  # with their weights, over the steps since the last line
+        self._figures: dict[str, str] = {}  # occasional metrics, formatted
         if not enabled:
             return
         self._peak = peak()
         self._folder = folder
-        self._failing: set[str] = set()  # what could not be written when it was last tried
-        self._unwritten = b""  # lines of metrics
+        self._failing: set[str] = set()  # outputs whose last write failed
+        self._unwritten = b""  # lines of metrics that could not be written
         self._metrics = _continue_metrics(folder / METRICS, step)
         self._make_tracker = None if tracker == "none" else TRACKERS[tracker]
         self._tracker: Tracker | None = None
@@ -94,7 +94,7 @@ class Telemetry:
             threading.excepthook = self._excepthook
 
     def step(self, figures: Mapping[str, tuple[float, float]]) -> None:
-        """One more step, with sums over all ranks whose loss is finite and what they are divided by to be means."""
+        """Count one step. Each value is a sum over all ranks with finite loss, and the divisor that makes it a mean."""
         if self._enabled:
             for name, (total, weight) in figures.items():
                 before = self._sums.get(name, (0.0, 0.0))
@@ -107,20 +107,20 @@ class Telemetry:
                 self._bar.update()
 
     def _shown_line(self, means: Mapping[str, float], speed: float) -> str:
-        """Of the progress: metrics, figures, samples per second and MFU."""
+        """The progress line: metrics, samples per second and MFU."""
         shown = {name: f"{means.get(name, np.nan):.4g}" for name in self._shown} | self._figures
         if speed:
             shown |= {"samples/s": f"{speed:.4g}", "mfu": f"{min(1, speed / self._peak):.0%}"}
         return ", ".join(f"{name}={value}" for name, value in shown.items())
 
     def log(self, step: int, epoch: float, lr: float, skipped_steps: int, **more: float) -> None:
-        """Write a line of figures: means and speed since the last one, the learning rate of the last step, and more."""
+        """Write a line of metrics: means and speed since the last line, the last step's learning rate, and `more`."""
         if not self._enabled:
             return
         now = time.monotonic()
         since, started = self._last
         speed = (step - since) * self._batch_size / (now - started)
-        if speed > self._peak:  # measured while the device was busy otherwise
+        if speed > self._peak:  # the peak was measured while other work kept the device busy
             self._peak = max(self._peak, self._measure_peak())
         cuda = torch.cuda.is_initialized()
         means = {name: total / weight if weight else np.nan for name, (total, weight) in self._sums.items()}
@@ -143,7 +143,7 @@ class Telemetry:
             self.say(f"step {step}/{self._total_steps}: {self._shown_line(means, speed)}")
 
     def figure(self, step: int, name: str, value: float) -> None:
-        """Write a figure that is not taken at every step: a line of its own, and printed."""
+        """Write and print a metric that is not computed at every step, on a line of its own."""
         if self._enabled:
             self._write({"step": step, name: value})
             self._figures[name] = f"{value:.4g}"
@@ -158,7 +158,7 @@ class Telemetry:
             self._track(step, lambda tracker: tracker.picture(step, enlarged(grid), caption))
 
     def strip(self, step: int) -> None:
-        """Write strip.png: how the samples of the same noise have changed over the run's pictures."""
+        """Write strip.png, which shows how samples of the same noise changed over the run."""
         if not self._enabled:
             return
         with self._tried("pictures"):
@@ -173,14 +173,14 @@ class Telemetry:
             self._bar.write(message, file=sys.stderr)
 
     def flush(self) -> None:
-        """Write the lines of metrics.jsonl that a full disk did not take."""
+        """Write the lines of metrics.jsonl that were held back while the disk failed."""
         if self._enabled:
             with self._tried(METRICS):
                 while self._unwritten:
                     self._unwritten = self._unwritten[self._metrics.write(self._unwritten) :]
 
     def _write(self, line: dict[str, Any]) -> None:
-        """A line of metrics.jsonl, in which null stands for what is not finite; the tracker is told the rest."""
+        """Write a line of metrics.jsonl, with null for values that are not finite. The tracker gets the finite ones."""
         finite = {name: value for name, value in line.items() if value is not None and np.isfinite(value)}
         self._unwritten += (json.dumps({name: finite.get(name) for name in line}) + "\n").encode()
         self.flush()
@@ -188,7 +188,7 @@ class Telemetry:
         self._track(step, lambda tracker: tracker.scalars(step, finite))
 
     def _track(self, step: int, show: Callable[[Tracker], object]) -> None:
-        """Show something in the tracker; some time after a failure, by another one."""
+        """Show something in the tracker. Some time after a failure, open another one."""
         if self._make_tracker is None or time.monotonic() < self._retry_at:
             return
         tracker, self._tracker, self._retry_at = self._tracker, None, time.monotonic() + RETRY_S
@@ -199,7 +199,7 @@ class Telemetry:
 
     @contextmanager
     def _tried(self, what: str) -> Iterator[None]:
-        """Tell of a disk that fails inside, once until it works again."""
+        """Report a disk failure inside the context, once until the disk works again."""
         try:
             yield
         except (OSError, InputError) as error:
@@ -211,23 +211,24 @@ class Telemetry:
 
 
 def _leave_to_caller(failed: threading.ExceptHookArgs) -> None:
-    """Say nothing of a disk that fails in TensorBoard's thread: its next call raises the error."""
+    """Ignore a disk failure in TensorBoard's thread: its next call raises the error."""
     if not issubclass(failed.exc_type, OSError):
         threading.__excepthook__(failed)
 
 
 def sample_pictures(folder: Path, most: int) -> list[Path]:
-    """At most so many of a run's pictures, evenly spaced and in order, the newest among them; named by their steps."""
+    """At most `most` of a run's pictures, named by their steps, evenly spaced and in order, with the newest."""
     pictures = sorted(path for path in (folder / SAMPLES).glob("*.png") if path.stem.isdigit())
     every = -(-len(pictures) // most) or 1
     return pictures[::-1][::every][::-1]
 
 
 def kept_metrics(path: Path, step: int = 0) -> tuple[list[bytes], bool]:
-    """The lines of metrics.jsonl that stay when a run continues at `step`, and whether these are all.
+    """The lines of metrics.jsonl to keep when a run continues at `step`, and whether these are all lines.
 
     Raises:
-        InputError: it cannot be read, or a line other than one that a killed run left half-written is damaged.
+        InputError: the file cannot be read, or a line is damaged. A last line that a killed run left incomplete is
+            ignored.
     """
     try:
         lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
@@ -245,14 +246,14 @@ def kept_metrics(path: Path, step: int = 0) -> tuple[list[bytes], bool]:
 
 
 def best_step(path: Path, metric: str, steps: Collection[int]) -> int | None:
-    """Of these steps, the one at which metrics.jsonl has the least of a metric; None where it has none."""
+    """The step, among `steps`, with the least value of a metric in metrics.jsonl; None if there is no value."""
     lines = map(json.loads, kept_metrics(path, max(steps))[0])
     found = {line["step"]: line[metric] for line in lines if line["step"] in steps and line.get(metric) is not None}
     return min(found, key=lambda step: found[step], default=None)
 
 
 def _continue_metrics(path: Path, step: int) -> Any:
-    """Open metrics.jsonl for appending, without the lines of steps that will be done again."""
+    """Open metrics.jsonl for appending, without the lines of steps that will be repeated."""
     kept, unchanged = kept_metrics(path, step)
     with writing(path):
         if not unchanged:

@@ -1,4 +1,4 @@
-"""Where a run is shown beside its own files: TensorBoard, or Weights & Biases."""
+"""Trackers show a run outside its folder: TensorBoard, or Weights & Biases."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ TrackerName = Literal["tensorboard", "wandb", "none"]
 
 
 class Tracker(Protocol):
-    """Shows a run. Every method may raise an OSError, and so may the construction.
+    """Shows a run. The constructor and every method may raise an OSError.
 
     Args:
-        folder: the run's.
-        step: that the run starts at; what was shown of later ones is void.
-        facts: what the run is, JSON values.
+        folder: the run's folder.
+        step: the step at which the run starts; reports of later steps become void.
+        facts: facts about the run, as JSON values.
     """
 
     def __init__(self, folder: Path, step: int, facts: Mapping[str, Any]) -> None: ...
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Figures of a step."""
+        """Show metrics of a step."""
 
     def picture(self, step: int, image: Tensor, caption: str) -> None:
-        """Samples, an image (3, H, W) in [0, 1]."""
+        """Show samples, an image (3, H, W) in [0, 1]."""
 
     def close(self) -> None:
         """Write what is pending."""
@@ -38,7 +38,7 @@ class Tracker(Protocol):
 
 class TensorBoard:
     def __init__(self, folder: Path, step: int, facts: Mapping[str, Any]) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # a configuration can be read without it
+        from torch.utils.tensorboard import SummaryWriter  # here: reading a configuration does not need it
 
         self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step)
         for name, value in facts.items():
@@ -60,7 +60,7 @@ class Wandb:
     def __init__(self, folder: Path, step: int, facts: Mapping[str, Any]) -> None:
         import wandb
 
-        # One run per folder: a leg that continues it has the same id.
+        # One run per folder: a continued run keeps its id.
         name = str(folder.resolve()).replace("/", "-").strip("-")
         self._images = wandb.Image
         self._run = wandb.init(project="mfengine", id=name[-64:], name=folder.name, dir=folder, config=dict(facts),
@@ -80,6 +80,6 @@ TRACKERS: dict[str, type[Tracker]] = {"tensorboard": TensorBoard, "wandb": Wandb
 
 
 def check_tracker(name: TrackerName) -> None:
-    """InputError unless its library is installed."""
+    """InputError if the tracker's library is not installed."""
     if name == "wandb" and find_spec("wandb") is None:
-        raise InputError("--tracker wandb needs the library of that name: pip install wandb")
+        raise InputError("--tracker wandb needs the wandb library: pip install wandb")

@@ -72,16 +72,16 @@ def train(config: TrainConfig, world: World, provenance: Mapping[str, str] = Map
         provenance: version, commit and command line, for the tracker.
 
     Returns:
-        0 at the end, or the number of the signal that stopped the run after it had written a checkpoint.
+        0 at the end, or the number of the signal that stopped the run, after a checkpoint was written.
 
     Raises:
         InputError: the configuration, the data or the run folder is not usable.
-        TrainingError: the loss is not finite, or the memory does not suffice.
+        TrainingError: the loss is not finite, or memory runs out.
     """
     config.local_batch(world.size)
     dataset = world.on_main(lambda: Dataset.open(config.data))
     check_run(config, dataset, world)
-    world.on_main(lambda: check_run_folder(config, dataset))  # a folder that is none of ours is not locked either
+    world.on_main(lambda: check_run_folder(config, dataset))  # before the lock, which writes into the folder
     try:
         with ExitStack() as held, use_backend(config.ops), use_attention(config.attention):
             unlocked = world.on_main(lambda: held.enter_context(hold(config.folder)))
@@ -91,10 +91,10 @@ def train(config: TrainConfig, world: World, provenance: Mapping[str, str] = Map
             with caught_signals(world.main) as caught:
                 return trainer.run(caught)
     except torch.OutOfMemoryError as error:
-        asked = ". ".join(str(error).split(". ")[:2])  # what PyTorch says then depends on its version
+        asked = ". ".join(str(error).split(". ")[:2])  # PyTorch's next sentences depend on its version
         peak = torch.cuda.max_memory_allocated() / 1e9
         raise RankTrainingError(
-            f"{asked}, and the peak was {peak:.1f} GB: --recompute or a larger --accumulation takes less memory"
+            f"{asked}, and the peak was {peak:.1f} GB: save memory with --recompute or a larger --accumulation"
         ) from None
 
 
@@ -127,7 +127,7 @@ class Trainer:
         if config.init is not None and not checkpoints:
             fresh = load_initial_weights(model, config.init, config.init_reverse_time, config.skip_checksums)
             if fresh:
-                if len(fresh) > 4:  # a head of a network, say
+                if len(fresh) > 4:  # for example a whole head
                     fresh = list(dict.fromkeys(f"{name.split('.')[0]}.*" for name in fresh))
                 notes.append(f"{config.init} leaves {', '.join(fresh)} as initialised")
         self.model = prepare_model(
@@ -154,7 +154,7 @@ class Trainer:
         self.vae: VAE | None = None
         world.on_main(self._open_vae)
 
-        # Nothing is written before here, so that wrong input leaves nothing behind.
+        # Nothing is written before this point, so that wrong input leaves nothing behind.
         world.on_main(lambda: remove_leftovers(config.folder))
         world.on_main(lambda: write_config(config, dataset))
         world.on_main(lambda: set_aside(checkpoints[: len(damaged)]))
@@ -168,6 +168,11 @@ class Trainer:
         )
         if world.main and device_memory(world.device) is not None:
             notes += make_plan(config, world).warnings(world.device)
+        load, cores = os.getloadavg()[0], os.cpu_count() or 1
+        if world.main and world.device.type == "cpu" and load > cores and torch.get_num_threads() > 1:
+            notes.append(
+                f"other programs keep the cores busy (load {load:.0f} on {cores}): OMP_NUM_THREADS=1 may be faster"
+            )
 
         def peak() -> float:
             flops = step_flops(config.model, config.method, config.local_batch(world.size))
@@ -196,7 +201,7 @@ class Trainer:
                 self.checkpointer.poll()
                 self._tell()
                 if self.data is not None and self.step % self.config.evaluate_every == 0 and not signum:
-                    self._measure_samples(self.data)  # before checkpoints are removed, of which it may be the best
+                    self._measure_samples(self.data)  # before checkpoints are removed: this one may be the best
                 due = self.step % self.config.checkpoint_every == 0 or self.step == self.total_steps
                 if due or overdue or signum:
                     self._save()
@@ -236,14 +241,14 @@ class Trainer:
             if config.debug_nonfinite:
                 batches.append((latents, labels, draws))
             if last:
-                # Copied before the backward is queued: reading it later waits for the forward only.
-                before = torch.stack([self.optimizer.skipped, self.optimizer.grad_norm])  # of the step before
+                # Copied before the backward is queued, so that reading it waits only for the forward.
+                before = torch.stack([self.optimizer.skipped, self.optimizer.grad_norm])  # of the previous step
                 copied = HostCopy(torch.cat([torch.stack([each.sums for each in passes]).sum(0), before]))
             reduce_gradients(self.model, last, config.reshard)
             with self.profile.label("backward"):
                 (loss / config.accumulation).backward()
 
-        # Every rank decides the same: by what all of them have seen.
+        # All ranks see the same values, so they decide the same.
         asked = time.monotonic()
         *sums, skipped, grad_norm = copied.values()
         names = passes[0].weights
@@ -256,10 +261,10 @@ class Trainer:
             "data_wait": data_wait,
         }
         everyones = world.gather([*row.values(), *sums, *weights])
-        ranks = dict(zip(row, everyones.T, strict=False))  # of each name, (ranks,)
+        ranks = dict(zip(row, everyones.T, strict=False))  # name -> (ranks,)
         device_wait = time.monotonic() - asked
         if ranks["skipped"][0]:
-            self._skipped_gradient()  # a step ago: no host has waited for it
+            self._skipped_gradient()  # one step late, so that the host never waits for it
         finite = ranks["loss"].isfinite()
         lr = config.learning_rate(self.step, self.dataset.count)
         if finite.all():
@@ -290,7 +295,7 @@ class Trainer:
         if self._logs(self.step):
             epoch = self.step * config.batch_size / self.dataset.count
             self.telemetry.log(self.step, epoch, lr, self.skipped, **self.weight_health.read())
-        if self._logs(self.step + 1):  # the next step waits for its forward, so it has this one's figures by then
+        if self._logs(self.step + 1):  # the next step waits for its forward, when the metrics of this one are ready
             self.weight_health.measure()
         return int(ranks["signal"].max()), bool(ranks["overdue"][0])
 
@@ -298,12 +303,12 @@ class Trainer:
         return step % self.config.log_every == 0 or step == self.total_steps
 
     def _skipped_gradient(self) -> None:
-        """The last step of the optimizer changed nothing."""
-        self.optimizer.skipped.zero_()  # told once
+        """Report that the optimizer skipped the last step."""
+        self.optimizer.skipped.zero_()  # so that it is reported once
         self._skipped(f"a gradient is not finite at step {self.step}{self.first_bad}")
 
     def _first_nonfinite(self, batches: list[Batch]) -> str:
-        """Do the passes of a step again, whose loss or gradient is not finite, and say where that begins."""
+        """Repeat the passes of a step with a loss or gradient that is not finite, and say where that begins."""
         self.optimizer.zero_grad()
 
         def again() -> Iterator[tuple[str, Tensor]]:
@@ -319,7 +324,7 @@ class Trainer:
         return f" ({first_nonfinite(self.model, again, self.world)})"
 
     def _skipped(self, what: str) -> None:
-        """Tell of a step that left the weights as they were; TrainingError if that has been so too often."""
+        """Report a step that left the weights unchanged; TrainingError after too many of them."""
         self.skipped += 1
         if self.skipped > self.config.max_skipped_steps:
             self._give_up(f"{what}, after {self.skipped - 1} skipped step(s)")
@@ -327,10 +332,10 @@ class Trainer:
 
     def _give_up(self, why: str) -> NoReturn:
         self.checkpointer.wait()
-        raise TrainingError(f"{why}; last whole checkpoint: {self.checkpointer.newest or 'none'}")
+        raise TrainingError(f"{why}; last complete checkpoint: {self.checkpointer.newest or 'none'}")
 
     def _draw_samples(self) -> None:
-        """Draw one-step samples with averaged weights. All ranks take part: a sharded model needs them."""
+        """Draw one-step samples with averaged weights, on all ranks, because a sharded model needs them."""
         device, space = self.world.device, self.dataset.space
         generator = torch.Generator().manual_seed(self.config.seed)
         noise = torch.randn(PICTURE_SAMPLES, *space.shape, generator=generator).to(device)
@@ -346,16 +351,16 @@ class Trainer:
             self.telemetry.picture(self.step, draw_latents(latents.cpu(), space), what)
 
     def _open_vae(self) -> None:
-        """On rank 0, which alone draws pictures."""
+        """Open the VAE on rank 0, the only one that draws pictures."""
         if self.config.vae is not None:
             self.vae = VAE(self.config.vae, self.world.device)
             if self.vae.channels != (channels := self.dataset.space.shape[0]):
                 raise InputError(
-                    f"--vae {self.config.vae} has {self.vae.channels} latent channels, the data {channels}"
+                    f"--vae {self.config.vae} has {self.vae.channels} latent channels; the data has {channels}"
                 )
 
     def _measure_samples(self, data: Gaussian) -> None:
-        """Log how far one-step samples with averaged weights, the same each time, are from the data."""
+        """Log the distance between the data and one-step samples with averaged weights, the same samples each time."""
         config = self.config
         batch, sampler = config.local_batch(self.world.size), self.objective.sampler({})
         samples = SampleSet(self.dataset.space, MEASURED_SAMPLES, batch, config.seed, sampler=sampler)
@@ -367,9 +372,9 @@ class Trainer:
     # State.
 
     def _part(self, i: int) -> int:
-        """Which part of the data and of the random numbers accumulation pass i of this rank takes.
+        """The part of the data and of the random numbers for accumulation pass i of this rank.
 
-        Two ranks, and one rank in two passes, do the same work.
+        Two ranks do the same work as one rank in two passes.
         """
         return self.world.rank * self.config.accumulation + i
 
@@ -378,7 +383,7 @@ class Trainer:
         return self.world.size * self.config.accumulation
 
     def _open_data(self, positions: dict[int, bytes]) -> list[Loader]:
-        # Where no position is given, the order differs from that of every epoch before.
+        # Without a position, the order differs from that of every earlier epoch.
         epoch = self.step * self.config.batch_size // self.dataset.count
         loaders = []
         for i in range(self.config.accumulation):
@@ -398,8 +403,8 @@ class Trainer:
         return loaders
 
     def _state(self) -> dict[str, Any]:
-        """What a checkpoint holds, sharing the memory of model and optimizer."""
-        # The optimizer's settings are the configuration's, which may change between two legs of a run.
+        """The state for a checkpoint. It shares memory with model and optimizer."""
+        # The optimizer's settings come from the configuration, which may change when a run continues.
         optimizer: Any = get_optimizer_state_dict(self.model, self.optimizer)["state"]
         return {
             "model": get_model_state_dict(self.model),
@@ -411,13 +416,13 @@ class Trainer:
         }
 
     def _best(self, steps: list[int]) -> int | None:
-        """Which of these steps has the least of the metric that --keep-best names."""
+        """The step, among `steps`, with the least value of the metric that --keep-best names."""
         if self.config.keep_best is None:
             return None
         return best_step(self.config.folder / METRICS, self.config.keep_best, steps)
 
     def _tell(self) -> None:
-        """Tell of checkpoints that could not be written, or not be removed: the next one is tried all the same."""
+        """Report checkpoints that could not be written or removed. Training goes on, and so does saving."""
         for note in self.checkpointer.notes:
             self.telemetry.say(f"warning: {note}; training goes on")
         self.checkpointer.notes.clear()
@@ -426,7 +431,7 @@ class Trainer:
         self.telemetry.flush()
         if self.optimizer.skipped:
             self._skipped_gradient()
-        # However it came to them, weights that are not finite must not replace good ones.
+        # However it happened, weights that are not finite must not replace good ones.
         finite = bool(torch.stack([local(p).isfinite().all() for p in self.model.parameters()]).all())
         ranks = self.world.gather([finite])[:, 0]
         if not ranks.all():
@@ -445,7 +450,7 @@ class Trainer:
         self.saved_at = time.monotonic()
 
     def _resume(self, path: Path) -> tuple[dict[int, bytes], list[str]]:
-        """Continue from a checkpoint; returns the data's positions, if they still apply, and what to tell."""
+        """Continue from a checkpoint; returns the data positions, if they still apply, and notes to print."""
         description = self.world.on_main(lambda: read_description(path))
         notes = [f"continuing {path}"]
         state = self._state()
@@ -466,14 +471,14 @@ class Trainer:
 
 @contextmanager
 def caught_signals(speaks: bool) -> Iterator[list[int]]:
-    """A list that SIGTERM or SIGINT is put on.
+    """A list that receives SIGTERM and SIGINT.
 
-    The first SIGINT is answered at once, and a second one ends the process at once with exit code 130, whatever the
-    main thread does meanwhile: it may be waiting for a device, a disk or another rank. SIGTERM may come twice, from a
-    scheduler and through torchrun.
+    The first SIGINT is answered at once. A second one ends the process at once with exit code 130, even if the main
+    thread is waiting for a device, a disk or another rank. SIGTERM may come twice, from a scheduler and through
+    torchrun.
 
     Args:
-        speaks: whether this rank answers.
+        speaks: whether this rank prints the answer.
     """
     caught: list[int] = []
     usual = {s: signal.signal(s, lambda signum, _: caught.append(signum)) for s in (signal.SIGTERM, signal.SIGINT)}
@@ -494,15 +499,15 @@ def caught_signals(speaks: bool) -> Iterator[list[int]]:
 
 
 def _answer(reading: int, speaks: bool) -> None:
-    """Read numbers of signals from a pipe until it is closed."""
+    """Read signal numbers from a pipe until it is closed."""
     interrupted = False
     while number := os.read(reading, 1):
         if number[0] != signal.SIGINT:
             continue
         if speaks:
-            # torchrun hands on the first one alone.
-            again = "" if "TORCHELASTIC_RUN_ID" in os.environ else "; Ctrl-C again leaves without it"
-            said = "left without a checkpoint" if interrupted else f"writing a checkpoint{again}"
+            # torchrun forwards only the first one.
+            again = "" if "TORCHELASTIC_RUN_ID" in os.environ else "; press Ctrl-C again to exit without it"
+            said = "exiting without a checkpoint" if interrupted else f"writing a checkpoint{again}"
             os.write(2, f"\ninterrupted: {said}\n".encode())
         if interrupted:
             os._exit(128 + signal.SIGINT)

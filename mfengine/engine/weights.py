@@ -1,4 +1,4 @@
-"""Weights of run folders, checkpoints, exports and other projects: models to sample from, or to start a run from."""
+"""Loads weights of run folders, checkpoints, exports and other projects, to sample or to start a run."""
 
 from __future__ import annotations
 
@@ -30,10 +30,15 @@ class Trained(NamedTuple):
     """A model with averaged weights, ready to sample."""
 
     model: Network
-    space: LatentSpace  # what its latents mean
+    space: LatentSpace  # space of its latents
     path: Path  # the checkpoint or export that was read
-    objective: Objective  # how to sample from it
-    class_names: tuple[str, ...] = ()  # in the order of the labels, where the data set had them
+    objective: Objective  # it knows how to sample
+    class_names: tuple[str, ...] = ()  # in the order of the labels; () if unknown
+
+    def __repr__(self) -> str:
+        millions = sum(p.numel() for p in self.model.parameters()) / 1e6
+        shape, classes = " x ".join(map(str, self.space.shape)), self.space.num_classes
+        return f"Trained({self.path}: {millions:.1f} M parameters, latents of {shape}, {classes} classes)"
 
     def sample(self, labels: Sequence[int] | Tensor, steps: int = 1, seed: int = 0, **conditions: float) -> Tensor:
         """Draw samples.
@@ -41,15 +46,15 @@ class Trained(NamedTuple):
         Args:
             labels: (B,) classes.
             steps: network evaluations per sample.
-            seed: of the noise.
-            conditions: what the objective takes beside labels, such as omega; those not given have the values of its
+            seed: seed of the noise.
+            conditions: inputs of the objective besides labels, such as omega; others have the values of its
                 configuration.
 
         Returns:
             (B, C, H, W) float32 latents, on the model's device.
 
         Raises:
-            InputError: a label is out of range, or there is no such condition.
+            InputError: a label is out of range, or a condition is unknown.
             ValueError: steps is less than 1.
         """
         y = torch.as_tensor(labels, dtype=torch.int64)
@@ -63,23 +68,23 @@ class Trained(NamedTuple):
         """Latents (B, C, H, W) as images (B, 3, H', W') float32 in [0, 1].
 
         Args:
-            latents: of `sample`.
-            vae: decodes them: a folder or hub name that diffusers loads. None shows pixels as they are, and of other
+            latents: latents from `sample`.
+            vae: the decoder: a folder or hub name that diffusers loads. None shows pixels as they are, and of other
                 latents the first three channels.
 
         Raises:
-            InputError: the VAE cannot be loaded, or takes other latents.
+            InputError: the VAE cannot be loaded, or its latents are different.
         """
         if vae is None:
             return draw_latents(latents, self.space)
         return VAE(vae, latents.device).decode(latents, self.space)
 
     def label(self, name: int | str) -> int:
-        """A class, given by its number or its name; InputError if the model does not have it."""
+        """A class, from its number or name; InputError if the model does not have it."""
         if isinstance(name, str) and not name.lstrip("-").isdecimal():
             if not self.class_names:
                 raise InputError(
-                    f"{self.path} has no names of classes: give 0 to {self.space.num_classes - 1}, not {name}"
+                    f"{self.path} has no class names: give a number from 0 to {self.space.num_classes - 1}, not {name}"
                 )
             return self.class_names.index(choose("class", name, self.class_names))
         if not 0 <= (label := int(name)) < self.space.num_classes:
@@ -97,13 +102,13 @@ def load(
     """Load a model to sample from; `mfengine.load`.
 
     Args:
-        path: a run folder (its newest checkpoint is taken), a checkpoint folder, or an export (.safetensors).
-        ema_decay: which moving average; the first if None, as for an export, which holds one.
-        device: of the model; None takes a GPU where there is one.
+        path: a run folder (for its newest checkpoint), a checkpoint folder, or an export (.safetensors).
+        ema_decay: which moving average; None takes the first, or the only one of an export.
+        device: where to put the model; None takes a GPU if there is one.
         skip_checksums: do not check the files of a checkpoint.
 
     Raises:
-        InputError: there is no such thing, or it is damaged, or of an unknown architecture.
+        InputError: the path does not exist, is damaged, or has an unknown architecture.
 
     Example:
         >>> import mfengine
@@ -121,17 +126,17 @@ def load_model(path: Path, ema_decay: float | None = None, skip_checksums: bool 
     """A model to sample from, on the host, computing in float32.
 
     Args:
-        path: a run folder (its newest checkpoint is taken), a checkpoint folder, or an export (.safetensors).
-        ema_decay: which moving average; the first if None, as for an export, which holds one.
+        path: a run folder (for its newest checkpoint), a checkpoint folder, or an export (.safetensors).
+        ema_decay: which moving average; None takes the first, or the only one of an export.
         skip_checksums: do not check the files of a checkpoint.
 
     Raises:
-        InputError: there is no such thing, or it is damaged, or it is of another architecture, or its network or
-            objective is unknown.
+        InputError: the path does not exist, is damaged, has another architecture, or names an unknown network or
+            objective.
     """
     if path.suffix == ".safetensors":
         if ema_decay is not None:
-            raise InputError(f"{path} is an export, which holds one moving average: omit its decay, or give the run")
+            raise InputError(f"{path} is an export with only one moving average: omit its decay, or give the run")
         weights, description = _read_export(path)
     else:
         path = find_checkpoint(path)
@@ -148,23 +153,23 @@ def _load_weights(model: Network, weights: dict[str, Tensor], path: Path) -> Non
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
-        raise InputError(f"{path} is of another architecture: {str(error).splitlines()[1].strip():.200}") from None
+        raise InputError(f"{path} has another architecture: {str(error).splitlines()[1].strip():.200}") from None
 
 
 def export_model(checkpoint: Path, out: Path, ema_decay: float | None = None, skip_checksums: bool = False) -> Path:
-    """Write a moving average of what sampling needs into a file; the checkpoint read.
+    """Write one moving average of the weights for sampling into a file; returns the checkpoint that was read.
 
     Args:
         checkpoint: a checkpoint, or a run folder.
-        out: NAME.safetensors, with the description as metadata, or NAME.pth in the form of `Network.to_original`.
+        out: NAME.safetensors, with the description as metadata, or NAME.pth in the format of `Network.to_original`.
         ema_decay: which moving average; None takes the run's first.
         skip_checksums: do not check the files of the checkpoint.
 
     Raises:
-        InputError: there is no such checkpoint, or it cannot be written so.
+        InputError: there is no such checkpoint, or it cannot be written in this format.
     """
     if checkpoint.suffix == ".safetensors":
-        raise InputError(f"{checkpoint} is an export already: give a checkpoint or a run folder")
+        raise InputError(f"{checkpoint} is already an export: give a checkpoint or a run folder")
     checkpoint = find_checkpoint(checkpoint)
     description = read_description(checkpoint)
     weights = _read_average(checkpoint, description, ema_decay, True, skip_checksums)
@@ -183,10 +188,10 @@ def export_model(checkpoint: Path, out: Path, ema_decay: float | None = None, sk
 
 
 def export_other(path: Path, out: Path, config: TrainConfig, space: LatentSpace) -> None:
-    """Write another project's weights into NAME.safetensors, as an export of a run of `config` has them.
+    """Write another project's weights into NAME.safetensors, like an export of a run of `config`.
 
     Raises:
-        InputError: they cannot be read, are of another architecture, or cannot be written.
+        InputError: the weights cannot be read, have another architecture, or cannot be written.
     """
     model = NETWORKS.build(config.model)
     _load_weights(model, _read_other(type(model), path, config.init_reverse_time)[0], path)
@@ -195,7 +200,7 @@ def export_other(path: Path, out: Path, config: TrainConfig, space: LatentSpace)
 
 
 def _write_export(out: Path, weights: dict[str, Tensor], description: dict[str, Any]) -> None:
-    from safetensors import SafetensorError  # here, since `make gpu` runs without it
+    from safetensors import SafetensorError  # here, because `make gpu` runs without it
     from safetensors.torch import save_file
 
     try:
@@ -210,16 +215,16 @@ def load_initial_weights(model: Network, path: Path, reverse_time: bool, skip_ch
     """Start `model` from other weights.
 
     Args:
-        model: on the host.
-        path: what `load_model` takes, or another project's checkpoint (.pt, .pth) as `Network.convert` takes it.
-        reverse_time: of `Network.convert`.
+        model: the model, on the host.
+        path: a path for `load_model`, or another project's checkpoint (.pt, .pth) for `Network.convert`.
+        reverse_time: see `Network.convert`.
         skip_checksums: do not check the files of a checkpoint.
 
     Returns:
-        The parameters that it left fresh: an export has none that only training uses.
+        The parameters that stay as initialised: an export lacks those for training only.
 
     Raises:
-        InputError: there is no such thing, or it is of another architecture.
+        InputError: the path does not exist, or has another architecture.
     """
     fresh: list[str] = []
     if path.suffix in OTHERS:
@@ -238,11 +243,11 @@ def load_initial_weights(model: Network, path: Path, reverse_time: bool, skip_ch
 
 
 def _read_other(network: type[Network], path: Path, reverse_time: bool) -> tuple[dict[str, Tensor], list[str]]:
-    """Another project's weights, complete, and those that it does not have."""
+    """Another project's weights, completed by fresh parameters, and the names of these."""
     try:
         weights, fresh, _ = network.convert(load_tensors(path), reverse_time)
     except Refused as name:
-        raise InputError(f"{path} would run {name}, if it were unpickled: refused") from None
+        raise InputError(f"{path} would run {name} when unpickled: refused") from None
     except (OSError, RuntimeError, ValueError) as error:
         raise InputError(f"cannot read {path}: {str(error).splitlines()[0]}") from None
     except (AttributeError, EOFError, KeyError, TypeError) as error:
@@ -251,15 +256,15 @@ def _read_other(network: type[Network], path: Path, reverse_time: bool) -> tuple
 
 
 def check_decay(checkpoint: Path, description: dict[str, Any], decay: float) -> None:
-    """InputError unless a checkpoint of this description has a moving average of this decay."""
+    """InputError if a checkpoint with this description has no moving average with this decay."""
     if decay not in description["ema_decays"]:
-        raise InputError(f"{checkpoint} has no moving average of decay {decay}; it has {description['ema_decays']}")
+        raise InputError(f"{checkpoint} has no moving average with decay {decay}; it has {description['ema_decays']}")
 
 
 def _read_average(
     checkpoint: Path, description: dict[str, Any], decay: float | None, sampling: bool, skip_checksums: bool
 ) -> dict[str, Tensor]:
-    """A moving average of all weights, or of those that sampling needs."""
+    """One moving average of all weights, or of those for sampling."""
     decay = description["ema_decays"][0] if decay is None else decay
     check_decay(checkpoint, description, decay)
     model = meta_network(NETWORKS.read(description, "model", checkpoint))
@@ -270,7 +275,7 @@ def _read_average(
 
 
 def _read_export(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    from safetensors import safe_open  # likewise
+    from safetensors import safe_open  # here for the same reason
 
     try:
         with safe_open(path, "pt") as file:

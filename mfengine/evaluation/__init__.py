@@ -1,1 +1,1 @@
-"""How near samples are to the data."""
+"""Metrics of how close samples are to the data."""

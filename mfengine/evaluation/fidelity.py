@@ -1,4 +1,4 @@
-"""FID, Inception Score, precision and recall of images, by the torch-fidelity library, over the ranks."""
+"""FID, Inception Score, precision and recall of images, computed by the torch-fidelity library on all ranks."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ from mfengine.errors import InputError
 from mfengine.progress import progress
 from mfengine.ranks import World
 
-EXTRACTOR = "inception-v3-compat"  # the network of the original FID, its weights converted from TensorFlow
-FEATURES = 2048  # the network's last pooling, for FID, precision and recall
+EXTRACTOR = "inception-v3-compat"  # the network of the original FID, with weights converted from TensorFlow
+FEATURES = 2048  # the network's last pooling layer, for FID, precision and recall
 LOGITS = 1008  # its classes without bias, for the Inception Score
-SPLITS = 10  # of the Inception Score
-NEIGHBOURS = 3  # of precision and recall
+SPLITS = 10  # for the Inception Score
+NEIGHBOURS = 3  # for precision and recall
 
 
 class Reference:
-    """What images are compared with.
+    """The reference that images are compared with.
 
     Args:
-        path: a folder of images; or an .npz with images (N, H, W, 3) uint8 called arr_0, or mean and covariance of
-            their Inception features called mu and sigma, or both, as ADM's reference batches have them.
+        path: a folder of images, or an .npz like ADM's reference batches. An .npz has images (N, H, W, 3) uint8 as
+            arr_0, or the mean and covariance of their Inception features as mu and sigma, or both.
 
     Raises:
-        InputError: there is nothing of the kind, or it has another shape.
+        InputError: the path has none of these, or an array has the wrong shape.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.images: ImageFolder | ImageArchive | None = None
-        self.statistics: dict[str, np.ndarray] | None = None  # as torch-fidelity names them
+        self.statistics: dict[str, np.ndarray] | None = None  # under torch-fidelity's names
         if path.is_dir():
             self.images = ImageFolder(path)
         elif path.suffix == ".npz" and path.is_file():
@@ -50,7 +50,7 @@ class Reference:
         else:
             raise InputError(f"reference {path} is neither a folder of images nor an .npz file")
         if self.images is not None and len(self.images) <= NEIGHBOURS:
-            raise InputError(f"{path} has {len(self.images)} image(s); a reference has more than {NEIGHBOURS}")
+            raise InputError(f"{path} has {len(self.images)} image(s); a reference needs more than {NEIGHBOURS}")
 
     def _read_archive(self) -> None:
         if not zipfile.is_zipfile(self.path):
@@ -63,40 +63,40 @@ class Reference:
             self.images = ImageArchive(self.path)
         elif self.statistics is None:
             raise InputError(
-                f"{self.path} has {', '.join(sorted(names)) or 'nothing'}; reference statistics are mu and sigma, "
-                "reference images arr_0"
+                f"{self.path} has {', '.join(sorted(names)) or 'nothing'}; it needs reference statistics as mu and "
+                f"sigma, or reference images as arr_0"
             )
         for name, shape in (("mu", (FEATURES,)), ("sigma", (FEATURES, FEATURES))):
             if self.statistics is not None and self.statistics[name].shape != shape:
                 raise InputError(
-                    f"{self.path}: {name} is {self.statistics[name].shape}; of Inception features it is {shape}"
+                    f"{self.path}: {name} is {self.statistics[name].shape}; for Inception features it must be {shape}"
                 )
 
     def check_size(self, height: int, width: int) -> None:
-        """InputError where there are images of another size than those to be compared."""
+        """InputError if the reference images differ in size from the images to compare."""
         if self.images is not None and (self.images.height, self.images.width) != (height, width):
             raise InputError(
                 f"the images of {self.path} are {self.images.width} x {self.images.height}, "
-                f"those of the model {width} x {height}"
+                f"but those of the model are {width} x {height}"
             )
 
 
 class Fidelity:
-    """Compares images with a reference; features are taken on all ranks and compared on the first.
+    """Compares images with a reference. All ranks extract features; the first one compares them.
 
     Args:
-        reference: see there.
-        weights: of the Inception network, as torch-fidelity keeps them; fetched by it if None.
+        reference: the reference.
+        weights: torch-fidelity's file of Inception weights; None lets the library fetch it.
         batch: reference images at a time.
         world: the ranks that share the work.
 
     Raises:
-        InputError: torch-fidelity cannot be imported, or there are no such weights, or a reference image is broken.
+        InputError: torch-fidelity cannot be imported, the weights are missing, or a reference image is broken.
     """
 
     def __init__(self, reference: Reference, weights: Path | None, batch: int, world: World) -> None:
         self._statistics, self._world = reference.statistics, world
-        # Read once, and sent to the other ranks.
+        # Read once, then sent to the other ranks.
         self._extractor = world.on_main(lambda: _load_extractor(weights)).to(world.device)
         self._reference_features = None
         if reference.images is not None:
@@ -104,14 +104,14 @@ class Fidelity:
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
-        """Features and logits (n, 2048 + 1008) float32, on the host, of images (n, 3, H, W) uint8."""
+        """Features and logits (n, 2048 + 1008) float32, on the host, for images (n, 3, H, W) uint8."""
         return torch.cat(self._extractor(images.to(self._world.device)), dim=1).cpu()
 
     def metrics(self, shares: list[tuple[range, Tensor]]) -> dict[str, float]:
-        """All metrics, on rank 0; every rank calls it with its share: numbers of images and their features.
+        """All metrics, on rank 0. Every rank calls this with its share: the images' numbers and their features.
 
-        FID (arXiv 1706.08500), Inception Score (arXiv 1606.03498) and, where the reference has images, precision and
-        recall (arXiv 1904.06991).
+        They are FID (arXiv 1706.08500), the Inception Score (arXiv 1606.03498) and, if the reference has images,
+        precision and recall (arXiv 1904.06991).
         """
         taken = self._gather(shares)
         if taken is None:
@@ -132,7 +132,7 @@ class Fidelity:
             "inception_score_std": score[KEY_METRIC_ISC_STD],
         }
         if self._reference_features is not None:
-            device = self._world.device  # 50,000 times 50,000 distances
+            device = self._world.device  # for 50,000 x 50,000 distances
             overlap = prc_features_to_metric(
                 features.to(device),
                 real_features.to(device),
@@ -144,7 +144,7 @@ class Fidelity:
         return metrics
 
     def _read(self, images: ImageFolder | ImageArchive, batch: int) -> Iterator[tuple[range, Tensor]]:
-        """This rank's share of the reference: numbers of images and their features."""
+        """This rank's share of the reference: the images' numbers and their features."""
         count, stride = len(images), self._world.size * batch
         with progress(count, "images", "reference", enabled=self._world.main) as bar:
             for first in range(self._world.rank * batch, count, stride):
@@ -153,7 +153,7 @@ class Fidelity:
                 bar.update(min(count, first + stride) - bar.n)
 
     def _gather(self, shares: list[tuple[range, Tensor]]) -> Tensor | None:
-        """Everyone's features in the order of the images, on rank 0."""
+        """The features of all ranks in the order of the images, on rank 0."""
         numbers = torch.tensor([i for rows, _ in shares for i in rows], dtype=torch.int64)
         features = torch.cat([torch.empty(0, FEATURES + LOGITS), *(part for _, part in shares)])
         all_numbers, all_features = self._world.gather_rows(numbers), self._world.gather_rows(features)
@@ -165,15 +165,15 @@ class Fidelity:
 def _load_extractor(weights: Path | None) -> Any:
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-    except Exception as error:  # of any kind, from a torchvision that was built for another torch
+    except Exception as error:  # any kind, for example if torchvision was built for another torch
         if isinstance(error, ModuleNotFoundError) and error.name == "torch_fidelity":
             raise InputError("--reference needs the torch-fidelity library: pip install 'mfengine[fid]'") from None
         raise InputError(
-            f"--reference needs the torch-fidelity library, which does not import: {str(error).splitlines()[0]} "
-            "(it needs a torchvision that fits your torch)"
+            f"--reference needs the torch-fidelity library, but its import fails: {str(error).splitlines()[0]} "
+            "(it needs a torchvision that matches your torch)"
         ) from None
     if weights is not None and not weights.is_file():
-        raise InputError(f"Inception weights {weights} are not there")
+        raise InputError(f"there are no Inception weights at {weights}")
     try:
         return FeatureExtractorInceptionV3(
             EXTRACTOR,
@@ -185,6 +185,6 @@ def _load_extractor(weights: Path | None) -> Any:
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         if weights is None:
             raise InputError(
-                f"cannot fetch the Inception weights: {reason}; give a file with --inception (docs/evaluation.md)"
+                f"cannot download the Inception weights: {reason}; give a file with --inception (docs/evaluation.md)"
             ) from None
         raise InputError(f"{weights} does not hold the weights of torch-fidelity's Inception: {reason}") from None

@@ -1,4 +1,4 @@
-"""The Frechet distance of latents: of the Gaussians fitted to samples and to data (Heusel et al., arXiv 1706.08500)."""
+"""The Frechet distance of latents, between Gaussians fit to samples and to data (Heusel et al., arXiv 1706.08500)."""
 
 from __future__ import annotations
 
@@ -27,40 +27,40 @@ class Gaussian:
 
     @cached_property
     def root(self) -> Tensor:
-        """The covariance's symmetric square root; eigenvalues that rounding made negative count as 0."""
+        """The covariance's symmetric square root. Eigenvalues that rounding made negative count as 0."""
         values, vectors = torch.linalg.eigh(self.covariance)
         return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
 
 
 class Moments:
-    """What the mean and the covariance of vectors follow from, gathered a few at a time, in float64.
+    """Running sums over vectors, in float64, that give their mean and covariance.
 
-    Memory: d^2 numbers, 134 MB for latents of 4 x 32 x 32; never the vectors themselves.
+    They take d^2 numbers of memory, 134 MB for latents of 4 x 32 x 32; the vectors are not kept.
 
     Args:
-        dimensions: d.
-        device: where the sums are.
+        dimensions: the number of dimensions d.
+        device: the device of the sums.
     """
 
     def __init__(self, dimensions: int, device: torch.device) -> None:
         self._sum = torch.zeros(dimensions + 1, dimensions + 1, dtype=torch.float64, device=device)
 
     def add(self, x: Tensor) -> None:
-        """Take in vectors (n, d)."""
-        x = torch.nn.functional.pad(x.to(self._sum), (0, 1), value=1)  # the last row of the sum: sum of x, and n
+        """Add vectors (n, d)."""
+        x = torch.nn.functional.pad(x.to(self._sum), (0, 1), value=1)  # the last row of the product: sum of x, and n
         self._sum.addmm_(x.T, x)
 
     def merge(self, other: Moments) -> None:
-        """Take in all that `other` has."""
+        """Add the vectors in `other`."""
         self._sum += other._sum
 
     def over_ranks(self, world: World) -> Moments:
-        """Take in the vectors of the other ranks; every rank calls it once."""
+        """Add the vectors of the other ranks; every rank calls it once."""
         world.add_up(self._sum)
         return self
 
     def fit(self) -> Gaussian:
-        """The Gaussian with the vectors' mean and covariance (n - 1 in the denominator)."""
+        """The Gaussian with the mean and covariance of the vectors (n - 1 in the denominator)."""
         n = self._sum[-1, -1]
         mean = self._sum[-1, :-1] / n
         return Gaussian(mean, (self._sum[:-1, :-1] - n * mean.outer(mean)) / (n - 1))
@@ -69,7 +69,7 @@ class Moments:
 def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     """Squared Frechet distance |mean a - mean b|^2 + trace(A + B - 2 (A B)^(1/2)) of two Gaussians.
 
-    A B has the eigenvalues of the symmetric A^(1/2) B A^(1/2). nan where b is not finite.
+    The eigenvalues of A B are those of the symmetric A^(1/2) B A^(1/2). The result is nan if b is not finite.
     """
     if not b.covariance.isfinite().all():
         return math.nan
@@ -79,22 +79,22 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
 
 
 def check_dimensions(space: LatentSpace) -> None:
-    """InputError where latents are of too many numbers for their covariance to be taken."""
+    """InputError if latents are too large for their covariance to be computed."""
     dimensions = math.prod(space.shape)
     if dimensions > MAX_DIMENSIONS:
         raise InputError(
-            f"latents of {dimensions:,} numbers are too many for the Frechet distance: at most {MAX_DIMENSIONS:,}"
+            f"latents of {dimensions:,} numbers are too large for the Frechet distance: at most {MAX_DIMENSIONS:,}"
         )
 
 
 def data_moments(dataset: Dataset, world: World, seed: int = 0) -> tuple[Moments, Moments]:
     """Moments of the posterior means of two random halves of the data, on the encoder's scale, not flipped.
 
-    The ranks share the reading. An image counts once: latents as they are trained on scatter around their means, by
-    little with the usual encoders.
+    The ranks share the reading. An image counts once, by its mean; latents seen in training scatter around the mean,
+    but little with the usual encoders.
 
     Raises:
-        InputError: latents are of too many numbers, or the data cannot be read.
+        InputError: latents are too large, or the data cannot be read.
     """
     check_dimensions(dataset.space)
     dimensions = math.prod(dataset.space.shape)
@@ -112,14 +112,14 @@ def data_moments(dataset: Dataset, world: World, seed: int = 0) -> tuple[Moments
 
 
 def fit_data(dataset: Dataset, world: World) -> Gaussian:
-    """The Gaussian of all posterior means of a data set; see `data_moments`."""
+    """The Gaussian fitted to all posterior means of a data set; see `data_moments`."""
     whole, half = data_moments(dataset, world)
     whole.merge(half)
     return whole.fit()
 
 
 def latent_distance(model: nn.Module, samples: SampleSet, steps: int, data: Gaussian, world: World) -> float:
-    """Frechet distance of a model's samples from data, both on the encoder's scale; every rank calls it."""
+    """Frechet distance between a model's samples and data, both on the encoder's scale; every rank calls it."""
     moments = Moments(len(data.mean), world.device)
     for _, latents, _ in samples.draw(model, steps, world):
         moments.add(samples.space.unscale(latents).flatten(1))

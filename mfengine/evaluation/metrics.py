@@ -1,4 +1,4 @@
-"""All metrics of a model's samples: of latents, and of images by `fidelity`."""
+"""All metrics of a model's samples, for latents and, through `fidelity`, for images."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ from mfengine.methods import Sampler
 from mfengine.progress import progress
 from mfengine.ranks import World
 
-# What samples follow from.
+# What determines the samples.
 SAMPLES = ("checkpoint", "ema_decay", "conditions", "samples", "seed", "labels", "batch_size")
 
 Decode = Callable[[Tensor, LatentSpace], Tensor]  # latents (B, C, H, W) to images (B, 3, H', W') in [0, 1]
 
 
 class LabelReader:
-    """Reads the label of small images by logistic regression on their pixels, which it learns from the data itself.
+    """Reads the labels of small images by logistic regression on their pixels, fitted to the data itself.
 
     Raises:
-        InputError: scikit-learn is not installed, or the data is of one class.
+        InputError: scikit-learn is not installed, or the data has only one class.
     """
 
     def __init__(self, dataset: Dataset) -> None:
@@ -45,37 +45,37 @@ class LabelReader:
             raise InputError("reading labels needs scikit-learn: pip install 'mfengine[digits]'") from None
         means, labels = read_means(dataset)
         if len(np.unique(labels)) < 2:
-            raise InputError(f"{dataset.folder} has samples of one class: there are no labels to tell apart")
+            raise InputError(f"{dataset.folder} has samples of only one class: there are no labels to distinguish")
         pixels = means.reshape(len(means), -1).astype(np.float64)
         self._spread = pixels.std()
         self._regression = LogisticRegression(max_iter=2000).fit(pixels / self._spread, labels)
 
     def hits(self, pixels: Tensor, labels: Tensor) -> int:
-        """How many of images (n, d) on the encoder's scale it reads as their labels (n,)."""
+        """The number of images (n, d), on the encoder's scale, that it reads as their labels (n,)."""
         read = self._regression.predict(pixels.cpu().numpy() / self._spread)
         return int((read == labels.cpu().numpy()).sum())
 
 
 class Evaluation:
-    """Compares samples of models with data, with reference images, or with both; every rank makes it.
+    """Compares samples of models with data, with reference images, or with both; every rank makes one.
 
-    What they are compared with is read once, and so are the networks that this takes.
+    Data, reference and the networks for it are read only once.
 
     Args:
-        samples: to draw.
+        samples: the samples to draw.
         world: the ranks that share the work.
-        dataset: gives the Frechet distance of latents and, where these are pixels, the share read as their label.
+        dataset: gives the Frechet distance of latents and, if these are pixels, the share read as their label.
         reference: gives the metrics of `Fidelity`.
         inception: weights for `Fidelity`.
-        decode: makes images; needed with `reference` and `save`.
-        save: write the images of the first `measure` here, as `ImageWriter` does.
+        decode: turns latents into images; needed with `reference` and `save`.
+        save: where the first `measure` writes its images, as `ImageWriter` does.
 
     Raises:
-        InputError: decoder or reference do not fit the model, a library is missing, or something cannot be read.
+        InputError: decoder or reference do not fit the model, a library is missing, or a file cannot be read.
     """
 
     floor: dict[str, float]
-    """`frechet_floor`, the Frechet distance between two halves of the data, where there is data"""
+    """`frechet_floor`, the Frechet distance between two halves of the data, if there is data"""
 
     def __init__(
         self,
@@ -93,7 +93,7 @@ class Evaluation:
         dimensions = math.prod(space.shape)
         self._data = self._reader = self._fidelity = self._writer = None
         self.floor = {}
-        # Checks come first, then all that takes long.
+        # All checks come before anything that takes long.
         if decode is not None:
             height, width = decode(torch.zeros(1, *space.shape, device=world.device), space).shape[-2:]
             if reference is not None:
@@ -106,8 +106,8 @@ class Evaluation:
             for what, n in (("samples", samples.count), ("images in the data", dataset.count)):
                 if n <= dimensions:
                     _tell(
-                        f"{n:,} {what} leave a covariance of {dimensions:,} dimensions singular: their Frechet "
-                        "distance compares only with that of as many",
+                        f"{n:,} {what} are too few: the covariance of {dimensions:,} dimensions is singular, and the "
+                        "Frechet distance compares only with distances at the same number",
                         world,
                     )
             if space.pixel_range is not None and space.num_classes > 1:
@@ -123,13 +123,13 @@ class Evaluation:
         """Draw samples and compare them; every rank calls it.
 
         Args:
-            model: on the ranks' devices, whole.
+            model: a whole model on each rank's device.
             sampler: how to draw from it.
             steps: network evaluations per sample.
-            title: of the progress bar.
+            title: title of the progress bar.
 
         Returns:
-            The metrics by name, on rank 0; those of images are missing elsewhere.
+            The metrics by name, on rank 0; other ranks lack those of images.
 
         Raises:
             InputError: samples are not finite, or images cannot be written.
@@ -141,19 +141,19 @@ class Evaluation:
         with progress(samples.count, "samples", title, enabled=world.main) as bar:
             for rows, latents, labels in samples.draw(model, steps, world):
                 if not latents.isfinite().all():
-                    raise RankError(f"samples in {steps} step(s) are not finite: these weights cannot be measured")
+                    raise RankError(f"samples in {steps} step(s) are not finite: these weights cannot be evaluated")
                 vectors = space.unscale(latents).flatten(1)
                 if moments is not None:
                     moments.add(vectors)
                 if self._reader is not None:
                     hits += self._reader.hits(vectors, labels)
                 if self._decode is not None:
-                    pixels = (self._decode(latents, space) * 255).to(torch.uint8)  # rounded down, as ADM does
+                    pixels = (self._decode(latents, space) * 255).to(torch.uint8)  # rounded down, as in ADM
                     if self._fidelity is not None:
                         features.append((rows, self._fidelity.features(pixels)))
                     if self._writer is not None:
                         self._writer.write(rows, pixels)
-                # The first rank's slice is the first of as many as there are ranks.
+                # The first rank's slice is the first of as many slices as there are ranks.
                 bar.update(min(samples.count, rows.start + samples.batch * world.size) - bar.n)
         if self._writer is not None:
             self._writer.finish()
@@ -174,15 +174,15 @@ def _tell(note: str, world: World) -> None:
 
 
 def write_metrics(metrics: dict[str, float], origin: dict[str, Any], path: Path) -> None:
-    """Write metrics as JSON, atomically; other metrics of the same samples that the file has stay.
+    """Write metrics as JSON, atomically. Other metrics in the file stay if they are of the same samples.
 
     Args:
         metrics: by name.
-        origin: the samples that were measured, by the keys of `SAMPLES`, and the data they were compared with.
-        path: where.
+        origin: the samples measured, under the keys of `SAMPLES`, and the data they were compared with.
+        path: the file.
 
     Raises:
-        InputError: it cannot be written.
+        InputError: the file cannot be written.
     """
     try:
         before = json.loads(path.read_text())

@@ -1,4 +1,4 @@
-"""Samples that are the same on any number of ranks."""
+"""Samples that do not depend on the number of ranks."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from mfengine.ranks import World
 class SampleSet:
     """Samples to draw from a model, numbered from 0.
 
-    Noise and label of sample i derive from (seed, i) alone, and the network is called on fixed slices of the numbers,
-    which are dealt to the ranks in turn. So any number of ranks draws the same samples; on CPUs to the bit, where the
+    Noise and label of sample i derive from (seed, i) alone. The network is called on fixed slices of the numbers, dealt
+    to the ranks in turn. So any number of ranks draws the same samples. On CPUs they are equal to the bit if the
     processes have the same number of threads.
     """
 
@@ -30,15 +30,15 @@ class SampleSet:
     """samples per call of the network"""
     seed: int = 0
     labels: Literal["balanced", "random"] | tuple[int, ...] = "balanced"
-    """balanced: sample i has label i modulo the number of classes; or those that samples have in turn"""
+    """balanced: sample i has label i modulo the number of classes; a tuple: labels that samples take in turn"""
     sampler: Sampler = sample
-    """of the model's objective"""
+    """sampler of the model's objective"""
 
     def draw(self, model: nn.Module, steps: int, world: World) -> Iterator[tuple[range, Tensor, Tensor]]:
         """This rank's share of the samples.
 
-        Every rank calls the network equally often, as a sharded model needs it: one that has no slice left does the
-        last one again, for nothing.
+        Every rank calls the network equally often, because a sharded model needs it. A rank with no slice left repeats
+        its last one and drops the result.
 
         Args:
             model: on the ranks' devices.
@@ -46,7 +46,7 @@ class SampleSet:
             world: the ranks that share the work.
 
         Yields:
-            Numbers of n samples, their latents (n, C, H, W) float32 and their labels (n,) int64, on the device.
+            The numbers of n samples, their latents (n, C, H, W) float32 and their labels (n,) int64, on the device.
         """
         slices = [range(self.count)[first : first + self.batch] for first in range(0, self.count, self.batch)]
         for first in range(0, len(slices), world.size):
@@ -60,7 +60,7 @@ class SampleSet:
 
     def _inputs(self, i: int) -> tuple[Tensor, Tensor]:
         """Noise (C, H, W) and label () of sample i."""
-        # The spawn key sets the numbers apart from those of training step i.
+        # The spawn key separates these random numbers from those of training step i.
         state = np.random.SeedSequence([self.seed, i], spawn_key=(1,)).generate_state(1, np.uint64)[0]
         generator = torch.Generator().manual_seed(int(state))
         noise = torch.randn(self.space.shape, generator=generator)

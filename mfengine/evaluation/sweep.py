@@ -1,4 +1,4 @@
-"""Sweeps: samples under every combination of settings, measured, as a file of rows, a table and a heat map."""
+"""Sweeps: metrics under every combination of settings, as a file of rows, a table and a heat map."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ Axes = dict[str, tuple[float, ...]]
 """The values that each setting takes: `steps`, `ema_decay`, or a condition of the objective."""
 
 Row = dict[str, Any]
-"""One combination: what `KEYS` name, and metrics by name. JSON."""
+"""One combination of settings, under `KEYS`, and metrics by name. JSON."""
 
 KEYS = (*SAMPLES, "steps", "data", "reference", "vae")
-"""What samples follow from, and what they are compared with: it says whether a row is there already."""
+"""What determines the samples, and what they are compared with. It tells whether a row already exists."""
 
 
 def parse_axes(texts: Sequence[str]) -> Axes:
-    """Axes of texts such as "omega=1,2,4"; InputError if one is not like that."""
+    """Axes from texts such as "omega=1,2,4"; InputError if a text has another form."""
     axes: Axes = {}
     for text in texts:
         name, _, listed = text.partition("=")
@@ -56,43 +56,43 @@ def check_matplotlib() -> None:
 
 
 def key(row: Row) -> Row:
-    """What a row is of, without its metrics."""
+    """A row without its metrics."""
     return {name: row.get(name) for name in KEYS}
 
 
 def setting(row: Row, name: str) -> float:
-    """The value that a row has on an axis."""
+    """A row's value on an axis."""
     return row["conditions"][name] if name in row["conditions"] else row[name]
 
 
 def best_first(rows: Collection[Row], metric: str) -> list[Row]:
-    """Rows by a metric of which less is better; those where it is not a number come last."""
+    """Rows sorted by a metric, the least first; rows where it is nan come last."""
     return sorted(rows, key=lambda row: row[metric] if math.isfinite(row[metric]) else math.inf)
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows of a file that `write_rows` wrote; none if it is not there; InputError if it holds something else."""
+    """The rows in a file from `write_rows`; none if it does not exist; InputError if it holds something else."""
     try:
         rows = json.loads(path.read_bytes()) if path.exists() else []
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"cannot read {path}: {error}") from None
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise InputError(f"{path} is not a list of rows, as a sweep writes it: choose another --out")
+        raise InputError(f"{path} is not a list of rows written by a sweep: choose another --out")
     return rows
 
 
 def write_rows(rows: Sequence[Row], path: Path) -> None:
-    """Write rows as JSON, atomically, one a line; InputError if that fails."""
+    """Write rows as JSON, atomically, one per line; InputError if that fails."""
     with writing(path):
         write_atomic(path, "[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
 
 
 # ----------------------------------------------------------------------------
-# For people to look at.
+# Output for people.
 
 
 def table(rows: Sequence[Row], axes: Axes) -> str:
-    """Lines of settings and metrics, in the order of the rows."""
+    """A table of settings and metrics, in the order of the rows."""
     common = set.intersection(*map(set, rows)) - {*KEYS, "frechet_floor"}
     metrics = [name for name in rows[0] if name in common]
     cells = [[*axes, *metrics]]
@@ -102,10 +102,10 @@ def table(rows: Sequence[Row], axes: Axes) -> str:
 
 
 def best_cells(rows: Sequence[Row], axes: Axes, metric: str) -> tuple[list[str], np.ma.MaskedArray]:
-    """The two axes with most values, and over them (height, width) a metric of which less is better.
+    """The two axes with the most values, and the least value of a metric over them, (height, width).
 
-    It is the best over all other axes; masked where there is no row. The first axis goes along, the second one, which
-    may be missing, upwards.
+    It is the least over all other axes, and masked where there is no row. The first axis is horizontal. The second, if
+    there is one, is vertical.
     """
     shown = sorted(axes, key=lambda name: -len(axes[name]))[:2]
     best = np.full([len(axes[name]) for name in shown], np.inf)
@@ -116,7 +116,7 @@ def best_cells(rows: Sequence[Row], axes: Axes, metric: str) -> tuple[list[str],
 
 
 def heat_map(rows: Sequence[Row], axes: Axes, metric: str, path: Path) -> None:
-    """Draw `best_cells` as a PNG, the best one in a frame; InputError if it cannot be written."""
+    """Draw `best_cells` as a PNG with a frame around the best cell; InputError if it cannot be written."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
@@ -139,6 +139,6 @@ def heat_map(rows: Sequence[Row], axes: Axes, metric: str, path: Path) -> None:
         plot.set_yticks(range(height), [f"{value:g}" for value in axes[name]])
         plot.set_ylabel(name)
     others = [name for name in axes if name not in shown and len(axes[name]) > 1]
-    plot.set_title(metric + (f", the best over {', '.join(others)}" if others else ""), fontsize=10)
+    plot.set_title(metric + (f", best over {', '.join(others)}" if others else ""), fontsize=10)
     with writing(path):
         write_atomic(path, lambda partial: figure.savefig(partial, format="png", dpi=150))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -43,7 +44,11 @@ class IntervalConfig(ObjectiveConfig):
         """Interval rows of a local batch; ValueError if the share does not divide it."""
         rows = batch * self.interval_share
         if abs(rows - round(rows)) > 1e-6:
-            raise ValueError(f"an interval share of {self.interval_share} does not divide a local batch of {batch}")
+            multiple = Fraction(self.interval_share).limit_denominator(1000).denominator
+            raise ValueError(
+                f"an interval share of {self.interval_share} does not divide a local batch of {batch}, which must be a "
+                f"multiple of {multiple}"
+            )
         return round(rows)
 
     def draw_rows(self, batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor, int]:

@@ -1,4 +1,4 @@
-"""Networks by name. Another one is put in from outside: `NETWORKS["mine"] = Mine`."""
+"""Networks by name. To add one from outside: `NETWORKS["mine"] = Mine`."""
 
 from mfengine.configs import Registry
 from mfengine.networks.base import Network, NetworkConfig, ShardUnit

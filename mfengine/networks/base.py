@@ -1,4 +1,4 @@
-"""What a network must offer, so that the engine can train, shard, sample and export it without knowing it by name."""
+"""The interface of a network. Through it the engine trains, shards, samples and exports any network."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from torch import Tensor, nn
 
 
 class NetworkConfig(ABC):
-    """Architecture of a `Network`, a frozen dataclass: options `--model.NAME`, written into every checkpoint."""
+    """Architecture of a `Network`: a frozen dataclass that gives options `--model.NAME` and goes into checkpoints."""
 
     num_classes: int  # the null class is index num_classes
 
     @property
     @abstractmethod
     def latent_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of the latents that it takes."""
+        """(C, H, W) of the latents."""
 
     def for_latents(self, shape: tuple[int, int, int], num_classes: int) -> Self:
-        """The same architecture for latents (C, H, W) of so many classes; itself if it takes no others.
+        """The same architecture for latents (C, H, W) and this many classes; itself if it takes only its own.
 
         Raises:
             ValueError: the architecture does not take such latents.
@@ -30,7 +30,7 @@ class NetworkConfig(ABC):
 
     @property
     def head_dim(self) -> int | None:
-        """Channels of an attention head, where `mfengine.ops` computes attention."""
+        """Channels of an attention head, if `mfengine.ops` computes the attention."""
         return None
 
 
@@ -38,23 +38,23 @@ class ShardUnit(NamedTuple):
     """A module whose parameters are gathered and freed together."""
 
     module: nn.Module
-    dtype: torch.dtype  # that its parameters are gathered in
-    block: bool = True  # compiled, and recomputed in the backward, if the run asks for it
+    dtype: torch.dtype  # of the gathered parameters
+    block: bool = True  # whether the run may compile it and recompute it in the backward
 
 
 class Converted(NamedTuple):
-    """What became of another project's checkpoint."""
+    """The result of converting another project's checkpoint."""
 
     state_dict: dict[str, Tensor]  # complete, for load_state_dict
-    fresh: list[str]  # parameters the checkpoint did not have
-    unused: list[str]  # entries of the checkpoint that the network has no place for
+    fresh: list[str]  # parameters that the checkpoint lacks
+    unused: list[str]  # entries of the checkpoint that the network lacks
 
 
 class Network(nn.Module):
-    """A network of latents z (B, C, H, W), labels y (B,) and whatever else its objective gives it.
+    """A network of latents z (B, C, H, W), labels y (B,) and other inputs from its objective.
 
-    Its state dict holds parameters alone, float32. It also runs on meta tensors, on which the engine counts what a run
-    takes. To be found by name, it is put into `mfengine.networks.NETWORKS`.
+    Its state dict holds only parameters, float32. It also runs on meta tensors, on which the engine counts the cost of
+    a run. Put it into `mfengine.networks.NETWORKS` to select it by name.
 
     Args:
         config: the architecture, a `Config`.
@@ -76,11 +76,11 @@ class Network(nn.Module):
         return self.config.num_classes
 
     def shard_units(self) -> list[ShardUnit]:
-        """Units in the order of their use; parameters outside of all are one more, in the compute dtype."""
+        """Units in the order of their use. All parameters outside them form one more, in the compute dtype."""
         return []
 
     def for_sampling(self) -> Self:
-        """The network without what only training uses, in place: an export holds what is left."""
+        """The network, in place, without the parts that only training uses; an export holds the rest."""
         return self
 
     @classmethod
@@ -88,19 +88,19 @@ class Network(nn.Module):
         """Another project's checkpoint as a state dict, for `--init`.
 
         Args:
-            checkpoint: as `torch.load` gives it.
-            reverse_time: it has data at t = 1 and predicts data minus noise.
+            checkpoint: as returned by `torch.load`.
+            reverse_time: the checkpoint has data at t = 1 and predicts data minus noise.
 
         Raises:
-            ValueError: the network has no place for such weights.
+            ValueError: the network cannot take such weights.
         """
-        raise ValueError(f"{cls.__name__} takes no weights of other projects")
+        raise ValueError(f"{cls.__name__} cannot take weights of other projects")
 
     @classmethod
     def to_original(cls, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """A state dict for sampling in the form of the project that publishes such networks: what a .pth holds.
+        """A state dict for sampling in the original project's format, for a .pth file.
 
         Raises:
-            ValueError: there is no such form.
+            ValueError: there is no such format.
         """
-        raise ValueError(f"{cls.__name__} has no other form than ours: export it as .safetensors")
+        raise ValueError(f"{cls.__name__} has no format but ours: export it as .safetensors")

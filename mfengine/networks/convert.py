@@ -1,4 +1,4 @@
-"""Parameters of other code bases as a state dict of `mfengine.DiT` or `mfengine.IMFDiT`, and back."""
+"""Converts parameters of other code bases to a state dict of `mfengine.DiT` or `mfengine.IMFDiT`, and back."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def from_jax(params: Mapping[str, Any]) -> dict[str, Tensor]:
         A state dict for `DiT.load_state_dict`, float32.
 
     Raises:
-        ValueError: a leaf whose place is not known.
+        ValueError: a leaf is unknown.
     """
     return _from_flax(params)
 
@@ -34,13 +34,13 @@ def from_jax_imf(params: Mapping[str, Any]) -> dict[str, Tensor]:
     """Parameters of the improved MeanFlow authors' JAX code as a state dict.
 
     Args:
-        params: as `from_jax` takes them. Where the code keeps averages, they are a tree like that of the weights.
+        params: as in `from_jax`. Moving averages in the checkpoint form a tree like that of the weights.
 
     Returns:
         A state dict for `IMFDiT.load_state_dict`, float32.
 
     Raises:
-        ValueError: a leaf whose place is not known.
+        ValueError: a leaf is unknown.
     """
     return _from_flax(params)
 
@@ -52,7 +52,7 @@ def _from_flax(params: Mapping[str, Any]) -> dict[str, Tensor]:
         kind = names.pop()
         key = re.sub(r"\b(?:layers_|(shared_blocks|u_heads|v_heads)_)(\d+)", _numbered, ".".join(names))
         value = torch.from_numpy(np.array(leaf, dtype=np.float32))
-        if kind == "kernel":  # of a norm, too
+        if kind == "kernel":  # norms have one, too
             key, value = f"{key}.weight", value.permute(3, 2, 0, 1) if value.ndim == 4 else value.t()
         elif kind == "bias":
             key = f"{key}.bias"
@@ -81,16 +81,16 @@ def _flatten(tree: Mapping[str, Any], prefix: tuple[str, ...] = ()) -> list[tupl
 def from_sit(checkpoint: Mapping[str, Any], reverse_time: bool = False) -> Converted:
     """Parameters of a DiT or SiT checkpoint, or of a MeanFlow port built on one.
 
-    A checkpoint without a second time embedder gets one that adds nothing until it is trained: the network is then
-    the velocity it was, for every h. The variance channels of a DiT that predicts them are left out.
+    If the checkpoint has no second time embedder, the network gets one that adds nothing until it is trained: until
+    then it is the same velocity for every h. The variance channels of a DiT that predicts variances are dropped.
 
     Args:
         checkpoint: a state dict, or a mapping that holds one under "ema", "model" or "state_dict".
-        reverse_time: the checkpoint has data at t = 1 and predicts data minus noise, as the original SiT does; here
-            data is at t = 0. Folded into the weights, exactly: u(z, t) = -v(z, 1 - t).
+        reverse_time: the checkpoint has data at t = 1 and predicts data minus noise, like the original SiT; here data
+            is at t = 0. The weights absorb the difference exactly: u(z, t) = -v(z, 1 - t).
 
     Returns:
-        The state dict, the parameters left fresh, and the entries not used.
+        The state dict, the parameters that stay fresh, and the unused entries.
 
     Raises:
         ValueError: there is no DiT in the checkpoint.
@@ -145,10 +145,10 @@ def from_imf(checkpoint: Mapping[str, Any]) -> tuple[dict[str, Tensor], list[str
         checkpoint: a state dict, or a mapping that holds one under "ema", "model" or "state_dict".
 
     Returns:
-        A state dict for `IMFDiT`, float32, without what the checkpoint lacks, and the entries not used.
+        A state dict for `IMFDiT`, float32, without what the checkpoint lacks; and the unused entries.
 
     Raises:
-        ValueError: there is no such network in the checkpoint.
+        ValueError: the checkpoint holds no such network.
     """
     state, unused = {}, []
     for key, value in _state_dict(checkpoint, "improved MeanFlow").items():
@@ -168,11 +168,11 @@ def to_imf(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A state dict of `IMFDiT` as the authors' PyTorch code loads it for inference: without the blocks of the v-head.
 
     Args:
-        state: with the head of v or without.
+        state: a state dict with or without the v-head.
 
     Returns:
-        What `torch.save` writes into a .pth. The output layer of v, which that code has and does not use, is that of u
-        if the state has none.
+        A mapping for `torch.save` to a .pth. The authors' code has an output layer of v but does not use it; if the
+        state has none, it is that of u.
     """
     outputs = {name.replace("u_", "v_", 1): value for name, value in state.items() if name.startswith("u_final_layer.")}
     state = {**outputs, **{name: value for name, value in state.items() if not name.startswith("v_heads.")}}
@@ -185,7 +185,7 @@ def to_imf(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _state_dict(checkpoint: Any, what: str) -> Mapping[str, Any]:
-    """The state dict in a checkpoint; ValueError, which calls the network so, if it is something else."""
+    """The state dict in a checkpoint; ValueError if there is none. `what` names the network."""
     if not isinstance(checkpoint, Mapping):
         raise ValueError(f"no {what} in this checkpoint: it is a {type(checkpoint).__name__}, not a state dict")
     for key in ("ema", "model", "state_dict"):

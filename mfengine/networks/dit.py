@@ -1,8 +1,8 @@
 """The network u(z, t, h, y): a DiT with adaLN-zero blocks and two time embedders.
 
-Architecture and initialisation follow DiT (Peebles and Xie, arXiv 2212.09748) as the MeanFlow paper uses it
+Architecture and initialisation follow DiT (Peebles and Xie, arXiv 2212.09748) as used in the MeanFlow paper
 (arXiv 2505.13447): the conditioning is the sum of embeddings of t, of h = t - r and of the label. Every module
-takes tensors, or duals that carry the tangents of the trailing rows (`mfengine.ops.Dual`).
+takes tensors, or duals that carry the tangents of the last rows (`mfengine.ops.Dual`).
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ from mfengine.ops.dual import A, Dual
 
 @dataclass(frozen=True)
 class ModelConfig(TransformerConfig):
-    """Architecture of a `DiT`. Its hidden_size is a multiple of 4, too."""
+    """Architecture of a `DiT`. Its hidden_size must also be a multiple of 4."""
 
     mlp_ratio: float = 4.0
-    """hidden width of a block's MLP over hidden_size"""
+    """hidden width of a block's MLP, over hidden_size"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.mlp_ratio * self.hidden_size >= 1:
             raise ValueError(f"mlp_ratio must be positive, not {self.mlp_ratio}")
         if self.hidden_size % 4:
-            raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of 4, which positions need")
+            raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of 4, as positions need")
 
 
 # ----------------------------------------------------------------------------
@@ -74,8 +74,8 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """adaLN-zero transformer block.
 
-    The gated output of its MLP is not added to the residual stream here: it is handed on, and the adaLN that comes
-    next adds it in the pass that it makes anyway.
+    The block does not add the gated output of its MLP to the residual stream. It returns the output, and the next adaLN
+    adds it in its own pass over memory.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -87,8 +87,8 @@ class Block(nn.Module):
 
     @ops.one_node
     def forward(self, x: A, branch: A | None, gate: A | None, c: A) -> tuple[A, A, A]:
-        """Residual stream x (B * N, D), with branch (B * N, D) and gate (B, D) yet to be added; SiLU(c) (B, D) of the
-        conditioning c.
+        """Residual stream x (B * N, D), to which branch (B * N, D) times gate (B, D) must still be added; and SiLU(c)
+        (B, D) of the conditioning c.
         """
         modulation = self.adaLN_modulation[1](c)
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = ops.chunk(modulation, 6)
@@ -98,7 +98,7 @@ class Block(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """Residual stream, with a branch still to be added, to patches (B * N, p * p * C)."""
+    """Residual stream, to which a branch must still be added, to patches (B * N, p * p * C)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -128,7 +128,7 @@ class DiT(Network):
     Args:
         config: the architecture.
         compute_dtype: dtype of the matrix products of blocks and patches. Parameters, residual stream, norms,
-            softmax and time embedding are float32 whatever it is.
+            softmax and time embedding are always float32.
     """
 
     Config = ModelConfig
@@ -162,7 +162,7 @@ class DiT(Network):
     def forward(
         self, z: Tensor, t: Tensor, h: Tensor, y: Tensor, tangents: tuple[Tensor, Tensor, Tensor] | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """u(z, t, h, y), and its JVP where tangents are given.
+        """u(z, t, h, y), and with tangents its JVP.
 
         Args:
             z: (B, C, H, W) float, noisy latents.
@@ -171,7 +171,7 @@ class DiT(Network):
             tangents: (dz, dt, dh) of the last K <= B rows: (K, C, H, W), (K,), (K,).
 
         Returns:
-            u (B, C, H, W) float; with tangents (u, du), du (K, C, H, W) without a graph.
+            u (B, C, H, W) float; with tangents (u, du), where du (K, C, H, W) has no graph.
         """
         if tangents is None:
             return self._velocity(z, t, h, y)
@@ -183,7 +183,7 @@ class DiT(Network):
         c = ops.add(ops.add(self.t_embedder(t), self.h_embedder(h)), self.y_embedder(y))  # (B, D)
         c = ops.silu(ops.linear_map(self._to_compute, c))
         x = self.x_embedder(ops.linear_map(self._to_compute, z))  # (B, N, D)
-        x = ops.add(x, self.pos_embed)  # which is float32, and so is the residual stream
+        x = ops.add(x, self.pos_embed)  # float32, and so is the residual stream
         x = ops.linear_map(lambda x: x.flatten(0, 1), x)  # (B * N, D): tokens are rows from here on
         branch = gate = None
         for block in self.blocks:
@@ -196,7 +196,7 @@ class DiT(Network):
 
     @torch.no_grad()
     def initialize_weights(self) -> None:
-        """Zero adaLN, output and biases, normal(0.02) embedders, Xavier-uniform products: as the reference code."""
+        """Zero adaLN, output and biases, normal(0.02) embedders, Xavier-uniform products, as in the reference code."""
         for name, p in self.named_parameters():
             if name.endswith("bias") or "adaLN_modulation" in name or name.startswith("final_layer"):
                 nn.init.zeros_(p)
@@ -207,7 +207,7 @@ class DiT(Network):
 
 
 def sincos_positions(dim: int, grid: int) -> Tensor:
-    """Fixed positions (grid * grid, dim), float32: half of the channels encode the column, half the row (MAE)."""
+    """Fixed positions (grid * grid, dim), float32: half of the channels encode the column, half the row (as in MAE)."""
     omega = 10_000.0 ** -(np.arange(dim // 4, dtype=np.float64) / (dim / 4))  # (dim / 4,)
 
     def encode(position: np.ndarray) -> np.ndarray:  # (grid * grid,) -> (grid * grid, dim / 2)

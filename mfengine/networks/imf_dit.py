@@ -1,8 +1,8 @@
-"""The network of improved MeanFlow (Geng et al., arXiv 2512.02012): two velocities, and guidance as an input.
+"""The network of improved MeanFlow (Geng et al., arXiv 2512.02012): it predicts two velocities and takes guidance.
 
 A trunk of transformer blocks ends in two heads of blocks: one for the average velocity u, one for the velocity v.
-Conditions are tokens before those of the patches, and times are known by h = t - r alone. Blocks have RMSNorm, rotary
-positions, normalised queries and keys, SwiGLU, and a learned gate for each channel of their branches.
+Conditions are tokens before the patches, and h = t - r is the only time. Blocks have RMSNorm, rotary positions,
+normalised queries and keys, SwiGLU, and a learned gate for each channel of their branches.
 """
 
 from __future__ import annotations
@@ -29,24 +29,24 @@ from mfengine.networks.layers import (
 )
 from mfengine.ops.dual import A, Dual, primal_of, push
 
-MULTIPLE = 64  # hidden widths of a SwiGLU are padded to it in products: 2730 is no multiple of 8
-GAIN = 0.32  # of the initialisation of blocks
+MULTIPLE = 64  # matrix products pad the hidden width of a SwiGLU to a multiple of it: 2730 is not even one of 8
+GAIN = 0.32  # for the initialisation of blocks
 
 Heads = Literal["uv", "u", "v"]
 
 
 @dataclass(frozen=True)
 class IMFDiTConfig(TransformerConfig):
-    """Architecture of an `IMFDiT`. Its head dim is even."""
+    """Architecture of an `IMFDiT`. Its head dim must be even."""
 
     hidden_size: int = 1024
     """width of the residual stream; num_heads divides it"""
     depth: int = 48
-    """number of blocks that a velocity passes: of the trunk and of one head"""
+    """number of blocks on the way to a velocity: trunk plus one head"""
     head_depth: int = 8
     """number of blocks of each head, less than depth"""
     class_tokens: int = 8
-    """tokens of the label, the first of those before the patches"""
+    """tokens of the label, which come first"""
     omega_tokens: int = 4
     """tokens of the guidance weight"""
     interval_tokens: int = 2
@@ -64,11 +64,11 @@ class IMFDiTConfig(TransformerConfig):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.head_dim % 2:
-            raise ValueError(f"hidden_size / num_heads is {self.head_dim}; rotary positions need an even one")
+            raise ValueError(f"hidden_size / num_heads is {self.head_dim}; rotary positions need an even number")
 
     @property
     def num_prefix(self) -> int:
-        """Tokens of the conditions, before those of the patches: label, omega, t_min, t_max, h."""
+        """Number of condition tokens, which precede the patches: label, omega, t_min, t_max, h."""
         return self.class_tokens + self.omega_tokens + 2 * self.interval_tokens + self.time_tokens
 
     @property
@@ -86,7 +86,7 @@ class IMFDiTConfig(TransformerConfig):
 
 
 class RMSNorm(nn.Module):
-    """The weight of a norm. Its owner computes the norm, fused with the gated residual or with RoPE."""
+    """The weight of a norm. The module that owns it computes the norm, fused with the gated residual or with RoPE."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -124,12 +124,13 @@ class SwiGLU(nn.Module):
 class Block(nn.Module):
     """Transformer block: x + g1 * attention(norm(x)), then x + g2 * SwiGLU(norm(x)).
 
-    As in `mfengine.networks.dit.Block`, its last branch and its gate are handed on, and the next norm adds them.
+    As in `mfengine.networks.dit.Block`, the last branch and its gate are returned, and the next norm adds them.
 
     Args:
-        config: of the network.
-        compute_dtype: of the matrix products.
-        last: of a head, which needs the tokens of the patches alone: only they go through the SwiGLU and are returned.
+        config: architecture of the network.
+        compute_dtype: dtype of the matrix products.
+        last: whether this is the last block of a head. A head needs only the patch tokens, so only they go through the
+            SwiGLU and are returned.
     """
 
     def __init__(self, config: IMFDiTConfig, compute_dtype: torch.dtype, last: bool = False) -> None:
@@ -143,8 +144,8 @@ class Block(nn.Module):
 
     @ops.one_node
     def forward(self, x: A, branch: A | None, gate: Tensor | None) -> tuple[A, A, Tensor]:
-        """Residual stream x (B * N, D), with branch (B * N, D) times gate (D,) yet to be added."""
-        if branch is None or gate is None:  # in the first block
+        """Residual stream x (B * N, D), to which branch (B * N, D) times gate (D,) must still be added."""
+        if branch is None or gate is None:  # the first block
             o = ops.rms_norm(x, self.norm1.weight, dtype=self.compute_dtype)
         else:
             x, o = ops.gated_residual_rms_norm(x, branch, gate, self.norm1.weight)
@@ -152,11 +153,11 @@ class Block(nn.Module):
         if self.last:
             x, branch = (ops.last_tokens(a, self.num_tokens, self.num_patches) for a in (x, branch))
         x, o = ops.gated_residual_rms_norm(x, branch, self.attn_scale, self.norm2.weight)
-        return x, self.mlp(o), ops.clone(self.mlp_scale)  # a gathered parameter is freed after the block
+        return x, self.mlp(o), ops.clone(self.mlp_scale)  # cloned: FSDP2 frees a gathered parameter after the block
 
 
 class FinalLayer(nn.Module):
-    """Residual stream of the patches, with a gated branch still to be added, to patches (B * N', p * p * C)."""
+    """Residual stream of the patches, to which a gated branch must still be added, to patches (B * N', p * p * C)."""
 
     def __init__(self, config: IMFDiTConfig) -> None:
         super().__init__()
@@ -178,7 +179,7 @@ class IMFDiT(Network):
     Args:
         config: the architecture.
         compute_dtype: dtype of the matrix products of blocks and patches. Parameters, residual stream, norms,
-            softmax and embeddings of conditions are float32 whatever it is.
+            softmax and embeddings of conditions are always float32.
     """
 
     Config = IMFDiTConfig
@@ -222,7 +223,7 @@ class IMFDiT(Network):
         ]
 
     def for_sampling(self) -> Self:
-        """Without the head of v."""
+        """The network, in place, without the head of v."""
         self.v_heads = nn.ModuleList()
         self.v_final_layer = None
         return self
@@ -233,7 +234,7 @@ class IMFDiT(Network):
             raise ValueError("improved MeanFlow has data at t = 0: there is no time to reverse")
         state, unused = from_imf(checkpoint)
         fresh = []
-        if not any(name.startswith("v_heads.") for name in state):  # published without what only training uses
+        if not any(name.startswith("v_heads.") for name in state):  # published without the parts for training
             for name, value in [*state.items()]:
                 if name.startswith("u_heads."):
                     fresh.append(name.replace("u_heads", "v_heads"))
@@ -256,25 +257,25 @@ class IMFDiT(Network):
         tangents: tuple[Tensor, Tensor] | None = None,
         heads: Heads = "uv",
     ) -> Any:
-        """u and v of (z, h, y, omega, t_min, t_max), and the JVP of u where tangents are given.
+        """u and v of (z, h, y, omega, t_min, t_max), and with tangents the JVP of u.
 
         Args:
             z: (B, C, H, W) float, noisy latents.
-            h: (B,) float, interval length t - r in [0, 1]; 0 where v is wanted as in flow matching.
+            h: (B,) float, interval length t - r in [0, 1]; 0 for v of flow matching.
             y: (B,) int64 labels in [0, num_classes]; num_classes is the null class.
             omega: (B,) float, guidance weight, at least 1; it applies to times in [t_min, t_max], (B,) float each.
-            tangents: (dz, dh) of the last K <= B rows: (K, C, H, W), (K,). Only with both heads.
-            heads: the velocities to compute.
+            tangents: (dz, dh) of the last K <= B rows: (K, C, H, W), (K,). They need both heads.
+            heads: which velocities to compute.
 
         Returns:
-            (u, v), each (B, C, H, W) float, or the one that is asked for; with tangents (u, v, du), du (K, C, H, W)
-            without a graph. v has no tangent.
+            (u, v), each (B, C, H, W) float, or only the one requested; with tangents (u, v, du), where du (K, C, H, W)
+            has no graph. v has no tangent.
 
         Raises:
-            ValueError: v is asked for, but `for_sampling` dropped its head; or tangents for one head alone.
+            ValueError: v is requested after `for_sampling` dropped its head, or tangents for a single head.
         """
         if "v" in heads and self.v_final_layer is None:
-            raise ValueError('this network has no head for v: it is one for sampling, which takes heads="u"')
+            raise ValueError('this network is for sampling and has no head for v: call it with heads="u"')
         if tangents is not None and heads != "uv":
             raise ValueError(f"tangents need both heads, not {heads}")
         pair: tuple[Any, Any] = (z, h) if tangents is None else (Dual(z, tangents[0]), Dual(h, tangents[1]))
@@ -291,7 +292,7 @@ class IMFDiT(Network):
         return (u, v) if tangents is None else (u.primal, v, u.tangent)
 
     def _tokens(self, z: A, h: A, y: Tensor, omega: Tensor, t_min: Tensor, t_max: Tensor) -> A:
-        """Residual stream (B * N, D) at its beginning, in the dtype of the conditions."""
+        """Initial residual stream (B * N, D), in the dtype of the conditions."""
         conditions = (
             (self.class_tokens, self.y_embedder(y)),
             (self.omega_tokens, self.omega_embedder(1 - 1 / omega)),
@@ -318,7 +319,7 @@ class IMFDiT(Network):
 
 @torch.no_grad()
 def initialize(name: str, p: Tensor) -> None:
-    """A parameter by its name, as the authors' code: zero gates, outputs and biases, and normal weights."""
+    """Initialise a parameter by its name, as in the authors' code: zero gates, outputs and biases, normal weights."""
     module, _, kind = name.rpartition(".")
     if module.endswith(("norm", "norm1", "norm2")):
         nn.init.ones_(p)

@@ -1,4 +1,4 @@
-"""Layers that several networks have. They take tensors, or duals that carry the tangents of the trailing rows."""
+"""Layers shared by several networks. They take tensors, or duals that carry the tangents of the last rows."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mfengine import ops
 from mfengine.networks.base import NetworkConfig
 from mfengine.ops.dual import A
 
-TIME_FEATURES = 256  # sinusoidal features of a time, before its MLP
+TIME_FEATURES = 256  # sinusoidal features of a time, the input of its MLP
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class TransformerConfig(NetworkConfig):
     num_heads: int = 16
     """attention heads"""
     num_classes: int = 1000
-    """labels; the null class is index num_classes"""
+    """number of labels; the null class is index num_classes"""
 
     def __post_init__(self) -> None:
         for name in ("input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads", "num_classes"):
@@ -63,7 +63,7 @@ class TransformerConfig(NetworkConfig):
 
 
 class Linear(nn.Linear):
-    """A linear layer computed in the dtype of its input; parameters keep their own."""
+    """A linear layer computed in the dtype of its input; its parameters keep their dtype."""
 
     def forward(self, x: A) -> A:
         return ops.linear(x, self.weight, self.bias)
@@ -75,7 +75,7 @@ class SiLU(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """Latents to tokens: a convolution whose stride is its kernel, done as one matrix product."""
+    """Latents to tokens: a convolution with stride equal to kernel size, done as one matrix product."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -96,7 +96,7 @@ class PatchEmbed(nn.Module):
 
 
 class TimestepEmbedder(nn.Module):
-    """A time in [0, 1] to a vector, always in float32: bf16 cannot tell neighbouring times apart."""
+    """A time in [0, 1] to a vector, always in float32: bf16 cannot distinguish neighbouring times."""
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Calling any network u(z, t, h, y): with explicit tangents, or anybody's under `torch.func.jvp`."""
+"""Calls any network u(z, t, h, y), and its JVP: with explicit tangents, or under `torch.func.jvp`."""
 
 from __future__ import annotations
 
@@ -19,28 +19,28 @@ Tangents = tuple[Tensor, Tensor, Tensor]
 
 
 def null_class(network: AnyNetwork) -> int:
-    """The label that stands for no label: `num_classes` of the network, or of what DDP or torch.compile wrapped.
+    """The label that stands for no label: `num_classes` of the network, also inside DDP or torch.compile.
 
     Raises:
-        ValueError: there is no such attribute.
+        ValueError: the network has no such attribute.
     """
     for holder in (network, unwrapped(network)):
         if isinstance(null := getattr(holder, "num_classes", None), int):
             return null
     raise ValueError(
-        f"{_name(network)} does not say which label is the null class; set it, as in `model.num_classes = 1000` for "
+        f"{_name(network)} does not say which label is the null class; set it: `model.num_classes = 1000` for "
         "labels 0 to 999 and an embedding of 1001"
     )
 
 
 def velocity(network: AnyNetwork, z: Tensor, t: Tensor, h: Tensor, y: Tensor) -> Tensor:
-    """u(z, t, h, y) of B >= 0 rows, in the dtype of z.
+    """u(z, t, h, y) for B >= 0 rows, in the dtype of z.
 
-    Not every network takes zero rows: it is given one row of zeros instead, whose output is dropped.
+    Some networks fail on zero rows, so they get one row of zeros and its output is dropped.
 
     Raises:
         TypeError: the network does not return a tensor.
-        ValueError: it returns another shape than that of z.
+        ValueError: the shape of the result differs from that of z.
     """
     if not len(z):
         return velocity(network, *(x.new_zeros(1, *x.shape[1:]) for x in (z, t, h, y)))[:0]
@@ -48,7 +48,7 @@ def velocity(network: AnyNetwork, z: Tensor, t: Tensor, h: Tensor, y: Tensor) ->
     if not isinstance(u, Tensor):
         raise TypeError(
             f"{_name(network)} returned {type(u).__name__}; u(z, t, h, y) must return one tensor in the shape of z "
-            "(of what a diffusers model returns, `.sample`)"
+            "(for a diffusers model, take `.sample` of the result)"
         )
     if u.shape != z.shape:
         raise ValueError(f"{_name(network)} returned {tuple(u.shape)}; u must have the shape of z, {tuple(z.shape)}")
@@ -61,11 +61,11 @@ def velocity_and_jvp(
     """u (B, C, H, W) with its graph, and the JVP (K, C, H, W) of its last K rows without one.
 
     A network with `takes_tangents = True` takes all rows at once. Any other is called twice: for the rows without a
-    tangent, and under `torch.func.jvp` for those with one.
+    tangent, and under `torch.func.jvp` for the rest.
 
     Raises:
-        TypeError, ValueError: as `velocity`.
-        NotImplementedError: something in the network cannot be differentiated forward.
+        TypeError, ValueError: as in `velocity`.
+        NotImplementedError: part of the network is not differentiable in forward mode.
     """
     inner = unwrapped(network)
     if getattr(inner, "takes_tangents", False):
@@ -73,8 +73,8 @@ def velocity_and_jvp(
     _check_sharding(inner)
     plain = len(z) - len(tangents[0])
     parts = []
-    # DDP's own forward and a compiled one cannot be differentiated forward, so the JVP is that of the network inside.
-    # DDP reduces the gradient of a parameter whoever used it, if one call of the step goes through it: this one.
+    # The forward of DDP or of a compiled network is not differentiable in forward mode, so the JVP takes the network
+    # inside. DDP reduces the gradients of all calls in a step as long as one of them goes through it: this one.
     if plain or inner is not network:
         parts.append(velocity(network, z[:plain], t[:plain], h[:plain], y[:plain]))
 
@@ -82,10 +82,10 @@ def velocity_and_jvp(
         return velocity(inner, z, t, h, y[plain:])
 
     try:
-        # With hooks the backward would fail, but with no such words.
+        # With hooks, the backward would fail with a less helpful error.
         with torch.autograd.graph.disable_saved_tensors_hooks(_HOOKS), differentiable_tangents(False):
             u, du = torch.func.jvp(u_of, (z[plain:], t[plain:], h[plain:]), tangents)  # type: ignore[misc]
-    except RuntimeError as error:  # a NotImplementedError is one
+    except RuntimeError as error:  # or its subclass NotImplementedError
         reason = str(error).partition("\n")[0]
         if reason != _HOOKS and not any(sign in reason for sign in _SIGNS):
             raise
@@ -104,13 +104,13 @@ def unwrapped(network: AnyNetwork) -> AnyNetwork:
 
 
 # ----------------------------------------------------------------------------
-# What cannot be differentiated forward.
+# Networks that are not differentiable in forward mode.
 
 _SIGNS = ("forward AD", "forward mode AD", "functorch transforms")  # in PyTorch's messages
 _HINT = (
-    "If it is attention, take the loss inside `with mfengine.jvp_attention():`, or swap attention and adaLN once by "
-    "`mfengine.accelerate(model)`. If it is activation checkpointing, turn it off. If it is "
-    "an autograd.Function of your own, give it setup_context and jvp."
+    "If this is attention, compute the loss inside `with mfengine.jvp_attention():`, or, if blocks are those of DiT, "
+    "SiT, timm or diffusers, swap them once with `mfengine.accelerate(model)`. If it is activation checkpointing, turn "
+    "it off. If it is an autograd.Function of your own, give it setup_context and jvp."
 )
 _HOOKS = "activation checkpointing, or another hook on saved tensors, does not work under a JVP: turn it off"
 

@@ -1,12 +1,12 @@
 """Differentiable ops: forward and backward by autograd, and an explicit tangent for `Dual` arguments.
 
 Given tensors, an op returns a tensor and works with autograd, `torch.func.jvp`, `torch.autograd.forward_ad` and
-`torch.compile`. Given a dual (`Dual`), it returns a dual: the primal as before, and the tangent of the trailing rows,
-outside autograd unless inside `differentiable_tangents`. On CUDA tensors, attention, adaLN, RMSNorm, RoPE, GELU and
-SwiGLU run fused Triton kernels (`mfengine.kernels`), output and tangent in one pass. Plain PyTorch, the
-specification, runs elsewhere, in float64, and under `torch.func.vmap`, `grad` and nested transforms. `use_backend`
-overrides the choice. Attention without a tangent is PyTorch's, unless `use_attention` names another. `OPS` lists all
-ops.
+`torch.compile`. Given a dual (`Dual`), it returns a dual: the same primal, and the tangent of the last rows. The
+tangent is outside autograd unless the call is inside `differentiable_tangents`. On CUDA tensors, attention, adaLN,
+RMSNorm, RoPE, GELU and SwiGLU run fused Triton kernels (`mfengine.kernels`), which compute output and tangent in one
+pass. Plain PyTorch, the specification, runs elsewhere, in float64, and under `torch.func.vmap`, `grad` and nested
+transforms. `use_backend` overrides the choice. Attention without a tangent is PyTorch's, unless `use_attention` names
+another implementation. `OPS` lists all ops.
 """
 
 from mfengine.ops.activations import gelu, silu, swiglu

@@ -32,11 +32,11 @@ def gelu(x: A, bias: Tensor | Dual | None = None) -> A:
         bias: (F,) float, or None; or a dual, with a tangent (F,).
 
     Returns:
-        Shape and dtype of x; of duals the same with a tangent (K, ..., F). Computed in float32, of float64 in float64.
+        Shape and dtype of x; for duals the same with a tangent (K, ..., F). Computed in float32 (float64 for float64).
 
     Raises:
-        ValueError: on the fused path, whatever the kernels do not take: a dtype other than float16, bfloat16 and
-            float32, shapes or devices that do not go together.
+        ValueError: on the fused path, if the kernels do not support the arguments: a dtype other than float16, bfloat16
+            and float32, or shapes or devices that do not match.
 
     Example:
         >>> import torch
@@ -58,7 +58,7 @@ def swiglu(x: A) -> A:
         x: (B, ..., 2 * F) float; or a dual, with a tangent (K, ..., 2 * F) of its last K rows.
 
     Returns:
-        (B, ..., F) in the dtype of x; of a dual the same with a tangent. Computed in float32, of float64 in float64.
+        (B, ..., F) in the dtype of x; for a dual the same with a tangent. Computed in float32 (float64 for float64).
 
     Raises:
         ValueError: the last dimension of x is odd; on the fused path, a dtype other than float16, bfloat16 and float32.
@@ -74,7 +74,7 @@ def silu(x: A) -> A:
 
 
 # ----------------------------------------------------------------------------
-# Plain. Pointwise functions multiply a tangent, like a gradient, by their derivative: PyTorch's backward serves for
+# Plain. A pointwise function multiplies a tangent, like a gradient, by its derivative, so PyTorch's backward computes
 # both.
 
 
@@ -115,7 +115,7 @@ def _silu_tangent(x: Tensor, dx: Tensor) -> Tensor:
 
 
 def _silu_backward(gradient: Tensor, x: Tensor) -> Tensor:
-    if torch.is_grad_enabled():  # PyTorch's has no derivative
+    if torch.is_grad_enabled():  # PyTorch's backward is not differentiable
         s = torch.sigmoid(x)
         return gradient * s * (1 + x * (1 - s))
     return torch.ops.aten.silu_backward(gradient, x)

@@ -2,7 +2,7 @@
 
 x' = x + g * y;  n = (x' - mean) / sigma;  o = n * (1 + s) + b.
 Tangent: dn = (dx' - mean(dx') - n * mean(n * dx')) / sigma;  do = dn * (1 + s) + n * ds + db.
-The modulation s, b, g is per sample: (B, D) against tokens (B, N, D).
+The modulation s, b, g is per sample: (B, D) for tokens (B, N, D).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 else:
     kernel = Lazy("mfengine.kernels.adaln")
 
-EPS = 1e-6  # of the reference code's LayerNorm
+EPS = 1e-6  # as in the reference code's LayerNorm
 
 
 def adaln_modulate(x: A, shift: A, scale: A, eps: float = EPS) -> A:
@@ -34,14 +34,14 @@ def adaln_modulate(x: A, shift: A, scale: A, eps: float = EPS) -> A:
         x: (B, N, D) or (B * N, D) float, the residual stream; or a dual, with a tangent (K, N, D) or (K * N, D) of its
             last rows.
         shift, scale: (B, D) float; or duals, with tangents (K, D).
-        eps: of the LayerNorm.
+        eps: epsilon of the LayerNorm.
 
     Returns:
-        x's shape in the dtype of scale; of duals the same with a tangent. Computed in float32, of float64 in float64.
+        x's shape in the dtype of scale; for duals the same with a tangent. Computed in float32 (float64 for float64).
 
     Raises:
-        ValueError: on the fused path, whatever the kernels do not take: D above 8192, a dtype other than float16,
-            bfloat16 and float32, shapes or devices that do not go together.
+        ValueError: on the fused path, if the kernels do not support the arguments: D above 8192, a dtype other than
+            float16, bfloat16 and float32, or shapes or devices that do not match.
     """
     return ADALN(x, shift, scale, options=(eps,))[0]
 
@@ -50,17 +50,17 @@ def gated_residual_adaln(x: A, y: A, gate: A, shift: A, scale: A, eps: float = E
     """x' = x + gate * y and LN(x') * (1 + scale) + shift, for shapes as in `adaln_modulate`.
 
     Args:
-        x: (B, N, D) or (B * N, D) float, the residual stream; y: likewise, what a branch adds to it. Or duals, with
+        x: (B, N, D) or (B * N, D) float, the residual stream; y: likewise, the output of a branch. Or duals, with
             tangents (K, N, D) or (K * N, D) of their last rows.
         gate, shift, scale: (B, D) float; or duals, with tangents (K, D).
-        eps: of the LayerNorm.
+        eps: epsilon of the LayerNorm.
 
     Returns:
-        (x', o), each of x's shape: the residual stream in the dtype of x, the modulated one in the dtype of scale. Of
-        duals two duals.
+        (x', o), each of x's shape: the residual stream in the dtype of x, the modulated one in the dtype of scale. For
+        duals, two duals.
 
     Raises:
-        ValueError: as `adaln_modulate`.
+        ValueError: as in `adaln_modulate`.
 
     Example:
         >>> import torch
@@ -92,7 +92,7 @@ def _plain_residual(x: A, y: A, gate: A, shift: A, scale: A, eps: float) -> tupl
 
 
 def _by_sample(x: A, scale: A) -> tuple[A, Callable[[Tensor], Tensor]]:
-    """x as (B, N, D), and what makes its own shape of that."""
+    """x as (B, N, D), and a function that restores its own shape."""
     if primal_of(x).ndim == 3:
         return x, lambda x: x
     tokens = len(primal_of(x)) // max(len(primal_of(scale)), 1)
@@ -100,7 +100,7 @@ def _by_sample(x: A, scale: A) -> tuple[A, Callable[[Tensor], Tensor]]:
 
 
 def written_out(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """LayerNorm over the last dimension, and 1 / sigma, by operators whose derivatives are right."""
+    """LayerNorm over the last dimension, and 1 / sigma, from operators with correct derivatives."""
     centred = x - x.mean(-1, keepdim=True)
     rstd = (centred.square().mean(-1, keepdim=True) + eps).rsqrt()
     return centred * rstd, rstd
@@ -109,7 +109,7 @@ def written_out(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 def _modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
     wide = accumulation_dtype(x)
     x = x.to(wide)
-    # PyTorch's has wrong gradients through its tangent (pytorch #196700).
+    # PyTorch's function has wrong gradients through its tangent (pytorch #196700).
     n = written_out(x, eps)[0] if through_forward_mode() else F.layer_norm(x, x.shape[-1:], eps=eps)
     return (n * (1 + scale.to(wide)).unsqueeze(1) + shift.to(wide).unsqueeze(1)).to(scale.dtype)
 
@@ -182,7 +182,7 @@ def _residual_dual(
 def _residual_backward(
     x_out: Tensor, y: Tensor, gate: Tensor, scale: Tensor, gx_out: Tensor | None, go: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    go = torch.zeros_like(x_out, dtype=scale.dtype) if go is None else go  # of an output that nothing used
+    go = torch.zeros_like(x_out, dtype=scale.dtype) if go is None else go  # None: the output was not used
     gx, gy, ggate, gshift, gscale = kernel.backward(x_out, y, gate, scale, gx_out, go, eps)
     assert gy is not None
     assert ggate is not None

@@ -37,27 +37,27 @@ def attention(
 ) -> A:  # fmt: skip
     """Softmax attention in the layout of `scaled_dot_product_attention`.
 
-    Given duals, (output, tangent) in one pass.
+    For duals, output and tangent are computed in one pass.
 
     Args:
-        q: (B, H, N, d) float, of any strides; or a dual, with a tangent (K, H, N, d) of its last K rows.
-        k, v: (B, G, M, d) float, same dtype as q; or duals, with tangents (K, G, M, d). G divides H: H / G consecutive
-            heads of queries share one of keys and values.
-        scale: factor of the scores; 1 / sqrt(d) if None.
-        is_causal: query i sees key j if i >= j, also where N is not M.
-        mask: broadcastable to (B, H, N, M). Bool: true where a query sees a key. In the dtype of q or float32: a term
-            of the scores, -inf where a query does not see a key. Not beside `is_causal`.
+        q: (B, H, N, d) float, with any strides; or a dual, with a tangent (K, H, N, d) of its last K rows.
+        k, v: (B, G, M, d) float, same dtype as q; or duals, with tangents (K, G, M, d). G divides H: each group of H /
+            G consecutive query heads shares one head of keys and values.
+        scale: factor of the scores; None takes 1 / sqrt(d).
+        is_causal: query i sees key j if i >= j, even if N differs from M.
+        mask: broadcastable to (B, H, N, M). Bool: true where a query sees a key. In the dtype of q or float32: added to
+            the scores, with -inf where a query does not see a key. Excludes `is_causal`.
 
     Returns:
-        (B, H, N, d) in the dtype of q; of duals the same with a tangent (K, H, N, d). A query that sees no key has an
-        output, a tangent and gradients of zero. The softmax is computed in float32, of float64 in float64. Second
-        derivatives need `use_backend("torch")`. A mask with a gradient or a tangent takes plain PyTorch.
+        (B, H, N, d) in the dtype of q; for duals the same with a tangent (K, H, N, d). A query that sees no key has an
+        output, a tangent and gradients of zero. The softmax is computed in float32 (float64 for float64). Second
+        derivatives need `use_backend("torch")`. A mask with a gradient or a tangent runs on plain PyTorch.
 
     Raises:
-        ValueError: a mask beside `is_causal`, or one that requires a gradient inside of `one_node`; on the fused path,
-            whatever the kernels do not take: a head dim that is not a multiple of 8 up to 128, a dtype other than
-            float16, bfloat16 and float32, shapes, dtypes or devices that do not go together; without a tangent, what
-            the implementation named by `use_attention` does not take.
+        ValueError: a mask with `is_causal`, or one that requires a gradient inside `one_node`. On the fused path,
+            arguments that the kernels do not support: a head dim that is not a multiple of 8 up to 128, a dtype other
+            than float16, bfloat16 and float32, or shapes, dtypes or devices that do not match. Without a tangent,
+            arguments that the implementation named by `use_attention` does not support.
 
     Example:
         >>> import torch
@@ -85,27 +85,27 @@ def attention_varlen(
     q: A, k: A, v: A, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int,
     scale: float | None = None, is_causal: bool = False,
 ) -> A:  # fmt: skip
-    """Softmax attention of S sequences of different lengths, which follow each other without padding.
+    """Softmax attention of S sequences of different lengths, concatenated without padding.
 
-    The arguments are those of flash-attn's `flash_attn_varlen_func`, but for `is_causal`, which is as `attention` has
-    it. By the kernels where they run and by plain PyTorch elsewhere, whatever `use_attention` says.
+    The arguments are those of flash-attn's `flash_attn_varlen_func`, except for `is_causal`, which is that of
+    `attention`. The kernels compute it where they run, and plain PyTorch elsewhere, whatever `use_attention` says.
 
     Args:
-        q: (T, H, d) float, of any strides; or a dual, with a tangent (T, H, d).
+        q: (T, H, d) float, with any strides; or a dual, with a tangent (T, H, d).
         k, v: (U, G, d) float, same dtype as q; or duals, with tangents (U, G, d). G divides H.
         cu_seqlens_q, cu_seqlens_k: (S + 1,) int32 on the device of q: where the queries and keys of each sequence
-            begin, and last T and U. The kernels trust them.
+            begin, followed by T and U. The kernels do not check them.
         max_seqlen_q, max_seqlen_k: at least the length of the longest sequence.
-        scale, is_causal: as `attention`.
+        scale, is_causal: as in `attention`.
 
     Returns:
-        (T, H, d) in the dtype of q; of duals the same with a tangent (T, H, d).
+        (T, H, d) in the dtype of q; for duals the same with a tangent (T, H, d).
 
     Raises:
-        ValueError: a tangent of some tokens alone; as `attention`.
+        ValueError: a tangent for only some tokens; or as in `attention`.
     """
     if any(isinstance(x, Dual) and len(x.tangent) != len(x.primal) for x in (q, k, v)):
-        raise ValueError("attention of sequences takes tangents of all tokens")
+        raise ValueError("attention of sequences needs tangents of all tokens")
     heads = [linear_map(lambda x: x.transpose(0, 1).unsqueeze(0), x) for x in (q, k, v)]  # (1, H, T, d)
     options = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, is_causal)
     return linear_map(lambda o: o.squeeze(0).transpose(0, 1), ATTENTION_VARLEN(*heads, options=options)[0])
@@ -118,13 +118,13 @@ def attention_packed(qkv: A, num_heads: int, num_tokens: int | None = None) -> A
         qkv: (B, N, 3 * H * d) or (B * N, 3 * H * d) float; the last dimension is ordered (q, k, v), then head, then
             channel. Or a dual, with a tangent of its last K or K * N rows.
         num_heads: H.
-        num_tokens: N, which (B * N, 3 * H * d) does not tell.
+        num_tokens: N, needed for (B * N, 3 * H * d).
 
     Returns:
-        (B, N, H * d) or (B * N, H * d) in the dtype of qkv, heads concatenated; of a dual the same with a tangent.
+        (B, N, H * d) or (B * N, H * d) in the dtype of qkv, heads concatenated; for a dual the same with a tangent.
 
     Raises:
-        ValueError: as `attention`.
+        ValueError: as in `attention`.
     """
     x = primal_of(qkv)
     name = choose(qkv, dim=x.shape[-1] // (3 * num_heads))
@@ -140,25 +140,25 @@ def rotary_attention(
     """Self-attention over the packed output of one query-key-value projection, with RMSNorm and RoPE on queries and
     keys.
 
-    Each head's queries and keys are normalised by their root mean square and multiplied by a weight; then the channels
-    (2i, 2i + 1) of the token at position m = 0 ... N - 1 are rotated by the angle m * 10,000^(-2i / d). The scale of
-    the scores is 1 / sqrt(d).
+    The queries and keys of each head are normalised by their root mean square and multiplied by a weight. Then the
+    channels (2i, 2i + 1) of the token at position m = 0 ... N - 1 are rotated by the angle m * 10,000^(-2i / d). The
+    scale of the scores is 1 / sqrt(d).
 
     Args:
-        qkv, num_heads, num_tokens: as `attention_packed`.
+        qkv, num_heads, num_tokens: as in `attention_packed`.
         q_weight, k_weight: (d,) float; or duals, with tangents (d,).
         eps: added to the mean square.
 
     Returns:
-        As `attention_packed`.
+        As in `attention_packed`.
 
     Raises:
-        ValueError: d is odd, or the weights are not of shape (d,); as `attention`.
+        ValueError: d is odd, or the weights do not have shape (d,); or as in `attention`.
     """
     x = primal_of(qkv)
     dim = x.shape[-1] // (3 * num_heads)
     if dim % 2:
-        raise ValueError(f"RoPE rotates pairs of channels, and heads of {dim} have an odd number")
+        raise ValueError(f"RoPE rotates pairs of channels, so heads must have an even number of them, not {dim}")
     for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
         if tuple(primal_of(weight).shape) != (dim,):
             raise ValueError(f"{name} must be of shape ({dim},), not {tuple(primal_of(weight).shape)}")
@@ -178,17 +178,17 @@ def _call(op: Op, name: str, args: tuple[Any, ...], options: tuple[Any, ...]) ->
 
 
 def _differentiated(mask: Tensor) -> bool:
-    """Whether a mask has a gradient or a tangent, which the kernels do not give.
+    """Whether a mask has a gradient or a tangent, which the kernels do not compute.
 
     Raises:
-        ValueError: inside of `one_node`, which would drop it.
+        ValueError: inside `one_node`, which would drop the gradient.
     """
     if fwad.unpack_dual(mask).tangent is not None:
         return True
     if not mask.requires_grad:
         return False
     if recording() is not None:
-        raise ValueError("a mask that requires a gradient is not differentiated inside of one_node")
+        raise ValueError("a mask that requires a gradient is not differentiated inside one_node: compute it outside")
     return torch.is_grad_enabled()
 
 
@@ -230,7 +230,7 @@ def _plain_varlen(
     q: Any, k: Any, v: Any, cu_q: Tensor, cu_k: Tensor, longest_q: int, longest_k: int, scale: float | None,
     is_causal: bool,
 ) -> tuple[Any]:  # fmt: skip
-    """Of tokens (1, H, T, d)."""
+    """Attention of tokens (1, H, T, d)."""
 
     def parts(x: Any, cu: Tensor) -> Sequence[Any]:
         lengths = cu.diff().tolist()
@@ -285,7 +285,7 @@ def _probabilities(q: Tensor, k: Tensor, scale: float, is_causal: bool, mask: Te
     seen = mask if mask.dtype == torch.bool else mask > -torch.inf
     if mask.dtype != torch.bool:
         scores = scores.to(dtype) + mask.masked_fill(~seen, 0)
-    # A softmax of -inf alone is NaN, and so is its gradient.
+    # A softmax over -inf only is NaN, and so is its gradient.
     blind = ~seen.any(-1, keepdim=True)
     scores = scores.masked_fill(~(seen | blind), -torch.inf)
     return torch.softmax(scores, dim=-1, dtype=dtype).masked_fill(blind, 0)
@@ -293,13 +293,13 @@ def _probabilities(q: Tensor, k: Tensor, scale: float, is_causal: bool, mask: Te
 
 def _tangent(q: Dual, k: Dual, v: Dual, p: Tensor, scale: float) -> Tensor:
     ds = (q.tangent * scale) @ k.primal.mT + (q.primal * scale) @ k.tangent.mT
-    # The softmax's Jacobian is symmetric: PyTorch's backward, P * S' - rowsum(P * S') P, serves for the tangent.
+    # The softmax's Jacobian is symmetric, so PyTorch's backward, P * S' - rowsum(P * S') P, also computes the tangent.
     dp = softmax_backward(ds.to(p.dtype), p, -1, p.dtype)
     return dp.to(v.primal.dtype) @ v.primal + p.to(v.primal.dtype) @ v.tangent
 
 
 # ----------------------------------------------------------------------------
-# By libraries.
+# Library implementations.
 
 
 def _sdpa(
@@ -315,18 +315,18 @@ def _flash_attn(
     from flash_attn import flash_attn_func
 
     if mask is not None or (is_causal and q.shape[2] != k.shape[2]):
-        raise ValueError("attention by flash-attn: it takes no mask, and is_causal of as many queries as keys alone")
+        raise ValueError("attention with flash-attn: it takes no mask, and is_causal only for as many queries as keys")
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (x.transpose(1, 2) for x in (q, k, v)))
     deterministic = torch.are_deterministic_algorithms_enabled()
     o = flash_attn_func(q, k, v, softmax_scale=scale, causal=is_causal, deterministic=deterministic)
-    return o.transpose(1, 2)  # of (B, N, H, d)
+    return o.transpose(1, 2)  # from (B, N, H, d)
 
 
 _LIBRARIES: dict[str, Callable[..., Any]] = {"sdpa": _sdpa, "flash-attn": _flash_attn}
 
 
 # ----------------------------------------------------------------------------
-# Fused. The log-sum-exp (B, H, N), float32, is what the backward reads beside the output.
+# Fused. Besides the output, the backward reads the log-sum-exp (B, H, N), float32.
 
 
 def _forward(
@@ -349,7 +349,7 @@ def _backward_dual(
     q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, do: Tensor,
     mean: Tensor, go: Tensor | None, gdo: Tensor, scale: float | None, is_causal: bool, mask: Tensor | None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """Leading rows, which have no tangent, take the ordinary backward."""
+    """The first rows, which have no tangent, take the ordinary backward."""
     go = torch.zeros_like(o) if go is None else go
     first = len(q) - len(dq)
     if not first:
@@ -373,17 +373,17 @@ def _shapes(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Ten
 def _flops(
     q: Any, k: Any, v: Any, scale: float | None = None, is_causal: bool = False, mask: Any = None
 ) -> tuple[int, int, int]:
-    """A mask spares nothing."""
+    """Without savings for a mask."""
     batch, heads, queries, dim = q
     keys = k[2]
-    first = min(queries, keys)  # of these rows, each sees one key more than the last
+    first = min(queries, keys)  # in these first rows, each query sees one key more than the previous one
     pairs = first * (first + 1) // 2 + (queries - first) * keys if is_causal else queries * keys
     product = 2 * batch * heads * pairs * dim
-    return 2 * product, 4 * product, 7 * product  # the backward makes the scores twice
+    return 2 * product, 4 * product, 7 * product  # the backward computes the scores twice
 
 
 def _backward_dual_flops(q: Any, k: Any, v: Any, dq: Any, dk: Any, dv: Any, *options: Any) -> int:
-    """The least: 12 products for keys and values, 9 for queries."""
+    """A lower bound: 12 products for keys and values, 9 for queries."""
     lead = (q[0] - dq[0], *q[1:])
     return _flops(lead, k, v, *options)[2] + 21 * _flops(dq, dk, dv, *options)[0] // 2
 
@@ -427,7 +427,7 @@ def _varlen_backward(*inputs: Any) -> tuple[Tensor, ...]:
 
 
 def _longest(k: Any, cu_q: Any, cu_k: Any, longest_q: int, longest_k: int, *_: Any) -> Any:
-    """Shape of keys as if every query saw as many as the longest sequence has: shapes tell no more."""
+    """Shape of the keys as if every query saw as many as the longest sequence has: shapes do not tell more."""
     return (*k[:2], longest_k, k[3])
 
 
@@ -518,7 +518,7 @@ def _packed_flops(qkv: Any, heads: int, tokens: int) -> tuple[int, int, int]:
 
 
 def _head_shape(qkv: Any, heads: int, tokens: int) -> tuple[int, ...]:
-    """(B, H, N, d) of queries, keys and values alike."""
+    """(B, H, N, d), the shape of queries, keys and values."""
     *rows, width = qkv
     return math.prod(rows) // tokens, heads, tokens, width // (3 * heads)
 
@@ -563,7 +563,7 @@ def _rotary_backward(
     qkv: Tensor, q_weight: Tensor, k_weight: Tensor, qk: Tensor, o: Tensor, lse: Tensor, go: Tensor,
     heads: int, tokens: int, eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Attention writes the values' part of the gradient of qkv, and the norm's backward the other two."""
+    """Attention writes the values' part of the gradient of qkv, and the norm's backward writes the other two."""
     gqkv, gqk = kernel.backward_packed(qkv, o, lse, go, heads, tokens, qk)
     first, gfirst = _queries_and_keys(qkv), _queries_and_keys(gqkv)
     return gqkv, *norm_rope_backward(first, q_weight, k_weight, gqk, gfirst, heads, tokens, eps)

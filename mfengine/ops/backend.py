@@ -14,20 +14,20 @@ from torch import Tensor
 from mfengine.torch_private import transformed
 
 Backend = Literal["auto", "triton", "torch"]
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # of the kernels
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # that kernels take
 _backend: Backend = "auto"
 
 
 @contextmanager
 def use_backend(name: Backend) -> Iterator[None]:
-    """Run ops on a given implementation inside: "triton", "torch", or "auto", by device.
+    """Choose the implementation of ops inside the context: "triton", "torch", or "auto", which goes by device.
 
     Raises:
-        ValueError: there is no such implementation.
+        ValueError: the name is unknown.
     """
     global _backend
     if name not in get_args(Backend):
-        raise ValueError(f"there is no backend {name}; accepted are {', '.join(get_args(Backend))}")
+        raise ValueError(f"backend {name} does not exist; it must be one of {', '.join(get_args(Backend))}")
     before, _backend = _backend, name
     try:
         yield
@@ -36,14 +36,14 @@ def use_backend(name: Backend) -> Iterator[None]:
 
 
 def chosen() -> Backend:
-    """What `use_backend` set."""
+    """The backend set by `use_backend`."""
     return _backend
 
 
 def fused(*tensors: Tensor) -> bool:
     """Whether an op on these arguments runs fused kernels.
 
-    "auto" leaves to plain PyTorch what they do not take: float64, and transforms of `torch.func` other than one jvp.
+    "auto" uses plain PyTorch for float64, and under transforms of `torch.func` other than a single jvp.
 
     Raises:
         ValueError: "triton" under such a transform.
@@ -54,7 +54,7 @@ def fused(*tensors: Tensor) -> bool:
     if _backend == "triton" and transformed():
         raise ValueError(
             "fused kernels run under a single torch.func.jvp, not under vmap, grad, jacfwd or nested transforms; "
-            'use_backend("auto") takes plain PyTorch there'
+            'use_backend("auto") uses plain PyTorch there'
         )
     return _backend == "triton"
 

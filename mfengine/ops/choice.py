@@ -1,4 +1,4 @@
-"""Which implementation computes attention where no argument has a tangent."""
+"""Chooses the implementation of attention if no argument has a tangent."""
 
 from __future__ import annotations
 
@@ -25,20 +25,19 @@ _asked: Attention = "auto"
 
 @contextmanager
 def use_attention(name: Attention) -> Iterator[None]:
-    """Compute attention that needs no tangent with a given implementation inside, whatever `use_backend` says.
+    """Choose the implementation of attention without a tangent inside the context, whatever `use_backend` says.
 
-    "torch" is the plain reference, "triton" our kernels, "sdpa" PyTorch's `scaled_dot_product_attention`, "flash-attn"
-    that package; "auto" is what `use_backend` says and, where that is "auto" too, "sdpa". Where an argument has a
-    tangent, all rows and their backward are computed by what `use_backend` says. So they are under transforms of
-    `torch.func`.
+    "torch" is the plain reference, "triton" our kernels, "sdpa" PyTorch's `scaled_dot_product_attention`, and
+    "flash-attn" that package. "auto" follows `use_backend`, and means "sdpa" if that is "auto", too. If an argument has
+    a tangent, `use_backend` decides for all rows and their backward. It also decides under transforms of `torch.func`.
 
     Raises:
-        ValueError: there is no such implementation; from attention inside, if it does not run here or does not take
-            the arguments.
+        ValueError: the name is unknown. Attention inside raises it if the implementation does not run here or does not
+            support the arguments.
     """
     global _asked
     if name not in get_args(Attention):
-        raise ValueError(f"there is no attention {name}; accepted are {', '.join(get_args(Attention))}")
+        raise ValueError(f"attention {name} does not exist; it must be one of {', '.join(get_args(Attention))}")
     before, _asked = _asked, name
     try:
         yield
@@ -50,7 +49,7 @@ def choose(*args: Any, dim: int) -> Attention:
     """The implementation for heads of `dim` channels, or "auto" if `use_backend` decides.
 
     Raises:
-        ValueError: the one asked for does not do it.
+        ValueError: the requested implementation does not support them.
     """
     if any(isinstance(a, Dual) for a in args):
         return "auto"
@@ -61,13 +60,13 @@ def choose(*args: Any, dim: int) -> Attention:
         return "sdpa" if backend == "auto" else backend
     x = primal_of(args[0])
     if why := why_not(_asked, x.device, x.dtype, operator.index(dim)):
-        raise ValueError(f"attention by {_asked}: {why}")
+        raise ValueError(f"attention with {_asked}: {why}")
     return _asked
 
 
 @constant_for_compiler
 def why_not(name: Attention, device: torch.device, dtype: torch.dtype, dim: int) -> str | None:
-    """Why an implementation does not compute attention on heads of `dim` channels, or None if it does."""
+    """Why an implementation cannot compute attention with heads of `dim` channels; None if it can."""
     return _why_not(name, device, dtype, dim)
 
 
@@ -81,9 +80,9 @@ def _why_not(name: Attention, device: torch.device, dtype: torch.dtype, dim: int
         if missing := _does_not_import("flash_attn"):
             return missing
         if device.type not in FLASH_ATTN_DEVICES:
-            return "it runs on a GPU alone"
+            return "it runs only on a GPU"
         if dtype not in (torch.float16, torch.bfloat16) or dim > 256:
-            return f"it takes float16 and bfloat16 and head dims up to 256, not {dtype} of {dim}"
+            return f"it takes float16 or bfloat16 and head dims up to 256, not {dtype} and {dim}"
     return None
 
 
@@ -91,7 +90,7 @@ def _why_not_triton(device: torch.device, dtype: torch.dtype, dim: int) -> str |
     if missing := _does_not_import("triton"):
         return missing
     if device.type == "cpu" and not import_module("triton").knobs.runtime.interpret:
-        return "its kernels run on a GPU alone"
+        return "its kernels run only on a GPU"
     from mfengine.kernels.attention import check_arguments
 
     head = torch.empty(1, 1, 1, dim, dtype=dtype, device="meta")
@@ -109,6 +108,6 @@ def _does_not_import(module: str) -> str | None:
         return f"{name} is not installed: pip install {name}"
     try:
         import_module(module)
-    except Exception as error:  # one built for another torch is found only so
-        return f"{name} does not import: {str(error).partition(chr(10))[0]}"
+    except Exception as error:  # only an import shows whether it was built for another torch
+        return f"the import of {name} fails: {str(error).partition(chr(10))[0]}"
     return None

@@ -21,15 +21,15 @@ def chunk(x: A, chunks: int) -> tuple[A, ...]:
 
 
 def last_tokens(x: A, num_tokens: int, count: int) -> A:
-    """Of each sample's tokens the last ones.
+    """The last tokens of each sample.
 
     Args:
         x: (B * num_tokens, D); or a dual, with a tangent (K * num_tokens, D) of its last K samples.
-        num_tokens: of a sample.
-        count: to keep, at most num_tokens.
+        num_tokens: tokens of a sample.
+        count: how many to keep, at most num_tokens.
 
     Returns:
-        (B * count, D); of a dual the same with a tangent.
+        (B * count, D); for a dual the same with a tangent.
     """
     first = num_tokens - count
     last = linear_map(lambda x: x.unflatten(0, (-1, num_tokens))[:, first:].flatten(0, 1), x)
@@ -39,9 +39,9 @@ def last_tokens(x: A, num_tokens: int, count: int) -> A:
 
 
 def clone(p: Tensor) -> Tensor:
-    """A copy of a parameter, whose gradient is the parameter's: for what a block returns.
+    """A copy of a parameter that passes its gradient on, for a block to return.
 
-    FSDP2 frees the parameter itself when the block has ended.
+    FSDP2 frees the parameter itself at the end of the block.
     """
     copy = p.clone()
     if (tape := recording()) is not None:

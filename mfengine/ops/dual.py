@@ -1,8 +1,8 @@
 """Duals: a primal with its tangent, carried through the network without autograd.
 
 Only interval rows (r < t) need a tangent, and they are the last rows of every batch. A `Dual` therefore holds
-the primal of all rows and the tangent of the trailing ones. MeanFlow never differentiates the tangent, so every
-tangent rule runs without a graph and saves nothing, unless `differentiable_tangents` asks for it.
+the primal of all rows and the tangent of the last ones. MeanFlow never differentiates the tangent, so every
+tangent rule runs without a graph and saves nothing, unless inside `differentiable_tangents`.
 """
 
 from __future__ import annotations
@@ -20,11 +20,10 @@ from mfengine.torch_private import in_forward_mode
 class Dual(NamedTuple):
     """A primal of B rows with the tangent of its last K <= B rows.
 
-    Rows are samples; where tokens are rows, each counts, so that (B * N, D) has a tangent (K * N, D).
-
-    Ops take duals where they take tensors, all with one K, and return a dual if any argument is one: the output, with
-    autograd's graph, and its tangent, a constant without, unless inside `differentiable_tangents`. An argument that is
-    a tensor has no tangent. Parameters, such as a bias, have no rows: the tangent of theirs is whole.
+    Rows are samples. In (B * N, D), each token is a row, and the tangent is (K * N, D).
+    Ops take duals instead of tensors, all with the same K, and return a dual if any argument is one: the output, with
+    autograd's graph, and its tangent, a constant unless inside `differentiable_tangents`. A tensor argument has no
+    tangent. Parameters, such as a bias, have no rows; their tangents have their full shape.
 
     Example:
         >>> import torch
@@ -36,7 +35,7 @@ class Dual(NamedTuple):
     """
 
     primal: Tensor  # (B, ...)
-    tangent: Tensor  # (K, ...), belongs to primal[B - K:]
+    tangent: Tensor  # (K, ...), for primal[B - K:]
 
 
 _differentiable: bool | None = None
@@ -44,13 +43,14 @@ _differentiable: bool | None = None
 
 @contextmanager
 def differentiable_tangents(mode: bool = True) -> Iterator[None]:
-    """Inside, gradients flow through the tangents that ops return, or not.
+    """Choose whether gradients flow through the tangents that ops return, inside the context.
 
-    Outside of it, those of explicit duals are constants, and those of PyTorch's forward mode are differentiable. What
-    counts is where an op is called, not where the backward runs. To be differentiated, an op saves its tangents, too.
+    Outside of it, tangents of explicit duals are constants, and those of PyTorch's forward mode are differentiable. The
+    context of the op's call counts, not that of the backward. An op that is to be differentiated also saves its
+    tangents.
 
     Args:
-        mode: True makes tangents of explicit duals differentiable. False keeps fused ops from saving tangents under
+        mode: True makes tangents of explicit duals differentiable. False keeps fused ops from saving tangents in
             forward mode; a gradient that reaches one raises a `RuntimeError`.
 
     Example:
@@ -72,7 +72,7 @@ def differentiable_tangents(mode: bool = True) -> Iterator[None]:
 
 
 def differentiable(explicit: bool) -> bool:
-    """Whether autograd sees through the tangents of explicit duals, or of PyTorch's forward mode."""
+    """Whether autograd differentiates the tangents of explicit duals, or of PyTorch's forward mode."""
     return not explicit if _differentiable is None else _differentiable
 
 
@@ -82,12 +82,12 @@ def through_forward_mode() -> bool:
 
 
 def tangent_graph() -> AbstractContextManager[Any]:
-    """Around what computes the tangent of an explicit dual: no graph is kept that is not asked for."""
+    """Wraps the computation of an explicit dual's tangent: it keeps a graph only if one was requested."""
     return torch.set_grad_enabled(torch.is_grad_enabled() and differentiable(explicit=True))
 
 
 A = TypeVar("A", Tensor, Dual)
-"""What an op takes and returns: tensors give a tensor, duals give a dual."""
+"""Arguments and results of an op: tensors give a tensor, duals give a dual."""
 
 
 def push(
@@ -97,8 +97,7 @@ def push(
 
     Args:
         primal_rule: (*primals) -> output.
-        tangent_rule: (*primals, *tangents) -> output tangent, called on the trailing rows alone. Tangents are as
-            `complete` makes them.
+        tangent_rule: (*primals, *tangents) -> output tangent. It gets only the last rows, and tangents from `complete`.
         *args: `Tensor` or `Dual`.
         parameters: how many of the last arguments are parameters.
     """
@@ -115,17 +114,17 @@ def push(
 
 
 def complete(primals: Sequence[Tensor], tangents: Sequence[Tensor | None], parameters: int = 0) -> list[Any]:
-    """Tangents of one share of the rows, zero for arguments that had none; None stays for parameters, which come last.
+    """Tangents of the same share of the rows: zeros if an argument has none, but None for parameters, which come last.
 
     Raises:
-        ValueError: tangents of different shares of the rows.
+        ValueError: tangents have different shares of the rows.
     """
     rows = len(primals) - parameters
     pairs = [*zip(primals[:rows], tangents[:rows], strict=True)]
     whole, part = next(((len(x), len(t)) for x, t in pairs if t is not None), (1, 1))
     for x, t in pairs:
         if t is not None and len(t) * whole != len(x) * part:
-            raise ValueError(f"tangents must be of one number of rows, not of {part} and {len(t)}")
+            raise ValueError(f"tangents must have the same number of rows, not {part} and {len(t)}")
 
     def zeros(x: Tensor) -> Tensor:
         return x.new_zeros(len(x) * part // max(whole, 1), *x.shape[1:])
@@ -143,7 +142,7 @@ def linear_map(f: Callable[[Tensor], Tensor], x: A) -> A:
 
 
 def add(x: A, y: A) -> A:
-    """x + y: y in the shape of x, or a tensor that broadcasts to it. Of two dtypes the wider."""
+    """x + y, where y has the shape of x, or is a tensor that broadcasts to it. The wider dtype wins."""
     if isinstance(x, Dual) and not isinstance(y, Dual):
         total = x.primal + y
         return Dual(total, x.tangent.to(total.dtype))

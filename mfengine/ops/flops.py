@@ -1,4 +1,4 @@
-"""PyTorch's FLOP counter, which knows our ops once this is imported. It imports Triton, so `mfengine.ops` does not."""
+"""Registers our ops with PyTorch's FLOP counter. It imports Triton, so `mfengine.ops` does not import this module."""
 
 from __future__ import annotations
 

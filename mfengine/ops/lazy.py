@@ -1,4 +1,4 @@
-"""Modules that are imported when they are first used: Triton, which takes a moment, and is not everywhere."""
+"""Modules imported at first use: Triton is slow to import and not available everywhere."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 class Lazy:
-    """Stands for a module."""
+    """A placeholder for a module."""
 
     def __init__(self, name: str) -> None:
         self._name = name

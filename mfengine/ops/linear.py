@@ -17,7 +17,7 @@ from mfengine.torch_private import in_forward_mode, traced
 
 _Fixed = dict[Any, tuple[Any, Tensor, Tensor]]
 _fixed: _Fixed | None = None
-"""By id, a parameter, its copy, and that transposed; or, by ids and padded sizes, several and their packed copy."""
+"""id of a parameter -> it, its copy and the copy's transpose; or ids and padded sizes -> the same of packed weights"""
 
 
 def linear(x: A, weight: Any, bias: Any = None) -> A:
@@ -28,13 +28,13 @@ def linear(x: A, weight: Any, bias: Any = None) -> A:
         weight: (out, in), bias: (out,) or None; cast to the dtype of x. Or duals, with tangents of the same shapes.
 
     Returns:
-        (B, ..., out) in the dtype of x; of duals the same with a tangent (K, ..., out).
+        (B, ..., out) in the dtype of x; for duals the same with a tangent (K, ..., out).
     """
     dtype = primal_of(x).dtype
     if (tape := recording()) is not None:
         return _in_block(tape, x, weight, bias, dtype)
     weight, bias = (p if p is None else linear_map(lambda p: _cast_with_graph(p, dtype), p) for p in (weight, bias))
-    if not isinstance(weight, Dual) and not isinstance(bias, Dual):  # the usual case, and the cheapest
+    if not isinstance(weight, Dual) and not isinstance(bias, Dual):  # the common case, and the cheapest
         output = F.linear(primal_of(x), weight, bias)
         if not isinstance(x, Dual):
             return output
@@ -45,22 +45,22 @@ def linear(x: A, weight: Any, bias: Any = None) -> A:
 
 
 def packed_linear(x: A, weights: Sequence[Any], multiple: int = 1, in_multiple: int = 1) -> A:
-    """x W^T of several linear layers without bias, side by side, by one product.
+    """x W^T of several linear layers without bias, side by side, in one product.
 
-    The rows of each weight are padded with zeros to a multiple, and the columns to the width of x. Gradients are those
-    of the parameters in their own shapes. The packed weight is made once inside `fixed_weights`.
+    The rows of each weight are padded with zeros to a multiple, and the columns to the width of x. Gradients have the
+    parameters' own shapes. Inside `fixed_weights`, the packed weight is made only once.
 
     Args:
         x: (B, ..., in) float; or a dual, with a tangent (K, ..., in) of its last K rows.
         weights: parameters (out_i, in_i), cast to the dtype of x; or duals, with tangents of the same shapes.
-        multiple: each layer has its out_i rounded up to this, the last ones zero.
-        in_multiple: in is in_i, or in_i rounded up to this.
+        multiple: each out_i is rounded up to a multiple of this; the extra outputs are zero.
+        in_multiple: in equals in_i, possibly rounded up to a multiple of this.
 
     Returns:
-        (B, ..., sum of the rounded out_i) in the dtype of x; of duals the same with a tangent.
+        (B, ..., sum of the rounded out_i) in the dtype of x; for duals the same with a tangent.
 
     Raises:
-        ValueError: x is not of such a width.
+        ValueError: x has another width.
 
     Example:
         >>> import torch
@@ -73,7 +73,7 @@ def packed_linear(x: A, weights: Sequence[Any], multiple: int = 1, in_multiple: 
     for weight in weights:
         columns = primal_of(weight).shape[1]
         if width not in (columns, _round_up(columns, in_multiple)):
-            raise ValueError(f"x is {width} wide, and a weight has {columns} columns (rounded to {in_multiple})")
+            raise ValueError(f"x has width {width}, but a weight has {columns} columns (rounded to {in_multiple})")
     if (tape := recording()) is not None:
         packed, packed_t = _packed(weights, width, multiple, primal.dtype)
         output = primal @ packed_t if primal.ndim == 2 else F.linear(primal, packed)
@@ -91,13 +91,13 @@ def packed_linear(x: A, weights: Sequence[Any], multiple: int = 1, in_multiple: 
 
 
 class fixed_weights(ContextDecorator):  # noqa: N801 - as `torch.no_grad`
-    """Parameters do not change inside: in a block that is `one_node`, linear layers cast each only once.
+    """Declare that parameters do not change inside; linear layers in a `one_node` block then cast each only once.
 
-    A context manager or decorator, which may be entered again and again.
+    It is a context manager or decorator, and may be entered repeatedly.
 
     Args:
-        copies: of parameters, in the dtype of the products, for those that need not be cast at all. They hold what the
-            parameters hold whenever it is entered.
+        copies: parameter -> its copy in the dtype of the products, which saves the cast. The copies must be up to date
+            whenever the context is entered.
     """
 
     def __init__(self, copies: Mapping[Tensor, Tensor] | None = None) -> None:
@@ -120,7 +120,7 @@ def _transposed(weight: Tensor) -> Tensor:
 
 
 def _cast(p: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """A parameter without autograd, and its transpose."""
+    """A cast parameter without autograd, and its transpose."""
     found = None if _fixed is None else _fixed.get(id(p))
     if found is None or found[1].dtype != dtype:
         copy = p.to(dtype)
@@ -131,8 +131,8 @@ def _cast(p: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def _cast_with_graph(p: Tensor, dtype: torch.dtype) -> Tensor:
-    """A parameter in another dtype; one that takes gradients in that dtype and has a copy need not be cast."""
-    # The compiler must not see the look-up: it would compile each block anew, for the identity of its parameters.
+    """A parameter in another dtype. A copy replaces the cast if the parameter takes gradients in that dtype."""
+    # Hidden from the compiler, which would compile each block again for the identity of its parameters.
     if torch.compiler.is_compiling() or traced() or _fixed is None:
         return p.to(dtype)
     found = _fixed.get(id(p))
@@ -142,7 +142,7 @@ def _cast_with_graph(p: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class _Copied(torch.autograd.Function):
-    """The copy of a parameter, whose gradient is the parameter's."""
+    """The copy of a parameter; the copy's gradient goes to the parameter."""
 
     @staticmethod
     def forward(ctx: Any, p: Tensor, copy: Tensor) -> Tensor:
@@ -162,7 +162,7 @@ def _shapes(weights: Sequence[Tensor]) -> tuple[torch.Size, ...]:
 
 
 def _pack(weights: Sequence[Tensor], width: int, multiple: int) -> Tensor:
-    """Weights below each other, padded with zeros to `width` columns and to a multiple of rows each."""
+    """Weights stacked by rows, padded with zeros to `width` columns and to a multiple of rows each."""
     padded = []
     for w in weights:
         rows, columns = (_round_up(len(w), multiple) - len(w), width - w.shape[1])
@@ -171,7 +171,7 @@ def _pack(weights: Sequence[Tensor], width: int, multiple: int) -> Tensor:
 
 
 def _packed(weights: tuple[Tensor, ...], width: int, multiple: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """`_pack` in a dtype, without autograd, and its transpose."""
+    """The result of `_pack` in a dtype, without autograd, and its transpose."""
     key = (*map(id, weights), width, multiple)
     found = None if _fixed is None else _fixed.get(key)
     if found is None or found[1].dtype != dtype:
@@ -183,13 +183,13 @@ def _packed(weights: tuple[Tensor, ...], width: int, multiple: int, dtype: torch
 
 
 def _unpack(gradient: Tensor, shapes: Sequence[torch.Size], multiple: int) -> list[Tensor]:
-    """Of the gradient of a packed weight, that of each."""
+    """Each weight's part of the gradient of a packed weight."""
     parts = gradient.split([_round_up(rows, multiple) for rows, _ in shapes])
     return [part[:rows, :columns] for part, (rows, columns) in zip(parts, shapes, strict=True)]
 
 
 class _Packed(torch.autograd.Function):
-    """The packed copy of parameters, whose gradient is theirs."""
+    """The packed copy of parameters; the copy's gradient goes to them."""
 
     @staticmethod
     def forward(ctx: Any, width: int, multiple: int, dtype: torch.dtype, *weights: Tensor) -> Tensor:
@@ -209,7 +209,7 @@ def _packed_gradients(
 
 
 def _in_block(tape: Tape, x: A, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> A:
-    """The layer; its backward is put on the tape."""
+    """The layer inside a block; its backward is recorded on the tape."""
     primal, (w, w_t) = primal_of(x), _cast(weight, dtype)
     b = None if bias is None else _cast(bias, dtype)[0]
     if primal.ndim == 2:
@@ -245,10 +245,10 @@ def sinusoid(t: A, dim: int) -> A:
 
     Args:
         t: (B,) float, not scaled.
-        dim: even.
+        dim: an even number.
 
     Returns:
-        (B, dim) float32, or float64 if t is.
+        (B, dim) float32; float64 for float64.
     """
 
     x, half = primal_of(t), dim // 2

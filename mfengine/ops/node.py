@@ -1,8 +1,8 @@
 """A block as one node of autograd's graph.
 
-Autograd costs the host tens of microseconds for each op. Inside a function that `one_node` decorates, ops run without
-it: each puts its own backward on a list, and one node of the graph replays the list backwards. What ops save for their
-backward is saved by that node, so that recomputation, FSDP2 and hooks of saved tensors see it.
+Autograd costs the host tens of microseconds per op. Inside a function decorated by `one_node`, ops run without it: each
+records its own backward on a tape, and one node of the graph replays the tape in reverse. That node saves what the ops
+need for their backward, so recomputation, FSDP2 and hooks on saved tensors see it.
 """
 
 from __future__ import annotations
@@ -22,15 +22,16 @@ _tape: Tape | None = None
 
 
 def one_node(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorate the `forward` of a block: one node of autograd's graph where fused kernels compute duals of it.
+    """Decorate the `forward` of a block, to make it one node of autograd's graph if fused kernels compute its duals.
 
-    Its arguments are tensors, duals or None. It computes with ops of `mfengine.ops` and parameters alone, and returns
-    one tensor or dual or a tuple of them. With a graph but no dual, inside `differentiable_tangents`, on plain PyTorch,
-    in forward mode and under torch.compile it runs as it is. Backward hooks of modules inside do not run.
+    The arguments are tensors, duals or None. The forward may use only ops of `mfengine.ops` and parameters, and returns
+    one tensor or dual, or a tuple of them. It runs undecorated with a graph but no dual, inside
+    `differentiable_tangents`, on plain PyTorch, in forward mode and under torch.compile. Backward hooks of modules
+    inside do not run.
 
     Raises:
-        RuntimeError: from ops inside, for a tensor that is neither an argument, a parameter nor the output of an op:
-            its gradient would be lost; from a backward with create_graph.
+        RuntimeError: an op inside gets a tensor that is not an argument, a parameter or the output of an op, so its
+            gradient would be lost; or a backward runs with create_graph.
     """
 
     @functools.wraps(forward)
@@ -57,12 +58,12 @@ def one_node(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def recording() -> Tape | None:
-    """The tape of the block that runs, on which ops put their backward."""
+    """The tape of the running block, on which ops record their backward."""
     return _tape
 
 
 def eager(tensors: Sequence[Tensor | None]) -> bool:
-    """Whether launchers may be called: all tensors have values, and nothing must see what runs."""
+    """Whether launchers may be called: all tensors have values, and nothing needs to see what runs."""
     if torch.compiler.is_compiling() or intercepted():
         return False
     return all(x is None or (type(x) in (Tensor, nn.Parameter) and not x.is_meta) for x in tensors)
@@ -77,11 +78,12 @@ class _Entry(NamedTuple):
 
 
 class Tape:
-    """The ops of one block, in the order in which they ran. Tensors have numbers, those that are saved others.
+    """The ops of one block, in the order in which they ran. Tensors are numbered; saved tensors are numbered
+    separately.
 
     Args:
-        inputs: of the block.
-        records: whether a backward will follow. Without, nothing is recorded.
+        inputs: inputs of the block.
+        records: whether a backward will follow. If not, nothing is recorded.
     """
 
     def __init__(self, inputs: Sequence[Tensor], records: bool) -> None:
@@ -89,11 +91,11 @@ class Tape:
         self.eager = eager(inputs)
         self.entries: list[_Entry] = []
         self.saved: list[Tensor] = []
-        self.leaves: list[Tensor] = []  # what gradients are handed to
+        self.leaves: list[Tensor] = []  # tensors that receive gradients
         self.leaf_numbers: list[int] = []
         self.output_numbers: list[int] = []
         self.count = 0
-        self._tensors: list[Tensor] = []  # they keep their ids
+        self._tensors: list[Tensor] = []  # kept alive, so that their ids stay unique
         self._numbers: dict[int, int] = {}
         self._saved_numbers: dict[int, int] = {}
         if records:
@@ -116,24 +118,24 @@ class Tape:
         saved: Sequence[Tensor],
         options: tuple[Any, ...] = (),
     ) -> None:
-        """Put an op on the tape.
+        """Record an op.
 
         Args:
             backward: (*saved, *gradients of the outputs, *options) -> a gradient, or None, for each input.
-            inputs: primals; None for one that is not there.
+            inputs: primals; None for a missing one.
             outputs: primals.
-            saved: what the backward reads.
-            options: of the op.
+            saved: tensors that the backward reads.
+            options: options of the op.
 
         Raises:
-            RuntimeError: an input is no argument, parameter or output.
+            RuntimeError: an input is not an argument, parameter or output.
         """
         if self.records:
             numbers = [-1 if x is None else self._number(x) for x in inputs]
             self.entries.append(_Entry(backward, options, self._save(saved), numbers, [self._add(x) for x in outputs]))
 
     def finish(self, outputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """The outputs as those of a node. What no backward needs is let go."""
+        """The outputs, attached to a node. Releases what no backward needs."""
         self.output_numbers = [self._number(x) for x in outputs]
         self._tensors, self._numbers, self._saved_numbers = [], {}, {}
         leaves, self.leaves = self.leaves, []
@@ -162,7 +164,7 @@ class Tape:
         if isinstance(x, nn.Parameter):
             return self._add_leaf(x)
         raise RuntimeError(
-            f"a tensor of shape {tuple(x.shape)} inside mfengine.ops.one_node is neither an argument, a parameter nor "
+            f"a tensor of shape {tuple(x.shape)} inside mfengine.ops.one_node is not an argument, a parameter or "
             "the output of an op of mfengine.ops"
         )
 

@@ -1,11 +1,11 @@
-"""The one place that joins an op's kernels with autograd, tangents, torch.compile and FLOP counting.
+"""The one place that connects an op's kernels to autograd, tangents, torch.compile and FLOP counting.
 
-An op is declared once, as an `Op`. Calling it takes one of three ways:
+An op is declared once, as an `Op`. A call runs in one of three ways:
 
-- plain PyTorch where kernels do not run (`mfengine.ops.backend.fused`);
-- its launchers directly, inside one `torch.autograd.Function` if a gradient is wanted: the eager way, the cheapest;
-- operators of `torch.library`, where something has to see what runs: torch.compile, fake and meta tensors, transforms
-  of `torch.func`, a `TorchDispatchMode` such as `FlopCounterMode`. They cost the host some ten times as much.
+- plain PyTorch, where kernels do not run (`mfengine.ops.backend.fused`);
+- its launchers, called directly, inside one `torch.autograd.Function` if a gradient is needed: eager, and the cheapest;
+- operators of `torch.library`, where something must see what runs: torch.compile, fake and meta tensors, transforms
+  of `torch.func`, a `TorchDispatchMode` such as `FlopCounterMode`. They cost the host about ten times as much.
 """
 
 from __future__ import annotations
@@ -35,29 +35,30 @@ class Op:
     """An op with kernels: takes tensors or duals, and returns a tuple of outputs of the same kind.
 
     Args:
-        forward: the launcher of the primal, (*primals, *options) -> (*outputs, *auxiliary). The names of its parameters
-            are those of the arguments; options are those annotated as int, float or dtype.
+        forward: launcher of the primal, (*primals, *options) -> (*outputs, *auxiliary). Its parameters have the names
+            of the arguments; those annotated as int, float or dtype are options.
         dual: (*primals, *tangents, *options) -> (*outputs, *auxiliary, *tangents of the outputs), for the tangents of
-            the last K rows. None is the tangent of a parameter that has none.
+            the last K rows. The tangent of a parameter without one is None.
         backward: (*saved, *gradients of the outputs, *options) -> one gradient for each primal. The gradient of an
-            output that nothing used is None.
-        plain: the same in plain PyTorch, the specification: (*arguments, *options) -> outputs, tensors or duals.
-        shapes: (*primals, *options) -> empty tensors like what `forward` returns.
-        outputs, auxiliary: names of what `forward` returns; auxiliary is what only the backward reads.
+            unused output is None.
+        plain: the specification in plain PyTorch: (*arguments, *options) -> outputs, tensors or duals.
+        shapes: (*primals, *options) -> empty tensors like the results of `forward`.
+        outputs, auxiliary: names of the results of `forward`; only the backward reads the auxiliary ones.
         saved: names of the arguments and outputs that are kept for the backward.
-        like: for each argument that is not saved, the saved one whose shape and dtype its gradient has.
-        parameters: how many of the last arguments are parameters, which have no rows; their tangents are whole.
-        backward_dual: the backward where a gradient reaches a tangent: (*saved, *tangents, *tangents of the outputs,
+        like: for each argument that is not saved, the saved one with the shape and dtype of its gradient.
+        parameters: how many of the last arguments are parameters, which have no rows; their tangents have their full
+            shape.
+        backward_dual: the backward if a gradient reaches a tangent: (*saved, *tangents, *tangents of the outputs,
             *auxiliary_dual, *gradients of the outputs, *gradients of their tangents, *options) -> (*gradients of the
-            primals, *gradients of the tangents). A tangent or gradient that is not there is None; of the gradients of
-            tangents, one that belongs to None may be None. Without it, `plain` is computed again and differentiated.
-        differentiable_dual: `dual` where `backward_dual` may follow; it returns auxiliary_dual, too, as the last ones.
-            None if there are none.
-        auxiliary_dual: what only `backward_dual` reads: by name, what `forward` returns that has, of the rows with
-            tangents, its shape and dtype.
+            primals, *gradients of the tangents). A missing tangent or gradient is None, and the gradient of a missing
+            tangent may be None. Without `backward_dual`, `plain` is recomputed and differentiated.
+        differentiable_dual: `dual` for use with `backward_dual`; it also returns auxiliary_dual, at the end. None if
+            there are none.
+        auxiliary_dual: tensors that only `backward_dual` reads: their names, and the result of `forward` with the same
+            shape and dtype (for the rows with tangents).
         backward_dual_flops: (*shapes of the primals, *shapes of the tangents, *options) -> FLOPs of `backward_dual`.
-        flops: (*shapes of the primals, *options) -> FLOPs of the forward, of the tangent beside it and of the backward.
-            None if there are no matrix products.
+        flops: (*shapes of the primals, *options) -> FLOPs of forward, tangent and backward. None if there are no matrix
+            products.
     """
 
     def __init__(
@@ -84,10 +85,18 @@ class Op:
         self.shapes, self.flops, self.parameters = shapes, flops, parameters
         self.backward_dual, self.backward_dual_flops = backward_dual, backward_dual_flops
         self.differentiable_dual = differentiable_dual or dual
-        annotations = {p.name: str(p.annotation) for p in inspect.signature(forward).parameters.values()}
+        signature = inspect.signature(forward).parameters
+        annotations = {p: str(getattr(x.annotation, "__name__", x.annotation)) for p, x in signature.items()}
         self.arguments = tuple(name for name, kind in annotations.items() if kind not in _SCHEMA_TYPES)
         self.outputs, self.returned, self.saved = tuple(outputs), (*outputs, *auxiliary), tuple(saved)
         known = (*self.arguments, *self.returned)
+        if unknown := [x for x in saved if x not in known]:
+            raise ValueError(f"op {name}: saved names {unknown[0]!r}, which is none of {', '.join(known)}")
+        if unlike := [x for x in self.arguments if (like or {}).get(x, x) not in saved]:
+            raise ValueError(
+                f"op {name}: name in like= the saved tensor that the gradient of {unlike[0]!r} resembles; if it is an "
+                f"option, annotate it as one of {', '.join(_SCHEMA_TYPES)}"
+            )
         self._keep = tuple(known.index(name) for name in saved)
         self._recomputed_from = tuple(i for i, name in enumerate(self.arguments) if name not in saved)
         self._auxiliary_dual = tuple(self.returned.index(name) for name in (auxiliary_dual or {}).values())
@@ -109,15 +118,15 @@ class Op:
         return self.plain(*args, *options)
 
     def by_kernels(self, *args: Any, options: tuple[Any, ...] = ()) -> tuple[Any, ...]:
-        """By the kernels, whatever `use_backend` says.
+        """Run the kernels, whatever `use_backend` says.
 
         Raises:
-            ValueError: the kernels do not take the arguments.
+            ValueError: the kernels do not support the arguments.
         """
         make: Callable[..., Any] = Dual
         if explicit := any(isinstance(a, Dual) for a in args):
             primals, tangents = self._take_apart(args)
-        else:  # under `torch.func.jvp` and `torch.autograd.forward_ad` tensors may be duals of PyTorch's own
+        else:  # under `torch.func.jvp` and `torch.autograd.forward_ad`, tensors may be PyTorch's own duals
             pairs, make = [fwad.unpack_dual(x) for x in args], fwad.make_dual
             if all(pair.tangent is None for pair in pairs):
                 return self._run(args, None, options)[: len(self.outputs)]
@@ -128,7 +137,7 @@ class Op:
         return tuple(map(make, returned[: len(self.outputs)], returned[len(self.returned) :]))
 
     def bytes(self, *primals: Tensor, options: tuple[Any, ...] = ()) -> tuple[int, int, int]:
-        """What a forward, a dual of all rows, and a backward read and write at least."""
+        """Least bytes that a forward, a dual of all rows, and a backward read and write."""
         returned = self.shapes(*primals, *options)
         known = (*primals, *returned)
         forward = _bytes(known)
@@ -136,16 +145,16 @@ class Op:
         return forward, 2 * forward, _bytes([*saved, *returned[: len(self.outputs)], *(saved[i] for i in self._like)])
 
     # ------------------------------------------------------------------------
-    # How it runs.
+    # Execution.
 
     def _take_apart(self, args: Sequence[Any]) -> tuple[list[Tensor], list[Any]]:
-        """Primals, and tangents as `complete` makes them."""
+        """Primals, and tangents from `complete`."""
         primals = [primal_of(a) for a in args]
         tangents = [tangent_of(a) for a in args]
         return primals, complete(primals, tangents, self.parameters)
 
     def _in_block(self, tape: Tape, args: Sequence[Any], options: tuple[Any, ...]) -> tuple[Any, ...]:
-        """What the op returns, of duals if any argument is one; its backward is put on the tape."""
+        """The op's outputs inside a block, as duals if any argument is one; its backward is recorded on the tape."""
         primals: Sequence[Tensor] = args
         if dual := Dual in map(type, args):
             primals, tangents = [primal_of(a) for a in args], [tangent_of(a) for a in args]
@@ -159,7 +168,7 @@ class Op:
         outputs = returned[: len(self.outputs)]
         if tape.records:
             known = (*primals, *returned)
-            # A mode that saw the forward sees the backward too.
+            # A mode that saw the forward must see the backward, too.
             backward = self.backward if tape.eager else self._operator_gradients
             tape.record(backward, primals, outputs, [known[i] for i in self._keep], options)
         return tuple(map(Dual, outputs, returned[len(self.returned) :])) if dual else outputs
@@ -172,10 +181,10 @@ class Op:
         explicit: bool = False,
         through: bool = False,
     ) -> tuple[Tensor, ...]:
-        """What `forward`, `dual` or `differentiable_dual` returns, with its graph.
+        """The results of `forward`, `dual` or `differentiable_dual`, with their graph.
 
-        Tangents with a graph of their own are differentiated if `through`. If not, explicit ones are constants, and a
-        gradient that reaches others raises.
+        If `through`, tangents with a graph of their own are differentiated. Otherwise, explicit tangents are constants,
+        and a gradient that reaches any other tangent raises.
         """
         inputs = primals if tangents is None else (*primals, *tangents)
         constant = explicit and not through
@@ -190,7 +199,7 @@ class Op:
             tracked = primals if constant else inputs
             if any(x is not None and x.requires_grad for x in tracked):
                 return _Node.apply(self, tangents if constant else None, options, through, *tracked)
-        return (self.forward if tangents is None else self.dual)(*inputs, *options)
+        return _tuple((self.forward if tangents is None else self.dual)(*inputs, *options))
 
     def _save(
         self,
@@ -201,7 +210,7 @@ class Op:
         constant: bool = False,
         through: bool = False,
     ) -> None:
-        """Keep for the backward what it needs: the same with and without tangents, unless they are differentiated."""
+        """Save tensors for the backward: the same with and without tangents, unless these are differentiated."""
         count, number = len(self.arguments), len(self.returned)
         known = (*inputs[:count], *returned[:number])
         kept = [known[i] for i in self._keep]
@@ -218,15 +227,15 @@ class Op:
     def _differentiate(
         self, ctx: Any, gradients: Sequence[Tensor | None], needed: Sequence[bool]
     ) -> tuple[Tensor | None, ...]:
-        """Gradients of the primals, and of the tangents where these are differentiated.
+        """Gradients of the primals, and of the tangents if these are differentiated.
 
         Args:
-            ctx: of the node.
-            gradients: of what it returned.
-            needed: whether each primal and tangent needs one.
+            ctx: context of the node.
+            gradients: gradients of the node's results.
+            needed: for each primal and tangent, whether its gradient is needed.
 
         Raises:
-            RuntimeError: there is a gradient of a tangent that is not differentiated.
+            RuntimeError: a tangent that is not differentiated has a gradient.
         """
         count, outputs = len(self.arguments), len(self.outputs)
         of_outputs = gradients[:outputs]
@@ -235,7 +244,7 @@ class Op:
             if not ctx.through:
                 raise RuntimeError(
                     f"a gradient reached the tangent of {self.name}, computed inside "
-                    "mfengine.ops.differentiable_tangents(False): detach the tangent, or leave that context out"
+                    "mfengine.ops.differentiable_tangents(False): detach the tangent, or do not use that context"
                 )
             if self.backward_dual is not None:
                 found = self._gradients(*ctx.saved_tensors, *of_outputs, *of_tangents, *ctx.options, dual=True)
@@ -275,22 +284,22 @@ class Op:
         return _tuple(self._operators.backward(*inputs))
 
     def _gradients(self, *inputs: Any, dual: bool = False) -> tuple[Any, ...]:
-        """What `backward`, or `backward_dual`, returns."""
-        # With create_graph, the operator: it refuses second derivatives, where a launcher would give none.
+        """The results of `backward` or `backward_dual`."""
+        # With create_graph, the operator runs: it rejects second derivatives, where a launcher would omit them.
         direct = not torch.is_grad_enabled() and eager([x for x in inputs if isinstance(x, Tensor)])
         by: Any = self if direct else self._operators
         return _tuple((by.backward_dual if dual else by.backward)(*inputs))
 
     def _refuse(self, *_: Any) -> None:
         raise RuntimeError(
-            f'second derivatives of {self.name} need plain PyTorch: mfengine.ops.use_backend("torch") does it'
+            f'second derivatives of {self.name} need plain PyTorch: use mfengine.ops.use_backend("torch")'
         )
 
     # ------------------------------------------------------------------------
-    # How PyTorch knows it.
+    # Registration with PyTorch.
 
     def _register(self, options: dict[str, str]) -> _Operators:
-        """Operators for each launcher, with their fakes, autograd and FLOPs."""
+        """Register an operator for each launcher, with its fake, autograd and FLOPs."""
         count, more = len(self.arguments), self._more
         rows, number, outputs = count - self.parameters, len(self.returned), len(self.outputs)
 
@@ -359,7 +368,7 @@ class Op:
         return _Operators(forward, dual, differentiable_dual, backward, backward_dual)
 
     def flop_formulas(self) -> dict[Any, Callable[..., int]]:
-        """For each operator, its FLOPs from what it is called with, shapes in place of tensors."""
+        """For each operator, its FLOPs as a function of its arguments, with shapes in place of tensors."""
         count, kept, more = len(self.arguments), len(self.saved) + len(self.outputs), self._more
         formula, through = self.flops, self.backward_dual_flops
         if formula is None:
@@ -373,7 +382,7 @@ class Op:
             return formula(*primals, *options)[0] + formula(*tangents, *options)[1]
 
         def backward(*inputs: Any, **_: Any) -> int:
-            return formula(*inputs[:count], *inputs[kept:])[2]  # the arguments come first in `saved`
+            return formula(*inputs[:count], *inputs[kept:])[2]  # `saved` begins with the arguments
 
         def backward_dual(*inputs: Any, **_: Any) -> int:
             assert through is not None
@@ -385,7 +394,7 @@ class Op:
 
 
 class _Operators(NamedTuple):
-    """Of `torch.library`, by the launcher that each runs."""
+    """Operators of `torch.library`, named after the launchers that they run."""
 
     forward: Any
     dual: Any
@@ -395,7 +404,7 @@ class _Operators(NamedTuple):
 
 
 class _Node(torch.autograd.Function):
-    """An op in eager PyTorch. Constant tangents are hidden from autograd, in a tuple."""
+    """An op in eager PyTorch. A tuple hides constant tangents from autograd."""
 
     @staticmethod
     def forward(
@@ -404,7 +413,7 @@ class _Node(torch.autograd.Function):
         constant = tangents is not None
         every = (*inputs, *tangents) if tangents is not None else inputs
         dual = op.differentiable_dual if through else op.dual
-        returned = (dual if len(every) > len(op.arguments) else op.forward)(*every, *options)
+        returned = _tuple((dual if len(every) > len(op.arguments) else op.forward)(*every, *options))
         op._save(ctx, inputs, returned, options, constant, through)
         ctx.op = op
         return returned
@@ -415,7 +424,7 @@ class _Node(torch.autograd.Function):
 
 
 def _operator(name: str, arguments: list[str], results: int, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    """An operator mfengine::name. Where one result is returned, it is no tuple for `torch.library`."""
+    """An operator mfengine::name. For `torch.library`, a single result is not a tuple."""
 
     def unpacked(f: Callable[..., Any]) -> Callable[..., Any]:
         return (lambda *inputs: f(*inputs)[0]) if results == 1 else f
@@ -433,7 +442,7 @@ def _tuple(x: Any) -> tuple[Any, ...]:
 
 
 def _present(tensors: Iterable[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:
-    """With an empty one for each that is None, which an operator cannot return."""
+    """The tensors, with an empty one for each None, which an operator cannot return."""
     return tuple(like.new_empty(0) if x is None else x for x in tensors)
 
 

@@ -1,4 +1,4 @@
-"""RMSNorm (Zhang and Sennrich, arXiv 1910.07467) with a weight, of a residual stream as it is or after a gated update.
+"""RMSNorm (Zhang and Sennrich, arXiv 1910.07467) with a weight, with or without a preceding gated residual update.
 
 x' = x + g * y;  n = x' / rms with rms = sqrt(mean(x'^2) + eps);  o = n * w.
 Tangent: dx' = dx + g * dy + dg * y;  dn = (dx' - n * mean(n * dx')) / rms;  do = dn * w + n * dw.
@@ -31,14 +31,14 @@ def rms_norm(x: A, weight: Tensor | Dual, eps: float = EPS, dtype: torch.dtype |
         x: (B, ..., D) float; or a dual, with a tangent (K, ..., D) of its last K rows.
         weight: (D,) float; or a dual, with a tangent (D,).
         eps: added to the mean square.
-        dtype: of the output; x's if None.
+        dtype: dtype of the output; None takes that of x.
 
     Returns:
-        Shape of x; of duals the same with a tangent (K, ..., D). Computed in float32, of float64 in float64.
+        Shape of x; for duals the same with a tangent (K, ..., D). Computed in float32 (float64 for float64).
 
     Raises:
-        ValueError: on the fused path, whatever the kernels do not take: D above 8192, a dtype other than float16,
-            bfloat16 and float32, shapes or devices that do not go together.
+        ValueError: on the fused path, if the kernels do not support the arguments: D above 8192, a dtype other than
+            float16, bfloat16 and float32, or shapes or devices that do not match.
     """
     return RMS_NORM(x, weight, options=(eps, dtype))[0]
 
@@ -47,17 +47,17 @@ def gated_residual_rms_norm(x: A, y: A, gate: Tensor | Dual, weight: Tensor | Du
     """x' = x + gate * y and x' / sqrt(mean(x'^2) + eps) * weight.
 
     Args:
-        x: (B, ..., D) float, the residual stream; y: likewise, what a branch adds to it. Or duals, with tangents
-            (K, ..., D) of their last K rows.
+        x: (B, ..., D) float, the residual stream; y: likewise, the output of a branch. Or duals, with tangents (K, ...,
+            D) of their last K rows.
         gate, weight: (D,) float; or duals, with tangents (D,).
         eps: added to the mean square.
 
     Returns:
-        (x', o), each of x's shape: the residual stream in the dtype of x, the normalised one in the dtype of y. Of
-        duals two duals. Computed in float32, of float64 in float64.
+        (x', o), each of x's shape: the residual stream in the dtype of x, the normalised one in the dtype of y. For
+        duals, two duals. Computed in float32 (float64 for float64).
 
     Raises:
-        ValueError: as `rms_norm`.
+        ValueError: as in `rms_norm`.
     """
     x, o = RESIDUAL_RMS_NORM(x, y, gate, weight, options=(eps,))
     return x, o
@@ -162,7 +162,7 @@ def _residual_dual(
 def _residual_backward(
     x_out: Tensor, y: Tensor, gate: Tensor, weight: Tensor, gx_out: Tensor | None, go: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    go = torch.zeros_like(y) if go is None else go  # of an output that nothing used
+    go = torch.zeros_like(y) if go is None else go  # None: the output was not used
     x_out, y, gate, weight, gx_out, go = map(_dense, (x_out, y, gate, weight, gx_out, go))
     gx, gy, ggate, gweight = kernel.backward(x_out, y, gate, weight, gx_out, go, eps)
     assert gy is not None

@@ -1,7 +1,7 @@
 """RMSNorm of each head's queries and keys, and rotary position embedding (RoPE; Su et al., arXiv 2104.09864).
 
-n = R(x / rms * w) with rms = sqrt(mean(x^2) + eps) of a head. R rotates the channels (2i, 2i + 1) of a token at
-position m by the angle m * 10,000^(-2i / d). It is linear, so the tangent is R of RMSNorm's.
+n = R(x / rms * w) with rms = sqrt(mean(x^2) + eps) per head. R rotates the channels (2i, 2i + 1) of a token at
+position m by the angle m * 10,000^(-2i / d). R is linear, so the tangent is R of RMSNorm's tangent.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ else:
 
 
 def norm_rope(x: A, q_weight: A, k_weight: A, heads: int, tokens: int, eps: float) -> A:
-    """Normalised and rotated queries and keys of x (B, N, 2 * H * d) or (B * N, 2 * H * d), contiguous in x's shape."""
+    """Normalised and rotated queries and keys of x (B, N, 2 * H * d) or (B * N, 2 * H * d): contiguous, same shape."""
     return NORM_ROPE(x, q_weight, k_weight, options=(heads, tokens, eps))[0]
 
 
@@ -63,7 +63,7 @@ def _weights(q_weight: Tensor, k_weight: Tensor) -> Tensor:
 
 
 def _rotate(x: Tensor, tokens: int) -> Tensor:
-    """x (B, N, 2, H, d)."""
+    """Rotate x (B, N, 2, H, d)."""
     cos, sin = angles(tokens, x.shape[-1], x.device)[:, None, None].to(x.dtype).unbind(-1)
     even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2)
@@ -78,7 +78,7 @@ def angles(tokens: int, dim: int, device: torch.device) -> Tensor:
 
 
 # ----------------------------------------------------------------------------
-# Fused. Queries and keys may be the first parts of a packed product: their rows need not be dense.
+# Fused. Queries and keys may be slices of a packed product, so their rows need not be dense.
 
 
 def _evenly_spaced(x: Tensor) -> Tensor:
@@ -89,7 +89,7 @@ def norm_rope_dual(
     x: Tensor, q_weight: Tensor, k_weight: Tensor, dx: Tensor, dq_weight: Tensor | None, dk_weight: Tensor | None,
     heads: int, tokens: int, eps: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Queries and keys, and their tangents."""
+    """Normalised and rotated queries and keys, and their tangents."""
     if dq_weight is not None or dk_weight is not None:
         pairs = ((q_weight, dq_weight), (k_weight, dk_weight))
         dq_weight, dk_weight = (torch.zeros_like(w) if dw is None else dw.contiguous() for w, dw in pairs)
@@ -101,14 +101,14 @@ def norm_rope_dual(
 def norm_rope_forward(
     x: Tensor, q_weight: Tensor, k_weight: Tensor, heads: int, tokens: int, eps: float
 ) -> tuple[Tensor]:
-    """Queries and keys."""
+    """Normalised and rotated queries and keys."""
     return (kernel.forward(_evenly_spaced(x), q_weight.contiguous(), k_weight.contiguous(), heads, tokens, eps),)
 
 
 def norm_rope_backward(
     x: Tensor, q_weight: Tensor, k_weight: Tensor, go: Tensor, gx: Tensor, heads: int, tokens: int, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of the weights; that of x is written to gx."""
+    """Gradients of the weights. The gradient of x is written to gx."""
     weights = q_weight.contiguous(), k_weight.contiguous()
     return kernel.backward(_evenly_spaced(x), *weights, go.contiguous(), gx, heads, tokens, eps)
 

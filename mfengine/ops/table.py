@@ -1,4 +1,4 @@
-"""Every op in one table: tests, static gate, benchmarks and `make gpu` iterate over it."""
+"""One table of all ops, for tests, the static gate, benchmarks and `make gpu`."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from mfengine.ops.rmsnorm import RESIDUAL_RMS_NORM, RMS_NORM, gated_residual_rms
 
 
 class Shape(NamedTuple):
-    """Of the tokens of a transformer."""
+    """Shape of the tokens of a transformer."""
 
     batch: int
     tokens: int
     heads: int
     dim: int
-    """of a head"""
+    """channels of a head"""
 
     @property
     def width(self) -> int:
@@ -42,14 +42,14 @@ class Shape(NamedTuple):
 
 
 class New(Protocol):
-    """Makes a tensor of a size: in the dtype of the products, or float32 if `wide`. What is in it is the caller's."""
+    """Makes a tensor of a given size, in the dtype of the products, or float32 if `wide`, with values of its choice."""
 
     def __call__(self, *size: int, wide: bool = False) -> Tensor: ...
 
 
 @dataclass(frozen=True)
 class Example:
-    """A call of an op, `function(*arguments)`, with the strides and dtypes that a network has."""
+    """A call of an op, `function(*arguments)`, with strides and dtypes as in a network."""
 
     op: Op | None
     """its kernels, or None if it has none"""
@@ -62,19 +62,19 @@ class Example:
 
     @property
     def flops(self) -> tuple[int, int, int]:
-        """Of the products of the forward, of the tangent of all rows beside it, and of the backward."""
+        """FLOPs of the products of the forward, of the tangent of all rows, and of the backward."""
         if self.op is None or self.op.flops is None:
             return 0, 0, 0
         return self.op.flops(*(x.shape for x in self.arguments), *self.options)
 
     @property
     def bytes(self) -> tuple[int, int, int]:
-        """What the forward, the dual of all rows, and the backward read and write at least."""
+        """Least bytes that the forward, the dual of all rows, and the backward read and write."""
         assert self.op is not None
         return self.op.bytes(*self.arguments, options=self.options)
 
     def double(self) -> Example:
-        """The same in float64. Under `use_backend("torch")`, it is the reference."""
+        """The same call in float64. Under `use_backend("torch")`, it is the reference."""
         return replace(self, arguments=tuple(x.double() for x in self.arguments))
 
 
@@ -102,7 +102,7 @@ def _gated_residual_adaln(s: Shape, new: New) -> Example:
 
 
 def _gelu(s: Shape, new: New) -> Example:
-    """A product, and the float32 bias of the layer that made it."""
+    """A product, and the float32 bias of its layer."""
     arguments = new(s.batch, s.tokens, 4 * s.width), new(4 * s.width, wide=True)
     return Example(GELU, gelu, arguments, parameters=1)
 
@@ -126,7 +126,7 @@ def _rotary_attention(s: Shape, new: New) -> Example:
 
 
 def _swiglu(s: Shape, new: New) -> Example:
-    """Halves of 8/3 of the width, padded to a multiple of 64, as one packed product."""
+    """Packed halves, each 8/3 of the width, padded to a multiple of 64."""
     half = -(-8 * s.width // 3 // 64) * 64
     return Example(SWIGLU, swiglu, (new(s.batch, s.tokens, 2 * half),))
 
@@ -158,7 +158,7 @@ OPS: dict[str, Callable[[Shape, New], Example]] = {
     "sinusoid": lambda s, new: Example(None, partial(sinusoid, dim=256), (new(s.batch, wide=True),)),
     "add": lambda s, new: Example(None, add, (new(s.batch, s.width), new(s.batch, s.width))),
 }
-"""By name, what makes an example of an op for a shape."""
+"""op name -> function that makes an example for a shape"""
 
 SHAPES = {
     "xl2": Shape(32, 256, 16, 72),
@@ -169,7 +169,7 @@ SHAPES = {
 
 
 def random_tensors(dtype: torch.dtype, device: torch.device | str, generator: torch.Generator | None = None) -> New:
-    """Standard normal tensors, drawn on the host, so alike on all devices."""
+    """Standard normal tensors, drawn on the host, so that all devices get the same values."""
 
     def new(*size: int, wide: bool = False) -> Tensor:
         x = torch.randn(size, generator=generator)

@@ -1,4 +1,4 @@
-"""What a format of prepared latents must offer."""
+"""The interface of an importer of prepared latents."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ class SampleError(Exception):
 
 
 class Importer(ABC):
-    """A file or folder of prepared latents, before they are checked.
+    """A file or folder of prepared latents, not yet checked.
 
     Args:
         path: where they are.
 
     Attributes:
-        count: of the samples.
-        fingerprint: changes when the source does.
-        num_classes: None where only reading every sample would tell.
+        count: number of samples.
+        fingerprint: changes when the source changes.
+        num_classes: None if only reading every sample would tell.
 
     Raises:
-        InputError: the path is of this format, but cannot be read.
+        InputError: the path has this format but cannot be read.
     """
 
     format: ClassVar[str]
@@ -43,22 +43,22 @@ class Importer(ABC):
 
     @abstractmethod
     def name_of(self, index: int) -> str:
-        """The name by which the user knows a sample."""
+        """The name by which the user finds a sample."""
 
     @abstractmethod
     def load(self, index: int) -> tuple[list[np.ndarray], Any]:
-        """Mean and standard deviation, joined (2 C, H, W), of each flip, and the label.
+        """For each flip, mean and standard deviation joined as (2 C, H, W); and the label.
 
         Raises:
             SampleError: the sample cannot be read.
-            InputError: nothing of this source must be read.
+            InputError: the source is unsafe, and reading must stop.
         """
 
 
 def float_array(value: Any, name: str) -> np.ndarray:
-    """`value` if it is an array of floats; otherwise SampleError that calls it `name`."""
+    """`value` if it is an array of floats; otherwise a SampleError that calls it `name`."""
     if not isinstance(value, np.ndarray) or value.dtype.kind != "f":
-        raise SampleError(f"{name} is not an array of floats but {type(value).__name__}")
+        raise SampleError(f"{name} must be an array of floats, not {type(value).__name__}")
     return value
 
 

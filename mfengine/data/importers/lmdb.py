@@ -1,4 +1,4 @@
-"""LMDBs of pickled dicts, as PyTorch ports of MeanFlow write them (github.com/zhuyu-cs/MeanFlow)."""
+"""LMDBs of pickled dicts, written by PyTorch ports of MeanFlow (github.com/zhuyu-cs/MeanFlow)."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from mfengine.data.sources.lmdb import lmdb_errors, open_lmdb
 from mfengine.errors import InputError
 from mfengine.pickles import Refused, load_record
 
-LOG_VARIANCE_RANGE = (-30.0, 20.0)  # as diffusers' DiagonalGaussianDistribution clamps it
+LOG_VARIANCE_RANGE = (-30.0, 20.0)  # as clamped by diffusers' DiagonalGaussianDistribution
 
 
 class LMDBImporter(Importer):
-    """Keys `0`, `1`, ... and `num_samples`. A value has `moments`, `moments_flip`, with log variance, and `label`."""
+    """Keys `0`, `1`, ... and `num_samples`. Values have `moments`, `moments_flip` (with log variance), and `label`."""
 
     format = "lmdb"
 
@@ -25,7 +25,7 @@ class LMDBImporter(Importer):
         with self._environment.begin() as transaction:
             number = transaction.get(b"num_samples")
         if number is None or not number.isdigit():
-            raise InputError(f"{path} has no num_samples: it was not written to its end, or holds something else")
+            raise InputError(f"{path} has no num_samples: either writing was cut short, or it holds something else")
         self.count = int(number)
         self.fingerprint = f"{self.count} samples, transaction {self._environment.info()['last_txnid']}"
 
@@ -40,12 +40,12 @@ class LMDBImporter(Importer):
         with lmdb_errors(SampleError), self._environment.begin() as transaction:
             data = transaction.get(str(index).encode())
         if data is None:
-            raise SampleError("there is no such record")
+            raise SampleError("the record is missing")
         try:
             record = load_record(data)
         except Refused as refused:
             raise InputError(
-                f"{self.name_of(index)} would run {refused}, if it were unpickled: refused. Only arrays, numbers and "
+                f"{self.name_of(index)} would run {refused} when unpickled: refused. Only arrays, numbers and "
                 "text are read; do not open this file with pickle"
             ) from None
         except ValueError as error:
@@ -57,10 +57,10 @@ class LMDBImporter(Importer):
 
 
 def _from_log_variance(moments: np.ndarray) -> np.ndarray:
-    """(2 C, H, W) of mean and log variance to mean and standard deviation."""
+    """(2 C, H, W) with mean and log variance to the same with mean and standard deviation."""
     if moments.ndim != 3 or len(moments) % 2:
-        raise SampleError(f"{moments.shape} is not (2 C, H, W), mean and log variance")
+        raise SampleError(f"its shape is {moments.shape}, not (2 C, H, W) with mean and log variance")
     mean, log_variance = np.split(moments.astype(np.float32), 2)
     if (log_variance >= 0).all():
-        raise SampleError("the second half of the channels is nowhere negative, so it is no log variance")
+        raise SampleError("the second half of the channels has no negative values, so it is not a log variance")
     return np.concatenate([mean, np.exp(0.5 * log_variance.clip(*LOG_VARIANCE_RANGE))])

@@ -1,4 +1,4 @@
-"""Folders or zips of `.npy` files, as REPA and EDM2 write them (dataset_tools.py encode)."""
+"""Folders or zips of `.npy` files, written by REPA and EDM2 (dataset_tools.py encode)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mfengine.errors import InputError
 
 
 class NPYImporter(Importer):
-    """Arrays (2 C, H, W), without mirror images, that `dataset.json` {"labels": [[name, label], ...]} names."""
+    """Arrays (2 C, H, W) without mirror images, listed in `dataset.json`: {"labels": [[name, label], ...]}."""
 
     format = "npy"
 
@@ -26,18 +26,18 @@ class NPYImporter(Importer):
         if path.is_file():
             self._read: Callable[[str], bytes] = zipfile.ZipFile(path).read
         else:
-            if (path / "vae-sd" / DESCRIPTION).is_file():  # of REPA's folder, which has images beside it
+            if (path / "vae-sd" / DESCRIPTION).is_file():  # REPA's folder, with images beside the latents
                 path /= "vae-sd"
             self._read = lambda name: (path / name).read_bytes()
         self._path, description = path, self._read(DESCRIPTION)
         try:
             content = json.loads(description)
             if "shards" in content:
-                raise InputError(f"{path} is a data set of mfengine already")
+                raise InputError(f"{path} is already a data set of mfengine: it needs no import")
             self._labels = [(str(name), label) for name, label in content["labels"]]
             wrong = [label for _, label in self._labels if not isinstance(label, int) or label < 0]
             if wrong:
-                raise InputError(f"{path / DESCRIPTION} has labels that are not integers from 0, as {wrong[0]}")
+                raise InputError(f"{path / DESCRIPTION} has labels that are not integers from 0, such as {wrong[0]}")
         except InputError:
             raise
         except (ValueError, KeyError, TypeError) as error:

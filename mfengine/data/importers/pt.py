@@ -1,4 +1,4 @@
-"""Folders of `.pt` files, as the paper's JAX code writes them."""
+"""Folders of `.pt` files, written by the paper's JAX code."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class PTImporter(Importer):
         self._files = sorted(path.glob("*.pt"))
         if not self._files:
             inner = min(path.glob("*/*.pt")).parent
-            raise InputError(f"{path} has no .pt files but in folders: give {inner}")
+            raise InputError(f"{path} has .pt files only in subfolders: give {inner}")
         self.count = len(self._files)
         sizes = "\n".join(f"{file.name} {file.stat().st_size}" for file in self._files)
         self.fingerprint = hashlib.sha256(sizes.encode()).hexdigest()
@@ -40,11 +40,11 @@ class PTImporter(Importer):
             record = load_tensors(self._files[index])
         except Refused as refused:
             raise InputError(
-                f"{self._files[index]} would run {refused}, if it were unpickled: refused. Only tensors, "
+                f"{self._files[index]} would run {refused} when unpickled: refused. Only tensors, "
                 "numbers and text are read; do not open this file with torch.load(weights_only=False)"
             ) from None
         except (OSError, ValueError) as error:
             raise SampleError(first_line(error)) from None
         if not isinstance(record, dict) or not isinstance(record.get("image"), torch.Tensor):
-            raise SampleError("it is not a dict with a tensor image")
+            raise SampleError("it must be a dict with a tensor `image`")
         return [float_array(record["image"].detach().float().numpy(), "image")], record.get("label")

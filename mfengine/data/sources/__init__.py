@@ -1,4 +1,4 @@
-"""Where images come from: one file per kind of source."""
+"""Sources of images: one file per kind."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from mfengine.data.sources.tar import TarSource
 from mfengine.errors import InputError
 
 SOURCES: tuple[type[Source], ...] = (TarSource, LMDBSource, FolderSource)
-"""The first that recognises a path takes it."""
+"""In this order: the first source that recognises a path takes it."""
 
 
 def open_source(path: Path, one_class: bool = False) -> Source:
     """List the images of a source.
 
     Args:
-        path: one that one of `SOURCES` recognises.
-        one_class: all images are of one class, in whatever folders they lie, and labels are not looked for.
+        path: a path that one of `SOURCES` recognises.
+        one_class: all images belong to one class, whatever their folders; no labels are read.
 
     Raises:
-        InputError: nothing recognises the path, it has no images, or a single class without `one_class`.
+        InputError: nothing recognises the path, it has no images, or there is a single class without `one_class`.
     """
     if not path.exists():
         raise InputError(f"{path} does not exist")
@@ -36,6 +36,6 @@ def open_source(path: Path, one_class: bool = False) -> Source:
     if not one_class and source.labels.max() == 0:
         (only,) = source.class_names or ("0",)
         inner = path / only
-        hint = f"if the classes are the folders in {inner}, give that; " if inner.is_dir() else ""
-        raise InputError(f"{path} has one class, {only}: {hint}if one class is meant, add --one-class")
+        hint = f"if the folders in {inner} are the classes, give that folder; " if inner.is_dir() else ""
+        raise InputError(f"{path} has only the class {only}: {hint}if there is only one class, add --one-class")
     return source

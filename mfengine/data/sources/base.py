@@ -1,4 +1,4 @@
-"""What a source of labelled images must offer."""
+"""The interface of a source of labelled images."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ import numpy as np
 
 
 class Source(ABC):
-    """Labelled images: listed once, then read one by one, still encoded. Other ranks get it pickled.
+    """Labelled images: listed once, then read one by one, still encoded. It is pickled for the other ranks.
 
     Args:
         path: where they are.
-        one_class: all images have label 0, and labels are not looked for.
+        one_class: all images have label 0; no labels are read.
 
     Attributes:
-        names: of the images, unique.
+        names: unique names of the images.
         labels: (count,) int64.
-        class_names: in the order of the labels; () where only numbers are known.
+        class_names: in the order of the labels; () if only numbers are known.
         fingerprint: of names, labels and sizes.
 
     Raises:
@@ -31,7 +31,7 @@ class Source(ABC):
     """
 
     kind: ClassVar[str]
-    """its name in messages"""
+    """what messages call it"""
 
     def __init__(self, path: Path, one_class: bool) -> None:
         self.path = path
@@ -49,19 +49,19 @@ class Source(ABC):
     @staticmethod
     @abstractmethod
     def recognises(path: Path) -> bool:
-        """Whether an existing path is such a source."""
+        """Whether an existing path is a source of this kind."""
 
     @abstractmethod
     def _list(self, one_class: bool) -> Iterator[tuple[str, int, int]]:
-        """Name, label and bytes of each image."""
+        """Name, label and size in bytes of each image."""
 
     @abstractmethod
     def read(self, index: int) -> bytes:
-        """An image as it is encoded; from any thread. OSError if it cannot be read."""
+        """An encoded image; any thread may call it. OSError if it cannot be read."""
 
 
 def parse_label(data: bytes, extension: str = ".cls") -> int | None:
-    """The label in a .cls, digits, or in a .json, its "label"; None where there is none from 0."""
+    """The label: the digits in a .cls, or "label" in a .json. None unless it is an integer from 0."""
     with contextlib.suppress(ValueError, TypeError, KeyError):
         label = int(data) if extension == ".cls" else int(json.loads(data)["label"])
         return label if label >= 0 else None

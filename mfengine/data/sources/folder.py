@@ -1,4 +1,4 @@
-"""Images in a folder per class."""
+"""Images in one folder per class."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mfengine.errors import InputError
 
 
 class FolderSource(Source):
-    """Images in a folder per class, at any depth in it: the class folders' sorted names are labels 0, 1, ..."""
+    """Images in one folder per class, at any depth. The sorted names of the class folders give labels 0, 1, ..."""
 
     kind = "a folder per class"
 
@@ -34,8 +34,8 @@ class FolderSource(Source):
             raise InputError(f"cannot list {folder}: {error}") from None
         if not classes and any(_images(folder, "")):
             raise InputError(
-                f"{folder} has images but no folders: each class has a folder of its own; if one class is meant, "
-                f"add --one-class"
+                f"{folder} has images but no subfolders: each class needs a folder of its own; if there is only one "
+                f"class, add --one-class"
             )
         empty = [name for name, images in classes.items() if not images]
         if any(classes.values()) and empty:
@@ -49,14 +49,14 @@ class FolderSource(Source):
 
 
 def _images(folder: Path, prefix: str) -> Iterator[tuple[str, int]]:
-    """(name from the source's folder, bytes) of each image in a folder or deeper; hidden ones are not."""
+    """(path below the source's folder, bytes) of each image in a folder, at any depth, except hidden ones."""
     for entry in os.scandir(folder):
         if entry.name.startswith("."):
             continue
         if entry.is_dir():
             yield from _images(Path(entry.path), f"{prefix}{entry.name}/")
         elif entry.name.lower().endswith(SUFFIXES):
-            size = -1  # of a link to nowhere, which will turn out broken when it is read
+            size = -1  # a dangling link: it counts as broken when it is read
             with contextlib.suppress(OSError):
                 size = entry.stat().st_size
             yield prefix + entry.name, size

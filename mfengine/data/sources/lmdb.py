@@ -1,4 +1,4 @@
-"""Images in an LMDB, and how an LMDB is opened."""
+"""Images in an LMDB, and the function that opens LMDBs."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ OPENING = threading.Lock()  # LMDB refuses to open a file twice in one process
 
 
 class LMDBSource(Source):
-    """Images under the keys `image-000000001`, ... of an LMDB, and their labels, in digits, under `label-000000001`."""
+    """Images under the keys `image-000000001`, ... and their labels, in digits, under `label-000000001`, ..."""
 
     kind = "an LMDB"
 
-    _environment: Any = None  # this process's, opened when it reads the first image
+    _environment: Any = None  # of this process; opened when it reads its first image
 
     @staticmethod
     def recognises(path: Path) -> bool:
@@ -35,7 +35,7 @@ class LMDBSource(Source):
                 label = transaction.get(name.replace("image-", "label-", 1).encode())
                 label = 0 if one_class else label and parse_label(bytes(label))
                 if label is None:
-                    raise InputError(f"{name} of {self.path} has no label: a number from 0 under label-...")
+                    raise InputError(f"{name} of {self.path} has no label: label-... must be an integer from 0")
                 yield name, label, len(value)
 
     def read(self, index: int) -> bytes:
@@ -52,7 +52,7 @@ class LMDBSource(Source):
 
 @contextmanager
 def lmdb_errors(kind: Callable[[str], Exception]) -> Iterator[None]:
-    """Turn LMDB's errors inside into a `kind` of error."""
+    """Turn LMDB's errors into those that `kind` makes."""
     import lmdb
 
     try:
@@ -62,14 +62,14 @@ def lmdb_errors(kind: Callable[[str], Exception]) -> Iterator[None]:
 
 
 def open_lmdb(path: Path) -> Any:
-    """An LMDB's environment, to read from; InputError if it cannot be opened."""
+    """An LMDB's environment, for reading; InputError if it cannot be opened."""
     try:
         import lmdb
     except ImportError:
-        raise InputError(f"{path} is an LMDB, which the lmdb library reads: pip install 'mfengine[lmdb]'") from None
+        raise InputError(f"{path} is an LMDB and needs the lmdb library: pip install 'mfengine[lmdb]'") from None
     with lmdb_errors(lambda reason: InputError(f"cannot open {path}: {reason}")):
         environment = lmdb.open(str(path), subdir=path.is_dir(), readonly=True, lock=False, readahead=False)
-    # LMDB maps the file: a page beyond its end would end the process.
+    # LMDB maps the file: reading a page beyond its end would kill the process.
     needed = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
     there = (path / "data.mdb" if path.is_dir() else path).stat().st_size
     if there < needed:

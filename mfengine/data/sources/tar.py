@@ -1,4 +1,4 @@
-"""Images in tars of WebDataset's form."""
+"""Images in tars of WebDataset's format."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mfengine.progress import progress
 
 
 class TarSource(Source):
-    """Images in a .tar, or a folder of them, beside a `.cls` with the label in digits, or a `.json` with a "label"."""
+    """Images in a .tar or a folder of them. Beside each is a `.cls` with digits, or a `.json` with a "label"."""
 
     kind = "WebDataset tars"
 
@@ -43,7 +43,7 @@ class TarSource(Source):
 
 def _list_tar(path: Path, one_class: bool) -> Iterator[tuple[str, int, int, int]]:
     """Name, label, offset and bytes of each image in a tar."""
-    images: dict[str, tuple[str, int, int]] = {}  # by key: name, offset, bytes
+    images: dict[str, tuple[str, int, int]] = {}  # key -> name, offset, bytes
     labels: dict[str, int | None] = {}
     try:
         with tarfile.open(path, "r:") as tar:
@@ -58,7 +58,7 @@ def _list_tar(path: Path, one_class: bool) -> Iterator[tuple[str, int, int, int]
                 elif extension in (".cls", ".json") and labels.get(key) is None and not one_class:
                     labels[key] = parse_label(tar.extractfile(member).read(), extension)  # type: ignore[union-attr]
             end = tar.offset
-        with path.open("rb") as data:  # tarfile takes a damaged header for the end
+        with path.open("rb") as data:  # tarfile takes a damaged header for the end of the file
             data.seek(end)
             if data.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                 raise InputError(f"{path} is damaged or cut off at byte {end}")
@@ -67,5 +67,5 @@ def _list_tar(path: Path, one_class: bool) -> Iterator[tuple[str, int, int, int]
     for key, (name, offset, size) in images.items():
         label = 0 if one_class else labels.get(key)
         if label is None:
-            raise InputError(f'{name} has no label: a .cls beside it with a number from 0, or a .json with a "label"')
+            raise InputError(f'{name} has no label: it needs a .cls with an integer from 0, or a .json with a "label"')
         yield name, label, offset, size

@@ -1,6 +1,6 @@
-"""A run on a hostile machine: killed, damaged, out of disk, started twice, on other numbers of ranks.
+"""A run under injected faults: kills, damaged files, a full disk, second jobs, changing numbers of ranks.
 
-`pytest tests/test_chaos.py --kills 50 -s` is the whole, and PYTEST_SEED chooses another course of events.
+`pytest tests/test_fault_injection.py --kills 50 -s` is the full test; PYTEST_SEED selects another course of events.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ PARTS = 4  # ranks x accumulation: the same batches on any number of ranks
 
 
 class Life:
-    """One start of the run, to be killed."""
+    """One start of the run, which will be killed."""
 
     def __init__(self, ranks, args, cwd, folder):
         self.folder = folder
@@ -43,7 +43,7 @@ class Life:
         return []
 
     def kill(self):
-        """SIGKILL to torchrun's agent, then to its ranks, which would live on."""
+        """SIGKILL torchrun's agent, then its ranks, which would otherwise survive."""
         pids = self.pids()
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
@@ -57,7 +57,7 @@ class Life:
 
 
 class Disk:
-    """A small file system of its own where one may be mounted; elsewhere files that may not grow."""
+    """A small file system if one can be mounted; otherwise, a limit on the size of files."""
 
     def __init__(self, folder):
         folder.mkdir()
@@ -65,7 +65,7 @@ class Disk:
         self.folder, self.mounted = folder, subprocess.run(mount, capture_output=True, check=False).returncode == 0
 
     def fill(self, life, room):
-        """Leave so many bytes."""
+        """Leave this many bytes free."""
         if not self.mounted:
             for pid in life.pids():
                 with contextlib.suppress(ProcessLookupError):
@@ -86,13 +86,13 @@ class Disk:
 
 
 def damage(checkpoint, rng):
-    """Flip a bit, cut a file short, or remove it; says which."""
+    """Flip a bit of a file, truncate it, or remove it; returns a description."""
     path = rng.choice(sorted(checkpoint.iterdir()))
     how = rng.choice(("flipped", "cut", "missing"))
     if how == "missing":
         path.unlink()
     elif how == "cut":
-        os.truncate(path, rng.randrange(path.stat().st_size - 1))  # the last byte of checkpoint.json says nothing
+        os.truncate(path, rng.randrange(path.stat().st_size - 1))  # the last byte of checkpoint.json is insignificant
     else:
         content = bytearray(path.read_bytes())
         content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
@@ -105,7 +105,7 @@ def step_of(checkpoint):
 
 
 def losses(run):
-    """Of the lines of metrics.jsonl, which are of the steps from 1 on, each once; a kill may cut the last."""
+    """The losses in metrics.jsonl, whose steps must start at 1 and not repeat; a kill may truncate the last line."""
     if not (run / METRICS).exists():
         return []
     text = (run / METRICS).read_text()
@@ -119,21 +119,43 @@ def assert_identical(checkpoint, expected):
     assert actual.keys() == right.keys()
     for name, value in right.items():
         assert torch.equal(actual[name], value) if isinstance(value, torch.Tensor) else actual[name] == value, name
-    (checkpoint / "merged.pt").unlink()  # which is not to be damaged
+    (checkpoint / "merged.pt").unlink()  # so that it is not damaged
+
+
+@pytest.mark.forks
+def test_run_killed_without_warning_continues_to_the_same_weights(digits, tmp_path):
+    args = ("mfengine.train", *SMALL, f"--data={digits}", "--steps=30", f"--checkpoint-every={EVERY}", "--resume=auto")
+    killed, whole = tmp_path / "runs" / "killed", tmp_path / "runs" / "whole"
+
+    def kill_after_a_checkpoint(process):
+        while not checkpoints_of(killed):
+            assert process.is_alive()
+            time.sleep(0.01)
+        process.kill()
+
+    done = run_command(*args, "--name=killed", cwd=tmp_path, meanwhile=kill_after_a_checkpoint)
+    assert done.returncode == -signal.SIGKILL
+    for name in ("killed", "whole"):
+        done = run_command(*args, f"--name={name}", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert ("continuing" in done.stderr) == (name == "killed")
+    continued, expected = checkpoint_contents(killed), checkpoint_contents(whole)
+    assert continued.keys() == expected.keys()
+    assert all(torch.equal(x, expected[key]) for key, x in continued.items() if isinstance(x, torch.Tensor))
 
 
 @pytest.mark.slow
-def test_chaos(digits, tmp_path, pytestconfig):
+def test_run_survives_faults(digits, tmp_path, pytestconfig):
     kills, rng = pytestconfig.getoption("--kills"), random.Random(os.environ.get("PYTEST_SEED", "0"))
-    steps = 24 * max(kills, 4)  # more than it does between two kills
+    steps = 24 * max(kills, 4)  # more than it completes between two kills
     disk = Disk(tmp_path / "runs")
     try:
-        chaos(kills, rng, steps, disk, digits, tmp_path)
+        inject_faults(kills, rng, steps, disk, digits, tmp_path)
     finally:
         disk.unmount()
 
 
-def chaos(kills, rng, steps, disk, digits, cwd):
+def inject_faults(kills, rng, steps, disk, digits, cwd):
     def command(name, ranks):
         return [
             "mfengine.train", *SMALL, f"--data={digits}", f"--steps={steps}", "--log-every=1", f"--name={name}",
@@ -149,8 +171,8 @@ def chaos(kills, rng, steps, disk, digits, cwd):
     expected = losses(alone)
     assert len(expected) == steps
 
-    run = cwd / "runs/chaos"
-    lineage = {0: frozenset()}  # the numbers of ranks that took the steps up to a checkpoint
+    run = cwd / "runs/faults"
+    lineage = {0: frozenset()}  # step of a checkpoint -> numbers of ranks on the way to it
     kinds = ("identical checkpoints", "came back", "damaged", "full disks", "second jobs", "amid writing")
     counts = dict.fromkeys(kinds, 0)
     compared = set()
@@ -160,14 +182,14 @@ def chaos(kills, rng, steps, disk, digits, cwd):
         broken = []
         mixed = [c for c in checkpoints if not lineage[step_of(c)] <= {1}]
         if 0 < len(mixed) < len(checkpoints) and rng.random() < 0.9:
-            broken = mixed  # the steps of another number of ranks are undone: one rank comes back
+            broken = mixed  # one rank returns, to undo the steps on other numbers of ranks
             counts["came back"] += 1
         elif len(checkpoints) > 1 and rng.random() < 0.4:
             broken = checkpoints[:1]
         events += [damage(checkpoint, rng) for checkpoint in broken]
         ranks = rng.choice((1, 1, 1, 2, 4)) if kill else 1
         start = len(losses(run))
-        life = Life(ranks, [*command("chaos", ranks), "--keep=6"], cwd, cwd / f"life-{kill}")
+        life = Life(ranks, [*command("faults", ranks), "--keep=6"], cwd, cwd / f"life-{kill}")
         if kill and rng.random() < 0.15:
             time.sleep(rng.uniform(0, 3))
             events.append("as it starts")
@@ -177,10 +199,10 @@ def chaos(kills, rng, steps, disk, digits, cwd):
                 assert time.monotonic() < deadline, life.said()
                 time.sleep(0.01)
             if rng.random() < 0.3:
-                second = run_command(*command("chaos", 1), cwd=cwd)
+                second = run_command(*command("faults", 1), cwd=cwd)
                 if life.process.is_alive():
                     assert second.returncode == 2, second.stderr
-                    assert re.fullmatch(r"error: runs/chaos is in use by process \d+ on .*\n", second.stderr)
+                    assert re.fullmatch(r"error: runs/faults is in use by process \d+ on .*\n", second.stderr)
                 counts["second jobs"] += 1
                 events.append("second job")
             if rng.random() < 0.2:
@@ -203,7 +225,7 @@ def chaos(kills, rng, steps, disk, digits, cwd):
         disk.free()
 
         said = life.said()
-        resumed = re.search(r"continuing runs/chaos/checkpoints/step-(\d+)", said)
+        resumed = re.search(r"continuing runs/faults/checkpoints/step-(\d+)", said)
         for checkpoint in broken:
             counts["damaged"] += 1
             if resumed:
@@ -231,12 +253,12 @@ def chaos(kills, rng, steps, disk, digits, cwd):
         where = f"steps {start} to {len(so_far)}, newest {newest.name if newest else 'none'}"
         last = said.strip().splitlines()[-1:] if ended else []
         print(f"kill {kill + 1}: {ranks} rank(s), {where}; {', '.join(events)} {last}", flush=True)
-    done = train("chaos", "--keep=6")
+    done = train("faults", "--keep=6")
     assert done.returncode == 0, done.stderr
     actual = losses(run)
     assert len(actual) == steps
     worst = max(abs(a / b - 1) for a, b in zip(actual, expected, strict=True))
-    resumed = int(re.search(r"continuing runs/chaos/checkpoints/step-(\d+)", done.stderr)[1])
+    resumed = int(re.search(r"continuing runs/faults/checkpoints/step-(\d+)", done.stderr)[1])
     if lineage[resumed] == {1}:
         assert_identical(newest_checkpoint(run), newest_checkpoint(alone))
     print(f"{kills} kills, {counts}; {steps} lines of metrics, losses within {worst:.1e} of the uninterrupted run's")

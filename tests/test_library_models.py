@@ -1,6 +1,6 @@
-"""Models of timm, diffusers and transformers, small and random, that PyTorch does not differentiate forward.
+"""Models of timm, diffusers and transformers, small and random, that PyTorch cannot differentiate in forward mode.
 
-Each is checked inside `jvp_attention` against finite differences: its JVP, and the gradient of a loss of that.
+Inside `jvp_attention`, the JVP of each model, and the gradient of a loss of it, are checked against finite differences.
 """
 
 import importlib
@@ -13,7 +13,7 @@ from mfengine import jvp_attention, ops
 
 
 def module(name):
-    """A package, or a skip if it is not there or does not run here: timm needs torchvision, with its operators."""
+    """A package; skips if it is missing or does not run here: timm needs torchvision with its operators."""
     try:
         return importlib.import_module(name)
     except (ImportError, RuntimeError) as error:
@@ -53,7 +53,7 @@ def flux():
 
 
 def wan():
-    """Self-attention with RoPE, and attention across to the text."""
+    """Self-attention with RoPE, and cross-attention to the text."""
     model = module("diffusers").WanTransformer3DModel(
         patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, text_dim=24,
         freq_dim=16, ffn_dim=32, num_layers=1, rope_max_seq_len=32,
@@ -63,7 +63,7 @@ def wan():
 
 
 def transformers(name, mask=False, **config):
-    """Of embeddings; with a mask, the last tokens of the second text are padding."""
+    """It takes embeddings; with a mask, the last tokens of the second text are padding."""
     library = module("transformers")
     config = getattr(library, f"{name}Config")(vocab_size=11, **config, attn_implementation="sdpa")
     seen = torch.tensor([[1] * 6, [1] * 4 + [0] * 2]) if mask else None
@@ -91,8 +91,7 @@ def padded_bert():
     )
 
 
-SLOW = [timm_vit, flux, wan, llama, padded_llama, padded_bert]
-MODELS = [stable_diffusion_3, *(pytest.param(make, marks=pytest.mark.slow) for make in SLOW)]
+MODELS = [timm_vit, stable_diffusion_3, flux, wan, llama, padded_llama, padded_bert]
 
 
 def build(make, dtype):
@@ -100,7 +99,7 @@ def build(make, dtype):
     model, call, shape = make()
     with torch.no_grad():
         for p in model.parameters():
-            p.add_(0.1 * torch.randn_like(p))  # no gate is zero
+            p.add_(0.1 * torch.randn_like(p))  # makes all gates nonzero
     return model.to(dtype).eval(), call, randn(3, *shape).to(dtype), randn(4, *shape).to(dtype)
 
 
@@ -109,14 +108,14 @@ def error(actual, expected):
 
 
 def loss(model, call, x, dx):
-    """Of output and tangent."""
+    """A loss of output and tangent."""
     y, dy = jvp(lambda x: call(model, x), (x,), (dx,))
     return y, dy, (y - dy).square().mean()
 
 
 @torch.no_grad()
 def derivative(f, tensors, along, step=3e-3):
-    """Of f() along tensors, by five points: parts of the models compute in float32, where a small step is noise."""
+    """Derivative of f() along tensors, from five points: parts of the models use float32, so a small step is noise."""
     value, at = 0, 0
     for to, weight in ((-2, 1), (-1, -8), (1, 8), (2, -1), (0, 0)):
         for x, dx in zip(tensors, along, strict=True):
@@ -126,6 +125,7 @@ def derivative(f, tensors, along, step=3e-3):
     return value
 
 
+@pytest.mark.slow  # their libraries take seconds to import, and `test_backend.py` has a diffusers model
 @pytest.mark.parametrize("make", MODELS)
 def test_model_in_forward_mode(make):
     model, call, x, dx = build(make, torch.float64)

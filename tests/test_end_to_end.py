@@ -1,4 +1,4 @@
-"""The whole road by the commands: from a folder of images to figures of one-step samples."""
+"""All commands in sequence: from a folder of images to the metrics of one-step samples."""
 
 import json
 import os
@@ -21,7 +21,7 @@ TINY = (
 
 @pytest.fixture(scope="module")
 def photographs(tmp_path_factory):
-    """600 crops of two photographs, of several sizes and formats: those of a class lie near each other."""
+    """600 crops of two photographs, in several sizes and formats; those of one class are close to each other."""
     images = pytest.importorskip("sklearn.datasets").load_sample_images().images
     folder = tmp_path_factory.mktemp("road") / "photographs"
     generator = np.random.default_rng(0)
@@ -55,7 +55,7 @@ def vae(photographs):
 
 
 def killed(args, cwd, records, ranks=2):
-    """Run the command until so many shards are whole, then kill all of its processes."""
+    """Run the command until this many shards are finished, then kill all of its processes."""
     process = subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "-m", *map(str, args)],
         cwd=cwd, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL,
@@ -72,7 +72,7 @@ def whole_shards(cwd):
 
 
 @pytest.mark.slow
-def test_from_photographs_to_figures(photographs, vae):
+def test_photographs_to_metrics(photographs, vae):
     cwd = photographs.parent
     prepare = ("mfengine.prepare", "images", photographs, "latents", f"--vae={vae}", f"--size={SIZE}",
                f"--shard-samples={SHARD}", "--batch-size=16")  # fmt: skip

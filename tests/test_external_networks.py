@@ -1,4 +1,4 @@
-"""Networks and objectives that the engine does not know: through all commands; and what version 0.1 left behind."""
+"""Networks and objectives from outside mfengine, through all commands; sweeps; and runs of version 0.1."""
 
 import json
 import shutil
@@ -25,9 +25,9 @@ V01 = Path(__file__).parent / "v01"
 
 @pytest.fixture
 def run(tmp_path, monkeypatch, capsys):
-    """`python -m sketch COMMAND ...` in this process: (exit code, stdout, stderr)."""
+    """`python -m user_script COMMAND ...` in this process: (exit code, stdout, stderr)."""
     kept = [(table, dict(table)) for table in (NETWORKS, OBJECTIVES, PRESETS)]
-    yield lambda *args: run_in_process("sketch", *args, cwd=tmp_path, monkeypatch=monkeypatch, capsys=capsys)
+    yield lambda *args: run_in_process("user_script", *args, cwd=tmp_path, monkeypatch=monkeypatch, capsys=capsys)
     for table, before in kept:
         table.clear()
         table.update(before)
@@ -39,11 +39,11 @@ def succeed(done):
     return out, err
 
 
-def test_sketch_through_all_commands(run, digits, tmp_path):
-    """Two heads, one of which samples; a condition beside the label; parameters that no unit holds."""
+def test_external_network_through_all_commands(run, digits, tmp_path):
+    """It has two heads, one of which samples, a condition besides the label, and parameters outside all units."""
     train = ("mfengine.train", "sketch", f"--data={digits}", "--model.width=8", "--sample-every=2", "--log-every=1")
     out, _ = succeed(run(*train, "--dry-run", "--ranks=2", "--reshard"))
-    assert "6 x all-gather over 2 ranks" in out  # three groups, for forward and backward
+    assert "6 x all-gather over 2 ranks" in out  # three groups, each for forward and backward
     assert "ready to start" in out
     _, err = succeed(run(*train, "--steps=2", "--evaluate-every=2"))
     assert "runs/sketch: sketch by two-heads, 0.0 M parameters" in err
@@ -89,16 +89,16 @@ def test_sketch_through_all_commands(run, digits, tmp_path):
 # Sweeps.
 
 SWEEP = ("--num-samples=80", "--sweep", "strength=0,9", "t_min=0.6,2", "steps=1,2", "ema_decay=0.5,0.9")
-ROWS = 8  # a t_min of 2 is refused
+ROWS = 8  # t_min 2 is rejected
 
 
 @pytest.fixture
 def swept(run, digits, tmp_path):
-    """A run with two moving averages, and the command that sweeps over it, with options after it."""
+    """A run with two moving averages, and a function that sweeps over it with further options."""
     shutil.copytree(digits, tmp_path / "data")
     path = tmp_path / "data/dataset.json"
     description = read(path)
-    del description["space"]["pixel_range"]  # no labels to read, which takes longer than all else
+    del description["space"]["pixel_range"]  # skips reading labels, the slowest part
     path.write_text(json.dumps(description))
     succeed(run("mfengine.train", "sketch", "--data=data", "--steps=3", "--sample-every=0",
                 "--optim.ema-decays", "0.9", "0.5"))  # fmt: skip
@@ -133,8 +133,8 @@ def test_sweep_shows_the_best_first(swept, run, tmp_path):
     assert alone["frechet_floor"] == best["frechet_floor"]
 
 
-def test_killed_sweep_goes_on(swept, tmp_path, monkeypatch):
-    """What is there is not drawn again; weights are read once for each average, the data once for all."""
+def test_killed_sweep_continues(swept, tmp_path, monkeypatch):
+    """Existing rows are not repeated; weights are read once per average, and the data once."""
     pytest.importorskip("matplotlib", reason="matplotlib is an extra")
     drawn, read_weights, begun = [], [], []
     draw, load, evaluation = SampleSet.draw, evaluate.load_model, evaluate.Evaluation
@@ -161,7 +161,7 @@ def test_killed_sweep_goes_on(swept, tmp_path, monkeypatch):
 
     again, _ = succeed(swept())
     assert (again, len(drawn), len(begun), read(path)) == (out, ROWS, 2, rows)
-    succeed(swept(*SWEEP, "--seed=1", "--steps", "1"))  # other samples: their rows come first, and no row goes
+    succeed(swept(*SWEEP, "--seed=1", "--steps", "1"))  # other samples: their rows come first, and old rows stay
     assert (len(drawn), read(path)[ROWS:]) == (2 * ROWS, rows)
 
 
@@ -184,12 +184,13 @@ def test_heat_map_shows_the_best_over_other_settings(tmp_path):
         assert Image.open(tmp_path / "x.png").format == "PNG"
 
 
+@pytest.mark.slow
 def test_two_ranks_sweep_as_one(swept, tmp_path):
     pytest.importorskip("matplotlib", reason="matplotlib is an extra")
     args = ("--num-samples=80", "--batch-size=32", "--sweep", "strength=0,4", "ema_decay=0.5,0.9")
     succeed(swept(*args))
     one = read(tmp_path / "runs/sketch/sweep.json")
-    done = run_command("sketch", "mfengine.evaluate", "runs/sketch", "--data=data", *args, "--out=two.json",
+    done = run_command("user_script", "mfengine.evaluate", "runs/sketch", "--data=data", *args, "--out=two.json",
                        cwd=tmp_path, ranks=2)  # fmt: skip
     assert done.returncode == 0, done.stderr
     for row, same in zip(read(tmp_path / "two.json"), one, strict=True):
@@ -206,13 +207,13 @@ def test_wrong_sweeps(swept, run, tmp_path):
         (("--sweep", "t_min=1", "--conditions", "strenth", "2"), "no condition strenth; the nearest is strength"),
         (("--sweep", "strength=1", "--conditions", "strength", "2"), "strength is given twice: omit it from --sweep"),
         (("--sweep", "ema_decay=0.5", "--ema-decay=0.9"), "ema_decay is given twice: omit it from --sweep"),
-        (("--sweep", "steps=1", "--out=other.json"), "other.json is not a list of rows, as a sweep writes it"),
+        (("--sweep", "steps=1", "--out=other.json"), "other.json is not a list of rows written by a sweep"),
     ):
         code, _, err = swept(*args)
         assert (code, err.count("\n"), message in err) == (2, 1, True), err
     for args, message in (
         (("--sweep", "steps=1"), "x.safetensors is not in a run folder: give --out to name the file"),
-        (("--sweep", "ema_decay=0.5", "--out=x.json"), "x.safetensors is an export, which holds one moving average"),
+        (("--sweep", "ema_decay=0.5", "--out=x.json"), "x.safetensors is an export with only one moving average"),
     ):
         code, _, err = run("mfengine.evaluate", "x.safetensors", "--data=data", *args)
         assert (code, err.count("\n"), message in err) == (2, 1, True), err
@@ -225,16 +226,17 @@ def test_sweep_without_matplotlib(swept, monkeypatch):
 
 
 def test_network_without_tangents_through_the_engine(run, digits):
-    """Counted and trained through `torch.func.jvp`."""
+    """It is counted and trained through `torch.func.jvp`."""
     train = ("mfengine.train", "plain", f"--data={digits}", "--sample-every=0")
     out, _ = succeed(run(*train, "--dry-run"))
     assert "TFLOP per step" in out
     succeed(run(*train, "--steps=2"))
 
 
-def test_two_ranks(digits, tmp_path):
-    done = run_command("sketch", "mfengine.train", "sketch", f"--data={digits}", "--steps=2", "--reshard", cwd=tmp_path,
-                       ranks=2)  # fmt: skip
+@pytest.mark.slow
+def test_external_network_on_two_ranks(digits, tmp_path):
+    done = run_command("user_script", "mfengine.train", "sketch", f"--data={digits}", "--steps=2", "--reshard",
+                       cwd=tmp_path, ranks=2)  # fmt: skip
     assert done.returncode == 0, done.stderr
 
 
@@ -250,19 +252,19 @@ def test_unknown_name_in_a_checkpoint(old, tmp_path, monkeypatch, capsys, key, n
 
 
 # ----------------------------------------------------------------------------
-# Version 0.1, which named neither network nor objective.
+# Version 0.1, whose files name neither network nor objective.
 
 
 @pytest.fixture
 def old(tmp_path):
-    """A run of 4 steps as version 0.1 wrote it, and its export after 8 steps: averages to reach."""
+    """A run of 4 steps written by version 0.1, and its export after 8 steps, which holds the expected averages."""
     with tarfile.open(V01 / "run.tar.xz") as archive:
         archive.extractall(tmp_path, filter="data")
     return tmp_path
 
 
-def test_run_of_version_01_goes_on(old, digits, monkeypatch, capsys):
-    """To the very weights that version 0.1 came to."""
+def test_run_of_version_01_continues(old, digits, monkeypatch, capsys):
+    """It reaches exactly the weights of version 0.1."""
     args = (
         "mfengine.train", "digits", f"--data={digits}", "--model.hidden-size=16", "--model.depth=1",
         "--model.num-heads=2", "--batch-size=32", "--sample-every=0", "--name=a", "--steps=8",

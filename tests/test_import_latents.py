@@ -1,4 +1,4 @@
-"""Latents of other projects, made by the test as those projects write them; and data sets checked for damage."""
+"""Latents of other projects, written by the tests in those projects' formats; and checks of data sets for damage."""
 
 import io
 import json
@@ -25,20 +25,20 @@ LABELS = [3 * i % CLASSES for i in range(COUNT)]
 
 
 def posteriors(flips):
-    """Means and log variances of all samples, (COUNT, flips, 4, 6, 6) float32 each, as a VAE's: 5 wide and certain."""
+    """Means and log variances of all samples, (COUNT, flips, 4, 6, 6) float32, like a VAE's: 5 wide, and certain."""
     rng = np.random.default_rng(0)
     shape = (COUNT, flips, *SHAPE)
     return 5 * rng.standard_normal(shape, np.float32), rng.uniform(-8, -2, shape).astype(np.float32)
 
 
 def expected(flips):
-    """By sample: moments (flips, 2, 4, 6, 6) float16."""
+    """Moments of all samples, (flips, 2, 4, 6, 6) float16 each."""
     mean, log_variance = posteriors(flips)
     return np.stack([mean, np.exp(0.5 * log_variance)], axis=2).astype(np.float16)
 
 
 # ----------------------------------------------------------------------------
-# The formats, each as the project that it is of writes it.
+# The formats, written as in their projects.
 
 
 def put(folder, records):
@@ -95,7 +95,7 @@ def make_npy(folder):
 
 
 def make_repa(folder):
-    """With the images beside the latents, which have a dataset.json of their own."""
+    """With images beside the latents, which have their own dataset.json."""
     (folder / "images").mkdir(parents=True)
     (folder / "images/dataset.json").write_text('{"labels": [["00000/img00000000.png", 1]]}')
     make_npy(folder / "vae-sd")
@@ -114,7 +114,7 @@ FORMATS = {"lmdb": make_lmdb, "pt": make_pt, "npy": make_npy, "repa": make_repa,
 
 
 def written(dataset):
-    """Moments and label of each sample as the shards hold them, by a key that tells samples apart."""
+    """Moments and label of each sample in the shards, under a key that identifies the sample."""
     found = {}
     for shard in dataset.shards:
         with tarfile.open(dataset.folder / shard.file) as tar:
@@ -147,7 +147,7 @@ def test_round_trip(form, tmp_path, where):
     samples = {moments.tobytes(): label for moments, label in zip(expected(flips), LABELS, strict=True)}
     found = written(dataset)
     assert len(found) == COUNT
-    if form == "lmdb":  # exp in float32 or not may round differently to float16
+    if form == "lmdb":  # exp may be rounded differently to float16
         stack = {tuple(np.frombuffer(k, "<f2").reshape(2, 2, -1)[:, 0].ravel()): k for k in found}
         for moments, label in zip(expected(2), LABELS, strict=True):
             key = stack[tuple(moments[:, 0].ravel())]
@@ -160,6 +160,7 @@ def test_round_trip(form, tmp_path, where):
     assert "out is intact: 23 samples" in out
 
 
+@pytest.mark.forks
 def test_two_ranks_write_what_one_writes(tmp_path):
     make_pt(tmp_path / "source")
     for ranks in (1, 2):
@@ -181,11 +182,11 @@ def test_classes_and_scale(tmp_path, where):
     make_pt(tmp_path / "pt")
     code, _, err = prepare("import", "pt", "b", **where)
     assert code == 2
-    assert "does not say how many classes there are: give --num-classes (1000 for ImageNet)" in err
+    assert "does not give the number of classes: add --num-classes (1000 for ImageNet)" in err
 
 
 def test_named_normalisations(tmp_path, where):
-    """Of an import, and of a data set that is there already: its shards stay as they are."""
+    """For an import, and for an existing data set, whose shards do not change."""
     make_npy(tmp_path / "npy")
     assert prepare("import", "npy", "out", "--normalisation=sd-vae-ft-mse", **where)[0] == 0
     space = Dataset.open(tmp_path / "out").space
@@ -210,19 +211,19 @@ def test_named_normalisations(tmp_path, where):
 def test_named_normalisation_of_other_latents(digits, tmp_path, where):
     shutil.copytree(digits, tmp_path / "data")
     code, _, err = prepare("normalise", "data", "--to=sd", **where)
-    assert (code, err) == (2, "error: normalisation sd is of 4 channels; these latents have 1\n")
+    assert (code, err) == (2, "error: normalisation sd is for 4 channels; these latents have 1\n")
     assert (tmp_path / "data/dataset.json").read_bytes() == (digits / "dataset.json").read_bytes()
 
 
 def test_broken_samples_are_listed_or_refused(tmp_path, where):
     source = make_pt(tmp_path / "source")
-    (source / "00000000.pt").write_bytes(b"not a file of torch")  # the first: the second says the shape
+    (source / "00000000.pt").write_bytes(b"not a file of torch")  # the first one: the second gives the shape
     bad = torch.load(source / "00000005.pt")
     torch.save({**bad, "image": bad["image"] * float("nan")}, source / "00000005.pt")
     torch.save({**bad, "image": -bad["image"]}, source / "00000006.pt")
     torch.save({**bad, "image": bad["image"][:, :3]}, source / "00000007.pt")
     torch.save({"image": bad["image"]}, source / "00000008.pt")
-    torch.save({**bad, "image": bad["image"].requires_grad_()}, source / "00000009.pt")  # is read all the same
+    torch.save({**bad, "image": bad["image"].requires_grad_()}, source / "00000009.pt")  # is still read
     code, _, err = prepare("import", "source", "out", "--num-classes=5", **where)
     assert code == 2
     assert "broken" in err.splitlines()[-1]
@@ -234,7 +235,7 @@ def test_broken_samples_are_listed_or_refused(tmp_path, where):
     reasons = {os.path.basename(sample["name"]): sample["reason"] for sample in broken}
     assert reasons.keys() == {f"0000000{i}.pt" for i in (0, 5, 6, 7, 8)}
     assert "finite" in reasons["00000005.pt"]
-    assert "no standard deviation" in reasons["00000006.pt"]
+    assert "not a standard deviation" in reasons["00000006.pt"]
     assert "not 1 of (8, 6, 6)" in reasons["00000007.pt"]
     assert "its label is None" in reasons["00000008.pt"]
 
@@ -261,20 +262,20 @@ def folder_of(tmp_path, *names):
     ("make", "message"),
     [
         (lambda p: None, "source does not exist"),
-        (lambda p: folder_of(p, "a.png"), "source is none of what can be imported: an LMDB (data.mdb)"),
-        (lambda p: folder_of(p, "train/0.pt"), "no .pt files but in folders: give source/train"),
+        (lambda p: folder_of(p, "a.png"), "source cannot be imported: it must be an LMDB (data.mdb)"),
+        (lambda p: folder_of(p, "train/0.pt"), ".pt files only in subfolders: give source/train"),
         (lambda p: folder_of(p, "data.mdb"), "cannot open source"),
         (lambda p: folder_of(p, "0.pt"), "source/0.pt: "),
         (lambda p: put(p / "source", {"0": b"x"}), "source has no num_samples"),
         (lambda p: put(p / "source", {"num_samples": b"0"}), "source has no samples"),
-        (lambda p: put(p / "source", {"num_samples": b"3"}), "record 0 of source: there is no such record"),
+        (lambda p: put(p / "source", {"num_samples": b"3"}), "record 0 of source: the record is missing"),
         (lambda p: put(p / "source", {"num_samples": b"1", "0": b"x"}), "record 0 of source: it is not a pickle"),
         (lambda p: records(p, moments=None, image=b"JPEG"), "it has no moments, only label, image: latents are needed"),
-        (lambda p: records(p, moments=np.ones((8, 2, 2), np.float32)), "so it is no log variance"),
-        (lambda p: records(p, moments=np.zeros((3, 2, 2), np.float32)), "(3, 2, 2) is not (2 C, H, W)"),
-        (lambda p: records(p, moments=np.zeros((8, 2, 2), np.int32)), "moments is not an array of floats"),
-        (lambda p: records(p, moments=np.full((6, 2, 2), -1.0)), "of 3 channels are not those of Stable Diffusion's"),
-        (lambda p: records(p, label=5), "has label 5, not one of 0 to 4"),
+        (lambda p: records(p, moments=np.ones((8, 2, 2), np.float32)), "so it is not a log variance"),
+        (lambda p: records(p, moments=np.zeros((3, 2, 2), np.float32)), "its shape is (3, 2, 2), not (2 C, H, W)"),
+        (lambda p: records(p, moments=np.zeros((8, 2, 2), np.int32)), "moments must be an array of floats"),
+        (lambda p: records(p, moments=np.full((6, 2, 2), -1.0)), "with 3 channels are not from Stable Diffusion's"),
+        (lambda p: records(p, label=5), "has label 5; labels are 0 to 4"),
         (lambda p: npy_with(p, None), "has no labels [[name, label], ...]"),
         (lambda p: npy_with(p, [["a.npy", [0.5, 0.5]]]), "has labels that are not integers"),
         (lambda p: npy_with(p, [["a.npy", 0]]), "No such file or directory"),
@@ -295,7 +296,7 @@ def test_wrong_source(make, message, tmp_path, where):
 def test_data_set_is_not_imported(digits, tmp_path, where):
     code, _, err = prepare("import", digits, "out", **where)
     assert code == 2
-    assert "is a data set of mfengine already" in err
+    assert "is already a data set of mfengine" in err
 
 
 def test_continues_only_with_the_same_source(tmp_path):
@@ -339,7 +340,7 @@ def malicious(mark):
     }  # fmt: skip
 
 
-def test_test_payload_works(tmp_path):
+def test_payload_runs_when_unpickled(tmp_path):
     mark = tmp_path / "mark"
     pickle.loads(malicious(mark)["in a field"])
     assert mark.exists()
@@ -368,7 +369,7 @@ def test_malicious_pt_is_refused(tmp_path, where):
     torch.save({"image": torch.zeros(8, 6, 6), "label": Payload(tmp_path / "mark")}, source / "00000007.pt")
     code, _, err = prepare("import", source, "out", "--num-classes=5", "--max-broken=0.5", **where)
     assert code == 2
-    assert "00000007.pt would run posix.system, if it were unpickled: refused" in err
+    assert "00000007.pt would run posix.system when unpickled: refused" in err
     assert not (tmp_path / "mark").exists()
 
 
@@ -407,7 +408,7 @@ def test_records_of_every_protocol(protocol):
 
 
 def test_records_of_numpy_1(tmp_path):
-    """It called its internals numpy.core, and so do the pickles that it wrote."""
+    """Its internals were called numpy.core, also in its pickles."""
     data = pickle.dumps(RECORD, protocol=2).replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
     assert np.array_equal(load_record(data)["c"], RECORD["c"])
 
@@ -416,7 +417,7 @@ def test_records_of_numpy_1(tmp_path):
     "value", [[1], (1,), {"a": 1}, {1}, 1j, np.array(["a"]), np.array([None]), np.zeros(1, [("a", "f4")]), np.float32]
 )
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
-def test_everything_else_is_refused(value, protocol):
+def test_other_types_are_rejected(value, protocol):
     with pytest.raises(Refused):
         load_record(pickle.dumps({"a": value}, protocol=protocol))
 
@@ -431,13 +432,13 @@ def test_everything_else_is_refused(value, protocol):
         b"\x80\x02]q\x00h\x00a.",  # a list that holds itself
     ],
 )  # fmt: skip
-def test_what_is_no_record(data):
+def test_invalid_record(data):
     with pytest.raises(ValueError, match=r"it is|it has"):
         load_record(data)
 
 
 def test_a_record_cannot_change_the_reader():
-    """BUILD sets attributes of what is on the stack, if that has no say in it."""
+    """BUILD sets attributes of an object on the stack, unless the object prevents it."""
     with pytest.raises(Refused, match="a change of a function"):
         load_record(b"\x80\x02cnumpy\ndtype\n}X\x01\x00\x00\x00aK\x01sb.")
     assert np.array_equal(load_record(pickle.dumps(RECORD))["c"], RECORD["c"])
@@ -457,13 +458,13 @@ def imported(tmp_path_factory):
 
 
 def place(folder, shard, sample, part):
-    """Where the index says that a component lies."""
+    """The offset of a component according to the index."""
     fields = (folder / f"{shard:06d}.idx").read_text().splitlines()[1 + sample].split()
     return int(fields[1 if part == "moments" else 5])
 
 
 def poke(folder, at, value, keep_checksum=False, shard=1):
-    """Write bytes into a shard; with a right checksum, so that only the content can tell."""
+    """Write bytes into a shard, optionally with a matching checksum, so that only the content shows it."""
     import hashlib
 
     path = folder / f"{shard:06d}.tar"
@@ -492,21 +493,21 @@ NAN, MINUS_ONE = np.array([np.nan, -1], "<f2")
     ("damage", "message"),
     [
         (lambda f: (f / "000001.tar").unlink(), "000001.tar is missing"),
-        (lambda f: os.truncate(f / "000001.tar", 5000), "000001.tar has 5000 bytes, dataset.json says"),
+        (lambda f: os.truncate(f / "000001.tar", 5000), "000001.tar has 5000 bytes; dataset.json says"),
         (lambda f: (f / "000001.idx").unlink(), "000001.idx is missing"),
-        (lambda f: poke(f, place(f, 1, 4, "moments") + 3, b"\x01", keep_checksum=True), "is not what was written"),
-        (lambda f: poke(f, place(f, 1, 4, "moments"), NAN.tobytes()), "not all of its moments are finite"),
+        (lambda f: poke(f, place(f, 1, 4, "moments") + 3, b"\x01", keep_checksum=True), "has changed since"),
+        (lambda f: poke(f, place(f, 1, 4, "moments"), NAN.tobytes()), "its moments are not all finite"),
         (lambda f: poke(f, place(f, 1, 4, "moments") + 2 * 144, MINUS_ONE.tobytes()), "deviation is negative"),
-        (lambda f: poke(f, place(f, 1, 4, "label"), b"\x05"), "its label is 5, not one of 0 to 4"),
-        (lambda f: poke(f, place(f, 1, 4, "label") - 512, b"7"), "there is no file where the index says"),
-        (lambda f: poke(f, place(f, 1, 4, "moments") - 512, bytes(512)), "there is no file where the index says"),
-        (lambda f: reindex(f, lambda s: s.replace(f" {place(f, 1, 4, 'label')} ", " 999999 ")), "not in the shard"),
+        (lambda f: poke(f, place(f, 1, 4, "label"), b"\x05"), "its label is 5; labels are 0 to 4"),
+        (lambda f: poke(f, place(f, 1, 4, "label") - 512, b"7"), "there is no file where the index puts"),
+        (lambda f: poke(f, place(f, 1, 4, "moments") - 512, bytes(512)), "there is no file where the index puts"),
+        (lambda f: reindex(f, lambda s: s.replace(f" {place(f, 1, 4, 'label')} ", " 999999 ")), "outside the shard"),
         (lambda f: reindex(f, lambda s: s.replace(f" {place(f, 1, 4, 'label')} ", f" {place(f, 1, 5, 'label')} ")),
-         "there is another file where"),
-        (lambda f: reindex(f, lambda s: s.replace("moments 512 ", "moments 5 ", 1)), "not in the shard"),
-        (lambda f: reindex(f, lambda s: s[: s.rindex(" label ")]), "its line in the index is not one"),
+         "there is a different file where"),
+        (lambda f: reindex(f, lambda s: s.replace("moments 512 ", "moments 5 ", 1)), "outside the shard"),
+        (lambda f: reindex(f, lambda s: s[: s.rindex(" label ")]), "its line in the index is malformed"),
         (lambda f: reindex(f, lambda s: "\n".join(s.splitlines()[:-1]) + "\n"), "has 9 samples, not 10"),
-        (lambda f: describe(f, lambda d: d.update(class_counts=[23, 0, 0, 0, 0])), "other numbers of samples per"),
+        (lambda f: describe(f, lambda d: d.update(class_counts=[23, 0, 0, 0, 0])), "do not match the samples"),
     ],
 )  # fmt: skip
 def test_check_finds_damage(damage, message, imported, tmp_path, where):
@@ -533,7 +534,7 @@ def test_shard_truncated_while_it_is_checked(imported, tmp_path, where, monkeypa
     monkeypatch.setattr(Dataset, "check_shard", check_and_truncate)
     code, _, err = prepare("check", "data", **where)
     assert code == 2
-    assert "000001.tar was cut off while it was read" in err
+    assert "000001.tar became shorter while it was read" in err
 
 
 def test_check_lists_all_damage(imported, tmp_path, where):
@@ -546,7 +547,7 @@ def test_check_lists_all_damage(imported, tmp_path, where):
     code, _, err = prepare("check", "data", **where)
     assert code == 2
     assert "000000.tar is missing" in err
-    assert "its label is 9, not one of 0 to 4, and so are 2 more" in err
+    assert "its label is 9; labels are 0 to 4 (2 more like it)" in err
     assert "000002.tar has 100 bytes" in err
     assert "3 problem(s)" in err
 
@@ -557,7 +558,7 @@ def test_check_lists_all_damage(imported, tmp_path, where):
         (lambda d: d["space"].update(scale=5.0), "channel 0 has mean"),
         (lambda d: d["space"].update(bias=9.0), "far from the 0 and 1 of noise"),
         (lambda d: (d["space"].update(num_classes=7), d.update(class_counts=[])), "2 of 7 classes have no sample"),
-        (lambda d: [shard.pop("sha256") for shard in d["shards"]], "there are no checksums of some shards"),
+        (lambda d: [shard.pop("sha256") for shard in d["shards"]], "some shards have no checksum"),
     ],
 )
 def test_check_warns(change, message, imported, tmp_path, where):

@@ -1,4 +1,4 @@
-"""Who may import whom: each floor what lies below it, nobody in a circle; and the engine knows no guest by name."""
+"""The layers of the package: imports go only to lower layers, without cycles; the engine names no network."""
 
 import ast
 import re
@@ -18,7 +18,7 @@ FLOORS = (
     {"engine"},
     {"__init__", "__main__", "cli", "convert", "evaluate", "export", "generate", "info", "report", "prepare", "train"},
 )
-"""Packages and modules of mfengine, from the ground up; a package's own modules import each other as they like."""
+"""Packages and modules of mfengine, from the bottom up; modules of one package may import each other freely."""
 
 
 def modules(root):
@@ -29,7 +29,7 @@ def modules(root):
 
 
 def imports(file, known):
-    """Modules of mfengine that a file imports, those inside of functions too; not those for annotations alone."""
+    """Modules of mfengine that a file imports, also inside functions, but not only for annotations."""
     found = set()
     tree = ast.parse(file.read_text())
     for guard in [
@@ -57,7 +57,7 @@ def violations(root):
     return graph, [(a, b) for a, bs in graph.items() for b in bs if floor_of(b) > floor_of(a)]
 
 
-def test_imports_go_down_and_in_no_circle():
+def test_imports_go_to_lower_layers_without_cycles():
     graph, upward = violations(ROOT)
     assert len(graph) > 50
     assert upward == []
@@ -73,7 +73,7 @@ def test_imports_go_down_and_in_no_circle():
         ("kernels/a.py", "from mfengine import errors, ops"),
     ],
 )
-def test_import_up_the_floors_is_seen(tmp_path, place, line):
+def test_import_of_a_higher_layer_is_detected(tmp_path, place, line):
     for floor in ("networks", "ops", "engine", "kernels"):
         (tmp_path / "mfengine" / floor).mkdir(parents=True)
         (tmp_path / "mfengine" / floor / "__init__.py").touch()
@@ -84,7 +84,7 @@ def test_import_up_the_floors_is_seen(tmp_path, place, line):
     assert len(violations(tmp_path)[1]) == 1
 
 
-def test_circle_is_seen(tmp_path):
+def test_cycle_is_detected(tmp_path):
     (tmp_path / "mfengine/ops").mkdir(parents=True)
     (tmp_path / "mfengine/ops/a.py").write_text("from mfengine.ops import b")
     (tmp_path / "mfengine/ops/b.py").write_text("def f():\n    import mfengine.ops.a")

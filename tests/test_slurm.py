@@ -1,4 +1,4 @@
-"""The Slurm script, with stand-ins on PATH for what a cluster has: they record how they are called."""
+"""The Slurm script, with stand-ins on PATH for a cluster's programs, which record their calls."""
 
 import json
 import os
@@ -74,7 +74,7 @@ def calls(tmp_path, name):
 
 
 def environment(tmp_path):
-    """Of srun, and so of all that it starts."""
+    """The environment of srun, and so of everything it starts."""
     return json.loads((tmp_path / "environment").read_text())
 
 
@@ -88,7 +88,7 @@ def test_training_on_two_nodes(launch, tmp_path):
     command = ["mfengine.train", "xl2", "--data", "a folder", "--resume", "auto"]
     assert calls(tmp_path, "python") == [["-m", *command, "--dry-run", "--ranks", "16"]]
     (args,) = calls(tmp_path, "torchrun")
-    given = get_args_parser().parse_args(args)  # what torchrun itself makes of it
+    given = get_args_parser().parse_args(args)  # torchrun's own parser
     assert (given.nnodes, given.nproc_per_node, given.rdzv_backend) == ("2", "8", "c10d")
     assert (given.rdzv_endpoint, given.rdzv_id, given.max_restarts) == ("node7:20041", "41", 3)
     assert environment(tmp_path)["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] == "240"
@@ -106,13 +106,13 @@ def test_srun_has_the_cpus_of_the_job(launch, tmp_path, monkeypatch, asked):
     assert environment(tmp_path).get("SRUN_CPUS_PER_TASK") == asked.get("SLURM_CPUS_PER_TASK")
 
 
-def test_wrong_input_takes_no_gpu(launch, tmp_path):
+def test_wrong_input_does_not_start_srun(launch, tmp_path):
     assert launch("mfengine.train", "xl2", EXIT_PYTHON="2").wait(30) == 2
     assert calls(tmp_path, "srun") == []
 
 
 @pytest.mark.parametrize("command", ["mfengine.prepare", "mfengine.evaluate"])
-def test_other_commands_run_as_they_are(command, launch, tmp_path):
+def test_other_commands_run_unchanged(command, launch, tmp_path):
     assert launch(command, "x", EXIT_TORCHRUN="1").wait(30) == 1
     assert calls(tmp_path, "python") == []
     (args,) = calls(tmp_path, "torchrun")
@@ -128,7 +128,7 @@ def test_other_commands_run_as_they_are(command, launch, tmp_path):
      ("script", "mfengine.train", 0, False), ("another", "mfengine.train", 143, True)],
 )  # fmt: skip
 def test_stopped_by_sigterm(sender, command, code, requeued, launch, tmp_path):
-    """Who sent it does not matter: the script waits for torchrun, and what can be continued goes back to the queue."""
+    """For any sender, the script waits for torchrun, and a job that can continue is requeued."""
     process = launch(command, "x", ON_TERM=str(code), RUNS_S="60")
     wait_for(tmp_path / "pid")
     if sender == "script":
@@ -142,7 +142,7 @@ def test_stopped_by_sigterm(sender, command, code, requeued, launch, tmp_path):
 
 @pytest.mark.slow
 def test_torchrun_stopped_by_sigterm_is_requeued(launch, digits, tmp_path):
-    """With the real torchrun and training: the script learns of the signal after the checkpoint is whole."""
+    """With the real torchrun and training: the script gets the signal only after the checkpoint is complete."""
     (tmp_path / "bin/python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
     process = launch("mfengine.train", *SMALL, f"--data={digits}", "--steps=100000", "--device=cpu",
                      HEAD="localhost", SLURM_NNODES="1", SLURM_GPUS_ON_NODE="2")  # fmt: skip
@@ -154,7 +154,7 @@ def test_torchrun_stopped_by_sigterm_is_requeued(launch, digits, tmp_path):
 
 
 def wait_for(path):
-    """Until something stands in the file."""
+    """Wait until the file has content."""
     deadline = time.monotonic() + 120
     while not (path.exists() and path.read_text()) and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -168,7 +168,7 @@ def test_usage(launch, tmp_path):
 
 
 def test_options_of_the_job():
-    """What the script relies on: one task per node, a signal to its shell alone, requeueing."""
+    """The script relies on one task per node, a signal to its own shell only, and requeueing."""
     options = dict(re.findall(r"^#SBATCH --([\w-]+)(?:=(.*))?$", SCRIPT.read_text(), re.M))
     assert options["ntasks-per-node"] == "1"
     assert options["signal"] == "B:USR1@300"

@@ -1,4 +1,4 @@
-"""Reading a checkpoint or weights executes nothing, whatever they hold; what would be executed is one line."""
+"""Reading a malicious checkpoint or weights file executes nothing, and the refusal is one line."""
 
 import functools
 import importlib
@@ -26,7 +26,7 @@ TOUCH = f"touch {MARK}"
 
 
 class Call:
-    """Unpickles as a call, which may be of what another call gave."""
+    """Unpickles as a call, possibly of the result of another call."""
 
     def __init__(self, function, *args):
         self.function, self.args = function, args
@@ -39,7 +39,7 @@ class Call:
 
 
 def torch_file(pickled):
-    """As torch.save writes a file."""
+    """A file in the format of torch.save."""
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w") as archive:
         for name, content in (("data.pkl", pickled), ("byteorder", b"little"), ("version", b"3\n")):
@@ -76,7 +76,7 @@ OTHERS = {
 
 
 def craft(checkpoint, place, pickled):
-    """Put a pickle into a checkpoint, which then has no checksums, as those of version 0.1."""
+    """Put a pickle into a checkpoint, which then has no checksums, like those of version 0.1."""
     description = json.loads((checkpoint / DESCRIPTION).read_text())
     del description["files"], description["crc32"]
     (checkpoint / DESCRIPTION).write_text(json.dumps(description))
@@ -118,7 +118,7 @@ ENTRIES = {
 FEW = ("a partial", "another type")
 
 
-# Every pickle by one way in, which has both unpicklers, and two by each of the others.
+# Every pickle through one entry, which has both unpicklers, and two pickles through each of the others.
 @pytest.mark.parametrize(
     ("entry", "kinds"),
     [
@@ -128,7 +128,7 @@ FEW = ("a partial", "another type")
     ],
     ids=lambda value: value if isinstance(value, str) else str(len(value)),
 )
-def test_nothing_hostile_is_executed(entry, kinds, trained, digits, tmp_path, monkeypatch, capsys):
+def test_malicious_pickle_is_not_executed(entry, kinds, trained, digits, tmp_path, monkeypatch, capsys):
     places, command = ENTRIES[entry]
     command = [part.replace("DATA", str(digits)) for part in command]
     told = []
@@ -152,7 +152,7 @@ def test_nothing_hostile_is_executed(entry, kinds, trained, digits, tmp_path, mo
     print(*told, sep="")
 
 
-def test_the_pickles_are_hostile(tmp_path, monkeypatch):
+def test_pickles_execute_without_protection(tmp_path, monkeypatch):
     for kind, pickled in EXECUTING.items():
         (tmp_path / kind).mkdir()
         monkeypatch.chdir(tmp_path / kind)

@@ -1,12 +1,12 @@
-"""A network that knows nothing of mfengine: stock modules, no tangents, no zero rows."""
+"""A network of stock modules: no tangents, no zero rows, nothing from mfengine."""
 
 import torch.autograd.forward_ad as fwad
 
 from benchmarks.baselines.port import PortDiT, plain_attention
 
 
-class Stranger(PortDiT):
-    """The port's DiT as u(z, t, h, y); it notes its calls as (rows, whether under a JVP)."""
+class StockNetwork(PortDiT):
+    """The port's DiT as u(z, t, h, y); records its calls as (rows, whether under a JVP)."""
 
     def __init__(self, config, attend=plain_attention):
         super().__init__(config)

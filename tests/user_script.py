@@ -1,6 +1,6 @@
-"""A network and an objective that mfengine does not know, as a user's script: `python sketch.py mfengine.train sketch`.
+"""A network and an objective outside mfengine, as in a user script: `python user_script.py mfengine.train sketch`.
 
-Like improved MeanFlow the network has two heads, conditions beside the label, and no t among its inputs.
+Like improved MeanFlow, the network has two heads and conditions besides the label, but does not take t.
 """
 
 import sys
@@ -52,9 +52,9 @@ class Sketch(Network):
 @dataclass(frozen=True)
 class TwoHeadsConfig(ObjectiveConfig):
     strength: float = 2.0
-    """of samples, unless another is asked for"""
+    """default condition for samples"""
     t_min: float = 0.0
-    """time from which it applies; it is 0 before"""
+    """start time of the condition, which is 0 before"""
 
 
 class TwoHeadsDraws(NamedTuple):
