@@ -718,12 +718,9 @@ def _problem(
     group = heads // max(k.shape[1], 1)
     constants = {**shape_constants(q), "CAUSAL": is_causal, "GROUP": group}
     scale = dim**-0.5 if scale is None else scale
-    tiles = [tile_class(dim, q.dtype)] * 2
-    if mask is not None:
-        tiles[1] += f", masked, {_generation(q)}"
-    return _Problem(
-        samples, heads, queries, keys, dim, scale, mask_strides, constants, cu_q is None, (tiles[0], tiles[1])
-    )
+    tiles = tile_class(dim, q.dtype)
+    special = f"{tiles}{'' if mask is None else ', masked'}, {_generation(q)}"
+    return _Problem(samples, heads, queries, keys, dim, scale, mask_strides, constants, cu_q is None, (tiles, special))
 
 
 @planned
@@ -999,6 +996,7 @@ CONFIGS: dict[str, dict[str, Config]] = {
         "medium, masked, Ampere": Config(BLOCK_M=16, BLOCK_N=64, num_warps=4, num_stages=1),
         "medium, masked, Hopper": Config(BLOCK_M=16, BLOCK_N=64, num_warps=4, num_stages=1),
         "wide": Config(BLOCK_M=32, BLOCK_N=64, num_warps=4, num_stages=2),
+        "wide, Ampere": Config(BLOCK_M=16, BLOCK_N=64, num_warps=4, num_stages=2),
         "wide, masked, Ampere": Config(BLOCK_M=16, BLOCK_N=64, num_warps=4, num_stages=1),
         "wide, masked, Hopper": Config(BLOCK_M=32, BLOCK_N=64, num_warps=4, num_stages=1),
         "float32": Config(BLOCK_M=16, BLOCK_N=16, num_warps=4, num_stages=1),
