@@ -51,7 +51,12 @@ ROW_STATISTICS = {"delta_kernel": 1, "delta_dual_kernel": 2}
 
 An odd number of rows has twice as many, because an even number lets some be read in pairs."""
 
-STACK = {("forward_kernel", "d72", 80): 8, ("backward_kv_kernel", "d96", 80): 8, ("backward_q_kernel", "d128", 80): 16}
+STACK = {
+    ("forward_kernel", "d72", 80): 8,
+    ("backward_kv_kernel", "d96", 80): 8,
+    ("backward_kv_kernel", "d128", 80): 8,
+    ("backward_q_kernel", "d128", 80): 16,
+}
 """Bytes by kernel, head dim and architecture: with 255 registers in use, as much is stored before a loop and read after
 it, with a mask or of sequences. No configuration that was tried does without, but for slower ones."""
 
@@ -206,12 +211,14 @@ def compiled(name: str, arch: int) -> list[dict[str, Any]]:
 def narrow_accesses(name: str, kernel: str) -> int:
     """How many accesses under 8 bytes are expected.
 
-    In the backward through the tangent a tail of 16 columns by 16 rows, as heads of 72 and 80 have in each of four
-    operands, is 4 bytes per lane.
+    A tail of 16 columns by 16 rows, as heads of 72 and 80 have, is 4 bytes per lane: one of each of four operands in the
+    backward through the tangent, and of two for keys and values with a mask.
     """
     odd = "odd" in name or "sequences" in name
     due = ROW_STATISTICS.get(kernel, 0) * (2 if odd else 1)
-    return due + (4 if "through" in name and ("d72" in name or "d80" in name) else 0)
+    tails = {"through": 4} if kernel != "backward_kv_kernel" else {"through": 4, "mask": 2, "term": 2}
+    words = name.split()
+    return due + (next((n for word, n in tails.items() if word in words), 0) if {"d72", "d80"} & {*words} else 0)
 
 
 def stack_allowed(name: str, kernel: str, arch: int) -> int:

@@ -399,8 +399,9 @@ def _zero_gradients(inputs: Any, lse: Tensor, mean: Tensor, seen: Any, gradients
         gradient.zero_()
 
 
-# Up to 96 padded columns, no stack on sm_90 and sm_100 but for one launch; docs/kernels.md lists those that spill.
-# `maxnreg`: or the assembler takes 32 registers and spills thousands of bytes on sm_80. Times: not measured yet.
+# No stack on sm_90 and sm_100; benchmarks/static.py says where 8 or 16 bytes are left on sm_80. A mask is copied 4 bytes
+# at a time to be read ahead, so nothing is where there is one, but on Blackwell, where without that values of rows are.
+# `maxnreg`: or the assembler spills rather than take more registers. Times: not measured yet.
 CONFIGS: dict[str, dict[str, Config]] = {
     "delta": dict.fromkeys(("narrow", "medium", "wide", "float32"), Config(BLOCK_M=32, num_warps=4, num_stages=1)),
     "backward_kv": {
@@ -412,12 +413,13 @@ CONFIGS: dict[str, dict[str, Config]] = {
         "wide": Config(BLOCK_M=16, BLOCK_N=64, num_warps=4, num_stages=2),
         "wide, masked, Ampere": Config(BLOCK_M=16, BLOCK_N=64, num_warps=4, num_stages=1),
         "wide, masked, Hopper": Config(BLOCK_M=16, BLOCK_N=64, num_warps=4, num_stages=1),
+        "wide, masked, Blackwell": Config(BLOCK_M=16, BLOCK_N=64, num_warps=4, num_stages=2, maxnreg=255),
         "float32": Config(BLOCK_M=16, BLOCK_N=16, num_warps=4, num_stages=1),
     },
     "backward_q": {
         "narrow": Config(BLOCK_M=64, BLOCK_N=16, num_warps=4, num_stages=1),
         "narrow, masked, Ampere": Config(BLOCK_M=64, BLOCK_N=16, num_warps=4, num_stages=2),
-        "medium": Config(BLOCK_M=64, BLOCK_N=16, num_warps=4, num_stages=2),
+        "medium": Config(BLOCK_M=64, BLOCK_N=16, num_warps=4, num_stages=2, maxnreg=255),
         "wide": Config(BLOCK_M=64, BLOCK_N=16, num_warps=4, num_stages=2, maxnreg=255),
         "float32": Config(BLOCK_M=16, BLOCK_N=16, num_warps=4, num_stages=1),
     },
