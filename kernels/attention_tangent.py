@@ -399,10 +399,9 @@ def _zero_gradients(inputs: Any, lse: Tensor, mean: Tensor, seen: Any, gradients
         gradient.zero_()
 
 
-# No stack on sm_90 and sm_100; benchmarks/static.py says where sm_80 keeps 8 or 16 bytes. Reading ahead would copy
-# a mask 4 bytes at a time, so kernels with a mask do not read ahead. On Blackwell they do, since row values would
-# otherwise be read 4 bytes at a time. Without `maxnreg` the assembler spills before it takes more registers.
-# Times: not measured yet.
+# No stack on sm_90 and sm_100; benchmarks/static.py says where sm_80 keeps 8 or 16 bytes. To be read ahead, an additive
+# mask is copied 4 bytes at a time, so kernels with a mask have one stage, except on Blackwell, which copies it well.
+# Without `maxnreg` the assembler spills before it takes more registers. Times: not measured yet.
 CONFIGS: dict[str, dict[str, Config]] = {
     "delta": dict.fromkeys(("narrow", "medium", "wide", "float32"), Config(BLOCK_M=32, num_warps=4, num_stages=1)),
     "backward_kv": {
