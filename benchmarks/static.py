@@ -211,8 +211,8 @@ def compiled(name: str, arch: int) -> list[dict[str, Any]]:
 def narrow_accesses(name: str, kernel: str) -> int:
     """How many accesses under 8 bytes are expected.
 
-    A tail of 16 columns by 16 rows, as heads of 72 and 80 have, is 4 bytes per lane: one of each of four operands in
-    the backward through the tangent, and of two for keys and values with a mask.
+    A tail of 16 columns by 16 rows, as heads of 72 and 80 have, is 4 bytes per lane. The backward through the tangent
+    reads the tails of four operands, the backward of keys and values with a mask those of two.
     """
     odd = "odd" in name or "sequences" in name
     due = ROW_STATISTICS.get(kernel, 0) * (2 if odd else 1)

@@ -399,9 +399,9 @@ def _zero_gradients(inputs: Any, lse: Tensor, mean: Tensor, seen: Any, gradients
         gradient.zero_()
 
 
-# No stack on sm_90 and sm_100; benchmarks/static.py says where 8 or 16 bytes are left on sm_80. To be read ahead, an
-# additive mask is copied 4 bytes at a time: with a mask there is one stage, but on Blackwell, which copies it well.
-# `maxnreg`: or the assembler spills rather than take more registers. Times: not measured yet.
+# No stack on sm_90 and sm_100; benchmarks/static.py says where sm_80 keeps 8 or 16 bytes. To be read ahead, an additive
+# mask is copied 4 bytes at a time, so kernels with a mask have one stage, except on Blackwell, which copies it well.
+# Without `maxnreg` the assembler spills before it takes more registers. Times: not measured yet.
 CONFIGS: dict[str, dict[str, Config]] = {
     "delta": dict.fromkeys(("narrow", "medium", "wide", "float32"), Config(BLOCK_M=32, num_warps=4, num_stages=1)),
     "backward_kv": {

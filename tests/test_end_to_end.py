@@ -23,7 +23,7 @@ TINY = (
 def photographs(tmp_path_factory):
     """600 crops of two photographs, in several sizes and formats; those of one class are close to each other."""
     images = pytest.importorskip("sklearn.datasets").load_sample_images().images
-    folder = tmp_path_factory.mktemp("road") / "photographs"
+    folder = tmp_path_factory.mktemp("end-to-end") / "photographs"
     generator = np.random.default_rng(0)
     for label in range(CLASSES):
         (folder / f"class-{label}").mkdir(parents=True)

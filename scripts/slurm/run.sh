@@ -5,10 +5,9 @@
 #   sbatch --nodes=16 scripts/slurm/run.sh mfengine.train xl2 --batch-size 4096 --replicas 16 --data /local/imagenet256
 #   sbatch --time=08:00:00 scripts/slurm/run.sh mfengine.prepare import /shared/latents /shared/imagenet256 --num-classes 1000
 #
-# Training and preparing are told to stop 5 minutes before the time limit, keep what they have, go back to the queue and
-# continue there. So do they when anybody else sends SIGTERM, and when a node fails. Training that crashes starts again
-# from its newest checkpoint, three times at most; wrong input is found by a dry run before. docs/cluster.md says why each
-# line is as it is.
+# Training and preparing stop 5 minutes before the time limit, keep their work, and are requeued to continue. The same
+# happens after SIGTERM from anywhere, and when a node fails. Training that crashes restarts from its newest checkpoint,
+# at most three times. A dry run finds wrong input first. docs/cluster.md explains each line.
 #
 #SBATCH --job-name=mfengine
 #SBATCH --nodes=1
@@ -40,15 +39,15 @@ mfengine.prepare)
     ;;
 esac
 
-# It reaches torchrun on every node, which hands it on; not this shell.
+# It reaches torchrun on every node, which forwards it, but not this shell.
 trap 'scancel --signal=TERM "$SLURM_JOB_ID"' USR1
 
-# Since Slurm 22.05 srun does not take this from sbatch.
+# Since Slurm 22.05, srun does not inherit this from sbatch.
 [ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"
-# torchrun kills its processes 30 seconds after SIGTERM otherwise.
+# By default, torchrun kills its processes 30 seconds after SIGTERM.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=240
 
-# torchrun, but for its exit code after a signal, which would be 1.
+# Like torchrun, except for the exit code after a signal, which would be 1.
 torchrun='
 import sys
 from torch.distributed.elastic.multiprocessing import SignalException
