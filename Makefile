@@ -24,7 +24,7 @@ demo: install
 	$(BIN)/python -m mfengine.generate runs/digits --data data/digits --steps 1 2 --per-label 3 --out runs/digits/grid.png
 	$(BIN)/python -m mfengine.report runs/digits
 
-# The quick tests: eight minutes on two cores, after two to three minutes of installation.
+# The quick tests: three minutes on two idle cores, after two minutes of installation and lint.
 test: install lint
 	$(BIN)/python -m pytest tests --numprocesses 2 --dist worksteal -m "not slow"
 

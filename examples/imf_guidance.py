@@ -1,7 +1,7 @@
 """Improved MeanFlow takes the guidance weight omega as an input: one model draws a row of digits for each omega.
 
 python -m mfengine.prepare digits data/digits    # once; needs mfengine[digits]
-python -m mfengine.train digits-imf              # about two minutes on two CPU cores
+python -m mfengine.train digits-imf              # two to four minutes on two CPU cores
     python examples/imf_guidance.py [RUN]            # default RUN: runs/digits-imf; writes imf_guidance.png
 
 `python -m mfengine.evaluate RUN --data data/digits --sweep omega=1,1.5,2` sweeps such conditions for any model.
