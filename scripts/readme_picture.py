@@ -1,7 +1,7 @@
 """Draw docs/digits.png, README's picture: one step of MeanFlow beside one step of plain flow matching.
 
-Trains both from the preset `digits`, two to four minutes each on two CPU cores, unless runs/digits and runs/digits-flow exist.
-Flow matching is MeanFlow without interval rows: the same network, data, steps and noise.
+Trains both from the preset `digits` unless runs/digits and runs/digits-flow exist, two to four minutes each on two CPU
+cores. Flow matching is MeanFlow without interval rows: the same network, data, steps and noise.
 """
 
 import subprocess
