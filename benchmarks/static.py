@@ -6,7 +6,7 @@ these arguments and compiles as on a GPU, for sm_80, sm_90 and sm_100; only the 
 inspected as built. The table shows registers, stack, shared memory, tensor-core instructions and the widths of global
 accesses in loops. A row fails on
 
-- any stack, which is a spill or a local array, but for that in `STACK`;
+- any stack, which is a spill or a local array, except the bytes that `STACK` allows;
 - a dot product without tensor-core instructions;
 - a global access of less than 8 bytes in a loop (anywhere, if there is none).
 
@@ -57,8 +57,8 @@ STACK = {
     ("backward_kv_kernel", "d128", 80): 8,
     ("backward_q_kernel", "d128", 80): 16,
 }
-"""Bytes by kernel, head dim and architecture: with 255 registers in use, as much is stored before a loop and read after
-it, with a mask or of sequences. No configuration that was tried does without, but for slower ones."""
+"""Bytes allowed by kernel, head dim and architecture. All 255 registers are in use, so launches with masks, causal ones
+and those of sequences store this much before a loop and read it afterwards. Only slower configurations avoid that."""
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SHAPES = {
@@ -227,7 +227,7 @@ def stack_allowed(name: str, kernel: str, arch: int) -> int:
 
 def faults(row: dict[str, Any], dots: bool, narrow: int, stack: int = 0) -> list[str]:
     """Why a row fails. `dots`: the kernel has dot products; `narrow`: accesses under 8 bytes that are due; `stack`:
-    bytes of it that are allowed.
+    bytes that are allowed.
     """
     return [
         fault

@@ -948,8 +948,8 @@ def shape_constants(q: Tensor) -> dict[str, int]:
 
 
 def _generation(x: Tensor) -> str:
-    """By what the tensor cores of x's GPU are fed: Ampere by mma.sync, as later GPUs for desktops are, Hopper by wgmma,
-    Blackwell by tcgen05. On a CPU, the GPU that Triton compiles for, or Hopper where it interprets.
+    """The instruction of the tensor cores on x's GPU: Ampere has mma.sync, as desktop GPUs have, too; Hopper wgmma;
+    Blackwell tcgen05. For tensors on a CPU, the GPU that Triton compiles for, or Hopper in its interpreter.
     """
     if x.is_cuda:
         major = torch.cuda.get_device_capability(x.device)[0]
@@ -968,10 +968,10 @@ def tile_class(dim: int, dtype: torch.dtype) -> str:
     return "narrow" if columns <= 80 else "medium" if columns <= 96 else "wide"
 
 
-# No stack, but for what benchmarks/static.py allows on sm_80. For sm_90 tiles were searched that keep
-# the tensor cores busy for 80 % or more of a main loop's modelled cycles and leave room for two or more programs of
-# four warps per multiprocessor; of the dual for "medium", 88 and 96 columns, one of eight. `maxnreg` stands where the
-# assembler would rather spill than take more registers. Times: not measured yet.
+# No stack, except what benchmarks/static.py allows on sm_80. For sm_90, tiles were searched that keep the tensor cores
+# busy for 80 % or more of a main loop's modelled cycles and leave room for two or more programs of four warps per
+# multiprocessor; for the dual of "medium" (88 and 96 columns), one program of eight warps. `maxnreg` is set where the
+# assembler spills before it takes more registers. Times: not measured yet.
 CONFIGS: dict[str, dict[str, Config]] = {
     "forward": {
         "narrow": Config(BLOCK_M=64, BLOCK_N=128, num_warps=4, num_stages=2),

@@ -170,9 +170,7 @@ class Trainer:
             notes += make_plan(config, world).warnings(world.device)
         load, cores = os.getloadavg()[0], os.cpu_count() or 1
         if world.main and world.device.type == "cpu" and load > cores and torch.get_num_threads() > 1:
-            notes.append(
-                f"other programs keep the cores busy (load {load:.0f} on {cores}): OMP_NUM_THREADS=1 may be faster"
-            )
+            notes.append(f"the cores are busy (load {load:.0f} on {cores}): OMP_NUM_THREADS=1 may be faster")
 
         def peak() -> float:
             flops = step_flops(config.model, config.method, config.local_batch(world.size))
