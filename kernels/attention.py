@@ -978,6 +978,7 @@ CONFIGS: dict[str, dict[str, Config]] = {
         "narrow, masked, Ampere": Config(BLOCK_M=64, BLOCK_N=64, num_warps=4, num_stages=2),
         "narrow, masked, Blackwell": Config(BLOCK_M=64, BLOCK_N=64, num_warps=4, num_stages=2),
         "medium": Config(BLOCK_M=64, BLOCK_N=64, num_warps=4, num_stages=2),
+        "medium, Blackwell": Config(BLOCK_M=64, BLOCK_N=64, num_warps=4, num_stages=2, maxnreg=255),
         "wide": Config(BLOCK_M=64, BLOCK_N=64, num_warps=4, num_stages=2),
         "float32": Config(BLOCK_M=16, BLOCK_N=16, num_warps=4, num_stages=1, maxnreg=255),
     },
