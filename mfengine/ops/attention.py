@@ -166,8 +166,9 @@ def rotary_attention(
     name = choose(qkv, q_weight, k_weight, dim=dim)
     if name in _LIBRARIES:
         weights = primal_of(q_weight), primal_of(k_weight)
-        qk = norm_rope(_queries_and_keys(x), *weights, num_heads, tokens, eps)
-        return _merge_heads(_LIBRARIES[name](*_rotated_heads(qk, x, num_heads, tokens)), x.ndim)
+        qk, v = _split_values(x)
+        qk = norm_rope(qk, *weights, num_heads, tokens, eps)
+        return _merge_heads(_LIBRARIES[name](*_rotated_heads(qk, v, num_heads, tokens)), x.ndim)
     return _call(ROTARY_ATTENTION, name, (qkv, q_weight, k_weight), (num_heads, tokens, eps))
 
 
@@ -257,22 +258,26 @@ def _plain_packed(qkv: Any, heads: int, tokens: int) -> tuple[Any]:
 
 
 def _plain_rotary(qkv: Any, q_weight: Any, k_weight: Any, heads: int, tokens: int, eps: float) -> tuple[Any]:
-    qk = plain_norm_rope(linear_map(_queries_and_keys, qkv), q_weight, k_weight, heads, tokens, eps)[0]
-    q, k, v = _rotated_heads(primal_of(qk), primal_of(qkv), heads, tokens)
+    qk, v = _split_values(qkv)
+    qk = plain_norm_rope(qk, q_weight, k_weight, heads, tokens, eps)[0]
+    parts: Any = _rotated_heads(primal_of(qk), primal_of(v), heads, tokens)
     if isinstance(qk, Dual):
-        dqkv = qkv.tangent if isinstance(qkv, Dual) else torch.zeros_like(qkv)
-        q, k, v = map(Dual, (q, k, v), _rotated_heads(qk.tangent, dqkv, heads, tokens))
+        dv = v.tangent if isinstance(v, Dual) else torch.zeros_like(v)
+        parts = map(Dual, parts, _rotated_heads(qk.tangent, dv, heads, tokens))
+    q, k, v = parts
     return (linear_map(partial(_merge_heads, ndim=primal_of(qkv).ndim), _plain(q, k, v)[0]),)
 
 
-def _queries_and_keys(qkv: Tensor) -> Tensor:
-    return qkv[..., : qkv.shape[-1] // 3 * 2]
+def _split_values(qkv: Any) -> Any:
+    """Queries and keys side by side, and values."""
+    width = primal_of(qkv).shape[-1] // 3
+    parts = primal_of(qkv).split((2 * width, width), -1)
+    return map(Dual, parts, qkv.tangent.split((2 * width, width), -1)) if isinstance(qkv, Dual) else parts
 
 
-def _rotated_heads(qk: Tensor, qkv: Tensor, heads: int, tokens: int) -> tuple[Any, Any, Any]:
-    """Queries and keys of qk, and values of qkv."""
-    q, k = _split_heads(qk, heads, tokens, 2)
-    return q, k, _split_heads(qkv, heads, tokens, 3)[2]
+def _rotated_heads(qk: Tensor, v: Tensor, heads: int, tokens: int) -> tuple[Tensor, ...]:
+    """Queries, keys and values (B, H, N, d) from queries and keys side by side, and values."""
+    return *_split_heads(qk, heads, tokens, 2), *_split_heads(v, heads, tokens, 1)
 
 
 def _probabilities(q: Tensor, k: Tensor, scale: float, is_causal: bool, mask: Tensor | None) -> Tensor:
@@ -539,6 +544,10 @@ ATTENTION_PACKED = Op(
     auxiliary=("lse",),
     saved=("qkv", "o", "lse"),
 )
+
+
+def _queries_and_keys(qkv: Tensor) -> Tensor:
+    return qkv[..., : qkv.shape[-1] // 3 * 2]
 
 
 def _rotary_forward(

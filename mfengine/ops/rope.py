@@ -63,10 +63,9 @@ def _weights(q_weight: Tensor, k_weight: Tensor) -> Tensor:
 
 
 def _rotate(x: Tensor, tokens: int) -> Tensor:
-    """Rotate x (B, N, 2, H, d)."""
-    cos, sin = angles(tokens, x.shape[-1], x.device)[:, None, None].to(x.dtype).unbind(-1)
-    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2)
+    """Rotate x (B, N, 2, H, d), each pair of channels as a complex number: one product, exact as written out."""
+    turn = torch.view_as_complex(angles(tokens, x.shape[-1], x.device).to(x.dtype))[:, None, None]
+    return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2))) * turn).flatten(-2)
 
 
 def angles(tokens: int, dim: int, device: torch.device) -> Tensor:
