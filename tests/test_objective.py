@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mfengine import DiT, MeanFlow, MeanFlowConfig, ModelConfig
 from mfengine.engine.presets import PRESETS
+from mfengine.methods import OBJECTIVES
 from mfengine.ops import use_attention
 
 
@@ -180,3 +181,18 @@ def test_batch_that_the_share_does_not_divide():
 def test_bad_settings(field, value):
     with pytest.raises(ValueError, match=field):
         dataclasses.replace(MeanFlowConfig(), **{field: value})
+
+
+@pytest.mark.parametrize("name", ["labels", "draws.t", "draws.noise"])
+@pytest.mark.parametrize("objective", OBJECTIVES.values())
+def test_rows_of_another_batch_raise(objective, name):
+    """A single row would broadcast: training on wrong times, noise or labels without a word."""
+    method = objective(objective.Config())
+    latents, labels, draws = draw(method, 4, seed=0)
+    if name == "labels":
+        labels = labels[:1]
+    else:
+        field = name.removeprefix("draws.")
+        draws = draws._replace(**{field: getattr(draws, field)[:1]})
+    with pytest.raises(ValueError, match=rf"^{name} must be of shape \("):
+        method.loss(small_model(), latents, labels, draws)

@@ -106,7 +106,7 @@ def cases_of_sizes():
             yield (name, *size) if quick else slow(name, *size)
 
 
-@pytest.mark.parametrize(("name", "shape", "rows", "dtype"), cases_of_sizes(), ids=str)
+@pytest.mark.parametrize(("name", "shape", "rows", "dtype"), list(cases_of_sizes()), ids=str)
 def test_error_is_at_most_twice_that_of_plain_pytorch(name, shape, rows, dtype):
     case, tangents = example(name, shape, dtype), example(name, shape, dtype, seed=1).arguments
     exact = results(case.double(), [x.double() for x in tangents], rows, "torch")

@@ -26,7 +26,7 @@ from torch import Tensor
 from mfengine.device import device_generator, to_device
 from mfengine.errors import InputError
 from mfengine.methods.base import Health, Metrics, Objective, Sampler
-from mfengine.methods.intervals import IntervalConfig, by_kind, check_shares, column, row_kinds
+from mfengine.methods.intervals import IntervalConfig, by_kind, check_rows, check_shares, column, row_kinds
 from mfengine.methods.sampling import sample
 from mfengine.networks.velocity import null_class
 from mfengine.ops import fixed_weights
@@ -145,8 +145,10 @@ class ImprovedMeanFlow(Objective):
             `u`, `v` (B, C, H, W), and `v_c`, `du_dt` (K, C, H, W) of the K interval rows.
 
         Raises:
-            ValueError: the interval share does not divide B, or the model has no `num_classes`.
+            ValueError: the interval share does not divide B, labels or draws are of another batch, or the model has no
+                `num_classes`.
         """
+        check_rows(latents, labels, draws.t, draws.noise)
         cfg, device = self.config, latents.device
         batch, num_interval = latents.shape[0], cfg.num_interval(latents.shape[0])
         num_instant = batch - num_interval

@@ -102,6 +102,14 @@ def row_kinds(t: Tensor, num_interval: int, num_dropped: int, guided: Tensor) ->
     return kinds | {"t_low": third == 0, "t_middle": third == 1, "t_high": third >= 2}
 
 
+def check_rows(latents: Tensor, labels: Tensor, t: Tensor, noise: Tensor) -> None:
+    """ValueError unless labels (B,), and t (B,) and noise of the draws, are those of latents (B, C, H, W)."""
+    batch, shape = tuple(latents.shape[:1]), tuple(latents.shape)
+    for name, x, due in (("labels", labels, batch), ("draws.t", t, batch), ("draws.noise", noise, shape)):
+        if tuple(x.shape) != due:
+            raise ValueError(f"{name} must be of shape {due} for latents of shape {shape}, not {tuple(x.shape)}")
+
+
 def check_shares(**shares: float) -> None:
     """ValueError that names the first value that is not between 0 and 1."""
     for name, share in shares.items():

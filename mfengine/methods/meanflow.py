@@ -23,7 +23,7 @@ from torch import Tensor
 
 from mfengine.device import device_generator, to_device
 from mfengine.methods.base import Health, Metrics, Objective
-from mfengine.methods.intervals import IntervalConfig, by_kind, check_shares, column, row_kinds
+from mfengine.methods.intervals import IntervalConfig, by_kind, check_rows, check_shares, column, row_kinds
 from mfengine.methods.sampling import sample
 from mfengine.networks.velocity import AnyNetwork, null_class, velocity, velocity_and_jvp
 from mfengine.ops import fixed_weights
@@ -117,11 +117,12 @@ class MeanFlow(Objective):
             (K, C, H, W) of the K interval rows.
 
         Raises:
-            ValueError: the interval share does not divide B, the model has no `num_classes`, or it returns a shape
-                other than that of z.
+            ValueError: the interval share does not divide B, labels or draws are of another batch, the model has no
+                `num_classes`, or it returns a shape other than that of z.
             TypeError: the model does not return a tensor.
             NotImplementedError: an operator of the model does not support forward-mode differentiation.
         """
+        check_rows(latents, labels, draws.t, draws.noise)
         cfg, device = self.config, latents.device
         batch, num_interval = latents.shape[0], cfg.num_interval(latents.shape[0])
         num_instant = batch - num_interval
