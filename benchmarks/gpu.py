@@ -5,7 +5,7 @@ beside their peers, its step at as many rows as fit, improved MeanFlow, B/2, the
 line of the report is a separate task in another process, so a task that raises, runs out of memory, hangs or crashes
 affects no other. Checks run in parallel on all cores, because compiling kernels takes most of their time, and the
 timings reuse what they compiled. If OUT is set, $OUT/gpu.json is rewritten after each task; `python -m
-benchmarks.report` makes full tables from it.
+benchmarks.report` makes full tables from it. `--resume gpu.json` does what an earlier run had no time for.
 
 Needs only torch, triton and numpy. `--rehearse` runs everything in miniature on a CPU, so that no GPU time is spent on
 debugging this script.
@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import product
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -304,10 +305,20 @@ class Worker:
 
 
 class Run:
-    """The report, and the workers that fill it."""
+    """The report, and the workers that fill it.
 
-    def __init__(self, rehearse: bool, minutes: float, folder: str, make_plan: Plan = plan) -> None:
-        self.report: dict[str, Any] = {}
+    Args:
+        rehearse: on a CPU.
+        minutes: the time limit.
+        folder: for data.
+        make_plan: `plan`.
+        report: of an earlier run, to complete.
+    """
+
+    def __init__(
+        self, rehearse: bool, minutes: float, folder: str, make_plan: Plan = plan, report: Part | None = None
+    ) -> None:
+        self.report: Part = dict(report or {})
         self._rehearse, self._folder, self._plan = rehearse, folder, make_plan
         self._begin = time.monotonic()
         self._deadline = self._begin + 60 * minutes
@@ -321,12 +332,26 @@ class Run:
         self._cores = min(2 if rehearse else 16, os.cpu_count() or 1)
 
     def run(self) -> None:
+        """Run all tasks that the report does not answer.
+
+        Raises:
+            RuntimeError: no worker starts.
+            ValueError: the earlier report is of another device, version or commit.
+        """
         first = self._start()
         self._many, self._workers = first.many, [first] + [None] * (self._cores - 1)
+        for key, value in self.report.get("environment", {}).items():
+            if value != first.environment[key]:
+                self._stop(0)
+                raise ValueError(f"it has {key} {value}, and this is {first.environment[key]}")
+        finished = set(self.report.get("finished", ()))
+        unanswered = [task for task in first.tasks if task.name not in finished]
+        for kind, task in product(("missing", "errors"), unanswered):
+            self.report.get(kind, {}).pop(task.name, None)
         self._keep({"environment": first.environment})
-        print(self._estimate(first.tasks), flush=True)
-        for stage in dict.fromkeys(task.stage for task in first.tasks):
-            tasks = [task for task in first.tasks if task.stage == stage]
+        print(self._estimate(unanswered), flush=True)
+        for stage in dict.fromkeys(task.stage for task in unanswered):
+            tasks = [task for task in unanswered if task.stage == stage]
             self._serve([task for task in tasks if not task.alone], self._cores)
             self._stop(1)  # idle workers would hold memory
             self._serve([task for task in tasks if task.alone], 1)
@@ -375,11 +400,12 @@ class Run:
             worker = self._workers[i] or self._start()
         except RuntimeError as error:
             return {"errors": {task.name: f"no worker: {error}"}}
-        part, well = worker.run(task.name, min(left, TIMEOUT_FACTOR * task.seconds + TIMEOUT_S))
+        timeout = TIMEOUT_FACTOR * task.seconds + TIMEOUT_S
+        part, well = worker.run(task.name, min(left, timeout))
         if not well:
             worker.stop()
         self._workers[i] = worker if well else None
-        return part
+        return part if not well and left < timeout else {**part, "finished": [task.name]}
 
     def _start(self) -> Worker:
         left = max(1.0, self._deadline - time.monotonic())
@@ -418,17 +444,26 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rehearse", action="store_true", help="run everything in miniature, on a CPU")
     parser.add_argument("--minutes", type=float, default=9, help="time limit for everything, in minutes")
+    parser.add_argument("--resume", type=Path, help="gpu.json of an earlier run here: keep its results, do the rest")
     args = parser.parse_args()
     if not args.rehearse and not torch.cuda.is_available():
         print("error: torch finds no GPU; `python -m benchmarks.gpu --rehearse` runs on a CPU", file=sys.stderr)
         return 2
+    try:
+        report = json.loads(args.resume.read_text()) if args.resume else None
+    except (OSError, ValueError) as error:
+        print(f"error: {args.resume}: {describe(error)}", file=sys.stderr)
+        return 2
     with tempfile.TemporaryDirectory() as folder:
-        run = Run(args.rehearse, args.minutes, folder)
+        run = Run(args.rehearse, args.minutes, folder, report=report)
         try:
             run.run()
         except RuntimeError as error:
             print(f"error: no worker: {error}", file=sys.stderr)
             return 1
+        except ValueError as error:
+            print(f"error: {args.resume}: {error}", file=sys.stderr)
+            return 2
     failed = [check for check in run.report.get("checks", []) if not checks.passed(check)]
     return 1 if failed or run.report.get("errors") else 0
 

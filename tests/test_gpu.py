@@ -20,6 +20,7 @@ from conftest import SMALL, run_command, slow
 
 from benchmarks import gpu
 from benchmarks.cases import Machine
+from benchmarks.measure import environment
 from mfengine.kernels.multi_tensor import Library
 
 ROOT = Path(__file__).parent.parent
@@ -207,6 +208,51 @@ def test_nothing_runs_after_the_deadline(tmp_path, monkeypatch):
     assert time.monotonic() - run._deadline < 20
     assert re.fullmatch("stopped after [23] s", run.report["errors"]["endless"])
     assert run.report["missing"] == {"late": "no time left"}
+
+
+class HereWorker:
+    """A worker that runs tasks in this process."""
+
+    many = 4
+
+    def __init__(self, timeout, make_plan, rehearse, folder, many):
+        self.environment = environment(torch.device("cpu"))
+        self.by_name = make_plan(None, self.many)
+        self.tasks = [*self.by_name.values()]
+
+    def run(self, name, timeout):
+        return self.by_name[name].run(), True
+
+    def stop(self):
+        pass
+
+
+def test_resumed_run_does_only_what_is_left(tmp_path, monkeypatch, capsys):
+    """Results stay; a task that had no time runs, and one that the deadline stopped runs again."""
+    monkeypatch.setattr(gpu, "Worker", HereWorker)
+    monkeypatch.setattr(gpu, "Run", functools.partial(gpu.Run, make_plan=gpu_tasks.three_tasks))
+    monkeypatch.setattr(sys, "argv", ["gpu", "--rehearse"])
+    monkeypatch.setenv("OUT", str(tmp_path))
+    assert gpu.main() == 0
+    whole = json.loads((tmp_path / "gpu.json").read_text())
+    assert whole["finished"] == ["one", "two", "three"]
+    part = {**whole, "checks": whole["checks"][:1], "finished": ["one"]}
+    part |= {"missing": {"two": "no time left"}, "errors": {"three": "stopped after 3 s"}}
+    report = tmp_path / "before.json"
+    report.write_text(json.dumps(part))
+    capsys.readouterr()
+
+    monkeypatch.setattr(sys, "argv", ["gpu", "--rehearse", f"--resume={report}"])
+    assert gpu.main() == 0
+    assert json.loads((tmp_path / "gpu.json").read_text()) == {**whole, "missing": {}, "errors": {}}
+    assert len(re.findall("ok     fine", capsys.readouterr().out)) == 2
+
+    report.write_text(json.dumps({**part, "environment": {**whole["environment"], "device": "another GPU"}}))
+    assert gpu.main() == 2
+    assert capsys.readouterr().err == f"error: {report}: it has device another GPU, and this is CPU, one thread\n"
+    report.write_text("{")
+    assert gpu.main() == 2
+    assert capsys.readouterr().err.startswith(f"error: {report}: JSONDecodeError: ")
 
 
 @pytest.mark.parametrize(
