@@ -57,8 +57,11 @@ STACK = {
     ("backward_kv_kernel", "d128", 80): 8,
     ("backward_q_kernel", "d128", 80): 16,
 }
-"""Bytes allowed by kernel, head dim and architecture. All 255 registers are in use, so launches with masks, causal ones
-and those of sequences store this much before a loop and read it afterwards. Only slower configurations avoid that."""
+"""Bytes allowed by kernel, head dim and architecture, in the variants of attention that `SPILLING` names. All 255
+registers are in use, so these store this much before a loop and read it afterwards. Only slower configurations avoid
+that."""
+
+SPILLING = {"causal", "mask", "term", "sequences"}
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SHAPES = {
@@ -222,7 +225,10 @@ def narrow_accesses(name: str, kernel: str) -> int:
 
 
 def stack_allowed(name: str, kernel: str, arch: int) -> int:
-    return next((n for (of, part, at), n in STACK.items() if (of, at) == (kernel, arch) and part in name.split()), 0)
+    words = name.split()
+    if not SPILLING.intersection(words):
+        return 0
+    return next((n for (of, part, at), n in STACK.items() if (of, at) == (kernel, arch) and part in words), 0)
 
 
 def faults(row: dict[str, Any], dots: bool, narrow: int, stack: int = 0) -> list[str]:

@@ -681,8 +681,8 @@ class _Problem(NamedTuple):
     constants: dict[str, Any]
     dense: bool
     """whether all samples have the length of the tensors"""
-    tiles: tuple[str, str]
-    """the kernel's configuration, and one that replaces it if it exists"""
+    tiles: tuple[str, ...]
+    """names of configurations, the most special first: the first that a kernel has applies"""
 
     @property
     def scalars(self) -> tuple[Any, ...]:
@@ -693,8 +693,7 @@ class _Problem(NamedTuple):
         return [step for p in parts for step in (p.heads.stride(0) if self.dense else 0, *p.heads.stride()[1:3])]
 
     def config(self, configs: dict[str, Config]) -> Config:
-        usual, special = self.tiles
-        return configs.get(special, configs[usual])
+        return next(configs[name] for name in self.tiles if name in configs)
 
     def even(self, config: Config, block: str = "BLOCK_N") -> bool:
         return self.dense and (self.keys if block == "BLOCK_N" else self.queries) % config.blocks[block] == 0
@@ -718,9 +717,10 @@ def _problem(
     group = heads // max(k.shape[1], 1)
     constants = {**shape_constants(q), "CAUSAL": is_causal, "GROUP": group}
     scale = dim**-0.5 if scale is None else scale
-    tiles = tile_class(dim, q.dtype)
-    special = f"{tiles}{'' if mask is None else ', masked'}, {_generation(q)}"
-    return _Problem(samples, heads, queries, keys, dim, scale, mask_strides, constants, cu_q is None, (tiles, special))
+    usual, generation = tile_class(dim, q.dtype), _generation(q)
+    kind = ", causal" if is_causal else "" if mask is None else ", masked"
+    tiles = f"{usual}{kind}, {generation}", f"{usual}{kind}", f"{usual}, {generation}", usual
+    return _Problem(samples, heads, queries, keys, dim, scale, mask_strides, constants, cu_q is None, tiles)
 
 
 @planned
@@ -975,8 +975,9 @@ def tile_class(dim: int, dtype: torch.dtype) -> str:
 CONFIGS: dict[str, dict[str, Config]] = {
     "forward": {
         "narrow": Config(BLOCK_M=64, BLOCK_N=128, num_warps=4, num_stages=2),
-        "narrow, masked, Ampere": Config(BLOCK_M=64, BLOCK_N=64, num_warps=4, num_stages=2),
-        "narrow, masked, Blackwell": Config(BLOCK_M=64, BLOCK_N=64, num_warps=4, num_stages=2),
+        "narrow, masked": Config(BLOCK_M=64, BLOCK_N=64, num_warps=4, num_stages=2),
+        "narrow, causal, Ampere": Config(BLOCK_M=64, BLOCK_N=64, num_warps=4, num_stages=2),
+        "narrow, causal, Blackwell": Config(BLOCK_M=64, BLOCK_N=64, num_warps=4, num_stages=2),
         "medium": Config(BLOCK_M=64, BLOCK_N=64, num_warps=4, num_stages=2),
         "medium, Blackwell": Config(BLOCK_M=64, BLOCK_N=64, num_warps=4, num_stages=2, maxnreg=255),
         "wide": Config(BLOCK_M=64, BLOCK_N=64, num_warps=4, num_stages=2),

@@ -426,13 +426,13 @@ CONFIGS: dict[str, dict[str, Config]] = {
 }
 
 
-def pieces(tiles: tuple[str, str]) -> tuple[list[tuple[bool, ...]], list[tuple[bool, ...]]]:
+def pieces(tiles: tuple[str, ...]) -> tuple[list[tuple[bool, ...]], list[tuple[bool, ...]]]:
     """Which of the gradients gk, gv, gdk, gdv, and which of gq, gdq, one launch computes.
 
     Each is a sum in registers, and four do not fit together in half precision. A block takes 15 products for keys and
     values of up to 96 columns and 17 beyond, and 9 or 11 for queries. Ampere has less room beside a mask.
     """
-    usual, special = tiles
+    special, *_, usual = tiles
     if usual == "float32":
         return [(True,) * 4], [(True, True)]
     three: list[tuple[bool, ...]]
