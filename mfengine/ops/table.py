@@ -1,4 +1,4 @@
-"""One table of all ops, for tests, the static gate, benchmarks and `make gpu`."""
+"""One table of ops for tests, the static gate, benchmarks and `make gpu`; docs/ops.md says which it omits."""
 
 from __future__ import annotations
 
