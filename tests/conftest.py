@@ -160,15 +160,6 @@ def kill(process):
     process.wait()
 
 
-def run_in_process(*args, cwd, monkeypatch, capsys):
-    """Like `run_command`, but with the test's monkeypatches: (exit code, stdout, stderr)."""
-    monkeypatch.chdir(cwd)
-    monkeypatch.setattr(sys, "argv", list(map(str, args)))
-    with pytest.raises(SystemExit) as stop:
-        runpy.run_module(args[0], run_name="__main__", alter_sys=True)
-    return stop.value.code or 0, *capsys.readouterr()
-
-
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory):
     """A folder with the digits, written by the command, once for all processes of pytest-xdist."""

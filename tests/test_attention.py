@@ -8,7 +8,7 @@ from typing import get_args
 
 import pytest
 import torch
-from conftest import SMALL, run_in_process, slow
+from conftest import SMALL, run_command, slow
 from golden_cases import relative_error
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -571,20 +571,20 @@ def test_flops_of_causal_attention_and_of_the_backward_through_the_tangent():
 # Training.
 
 
-def test_training_with_another_attention(digits, tmp_path, monkeypatch, capsys):
+def test_training_with_another_attention(digits, tmp_path):
     losses = {}
     for name in ("torch", "sdpa"):
         args = (*SMALL, f"--data={digits}", f"--name={name}", "--steps=5", f"--attention={name}", "--method.omega=2")
-        code, _, err = run_in_process("mfengine.train", *args, cwd=tmp_path, monkeypatch=monkeypatch, capsys=capsys)
-        assert code == 0, err
+        done = run_command("mfengine.train", *args, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
         lines = (tmp_path / "runs" / name / "metrics.jsonl").read_text().splitlines()
         losses[name] = json.loads(lines[-1])["loss"]
     assert losses["sdpa"] == pytest.approx(losses["torch"], rel=1e-4)
 
 
-def test_training_rejects_a_missing_implementation(digits, tmp_path, monkeypatch, capsys):
+def test_training_rejects_a_missing_implementation(digits, tmp_path):
     args = (*SMALL, f"--data={digits}", "--attention=flash-attn", "--device=cpu", "--precision=float32")
-    code, _, err = run_in_process("mfengine.train", *args, cwd=tmp_path, monkeypatch=monkeypatch, capsys=capsys)
-    assert code == 2
-    assert err.startswith("error: --attention flash-attn is unavailable: ")
+    done = run_command("mfengine.train", *args, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: --attention flash-attn is unavailable: ")
     assert not (tmp_path / "runs").exists()

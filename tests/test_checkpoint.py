@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from conftest import SMALL, checkpoint_contents, run_in_process
+from conftest import SMALL, checkpoint_contents, run_command
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from mfengine.engine import checkpoint, trainer
@@ -18,10 +18,10 @@ from mfengine.engine.checkpoint import Checkpointer
 from mfengine.ranks import World
 
 
-def run(name, *args, digits, cwd, monkeypatch, capsys):
+def run(name, *args, digits, cwd):
     command = ("mfengine.train", *SMALL, f"--data={digits}", f"--name={name}", "--keep=9", *args)
-    code, _, err = run_in_process(*command, cwd=cwd, monkeypatch=monkeypatch, capsys=capsys)
-    assert code == 0, err
+    done = run_command(*command, cwd=cwd)
+    assert done.returncode == 0, done.stderr
     return cwd / "runs" / name / "checkpoints"
 
 
@@ -32,10 +32,9 @@ def assert_same(actual, expected):
         assert torch.equal(actual[name], value) if isinstance(value, torch.Tensor) else actual[name] == value, name
 
 
-def test_background_checkpoints_equal_synchronous_ones(digits, tmp_path, monkeypatch, capsys):
-    where = {"digits": digits, "cwd": tmp_path, "monkeypatch": monkeypatch, "capsys": capsys}
+def test_background_checkpoints_equal_synchronous_ones(digits, tmp_path, monkeypatch):
     args = ("--steps=3", "--checkpoint-every=1")
-    waiting = run("waiting", *args, **where)
+    waiting = run("waiting", *args, digits=digits, cwd=tmp_path)
     trained = threading.Event()
     step, save = trainer.Trainer._train_step, dcp.save
 
@@ -53,7 +52,7 @@ def test_background_checkpoints_equal_synchronous_ones(digits, tmp_path, monkeyp
     monkeypatch.setattr(dcp, "save", save_after_a_step)
     given = {"asynchronous": True}
     monkeypatch.setattr(trainer, "Checkpointer", lambda *args, **options: Checkpointer(*args, **options | given))
-    background = run("background", *args, **where)
+    background = run("background", *args, digits=digits, cwd=tmp_path)
     names = [path.name for path in sorted(waiting.iterdir())]
     assert names == [path.name for path in sorted(background.iterdir())] == [f"step-{i:08d}" for i in range(1, 4)]
     for name in names:
@@ -107,7 +106,7 @@ def test_failed_write_leaves_nothing(asynchronous, tmp_path, monkeypatch):
     assert checkpointer.newest == folder / "step-00000003"
 
 
-def test_training_continues_if_a_checkpoint_does_not_fit(digits, tmp_path, monkeypatch, capsys):
+def test_training_continues_if_a_checkpoint_does_not_fit(digits, tmp_path, monkeypatch):
     save, calls = dcp.save, []
 
     def save_where_there_is_room(*args, **kwargs):
@@ -117,15 +116,15 @@ def test_training_continues_if_a_checkpoint_does_not_fit(digits, tmp_path, monke
     monkeypatch.setattr(dcp, "save", save_where_there_is_room)
     args = ("mfengine.train", *SMALL, f"--data={digits}", "--steps=3", "--checkpoint-every=1")
     fails = (1,)
-    code, _, err = run_in_process(*args, "--name=first", cwd=tmp_path, monkeypatch=monkeypatch, capsys=capsys)
-    assert code == 0, err
+    done = run_command(*args, "--name=first", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
     warning = "warning: cannot write runs/first/checkpoints/step-00000001: No space left on device"
-    assert f"{warning}; last complete checkpoint: none; training goes on" in err
+    assert f"{warning}; last complete checkpoint: none; training goes on" in done.stderr
     assert sorted(path.name[-1] for path in (tmp_path / "runs/first/checkpoints").iterdir()) == ["2", "3"]
     fails = (6,)  # the last step of the second run
-    code, _, err = run_in_process(*args, "--name=last", cwd=tmp_path, monkeypatch=monkeypatch, capsys=capsys)
-    assert code == 1
-    assert err.splitlines()[-1] == (
+    done = run_command(*args, "--name=last", cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == (
         "error: cannot write runs/last/checkpoints/step-00000003: No space left on device; last complete checkpoint: "
         "runs/last/checkpoints/step-00000002"
     )
@@ -143,10 +142,9 @@ def test_failed_removal_of_an_old_checkpoint_is_reported(tmp_path, monkeypatch):
     assert (checkpointer.newest.name, checkpointer.failed) == ("step-00000002", None)
 
 
-def test_checkpoint_minutes(digits, tmp_path, monkeypatch, capsys):
+def test_checkpoint_minutes(digits, tmp_path, monkeypatch):
     """Every few minutes by rank 0's clock, counted from the last checkpoint; the weights are unchanged."""
-    where = {"digits": digits, "cwd": tmp_path, "monkeypatch": monkeypatch, "capsys": capsys}
-    expected = run("steps", "--steps=10", "--checkpoint-every=4", **where)
+    expected = run("steps", "--steps=10", "--checkpoint-every=4", digits=digits, cwd=tmp_path)
     now, train_step = 0, trainer.Trainer._train_step
 
     def slow_step(*args):
@@ -156,6 +154,6 @@ def test_checkpoint_minutes(digits, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(trainer.Trainer, "_train_step", slow_step)
     monkeypatch.setattr(trainer, "time", SimpleNamespace(monotonic=lambda: now))
-    timed = run("timed", "--steps=10", "--checkpoint-every=4", "--checkpoint-minutes=1", **where)
+    timed = run("timed", "--steps=10", "--checkpoint-every=4", "--checkpoint-minutes=1", digits=digits, cwd=tmp_path)
     assert [path.name[-2:] for path in sorted(timed.iterdir())] == ["03", "04", "07", "08", "10"]
     assert_same(timed.parent, expected.parent)

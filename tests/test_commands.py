@@ -14,7 +14,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, checkpoint_contents, forks, run_command, run_in_fork, run_in_process, slow
+from conftest import SMALL, checkpoint_contents, forks, run_command, run_in_fork, slow
 from PIL import Image
 
 import mfengine
@@ -72,13 +72,12 @@ def test_finished_run_has_nothing_to_do(trained, digits):
     assert (newest_checkpoint(run) / "checkpoint.json").stat().st_mtime_ns == before
 
 
-def test_schedules_survive_a_kill(digits, tmp_path, monkeypatch, capsys):
+def test_schedules_survive_a_kill(digits, tmp_path):
     """Rates and decays follow from the step, so a run killed during warm-up and ramp ends like one that was not."""
     args = (*SMALL, f"--data={digits}", "--steps=12", "--checkpoint-every=5", "--log-every=1", "--resume=auto")
-    where = {"cwd": tmp_path, "monkeypatch": monkeypatch, "capsys": capsys}
     schedule = ("--optim.lr=1e-3", "--optim.warmup-epochs=0.16", "--optim.schedule=cosine")  # of 1,797 / 32 steps each
     train = ("mfengine.train", *args, *schedule, "--optim.ema-decays", "1e3", "0.5", "--optim.ema-rampup-ratio=0.5")
-    assert run_in_process(*train, **where)[0] == 0
+    assert run_command(*train, cwd=tmp_path).returncode == 0
     run = tmp_path / "runs/digits"
     lines = [json.loads(line) for line in (run / METRICS).read_text().splitlines()]
     falling = [5e-4 + 5e-4 * math.cos(math.pi * (s - 8.985) / (12 - 8.985)) for s in (9, 10, 11)]
@@ -86,7 +85,7 @@ def test_schedules_survive_a_kill(digits, tmp_path, monkeypatch, capsys):
     whole = checkpoint_contents(run)
     for step in (10, 12):
         shutil.rmtree(run / f"checkpoints/step-{step:08d}")
-    assert "continuing runs/digits/checkpoints/step-00000005" in run_in_process(*train, **where)[2]
+    assert "continuing runs/digits/checkpoints/step-00000005" in run_command(*train, cwd=tmp_path).stderr
     again = checkpoint_contents(run)
     assert again.keys() == whole.keys()
     assert all(torch.equal(again[k], whole[k]) for k in whole if torch.is_tensor(whole[k]))
@@ -94,21 +93,20 @@ def test_schedules_survive_a_kill(digits, tmp_path, monkeypatch, capsys):
     assert not all(torch.equal(by_halflife[k], by_decay[k]) for k in by_decay)
 
 
-def test_config_repeats_a_run_and_best_checkpoints_stay(digits, tmp_path, monkeypatch, capsys):
+def test_config_repeats_a_run_and_best_checkpoints_stay(digits, tmp_path):
     """Besides the newest: multiples of --keep-every, and the checkpoint with the least value of a metric."""
-    where = {"cwd": tmp_path, "monkeypatch": monkeypatch, "capsys": capsys}
     args = (*SMALL, f"--data={digits}", "--steps=7", "--log-every=1", "--checkpoint-every=1", "--optim.lr=1e-3")
     kept = ("--keep=1", "--keep-every=3", "--keep-best=error")
-    code, _, err = run_in_process("mfengine.train", *args, *kept, "--name=first", **where)
-    assert code == 0, err
+    done = run_command("mfengine.train", *args, *kept, "--name=first", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
     first = tmp_path / "runs/first"
     errors = {line["step"]: line["error"] for line in map(json.loads, (first / METRICS).read_text().splitlines())}
     steps = {int(path.name[-8:]) for path in (first / "checkpoints").iterdir()}
     assert steps == {3, 6, 7, min(errors, key=errors.get)}
 
     again = ("mfengine.train", "--config=runs/first/config.json", "--name=second", "--keep=2")
-    code, _, err = run_in_process(*again, **where)
-    assert code == 0, err
+    done = run_command(*again, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
     before, after = (json.loads((tmp_path / f"runs/{name}/config.json").read_text()) for name in ("first", "second"))
     assert after == {**before, "name": "second", "keep": 2}
     whole, repeated = (checkpoint_contents(tmp_path / "runs" / name) for name in ("first", "second"))
@@ -133,23 +131,22 @@ def test_rates_and_decays():
     assert OptimConfig(ema_decays=(500.0,), ema_rampup_ratio=0).decays(0, 100)[500.0] == pytest.approx(0.5**0.2)
 
 
-def test_unexpected_normalisation_is_reported(digits, tmp_path, monkeypatch, capsys):
+def test_unexpected_normalisation_is_reported(digits, tmp_path):
     """The warning is in the plan and at the start; a run continues only with the normalisation it began with."""
     shutil.copytree(digits, tmp_path / "data")
-    where = {"cwd": tmp_path, "monkeypatch": monkeypatch, "capsys": capsys}
     args = ("mfengine.train", *SMALL, "--data=data", "--steps=1")
     warning = (
         "warning: this configuration was published with latents normalised by sd-vae-ft-mse; data has scale 0.166667 "
         "and bias 5. Change that with `python -m mfengine.prepare normalise data --to sd-vae-ft-mse`, or"
     )
-    code, out, err = run_in_process(*args, "--normalisation=sd-vae-ft-mse", "--dry-run", "--device=cpu", **where)
-    assert code == 0, err
-    assert warning in out
-    assert warning in run_in_process(*args, "--normalisation=sd-vae-ft-mse", **where)[2]
-    assert run_in_process("mfengine.prepare", "normalise", "data", "--to=measured", **where)[0] == 0
-    code, _, err = run_in_process(*args, "--resume=auto", **where)
-    assert code == 2
-    assert "has a run with space.scale 0.16666666666666666, not [0.1" in err
+    done = run_command(*args, "--normalisation=sd-vae-ft-mse", "--dry-run", "--device=cpu", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert warning in done.stdout
+    assert warning in run_command(*args, "--normalisation=sd-vae-ft-mse", cwd=tmp_path).stderr
+    assert run_command("mfengine.prepare", "normalise", "data", "--to=measured", cwd=tmp_path).returncode == 0
+    done = run_command(*args, "--resume=auto", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "has a run with space.scale 0.16666666666666666, not [0.1" in done.stderr
 
 
 def test_export_holds_the_average_and_its_configuration(trained, tmp_path):
@@ -184,22 +181,22 @@ def test_sample_draws_the_same_from_run_checkpoint_and_export(trained, tmp_path)
     assert np.array_equal(pictures[0], pictures[2])
 
 
-def test_generate_shows_real_images_beside_samples(trained, digits, tmp_path, monkeypatch, capsys):
+def test_generate_shows_real_images_beside_samples(trained, digits, tmp_path):
     args = ("mfengine.generate", trained[0], "--labels", "3", "7", "--per-label=2")
     sizes = []
     for more in (["--steps=1"], ["--steps", "1", "2"], ["--steps", "1", "2", f"--data={digits}"]):
-        code, out, _ = run_in_process(*args, *more, cwd=tmp_path, monkeypatch=monkeypatch, capsys=capsys)
-        assert code == 0
+        done = run_command(*args, *more, cwd=tmp_path)
+        assert done.returncode == 0
         sizes.append(Image.open(tmp_path / "samples.png").size)
-    assert "4 samples" in out
+    assert "4 samples" in done.stdout
     assert sizes[1][0] == sizes[2][0] < 200  # two columns
     assert sizes[2][1] - sizes[1][1] == sizes[1][1] - sizes[0][1] > 100  # one more block of rows each time
 
 
-def test_generate_writes_single_files(trained, tmp_path, monkeypatch, capsys):
+def test_generate_writes_single_files(trained, tmp_path):
     args = ("mfengine.generate", trained[0], "--out=many", "--labels", "3", "7", "--per-label=2", "--batch-size=3")
-    code, _, _ = run_in_process(*args, cwd=tmp_path, monkeypatch=monkeypatch, capsys=capsys)
-    assert code == 0
+    done = run_command(*args, cwd=tmp_path)
+    assert done.returncode == 0
     files = sorted(path.name for path in (tmp_path / "many").iterdir())
     assert files == ["000000-3.png", "000001-7.png", "000002-3.png", "000003-7.png"]
     picture = np.asarray(Image.open(tmp_path / "many/000001-7.png"))
@@ -208,12 +205,12 @@ def test_generate_writes_single_files(trained, tmp_path, monkeypatch, capsys):
     _, latents, _ = next(samples.draw(expected.model, 1, World(0, 1, torch.device("cpu"))))
     pixels = (expected.images(latents)[1] * 255).round().permute(1, 2, 0).numpy()
     assert np.array_equal(picture, pixels)
-    code, _, errors = run_in_process(*args, cwd=tmp_path, monkeypatch=monkeypatch, capsys=capsys)
-    assert code == 2
-    assert "many is not an empty folder" in errors
+    done = run_command(*args, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "many is not an empty folder" in done.stderr
 
 
-def test_classes_are_drawn_by_name(trained, tmp_path, monkeypatch, capsys):
+def test_classes_are_drawn_by_name(trained, tmp_path):
     checkpoint = tmp_path / "named"
     shutil.copytree(newest_checkpoint(trained[0]), checkpoint)
     description = json.loads((checkpoint / "checkpoint.json").read_text())
@@ -221,12 +218,12 @@ def test_classes_are_drawn_by_name(trained, tmp_path, monkeypatch, capsys):
     assert description["class_names"] == []  # the digits have none
     (checkpoint / "checkpoint.json").write_text(json.dumps({**description, "class_names": names}))
     draw = ("mfengine.generate", checkpoint, "--skip-checksums", "--per-label=1", "--out=drawn", "--labels")
-    code, _, _ = run_in_process(*draw, "seven", "3", cwd=tmp_path, monkeypatch=monkeypatch, capsys=capsys)
-    assert code == 0
+    done = run_command(*draw, "seven", "3", cwd=tmp_path)
+    assert done.returncode == 0
     assert {path.name for path in (tmp_path / "drawn").iterdir()} == {"000000-seven.png", "000001-three.png"}
-    code, _, errors = run_in_process(*draw, "sevn", cwd=tmp_path / "named", monkeypatch=monkeypatch, capsys=capsys)
-    assert code == 2
-    assert "there is no class sevn; the nearest is seven" in errors
+    done = run_command(*draw, "sevn", cwd=tmp_path / "named")
+    assert done.returncode == 2
+    assert "there is no class sevn; the nearest is seven" in done.stderr
 
 
 def test_loaded_model_draws_samples(trained):
@@ -286,21 +283,21 @@ def test_evaluate_writes_its_metrics(trained, digits):
 
 
 @pytest.mark.parametrize("compiled", [False, slow(True)])
-def test_training_with_every_option(compiled, digits, tmp_path, monkeypatch, capsys):
+def test_training_with_every_option(compiled, digits, tmp_path, monkeypatch):
     """With bf16, recomputation, accumulation, clipping, guidance and compilation, it runs and its loss is finite."""
     monkeypatch.setattr(rates, "matrix_rate", lambda *_: 1e12)  # CPUs multiply bfloat16 slowly
-    code, _, err = run_in_process(
+    done = run_command(
         "mfengine.train", *SMALL, f"--data={digits}", "--steps=3", "--precision=bfloat16", "--recompute",
         "--accumulation=2", "--optim.clip-norm=1", "--method.omega=0.2", "--method.kappa=0.92", "--name=all",
-        *["--compile"] * compiled, cwd=tmp_path, monkeypatch=monkeypatch, capsys=capsys,
+        *["--compile"] * compiled, cwd=tmp_path,
     )  # fmt: skip
-    assert code == 0, err
+    assert done.returncode == 0, done.stderr
     line = json.loads((tmp_path / "runs/all/metrics.jsonl").read_text().splitlines()[-1])
     assert np.isfinite(line["loss"])
     assert line["skipped_steps"] == 0
 
 
-def test_running_out_of_memory_is_one_line(digits, tmp_path, monkeypatch, capsys):
+def test_running_out_of_memory_is_one_line(digits, tmp_path, monkeypatch):
     def loss(*_):
         raise torch.OutOfMemoryError(
             "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.10 GiB of which ..."
@@ -309,13 +306,13 @@ def test_running_out_of_memory_is_one_line(digits, tmp_path, monkeypatch, capsys
     monkeypatch.setattr(MeanFlow, "loss", loss)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 78.24e9)
     args = ("mfengine.train", *SMALL, f"--data={digits}")
-    code, _, err = run_in_process(*args, cwd=tmp_path, monkeypatch=monkeypatch, capsys=capsys)
-    assert code == 1
-    assert err.splitlines()[-1] == (
+    done = run_command(*args, cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == (
         "error: CUDA out of memory. Tried to allocate 2.00 GiB, and the peak was 78.2 GB: "
         "save memory with --recompute or a larger --accumulation"
     )
-    assert "Traceback" not in err
+    assert "Traceback" not in done.stderr
 
 
 def test_failure_of_one_rank_is_reported_by_that_rank(monkeypatch, capsys):
@@ -438,14 +435,14 @@ def test_restart_of_a_run_killed_at_its_start(digits, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-def test_checkpoint_under_another_name(trained, tmp_path, monkeypatch, capsys):
+def test_checkpoint_under_another_name(trained, tmp_path):
     shutil.copytree(newest_checkpoint(trained[0]), tmp_path / "best")
-    code, _, _ = run_in_process("mfengine.generate", "best", cwd=tmp_path, monkeypatch=monkeypatch, capsys=capsys)
-    assert code == 0
+    done = run_command("mfengine.generate", "best", cwd=tmp_path)
+    assert done.returncode == 0
     (tmp_path / "best/checkpoint.json").write_text("")
-    code, _, errors = run_in_process("mfengine.generate", "best", cwd=tmp_path, monkeypatch=monkeypatch, capsys=capsys)
-    assert code == 2
-    assert "cannot read best/checkpoint.json" in errors
+    done = run_command("mfengine.generate", "best", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "cannot read best/checkpoint.json" in done.stderr
 
 
 # ----------------------------------------------------------------------------
@@ -501,7 +498,7 @@ def test_loss_that_is_not_finite_stops_the_run(tmp_path):
     assert "skipped, 1 of 3" in done.stderr
 
 
-def test_gradient_that_is_not_finite_skips_the_step(digits, tmp_path, monkeypatch, capsys):
+def test_gradient_that_is_not_finite_skips_the_step(digits, tmp_path, monkeypatch):
     """The third and the last step have a finite loss, but a gradient that is not."""
 
     class Bad(MeanFlow):
@@ -517,19 +514,19 @@ def test_gradient_that_is_not_finite_skips_the_step(digits, tmp_path, monkeypatc
 
     monkeypatch.setitem(OBJECTIVES, "meanflow", Bad)
     args = ("mfengine.train", *SMALL, f"--data={digits}", "--steps=6")
-    code, _, err = run_in_process(*args, "--max-skipped-steps=2", cwd=tmp_path, monkeypatch=monkeypatch, capsys=capsys)
-    assert code == 0, err
-    assert "a gradient is not finite at step 3: skipped, 1 of 2" in err
-    assert "a gradient is not finite at step 6: skipped, 2 of 2" in err
+    done = run_command(*args, "--max-skipped-steps=2", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "a gradient is not finite at step 3: skipped, 1 of 2" in done.stderr
+    assert "a gradient is not finite at step 6: skipped, 2 of 2" in done.stderr
     contents = checkpoint_contents(tmp_path / "runs/digits")
     assert {float(value) for name, value in contents.items() if name.endswith("/step")} == {4.0}
     assert all(value.isfinite().all() for name, value in contents.items() if name.startswith(("/model", "/ema")))
-    code, _, err = run_in_process(
-        *args, "--name=strict", "--checkpoint-every=1", cwd=tmp_path, monkeypatch=monkeypatch, capsys=capsys
+    done = run_command(*args, "--name=strict", "--checkpoint-every=1", cwd=tmp_path)
+    assert done.returncode == 1
+    assert (
+        "error: a gradient is not finite at step 3, after 0 skipped step(s); last complete checkpoint: " in done.stderr
     )
-    assert code == 1
-    assert "error: a gradient is not finite at step 3, after 0 skipped step(s); last complete checkpoint: " in err
-    assert err.strip().endswith("step-00000002")
+    assert done.stderr.strip().endswith("step-00000002")
 
 
 PLANTED = {
@@ -544,7 +541,7 @@ def infinite_slope(x):
 
 
 @pytest.mark.parametrize("where", PLANTED)
-def test_first_value_that_is_not_finite_is_named(where, digits, tmp_path, monkeypatch, capsys):
+def test_first_value_that_is_not_finite_is_named(where, digits, tmp_path, monkeypatch):
     """Planted in the attention of block 2, from the third step on."""
 
     class Planted(dit.Attention):
@@ -568,12 +565,12 @@ def test_first_value_that_is_not_finite_is_named(where, digits, tmp_path, monkey
     monkeypatch.setattr(MeanFlow, "loss", counted)
     monkeypatch.setattr(trainer, "step_flops", lambda *_: 1e9)  # the real one makes another network
     args = ("mfengine.train", *SMALL, f"--data={digits}", "--steps=6", "--model.depth=4", "--debug-nonfinite")
-    code, _, err = run_in_process(*args, cwd=tmp_path, monkeypatch=monkeypatch, capsys=capsys)
-    assert code == 1
+    done = run_command(*args, cwd=tmp_path)
+    assert done.returncode == 1
     what = "a gradient is" if where.startswith("gradient") else "the loss is"
     assert re.search(
-        rf"error: {what} not finite at step \d.* \(the first value is in the {where}.* on rank 0\)", err
-    ), err
+        rf"error: {what} not finite at step \d.* \(the first value is in the {where}.* on rank 0\)", done.stderr
+    ), done.stderr
 
 
 def test_weights_that_are_not_finite_are_not_saved(digits, tmp_path):
@@ -648,7 +645,7 @@ def test_weights_that_are_not_finite_are_not_saved(digits, tmp_path):
         (["mfengine.info", "extra"], "unexpected argument extra"),
     ],
 )
-def test_wrong_input(trained, digits, tmp_path, monkeypatch, capsys, args, message):
+def test_wrong_input(trained, digits, tmp_path, args, message):
     if "cuda" in args[-1] and torch.cuda.is_available():
         pytest.skip("there is a GPU")
     (tmp_path / "broken.safetensors").write_bytes(b"not safetensors")
@@ -656,11 +653,11 @@ def test_wrong_input(trained, digits, tmp_path, monkeypatch, capsys, args, messa
     places = {"DATA": str(digits), "RUN": str(trained[0])}
     args = [places.get(part, part) for part in args]
     args = [part.replace("=DATA", f"={digits}").replace("RUN/", f"{trained[0]}/") for part in args]
-    code, _, errors = run_in_process(*args, cwd=tmp_path, monkeypatch=monkeypatch, capsys=capsys)
-    assert code == 2
-    assert errors.startswith("error: ")
-    assert errors.count("\n") == 1, errors
-    assert message in errors
+    done = run_command(*args, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert message in done.stderr
     assert {p.name for p in tmp_path.rglob("*")} == {"broken.safetensors", "list.pt"}
 
 
@@ -682,20 +679,20 @@ def test_wrong_input_exits_with_code_2(tmp_path):
         (["--name=checkpoints", "--runs=RUN"], "is not a run folder"),
     ],
 )
-def test_occupied_run_folder(trained, digits, monkeypatch, capsys, args, message):
+def test_occupied_run_folder(trained, digits, args, message):
     run, _ = trained
     before = {p: p.stat().st_mtime_ns for p in run.rglob("*")}
     args = [part.replace("RUN", str(run)) for part in args]
-    code, _, errors = run_in_process(
+    done = run_command(
         "mfengine.train", *SMALL, f"--data={digits}", "--optim.ema-decays", "0.9", "0.5", *args,
-        cwd=run.parent.parent, monkeypatch=monkeypatch, capsys=capsys,
+        cwd=run.parent.parent,
     )  # fmt: skip
-    assert code == 2
-    assert message in errors
+    assert done.returncode == 2
+    assert message in done.stderr
     assert {p: p.stat().st_mtime_ns for p in run.rglob("*")} == before
 
 
-def test_checkpoint_of_another_architecture(trained, tmp_path, monkeypatch, capsys):
+def test_checkpoint_of_another_architecture(trained, tmp_path):
     """The description was altered, and the shapes show it."""
     description = newest_checkpoint(trained[0]) / "checkpoint.json"
     kept = description.read_text()
@@ -703,14 +700,12 @@ def test_checkpoint_of_another_architecture(trained, tmp_path, monkeypatch, caps
     values["model"]["hidden_size"] = 64
     description.write_text(json.dumps(values))
     try:
-        code, _, errors = run_in_process(
-            "mfengine.generate", trained[0], "--skip-checksums", cwd=tmp_path, monkeypatch=monkeypatch, capsys=capsys
-        )
+        done = run_command("mfengine.generate", trained[0], "--skip-checksums", cwd=tmp_path)
     finally:
         description.write_text(kept)
-    assert code == 2
-    assert errors.startswith("error: cannot read")
-    assert errors.count("\n") == 1
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: cannot read")
+    assert done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -738,15 +733,15 @@ def test_description_of_a_checkpoint_is_validated(trained, tmp_path, change, mes
     assert str(error.value).startswith(f"{path}: ")
 
 
-def test_help_of_every_command(tmp_path, monkeypatch, capsys):
+def test_help_of_every_command(tmp_path):
     for args, text in (
         (["mfengine.train", "--help"], "676 M parameters, 240 epochs"),
         (["mfengine.train", "b4", "--help"], "guidance weight of the sample's own velocity"),
         (["mfengine.generate", "--help"], "network evaluations per sample"),
     ):
-        code, output, _ = run_in_process(*args, cwd=tmp_path, monkeypatch=monkeypatch, capsys=capsys)
-        assert code == 0
-        assert text in " ".join(output.replace("│", " ").split())
+        done = run_command(*args, cwd=tmp_path)
+        assert done.returncode == 0
+        assert text in " ".join(done.stdout.replace("│", " ").split())
 
 
 @pytest.mark.slow  # starts a new Python
@@ -773,16 +768,18 @@ def small_vae(folder, channels):
     return vae
 
 
-def test_pictures_of_a_run_are_decoded_and_end_in_a_strip(digits, tmp_path, monkeypatch, capsys):
+def test_pictures_of_a_run_are_decoded_and_end_in_a_strip(digits, tmp_path):
     """First columns side by side; a VAE with the wrong number of channels is rejected before the first step."""
     small_vae(tmp_path / "vae", 1)
     small_vae(tmp_path / "other", 4)
     train = ("mfengine.train", *SMALL, f"--data={digits}", "--steps=3", "--sample-every=1")
-    where = {"cwd": tmp_path, "monkeypatch": monkeypatch, "capsys": capsys}
-    code, _, err = run_in_process(*train, "--vae=other", **where)
-    assert (code, err.splitlines()[-1]) == (2, "error: --vae other has 4 latent channels; the data has 1")
+    done = run_command(*train, "--vae=other", cwd=tmp_path)
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (
+        2,
+        "error: --vae other has 4 latent channels; the data has 1",
+    )
     assert not (tmp_path / "runs").exists()
-    assert run_in_process(*train, "--vae=vae", **where)[0] == 0
+    assert run_command(*train, "--vae=vae", cwd=tmp_path).returncode == 0
     run = tmp_path / "runs/digits"
     pictures = [np.asarray(Image.open(run / f"samples/0000000{step}.png")) for step in (1, 2, 3)]
     strip = np.asarray(Image.open(run / "strip.png"))

@@ -6,7 +6,7 @@ import os
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, checkpoint_contents, run_command, run_in_process
+from conftest import SMALL, checkpoint_contents, run_command
 from golden_cases import relative_error
 from rank_worker import CHECKS
 
@@ -117,11 +117,11 @@ def test_one_rank_mesh_equals_no_mesh():
         assert row["error"] == 0, row
 
 
-def test_one_rank_mesh_and_no_mesh_continue_each_other(digits, tmp_path, monkeypatch, capsys):
+def test_one_rank_mesh_and_no_mesh_continue_each_other(digits, tmp_path):
     def run(name, *args):
         command = ("mfengine.train", *SMALL, *GUIDED, f"--data={digits}", f"--name={name}", "--resume=auto", *args)
-        code, _, err = run_in_process(*command, cwd=tmp_path, monkeypatch=monkeypatch, capsys=capsys)
-        assert code == 0, err
+        done = run_command(*command, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
 
     run("alone", "--steps=6")
     for steps, shard in ((2, "auto"), (4, "always"), (6, "auto")):

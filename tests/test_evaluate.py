@@ -13,7 +13,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, run_command, run_in_process
+from conftest import SMALL, run_command
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -288,22 +288,20 @@ def images_of(path):
 
 
 @pytest.mark.forks
-def test_two_processes_give_the_metrics_and_images_of_one(trained, digits, tmp_path, monkeypatch, capsys):
+def test_two_processes_give_the_metrics_and_images_of_one(trained, digits, tmp_path):
     """71 samples in slices of 16: three slices for the first rank, two for the second."""
     args = ("mfengine.evaluate", trained[0], f"--data={digits}", "--num-samples=71", "--batch-size=16")
     done = run_command(*args, "--save=folder", "--out=two.json", cwd=tmp_path, ranks=2)
     assert done.returncode == 0, done.stderr
     assert "samples/s" in done.stderr
-    code, output, errors = run_in_process(
-        *args, "--save=one.npz", "--out=one.json", cwd=tmp_path, monkeypatch=monkeypatch, capsys=capsys
-    )
-    assert code == 0, errors
+    done = run_command(*args, "--save=one.npz", "--out=one.json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
     one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
     assert one.keys() == two.keys()
     assert {"frechet_1nfe", "accuracy_1nfe", "frechet_2nfe", "frechet_floor", "samples", "checkpoint"} <= one.keys()
     for name, value in one.items():
         assert two[name] == (pytest.approx(value, rel=1e-8) if isinstance(value, float) else value), name
-        assert name in output or value is None
+        assert name in done.stdout or value is None
     images = images_of(tmp_path / "one.npz")
     assert images.shape == (71, 8, 8, 3)
     assert images.dtype == np.uint8
@@ -316,10 +314,10 @@ def test_two_processes_give_the_metrics_and_images_of_one(trained, digits, tmp_p
     assert np.array_equal(images[..., 0], expected[:, 0])
 
 
-def test_images_of_latents_are_decoded(export, vae, tmp_path, monkeypatch, capsys):
+def test_images_of_latents_are_decoded(export, vae, tmp_path):
     args = ("mfengine.evaluate", export, "--num=5", "--batch-size=3", f"--vae={vae[0]}", "--steps", "2")
-    code, _, errors = run_in_process(*args, "--save=x.npz", cwd=tmp_path, monkeypatch=monkeypatch, capsys=capsys)
-    assert code == 0, errors
+    done = run_command(*args, "--save=x.npz", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
     model, space, *_ = load_model(export)
     latents = torch.cat([latents for _, latents, _ in SampleSet(space, 5, 3).draw(model, 2, ALONE)])
     with torch.no_grad():
@@ -332,18 +330,18 @@ def test_images_of_latents_are_decoded(export, vae, tmp_path, monkeypatch, capsy
     assert [p.name for p in tmp_path.iterdir()] == ["x.npz"]  # no metrics
 
 
-def test_too_few_samples_are_reported(export, tmp_path, monkeypatch, capsys):
+def test_too_few_samples_are_reported(export, tmp_path):
     moments = np.random.default_rng(0).standard_normal((300, 1, 2, *LATENTS.shape))
     write_dataset(tmp_path / "data", ArraySamples("x", LATENTS, moments, np.arange(300) % 10))
     args = ("mfengine.evaluate", export, "--data=data", "--steps=1", "--out=metrics.json")
-    code, _, errors = run_in_process(*args, "--num=256", cwd=tmp_path, monkeypatch=monkeypatch, capsys=capsys)
-    assert code == 0, errors
-    assert "note: 256 samples are too few: the covariance of 256 dimensions is singular" in errors
+    done = run_command(*args, "--num=256", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "note: 256 samples are too few: the covariance of 256 dimensions is singular" in done.stderr
     figures = json.loads((tmp_path / "metrics.json").read_text())
     named = {*SAMPLES} - {"conditions"}  # which are named only if some are given
     assert figures.keys() == {"frechet_1nfe", "frechet_floor", *named, "data"}  # no pixels, no labels to read
-    code, _, errors = run_in_process(*args, "--num=300", cwd=tmp_path, monkeypatch=monkeypatch, capsys=capsys)
-    assert (code, "note:" in errors) == (0, False)
+    done = run_command(*args, "--num=300", cwd=tmp_path)
+    assert (done.returncode, "note:" in done.stderr) == (0, False)
 
 
 def test_metrics_of_the_same_samples_are_kept(tmp_path):
@@ -367,12 +365,12 @@ def test_metrics_of_the_same_samples_are_kept(tmp_path):
     assert json.loads(path.read_text()) == {"frechet_1nfe": 5.0, **measured}
 
 
-def test_metrics_name_their_samples(trained, digits, tmp_path, monkeypatch, capsys):
-    code, _, errors = run_in_process(
+def test_metrics_name_their_samples(trained, digits, tmp_path):
+    done = run_command(
         "mfengine.evaluate", trained[0], f"--data={digits}", "--num=20", "--batch-size=10", "--seed=3", "--steps=1",
-        "--labels=random", "--ema-decay=0.5", "--out=x.json", cwd=tmp_path, monkeypatch=monkeypatch, capsys=capsys,
+        "--labels=random", "--ema-decay=0.5", "--out=x.json", cwd=tmp_path,
     )  # fmt: skip
-    assert code == 0, errors
+    assert done.returncode == 0, done.stderr
     figures = json.loads((tmp_path / "x.json").read_text())
     assert {name: value for name, value in figures.items() if "nfe" not in name and name != "frechet_floor"} == {
         "seed": 3, "labels": "random", "batch_size": 10, "ema_decay": 0.5, "samples": 20,
@@ -475,29 +473,27 @@ def references(made_references, tmp_path):
         (["--reference=text"], "cannot read text/a.png: cannot identify image file"),
     ],
 )
-def test_wrong_input(trained, digits, references, tmp_path, monkeypatch, capsys, args, message):
+def test_wrong_input(trained, digits, references, tmp_path, args, message):
     if "--device=cuda" in args and torch.cuda.is_available():
         pytest.skip("there is a GPU")
     before = sorted(tmp_path.rglob("*"))
     args = [part.replace("DATA", str(digits)).replace("LATENTS", "latents") for part in args]
-    code, _, errors = run_in_process(
-        "mfengine.evaluate", trained[0], *args, cwd=tmp_path, monkeypatch=monkeypatch, capsys=capsys
-    )
-    assert code == 2
-    assert errors.startswith("error: ")
-    assert errors.count("\n") == 1, errors
-    assert message in errors
+    done = run_command("mfengine.evaluate", trained[0], *args, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert message in done.stderr
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_run_folder_that_cannot_be_written_to(trained, digits, tmp_path, monkeypatch, capsys):
+def test_run_folder_that_cannot_be_written_to(trained, digits, tmp_path, monkeypatch):
     """It is found before samples are drawn."""
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
-    code, _, errors = run_in_process(
-        "mfengine.evaluate", trained[0], f"--data={digits}", cwd=tmp_path, monkeypatch=monkeypatch, capsys=capsys
+    done = run_command("mfengine.evaluate", trained[0], f"--data={digits}", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr == (
+        f"error: cannot write {trained[0] / 'metrics.json'}: {trained[0]} is not a writable folder\n"
     )
-    assert code == 2
-    assert errors == (f"error: cannot write {trained[0] / 'metrics.json'}: {trained[0]} is not a writable folder\n")
 
 
 @pytest.mark.parametrize(
@@ -510,16 +506,14 @@ def test_run_folder_that_cannot_be_written_to(trained, digits, tmp_path, monkeyp
         (["--reference=images", "--vae=VAE"], "the images of images are 8 x 8, but those of the model are 16 x 16"),
     ],
 )
-def test_decoders_and_references_that_do_not_fit(export, vae, references, tmp_path, monkeypatch, capsys, args, message):
+def test_decoders_and_references_that_do_not_fit(export, vae, references, tmp_path, args, message):
     if "THREE" in args[-1]:
         type(vae[1]).from_config({**vae[1].config, "latent_channels": 3}).save_pretrained(tmp_path / "three")
     before = sorted(tmp_path.rglob("*"))
     args = [part.replace("VAE", str(vae[0])).replace("THREE", "three") for part in args]
-    code, _, errors = run_in_process(
-        "mfengine.evaluate", export, *args, cwd=tmp_path, monkeypatch=monkeypatch, capsys=capsys
-    )
-    assert code == 2
-    assert message in errors.splitlines()[-1]
+    done = run_command("mfengine.evaluate", export, *args, cwd=tmp_path)
+    assert done.returncode == 2
+    assert message in done.stderr.splitlines()[-1]
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -548,30 +542,30 @@ def test_reference_images_of_a_compressed_archive(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["x.npz", "x"])
-def test_images_that_cannot_be_written(trained, tmp_path, monkeypatch, capsys, name):
+def test_images_that_cannot_be_written(trained, tmp_path, name):
     """A limit on the size of files simulates a full disk."""
     usual = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, usual[1]))
     try:
-        code, _, errors = run_in_process(
+        done = run_command(
             "mfengine.evaluate", trained[0], f"--save={name}", "--num=80",
-            cwd=tmp_path, monkeypatch=monkeypatch, capsys=capsys,
+            cwd=tmp_path,
         )  # fmt: skip
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, usual)
-    assert code == 2
-    assert errors.splitlines()[-1] == f"error: cannot write {name}: File too large"
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == f"error: cannot write {name}: File too large"
     assert not (tmp_path / name).exists()
-    code, _, errors = run_in_process(
+    done = run_command(
         "mfengine.evaluate", trained[0], f"--save={name}", "--num=80",
-        cwd=tmp_path, monkeypatch=monkeypatch, capsys=capsys,
+        cwd=tmp_path,
     )  # fmt: skip
-    assert code == 0, errors
+    assert done.returncode == 0, done.stderr
     assert len(images_of(tmp_path / name)) == 80
     assert [p.name for p in tmp_path.iterdir()] == [name]  # no partial files
 
 
-def test_samples_that_are_not_finite(export, digits, tmp_path, monkeypatch, capsys):
+def test_samples_that_are_not_finite(export, digits, tmp_path):
     weights, metadata = load_file(export), {}
     with safe_open(export, "pt") as file:
         metadata = file.metadata()
@@ -579,12 +573,14 @@ def test_samples_that_are_not_finite(export, digits, tmp_path, monkeypatch, caps
     save_file(weights, tmp_path / "broken.safetensors", metadata=metadata)
     zeros = ArraySamples("x", LATENTS, np.zeros((10, 1, 2, *LATENTS.shape)), np.arange(10))
     write_dataset(tmp_path / "data", zeros)
-    code, _, errors = run_in_process(
+    done = run_command(
         "mfengine.evaluate", "broken.safetensors", "--data=data", "--out=x.json",
-        cwd=tmp_path, monkeypatch=monkeypatch, capsys=capsys,
+        cwd=tmp_path,
     )  # fmt: skip
-    assert code == 2
-    assert errors.splitlines()[-1] == "error: samples in 1 step(s) are not finite: these weights cannot be evaluated"
+    assert done.returncode == 2
+    assert (
+        done.stderr.splitlines()[-1] == "error: samples in 1 step(s) are not finite: these weights cannot be evaluated"
+    )
     assert not (tmp_path / "x.json").exists()
 
 
@@ -608,7 +604,7 @@ class Missing:
         ("raise RuntimeError('operator torchvision::nms does not exist')", "operator torchvision::nms does not exist"),
     ],
 )
-def test_torch_fidelity_with_a_failing_import(trained, references, tmp_path, monkeypatch, capsys, content, message):
+def test_torch_fidelity_with_a_failing_import(trained, references, tmp_path, monkeypatch, content, message):
     for name in [name for name in sys.modules if name.startswith("torch_fidelity")]:
         monkeypatch.delitem(sys.modules, name)
     if content is None:
@@ -617,14 +613,14 @@ def test_torch_fidelity_with_a_failing_import(trained, references, tmp_path, mon
         (tmp_path / "torch_fidelity").mkdir()
         (tmp_path / "torch_fidelity/__init__.py").write_text(content)
         monkeypatch.syspath_prepend(tmp_path)
-    code, _, errors = run_in_process(
+    done = run_command(
         "mfengine.evaluate", trained[0], "--reference=good.npz", "--num=16", "--save=x",
-        cwd=tmp_path, monkeypatch=monkeypatch, capsys=capsys,
+        cwd=tmp_path,
     )  # fmt: skip
-    assert code == 2
-    assert errors.startswith("error: ")
-    assert errors.count("\n") == 1, errors
-    assert message in errors
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert message in done.stderr
     assert not list(tmp_path.glob("*x"))
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import run_command, run_in_process
+from conftest import run_command
 from PIL import Image
 from safetensors import safe_open
 
@@ -24,19 +24,18 @@ V01 = Path(__file__).parent / "v01"
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch, capsys):
-    """`python -m user_script COMMAND ...` in this process: (exit code, stdout, stderr)."""
+def run(tmp_path):
+    """Run `python -m user_script COMMAND ...` in this process."""
     kept = [(table, dict(table)) for table in (NETWORKS, OBJECTIVES, PRESETS)]
-    yield lambda *args: run_in_process("user_script", *args, cwd=tmp_path, monkeypatch=monkeypatch, capsys=capsys)
+    yield lambda *args: run_command("user_script", *args, cwd=tmp_path)
     for table, before in kept:
         table.clear()
         table.update(before)
 
 
 def succeed(done):
-    code, out, err = done
-    assert code == 0, err
-    return out, err
+    assert done.returncode == 0, done.stderr
+    return done.stdout, done.stderr
 
 
 def test_external_network_through_all_commands(run, digits, tmp_path):
@@ -79,8 +78,8 @@ def test_external_network_through_all_commands(run, digits, tmp_path):
         (("strenth", "9"), "there is no condition strenth; the nearest is strength, all are strength, t_min"),
         (("t_min", "9"), "t_min must be between 0 and 1, not 9.0"),
     ):
-        code, _, err = run("mfengine.generate", "runs/sketch", "--conditions", *conditions)
-        assert (code, err) == (2, f"error: {message}\n")
+        done = run("mfengine.generate", "runs/sketch", "--conditions", *conditions)
+        assert (done.returncode, done.stderr) == (2, f"error: {message}\n")
     _, err = succeed(run(*train, "--steps=1", "--name=again", "--init=model.safetensors"))
     assert "model.safetensors leaves v_head.weight, v_head.bias as initialised" in err
 
@@ -149,7 +148,7 @@ def test_killed_sweep_continues(swept, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "load_model", lambda *args: read_weights.append(args[1]) or load(*args))
     monkeypatch.setattr(evaluate, "Evaluation", lambda *a, **k: begun.append(1) or evaluation(*a, **k))
     path, stop = tmp_path / "runs/sketch/sweep.json", 3
-    assert swept()[0] == 130
+    assert swept().returncode == 130
     kept = read(path)
     assert len(kept) == 3
     stop = None
@@ -209,20 +208,20 @@ def test_wrong_sweeps(swept, run, tmp_path):
         (("--sweep", "ema_decay=0.5", "--ema-decay=0.9"), "ema_decay is given twice: omit it from --sweep"),
         (("--sweep", "steps=1", "--out=other.json"), "other.json is not a list of rows written by a sweep"),
     ):
-        code, _, err = swept(*args)
-        assert (code, err.count("\n"), message in err) == (2, 1, True), err
+        done = swept(*args)
+        assert (done.returncode, done.stderr.count("\n"), message in done.stderr) == (2, 1, True), done.stderr
     for args, message in (
         (("--sweep", "steps=1"), "x.safetensors is not in a run folder: give --out to name the file"),
         (("--sweep", "ema_decay=0.5", "--out=x.json"), "x.safetensors is an export with only one moving average"),
     ):
-        code, _, err = run("mfengine.evaluate", "x.safetensors", "--data=data", *args)
-        assert (code, err.count("\n"), message in err) == (2, 1, True), err
+        done = run("mfengine.evaluate", "x.safetensors", "--data=data", *args)
+        assert (done.returncode, done.stderr.count("\n"), message in done.stderr) == (2, 1, True), done.stderr
 
 
 def test_sweep_without_matplotlib(swept, monkeypatch):
     monkeypatch.setattr("mfengine.evaluation.sweep.find_spec", lambda name: None)
-    code, _, err = swept()
-    assert (code, err) == (2, "error: --sweep needs matplotlib: pip install 'mfengine[bench]'\n")
+    done = swept()
+    assert (done.returncode, done.stderr) == (2, "error: --sweep needs matplotlib: pip install 'mfengine[bench]'\n")
 
 
 def test_network_without_tangents_through_the_engine(run, digits):
@@ -241,14 +240,14 @@ def test_external_network_on_two_ranks(digits, tmp_path):
 
 
 @pytest.mark.parametrize(("key", "name", "nearest"), [("network", "dti", "dit"), ("objective", "minflow", "meanflow")])
-def test_unknown_name_in_a_checkpoint(old, tmp_path, monkeypatch, capsys, key, name, nearest):
+def test_unknown_name_in_a_checkpoint(old, tmp_path, key, name, nearest):
     path = newest_checkpoint(old / "runs/a") / "checkpoint.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), key: name}))
     args = ("mfengine.generate", old / "runs/a")
-    code, _, err = run_in_process(*args, cwd=tmp_path, monkeypatch=monkeypatch, capsys=capsys)
-    assert code == 2
-    assert f"there is no {key} {name}; the nearest is {nearest}" in err
-    assert err.count("\n") == 1
+    done = run_command(*args, cwd=tmp_path)
+    assert done.returncode == 2
+    assert f"there is no {key} {name}; the nearest is {nearest}" in done.stderr
+    assert done.stderr.count("\n") == 1
 
 
 # ----------------------------------------------------------------------------
@@ -263,16 +262,15 @@ def old(tmp_path):
     return tmp_path
 
 
-def test_run_of_version_01_continues(old, digits, monkeypatch, capsys):
+def test_run_of_version_01_continues(old, digits):
     """It reaches exactly the weights of version 0.1."""
     args = (
         "mfengine.train", "digits", f"--data={digits}", "--model.hidden-size=16", "--model.depth=1",
         "--model.num-heads=2", "--batch-size=32", "--sample-every=0", "--name=a", "--steps=8",
     )  # fmt: skip
-    where = {"cwd": old, "monkeypatch": monkeypatch, "capsys": capsys}
-    code, _, err = run_in_process(*args, "--resume=auto", "--model.depth=2", **where)
-    assert (code, "has a run with model.depth 1, not 2" in err) == (2, True)
-    succeed(run_in_process(*args, "--resume=auto", **where))
+    done = run_command(*args, "--resume=auto", "--model.depth=2", cwd=old)
+    assert (done.returncode, "has a run with model.depth 1, not 2" in done.stderr) == (2, True)
+    succeed(run_command(*args, "--resume=auto", cwd=old))
     reached, expected = (load_model(old / path) for path in ("runs/a", "b.safetensors"))
     assert expected.objective.conditions == {}
     for name, value in expected.model.state_dict().items():

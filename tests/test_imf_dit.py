@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import run_in_process
+from conftest import run_command
 from golden_cases import IMPROVED_NAMES, ImprovedCase, golden_case, relative_error
 
 from mfengine import IMFDiT, IMFDiTConfig, sample
@@ -205,51 +205,49 @@ def test_unrelated_checkpoint_is_rejected():
         IMFDiT.convert(pth(ImprovedCase("imf_beta")), reverse_time=True)
 
 
-def test_through_all_commands(digits, tmp_path, monkeypatch, capsys):
+def test_through_all_commands(digits, tmp_path, monkeypatch):
     def run(*args):
-        return run_in_process(*args, cwd=tmp_path, monkeypatch=monkeypatch, capsys=capsys)
+        return run_command(*args, cwd=tmp_path)
 
     tiny = ("--model.hidden-size=16", "--model.num-heads=2", "--model.depth=2", "--model.head-depth=1")
     train = ("mfengine.train", "digits-imf", f"--data={digits}", *tiny, "--batch-size=32", "--log-every=1")
     done = run(*train, "--steps=2", "--sample-every=2", "--name=run")
-    assert done[0] == 0, done[2]
+    assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in (tmp_path / "runs/run/metrics.jsonl").read_text().splitlines()]
     assert all(line["loss_u"] > 0 and line["loss_v"] > 0 for line in lines if "loss" in line)
     for out in ("model.safetensors", "model.pth"):
-        assert run("mfengine.export", "runs/run", out)[0] == 0
+        assert run("mfengine.export", "runs/run", out).returncode == 0
     pictures = []
     for source, more in (("runs/run", ()), ("model.safetensors", ()), ("runs/run", ("--conditions", "omega", "3"))):
-        assert run("mfengine.generate", source, "--per-label=2", *more)[0] == 0
+        assert run("mfengine.generate", source, "--per-label=2", *more).returncode == 0
         pictures.append((tmp_path / "samples.png").read_bytes())
     assert pictures[0] == pictures[1]
-    code, _, err = run("mfengine.export", "model.pth", "small.safetensors", "--preset=digits-imf")
-    assert code == 2
-    assert "there are no published weights for preset digits-imf" in err
+    done = run("mfengine.export", "model.pth", "small.safetensors", "--preset=digits-imf")
+    assert done.returncode == 2
+    assert "there are no published weights for preset digits-imf" in done.stderr
     preset = PRESETS["imf-b2"][1]  # made shallower, to save time
     monkeypatch.setitem(PRESETS, "imf-b2", ("", replace(preset, model=replace(preset.model, depth=2, head_depth=1))))
-    code, _, err = run("mfengine.export", "model.pth", "large.safetensors", "--preset=imf-b2")
-    assert code == 2
-    assert "model.pth has another architecture" in err
-    code, _, err = run(*train, "--steps=1", "--name=again", "--init=model.pth")
-    assert code == 0, err
-    assert "model.pth leaves v_heads.* as initialised" in err
-    code, _, err = run("mfengine.generate", "runs/run", "--conditions", "omega", "0.5")
-    assert (code, err) == (2, "error: conditions: omega must be at least 1, not 0.5\n")
+    done = run("mfengine.export", "model.pth", "large.safetensors", "--preset=imf-b2")
+    assert done.returncode == 2
+    assert "model.pth has another architecture" in done.stderr
+    done = run(*train, "--steps=1", "--name=again", "--init=model.pth")
+    assert done.returncode == 0, done.stderr
+    assert "model.pth leaves v_heads.* as initialised" in done.stderr
+    done = run("mfengine.generate", "runs/run", "--conditions", "omega", "0.5")
+    assert (done.returncode, done.stderr) == (2, "error: conditions: omega must be at least 1, not 0.5\n")
 
 
-def test_published_weights_become_an_export(digits, tmp_path, monkeypatch, capsys):
+def test_published_weights_become_an_export(digits, tmp_path, monkeypatch):
     """A .pth for inference only, with the latents and the sampling of its preset."""
     case = golden_case("imf_beta")
     torch.save(pth(case), tmp_path / "published.pth")
     preset = replace(PRESETS["imf-b2"][1], model=case.model.config)
     monkeypatch.setitem(PRESETS, "imf-b2", ("", preset))
-    done = run_in_process(
+    done = run_command(
         *("mfengine.export", "published.pth", "model.safetensors", "--preset=imf-b2"),
         cwd=tmp_path,
-        monkeypatch=monkeypatch,
-        capsys=capsys,
     )
-    assert done[0] == 0, done[2]
+    assert done.returncode == 0, done.stderr
     model, space, _, objective, _ = load_model(tmp_path / "model.safetensors")
     assert describe(space) == "sd-vae-ft-mse"
     assert objective.conditions == {"omega": 8, "t_min": 0.4, "t_max": 0.65}

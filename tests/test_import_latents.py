@@ -13,7 +13,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import run_command, run_in_process
+from conftest import run_command
 
 from mfengine.data import importers
 from mfengine.data.format import Dataset
@@ -125,21 +125,16 @@ def written(dataset):
     return found
 
 
-@pytest.fixture
-def where(tmp_path, monkeypatch, capsys):
-    return {"cwd": tmp_path, "monkeypatch": monkeypatch, "capsys": capsys}
-
-
-def prepare(*args, **where):
-    return run_in_process("mfengine.prepare", *args, **where)
+def prepare(*args, cwd):
+    return run_command("mfengine.prepare", *args, cwd=cwd)
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_round_trip(form, tmp_path, where):
+def test_round_trip(form, tmp_path):
     source = FORMATS[form](tmp_path / "source")
-    code, out, err = prepare("import", source, "out", f"--num-classes={CLASSES}", **where)
-    assert code == 0, err
-    assert out == "out: 23 samples in 1 shard(s)\n"
+    done = prepare("import", source, "out", f"--num-classes={CLASSES}", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "out: 23 samples in 1 shard(s)\n"
     dataset = Dataset.open(tmp_path / "out")
     flips = 2 if form == "lmdb" else 1
     assert (dataset.flips, dataset.space.shape, dataset.space.num_classes) == (flips, SHAPE, CLASSES)
@@ -155,9 +150,9 @@ def test_round_trip(form, tmp_path, where):
             np.testing.assert_allclose(np.frombuffer(key, "<f2").reshape(moments.shape), moments, rtol=2e-3)
     else:
         assert found == samples
-    code, out, _ = prepare("check", "out", **where)
-    assert code == 0
-    assert "out is intact: 23 samples" in out
+    done = prepare("check", "out", cwd=tmp_path)
+    assert done.returncode == 0
+    assert "out is intact: 23 samples" in done.stdout
 
 
 @pytest.mark.forks
@@ -174,48 +169,48 @@ def test_two_ranks_write_what_one_writes(tmp_path):
         assert (tmp_path / "out1" / name).read_bytes() == (tmp_path / "out2" / name).read_bytes()
 
 
-def test_classes_and_scale(tmp_path, where):
+def test_classes_and_scale(tmp_path):
     make_npy(tmp_path / "npy")
-    assert prepare("import", "npy", "a", "--scale=0.5", "--bias=1", **where)[0] == 0
+    assert prepare("import", "npy", "a", "--scale=0.5", "--bias=1", cwd=tmp_path).returncode == 0
     space = Dataset.open(tmp_path / "a").space
     assert (space.num_classes, space.scale, space.bias) == (CLASSES, 0.5, 1.0)
     make_pt(tmp_path / "pt")
-    code, _, err = prepare("import", "pt", "b", **where)
-    assert code == 2
-    assert "does not give the number of classes: add --num-classes (1000 for ImageNet)" in err
+    done = prepare("import", "pt", "b", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "does not give the number of classes: add --num-classes (1000 for ImageNet)" in done.stderr
 
 
-def test_named_normalisations(tmp_path, where):
+def test_named_normalisations(tmp_path):
     """For an import, and for an existing data set, whose shards do not change."""
     make_npy(tmp_path / "npy")
-    assert prepare("import", "npy", "out", "--normalisation=sd-vae-ft-mse", **where)[0] == 0
+    assert prepare("import", "npy", "out", "--normalisation=sd-vae-ft-mse", cwd=tmp_path).returncode == 0
     space = Dataset.open(tmp_path / "out").space
     assert space.bias == (0.86488, -0.27787343, 0.21616915, 0.3738409)
     assert space.scale == pytest.approx([1 / x for x in (4.85503674, 5.31922414, 3.93725398, 3.9870003)])
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
-    assert "normalised by sd-vae-ft-mse, latents have" in prepare("check", "out", **where)[1]
+    assert "normalised by sd-vae-ft-mse, latents have" in prepare("check", "out", cwd=tmp_path).stdout
 
-    code, out, err = prepare("normalise", "out", "--to=sd", **where)
-    assert code == 0, err
-    assert "latents are now normalised by sd, before by sd-vae-ft-mse. Earlier runs" in out
+    done = prepare("normalise", "out", "--to=sd", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "latents are now normalised by sd, before by sd-vae-ft-mse. Earlier runs" in done.stdout
     assert Dataset.open(tmp_path / "out").space == replace(space, scale=0.18215, bias=0.0)
-    assert prepare("normalise", "out", "--to=measured", **where)[0] == 0
-    out = prepare("check", "out", **where)[1]
-    mean, std = re.search("mean (.*) and standard deviation (.*) by channel", out).groups()
+    assert prepare("normalise", "out", "--to=measured", cwd=tmp_path).returncode == 0
+    done.stdout = prepare("check", "out", cwd=tmp_path).stdout
+    mean, std = re.search("mean (.*) and standard deviation (.*) by channel", done.stdout).groups()
     np.testing.assert_allclose([float(x) for x in mean.split(", ")], 0, atol=1e-12)
     assert std == "1, 1, 1, 1"
-    assert prepare("normalise", "out", "--to=sd-vae-ft-mse", **where)[0] == 0
+    assert prepare("normalise", "out", "--to=sd-vae-ft-mse", cwd=tmp_path).returncode == 0
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
 
 
-def test_named_normalisation_of_other_latents(digits, tmp_path, where):
+def test_named_normalisation_of_other_latents(digits, tmp_path):
     shutil.copytree(digits, tmp_path / "data")
-    code, _, err = prepare("normalise", "data", "--to=sd", **where)
-    assert (code, err) == (2, "error: normalisation sd is for 4 channels; these latents have 1\n")
+    done = prepare("normalise", "data", "--to=sd", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (2, "error: normalisation sd is for 4 channels; these latents have 1\n")
     assert (tmp_path / "data/dataset.json").read_bytes() == (digits / "dataset.json").read_bytes()
 
 
-def test_broken_samples_are_listed_or_refused(tmp_path, where):
+def test_broken_samples_are_listed_or_refused(tmp_path):
     source = make_pt(tmp_path / "source")
     (source / "00000000.pt").write_bytes(b"not a file of torch")  # the first one: the second gives the shape
     bad = torch.load(source / "00000005.pt")
@@ -224,13 +219,13 @@ def test_broken_samples_are_listed_or_refused(tmp_path, where):
     torch.save({**bad, "image": bad["image"][:, :3]}, source / "00000007.pt")
     torch.save({"image": bad["image"]}, source / "00000008.pt")
     torch.save({**bad, "image": bad["image"].requires_grad_()}, source / "00000009.pt")  # is still read
-    code, _, err = prepare("import", "source", "out", "--num-classes=5", **where)
-    assert code == 2
-    assert "broken" in err.splitlines()[-1]
+    done = prepare("import", "source", "out", "--num-classes=5", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "broken" in done.stderr.splitlines()[-1]
     assert not (tmp_path / "out").exists()
-    code, out, err = prepare("import", "source", "out", "--num-classes=5", "--max-broken=0.3", **where)
-    assert code == 0, err
-    assert "18 samples in 1 shard(s), 5 broken ones left out" in out
+    done = prepare("import", "source", "out", "--num-classes=5", "--max-broken=0.3", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "18 samples in 1 shard(s), 5 broken ones left out" in done.stdout
     broken = [json.loads(line) for line in (tmp_path / "out/broken.jsonl").read_text().splitlines()]
     reasons = {os.path.basename(sample["name"]): sample["reason"] for sample in broken}
     assert reasons.keys() == {f"0000000{i}.pt" for i in (0, 5, 6, 7, 8)}
@@ -281,22 +276,22 @@ def folder_of(tmp_path, *names):
         (lambda p: npy_with(p, [["a.npy", 0]]), "No such file or directory"),
     ],
 )
-def test_wrong_source(make, message, tmp_path, where):
+def test_wrong_source(make, message, tmp_path):
     make(tmp_path)
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file() and p.name != "lock.mdb"}
-    code, _, err = prepare("import", "source", "out", "--num-classes=5", **where)
-    assert code == 2
-    last = err.splitlines()[-1]
+    done = prepare("import", "source", "out", "--num-classes=5", cwd=tmp_path)
+    assert done.returncode == 2
+    last = done.stderr.splitlines()[-1]
     assert last.startswith("error: ")
     assert message in last
     assert not (tmp_path / "out").exists()
     assert {p: p.read_bytes() for p in before} == before
 
 
-def test_data_set_is_not_imported(digits, tmp_path, where):
-    code, _, err = prepare("import", digits, "out", **where)
-    assert code == 2
-    assert "is already a data set of mfengine" in err
+def test_data_set_is_not_imported(digits, tmp_path):
+    done = prepare("import", digits, "out", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "is already a data set of mfengine" in done.stderr
 
 
 def test_continues_only_with_the_same_source(tmp_path):
@@ -347,14 +342,14 @@ def test_payload_runs_when_unpickled(tmp_path):
 
 
 @pytest.mark.parametrize("kind", malicious("mark"))
-def test_malicious_pickle_is_refused(kind, tmp_path, where):
+def test_malicious_pickle_is_refused(kind, tmp_path):
     mark = tmp_path / "mark"
     source = make_lmdb(tmp_path / "source")
     put(source, {"7": malicious(mark)[kind]})
-    code, _, err = prepare("import", source, "out", "--num-classes=5", "--max-broken=0.5", **where)
-    assert code == 2
-    assert "record 7 of" in err.splitlines()[-1]
-    assert "refused" in err.splitlines()[-1]
+    done = prepare("import", source, "out", "--num-classes=5", "--max-broken=0.5", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "record 7 of" in done.stderr.splitlines()[-1]
+    assert "refused" in done.stderr.splitlines()[-1]
     assert not mark.exists()
     assert not (tmp_path / "out").exists()
 
@@ -364,21 +359,21 @@ def test_label_of_lists_of_several_lengths():
         importers._label([[1], [1, 2]])
 
 
-def test_malicious_pt_is_refused(tmp_path, where):
+def test_malicious_pt_is_refused(tmp_path):
     source = make_pt(tmp_path / "source")
     torch.save({"image": torch.zeros(8, 6, 6), "label": Payload(tmp_path / "mark")}, source / "00000007.pt")
-    code, _, err = prepare("import", source, "out", "--num-classes=5", "--max-broken=0.5", **where)
-    assert code == 2
-    assert "00000007.pt would run posix.system when unpickled: refused" in err
+    done = prepare("import", source, "out", "--num-classes=5", "--max-broken=0.5", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "00000007.pt would run posix.system when unpickled: refused" in done.stderr
     assert not (tmp_path / "mark").exists()
 
 
-def test_npy_of_objects_is_refused(tmp_path, where):
+def test_npy_of_objects_is_refused(tmp_path):
     source = make_npy(tmp_path / "source")
     np.save(source / "00000/img-mean-std-00000007.npy", np.array([Payload(tmp_path / "mark")], dtype=object))
-    code, _, err = prepare("import", source, "out", **where)
-    assert code == 2
-    assert "allow_pickle=False" in err.splitlines()[-1]
+    done = prepare("import", source, "out", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "allow_pickle=False" in done.stderr.splitlines()[-1]
     assert not (tmp_path / "mark").exists()
 
 
@@ -510,20 +505,20 @@ NAN, MINUS_ONE = np.array([np.nan, -1], "<f2")
         (lambda f: describe(f, lambda d: d.update(class_counts=[23, 0, 0, 0, 0])), "do not match the samples"),
     ],
 )  # fmt: skip
-def test_check_finds_damage(damage, message, imported, tmp_path, where):
+def test_check_finds_damage(damage, message, imported, tmp_path):
     folder = tmp_path / "data"
     shutil.copytree(imported, folder)
     damage(folder)
-    code, out, err = prepare("check", "data", **where)
-    assert code == 2
-    assert out == ""
-    problems = [line for line in err.splitlines() if "problem: " in line]
-    assert len(problems) == 1, err
+    done = prepare("check", "data", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    problems = [line for line in done.stderr.splitlines() if "problem: " in line]
+    assert len(problems) == 1, done.stderr
     assert message in problems[0]
-    assert err.splitlines()[-1] == "error: data is damaged: 1 problem(s)"
+    assert done.stderr.splitlines()[-1] == "error: data is damaged: 1 problem(s)"
 
 
-def test_shard_truncated_while_it_is_checked(imported, tmp_path, where, monkeypatch):
+def test_shard_truncated_while_it_is_checked(imported, tmp_path, monkeypatch):
     shutil.copytree(imported, tmp_path / "data")
     check_shard = Dataset.check_shard
 
@@ -532,24 +527,24 @@ def test_shard_truncated_while_it_is_checked(imported, tmp_path, where, monkeypa
         os.truncate(dataset.folder / shard.file, shard.bytes // 2)
 
     monkeypatch.setattr(Dataset, "check_shard", check_and_truncate)
-    code, _, err = prepare("check", "data", **where)
-    assert code == 2
-    assert "000001.tar became shorter while it was read" in err
+    done = prepare("check", "data", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "000001.tar became shorter while it was read" in done.stderr
 
 
-def test_check_lists_all_damage(imported, tmp_path, where):
+def test_check_lists_all_damage(imported, tmp_path):
     folder = tmp_path / "data"
     shutil.copytree(imported, folder)
     (folder / "000000.tar").unlink()
     for sample in (2, 4, 6):
         poke(folder, place(folder, 1, sample, "label"), b"\x09")
     os.truncate(folder / "000002.tar", 100)
-    code, _, err = prepare("check", "data", **where)
-    assert code == 2
-    assert "000000.tar is missing" in err
-    assert "its label is 9; labels are 0 to 4 (2 more like it)" in err
-    assert "000002.tar has 100 bytes" in err
-    assert "3 problem(s)" in err
+    done = prepare("check", "data", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "000000.tar is missing" in done.stderr
+    assert "its label is 9; labels are 0 to 4 (2 more like it)" in done.stderr
+    assert "000002.tar has 100 bytes" in done.stderr
+    assert "3 problem(s)" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -561,22 +556,22 @@ def test_check_lists_all_damage(imported, tmp_path, where):
         (lambda d: [shard.pop("sha256") for shard in d["shards"]], "some shards have no checksum"),
     ],
 )
-def test_check_warns(change, message, imported, tmp_path, where):
+def test_check_warns(change, message, imported, tmp_path):
     folder = tmp_path / "data"
     shutil.copytree(imported, folder)
-    assert "warning" not in prepare("check", "data", **where)[2]
+    assert "warning" not in prepare("check", "data", cwd=tmp_path).stderr
     describe(folder, change)
-    code, out, err = prepare("check", "data", **where)
-    assert code == 0
-    assert "data is intact" in out
-    assert message in err
+    done = prepare("check", "data", cwd=tmp_path)
+    assert done.returncode == 0
+    assert "data is intact" in done.stdout
+    assert message in done.stderr
 
 
-def test_check_says_what_the_latents_are(imported, tmp_path, where):
-    code, out, _ = prepare("check", imported, **where)
-    assert code == 0
-    assert "3 shard(s), 1 flip(s) of (4, 6, 6), 5 classes of 4 to 5" in out
+def test_check_says_what_the_latents_are(imported, tmp_path):
+    done = prepare("check", imported, cwd=tmp_path)
+    assert done.returncode == 0
+    assert "3 shard(s), 1 flip(s) of (4, 6, 6), 5 classes of 4 to 5" in done.stdout
     mean, log_variance = posteriors(1)
     spread = 0.18215 * np.sqrt((mean**2 + np.exp(log_variance)).mean((0, 1, 3, 4)))
-    found = re.search("normalised by sd, latents have mean .* and standard deviation (.*) by channel", out)[1]
+    found = re.search("normalised by sd, latents have mean .* and standard deviation (.*) by channel", done.stdout)[1]
     assert [float(x) for x in found.split(", ")] == pytest.approx(spread, rel=0.02)

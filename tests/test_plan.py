@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, run_command, run_in_process, slow
+from conftest import SMALL, run_command, slow
 from scaling_worker import CONFIG, fake_world, record_fake
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -168,7 +168,7 @@ def test_layouts_trade_memory_for_communication():
     assert memory["accumulation"]["activations"] < memory["default"]["activations"]
 
 
-def test_plan_that_does_not_fit_is_a_warning(digits, monkeypatch, where):
+def test_plan_that_does_not_fit_is_a_warning(digits, monkeypatch, tmp_path):
     plans = {ranks: make_plan(PRESETS["digits"][1], on_gpus(ranks)) for ranks in (2, 8)}
     available = 10 * sum(plans[8].memory.values()) // 9
     monkeypatch.setattr(planning, "device_memory", lambda device: available)
@@ -177,13 +177,13 @@ def test_plan_that_does_not_fit_is_a_warning(digits, monkeypatch, where):
     assert re.search(
         r"per rank, but the device has \S+ [MG]B: save memory with more --accumulation, --recompute or more ranks", line
     )
-    code, out, _ = run_in_process("mfengine.train", "digits", "--dry-run", "--ranks=2", **where)
-    assert (code, line in out) == (2, True)  # there is no data
+    done = run_command("mfengine.train", "digits", "--dry-run", "--ranks=2", cwd=tmp_path)
+    assert (done.returncode, line in done.stdout) == (2, True)  # there is no data
 
     for module in (planning, trainer):
         monkeypatch.setattr(module, "device_memory", lambda device: 1000)
-    code, _, err = run_in_process("mfengine.train", *SMALL, f"--data={digits}", "--steps=1", **where)
-    assert (code, "warning: the plan needs" in err) == (0, True)
+    done = run_command("mfengine.train", *SMALL, f"--data={digits}", "--steps=1", cwd=tmp_path)
+    assert (done.returncode, "warning: the plan needs" in done.stderr) == (0, True)
 
 
 # ----------------------------------------------------------------------------
@@ -203,22 +203,17 @@ def test_xl2_on_eight_gpus(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def dry(*args, **where):
-    return run_in_process("mfengine.train", *SMALL, "--dry-run", *args, **where)
+def dry(*args, cwd):
+    return run_command("mfengine.train", *SMALL, "--dry-run", *args, cwd=cwd)
 
 
-@pytest.fixture
-def where(tmp_path, monkeypatch, capsys):
-    return {"cwd": tmp_path, "monkeypatch": monkeypatch, "capsys": capsys}
-
-
-def test_success_writes_nothing(digits, tmp_path, where):
+def test_success_writes_nothing(digits, tmp_path):
     before = {p: p.stat().st_mtime_ns for p in digits.rglob("*")}
-    code, out, err = dry(f"--data={digits}", "--ranks=2", "--epochs=1", **where)
-    assert (code, err) == (0, "")
-    assert "56 steps of 32 samples: 0.9972 epochs of 1,797" in out
-    assert ("there is no GPU here" in out) is not torch.cuda.is_available()
-    assert out.endswith("ready to start; nothing was written\n")
+    done = dry(f"--data={digits}", "--ranks=2", "--epochs=1", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "56 steps of 32 samples: 0.9972 epochs of 1,797" in done.stdout
+    assert ("there is no GPU here" in done.stdout) is not torch.cuda.is_available()
+    assert done.stdout.endswith("ready to start; nothing was written\n")
     assert list(tmp_path.iterdir()) == []
     assert {p: p.stat().st_mtime_ns for p in digits.rglob("*")} == before
 
@@ -231,11 +226,11 @@ def run_folder(digits, tmp_path_factory):
     return folder / "runs"
 
 
-def test_run_that_can_be_continued(run_folder, digits, where):
+def test_run_that_can_be_continued(run_folder, digits, tmp_path):
     args = (f"--data={digits}", f"--runs={run_folder}", "--resume=auto")
-    code, out, _ = dry(*args, **where)
-    assert code == 0
-    assert "ready to continue at step 2;" in out
+    done = dry(*args, cwd=tmp_path)
+    assert done.returncode == 0
+    assert "ready to continue at step 2;" in done.stdout
     assert not {"dry_run", "ranks"} & json.loads((run_folder / "digits/config.json").read_text()).keys()
 
 
@@ -264,8 +259,8 @@ def test_run_that_can_be_continued(run_folder, digits, where):
         (["--data=LARGE", "--model.input-size=256", "--evaluate-every=5"], "latents of 65,536 numbers are too large"),
     ],
 )
-def test_dry_run_rejects_what_training_rejects(args, message, digits, run_folder, tmp_path, where):
-    where["monkeypatch"].setitem(sys.modules, "amp_C", None)  # makes the import of apex fail
+def test_dry_run_rejects_what_training_rejects(args, message, digits, run_folder, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "amp_C", None)  # makes the import of apex fail
     torch.save([1], tmp_path / "list.pt")
     for name in ("cut", "broken"):
         if f"--data={name.upper()}" not in args:
@@ -279,47 +274,46 @@ def test_dry_run_rejects_what_training_rejects(args, message, digits, run_folder
     if "--data=LARGE" in args:
         space = LatentSpace((1, 256, 256), num_classes=10)
         write_dataset(tmp_path / "large", ArraySamples("x", space, np.zeros((10, 1, 2, *space.shape)), np.arange(10)))
-    where["capsys"].readouterr()  # drops the progress
     before = sorted(tmp_path.rglob("*"))
     places = {"LARGE": tmp_path / "large", "CUT": tmp_path / "cut", "BROKEN": tmp_path / "broken", "RUN": run_folder}
     for name, path in places.items():
         args = [part.replace(name, str(path)) for part in args]
     data = [] if any(part.startswith("--data") for part in args) else [f"--data={digits}"]
-    code, _, err = dry(*data, *args, **where)
-    assert code == 2, err
-    assert err.startswith("error: ")
-    assert err.count("\n") == 1, err
-    assert message in err
+    done = dry(*data, *args, cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert message in done.stderr
     assert sorted(tmp_path.rglob("*")) == before
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_library_without_a_gpu(digits, where, monkeypatch):
+def test_library_without_a_gpu(digits, tmp_path, monkeypatch):
     """A missing library is an error. One that is built, but needs a GPU, is not."""
     args = (f"--data={digits}", "--optim.backend=cuda")
     monkeypatch.setattr(preflight, "LIBRARY", Path("nowhere"))
-    code, _, err = dry(*args, **where)
-    assert (code, "optim.backend cuda: " in err) == (2, True)
+    done = dry(*args, cwd=tmp_path)
+    assert (done.returncode, "optim.backend cuda: " in done.stderr) == (2, True)
     monkeypatch.setattr(preflight, "LIBRARY", Path(__file__))
-    assert dry(*args, **where)[0] == 0
+    assert dry(*args, cwd=tmp_path).returncode == 0
 
 
-def test_training_rejects_what_its_dry_run_rejects(digits, tmp_path, where, monkeypatch):
+def test_training_rejects_what_its_dry_run_rejects(digits, tmp_path, monkeypatch):
     """Kernels on a CPU, without the interpreter."""
     monkeypatch.setattr(pytest.importorskip("triton").knobs.runtime, "interpret", False)
     monkeypatch.setattr(choice, "_why_not", choice._why_not.__wrapped__)  # without its cache
     args = ("mfengine.train", *SMALL, f"--data={digits}", "--ops=triton", "--device=cpu")
     for more in ([], ["--dry-run"]):
-        code, _, err = run_in_process(*args, *more, **where)
-        assert code == 2
-        assert err == "error: --ops triton is unavailable: its kernels run only on a GPU\n"
+        done = run_command(*args, *more, cwd=tmp_path)
+        assert done.returncode == 2
+        assert done.stderr == "error: --ops triton is unavailable: its kernels run only on a GPU\n"
     assert list(tmp_path.iterdir()) == []
 
 
-def test_ranks_need_a_dry_run(where):
-    code, _, err = run_in_process("mfengine.train", *SMALL, "--ranks=2", **where)
-    assert code == 2
-    assert "--ranks needs --dry-run" in err
+def test_ranks_need_a_dry_run(tmp_path):
+    done = run_command("mfengine.train", *SMALL, "--ranks=2", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "--ranks needs --dry-run" in done.stderr
 
 
 def test_arguments_make_the_run():

@@ -15,7 +15,7 @@ from importlib.util import find_spec
 import numpy as np
 import pytest
 import torch
-from conftest import kill, run_command, run_in_process, slow
+from conftest import kill, run_command, slow
 from PIL import Image
 
 from mfengine.data.format import BROKEN, Dataset, LatentSpace
@@ -208,12 +208,10 @@ def test_two_processes_that_are_killed_write_what_one_writes(whole, arguments, t
 
 
 @pytest.fixture
-def prepare(tmp_path, monkeypatch, capsys):
-    """Run `prepare images` in this process: (exit code, stdout, stderr)."""
+def prepare(tmp_path, monkeypatch):
+    """Run `prepare images` in this process."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    return lambda *args: run_in_process(
-        "mfengine.prepare", "images", *args, cwd=tmp_path, monkeypatch=monkeypatch, capsys=capsys
-    )
+    return lambda *args: run_command("mfengine.prepare", "images", *args, cwd=tmp_path)
 
 
 def test_unreachable_hub_is_asked_once(pictures, tmp_path, monkeypatch, prepare):
@@ -224,9 +222,9 @@ def test_unreachable_hub_is_asked_once(pictures, tmp_path, monkeypatch, prepare)
         raise ConnectionError("no route to the hub")
 
     monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", refuse)
-    code, _, err = prepare(pictures, "out", "--vae=mistyped/name")
-    assert (code, len(asked)) == (2, 1)
-    assert err == (
+    done = prepare(pictures, "out", "--vae=mistyped/name")
+    assert (done.returncode, len(asked)) == (2, 1)
+    assert done.stderr == (
         "error: cannot load the VAE mistyped/name, which is not a folder, from the hub: no route to the hub\n"
     )
 
@@ -251,13 +249,13 @@ def test_broken_images_are_left_out(whole, pictures, arguments, tmp_path, prepar
             (source / name).symlink_to("nowhere")
         else:
             (source / name).write_bytes(data)
-    code, _, errors = prepare(source, "data", *arguments[1:], "--shard-samples=200")
-    assert code == 2
-    assert "of the first 120 samples are broken; --max-broken allows 0.001 of all 120" in errors
-    assert ".partial-data/broken.jsonl lists them" in errors
-    code, output, errors = prepare(source, "data", *arguments[1:], "--shard-samples=200", "--max-broken=0.05")
-    assert code == 0, errors
-    assert "115 samples in 1 shard(s), 5 broken ones left out" in output
+    done = prepare(source, "data", *arguments[1:], "--shard-samples=200")
+    assert done.returncode == 2
+    assert "of the first 120 samples are broken; --max-broken allows 0.001 of all 120" in done.stderr
+    assert ".partial-data/broken.jsonl lists them" in done.stderr
+    done = prepare(source, "data", *arguments[1:], "--shard-samples=200", "--max-broken=0.05")
+    assert done.returncode == 0, done.stderr
+    assert "115 samples in 1 shard(s), 5 broken ones left out" in done.stdout
     lines = [json.loads(line) for line in (tmp_path / "data" / BROKEN).read_text().splitlines()]
     assert {line["name"] for line in lines} == set(broken)
     for line in lines:
@@ -311,10 +309,10 @@ def test_wrong_input(pictures, photographs, arguments, tmp_path, prepare, args, 
         save_vae(tmp_path / "grey", in_channels=1, out_channels=1)
     before = sorted(tmp_path.rglob("*"))
     args = [arg.replace("PICTURES", str(pictures)).replace("PARENT", str(pictures.parent)) for arg in args]
-    code, _, errors = prepare(*args[:2], *arguments[1:], *args[2:])
-    assert code == 2
-    assert message.replace("PARENT", str(pictures.parent)) in errors
-    assert errors.splitlines()[-1].startswith("error: ")
+    done = prepare(*args[:2], *arguments[1:], *args[2:])
+    assert done.returncode == 2
+    assert message.replace("PARENT", str(pictures.parent)) in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: ")
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -335,14 +333,14 @@ def small_disk(tmp_path):
 def test_full_disk(arguments, whole, small_disk, prepare):
     """One line, nothing that looks complete; and it continues once there is room."""
     command = (arguments[0], small_disk / "data", *arguments[1:])
-    code, _, errors = prepare(*command)
-    assert code == 2
-    assert f"cannot write {small_disk}/data: the disk is full (No space left on device)" in errors.splitlines()[-1]
+    done = prepare(*command)
+    assert done.returncode == 2
+    assert f"cannot write {small_disk}/data: the disk is full (No space left on device)" in done.stderr.splitlines()[-1]
     assert [p.name for p in small_disk.iterdir()] == [".partial-data"]
     assert list(small_disk.glob(".partial-data/data/*.tar"))
     subprocess.run(["mount", "-o", "remount,size=3m", small_disk], check=True)
-    code, _, errors = prepare(*command)
-    assert code == 0, errors
+    done = prepare(*command)
+    assert done.returncode == 0, done.stderr
     assert contents(small_disk / "data") == contents(whole)
 
 
@@ -427,8 +425,8 @@ def test_lmdb_is_opened_once_by_many_threads(pictures, tmp_path):
 
 
 def test_more_classes_than_there_are_labels(arguments, tmp_path, prepare):
-    code, _, errors = prepare(arguments[0], "out", *arguments[1:], "--num-classes=10")
-    assert code == 0, errors
+    done = prepare(arguments[0], "out", *arguments[1:], "--num-classes=10")
+    assert done.returncode == 0, done.stderr
     assert Dataset.open(tmp_path / "out").space.num_classes == 10
 
 
@@ -556,8 +554,8 @@ def test_images_are_encoded_in_float32_unless_asked_otherwise(arguments, tmp_pat
         return encode(vae, images)
 
     monkeypatch.setattr(VAE, "encode", watched)
-    code, _, errors = prepare(arguments[0], "data", *arguments[1:])
-    assert code == 0, errors
+    done = prepare(arguments[0], "data", *arguments[1:])
+    assert done.returncode == 0, done.stderr
     assert seen == {("float32", False)}
 
 

@@ -3,12 +3,12 @@
 import json
 
 import pytest
-from conftest import SMALL, run_in_process
+from conftest import SMALL, run_command
 
 from mfengine.engine.profile import spent, table
 
 
-def test_steps_of_a_run_are_profiled(digits, tmp_path, monkeypatch, capsys):
+def test_steps_of_a_run_are_profiled(digits, tmp_path):
     args = (
         "mfengine.train",
         *SMALL,
@@ -18,8 +18,8 @@ def test_steps_of_a_run_are_profiled(digits, tmp_path, monkeypatch, capsys):
         "--method.omega=2",
         "--tracker=none",
     )
-    code, _, err = run_in_process(*args, cwd=tmp_path, monkeypatch=monkeypatch, capsys=capsys)
-    assert code == 0, err
+    done = run_command(*args, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
     folder = tmp_path / "runs/digits/profile"
     events = json.loads((folder / "trace.json").read_text())["traceEvents"]
     labels = [e["name"] for e in events if e.get("cat") == "user_annotation"]

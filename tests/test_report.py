@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 import torch
-from conftest import run_command, run_in_process
+from conftest import run_command
 
 from mfengine.data.pictures import save_picture
 
@@ -65,9 +65,9 @@ def test_page_draws_its_curves_in_a_browser(page):
         ([], "RUN must be given"),
     ],
 )
-def test_folder_without_a_run_is_rejected(args, says, tmp_path, monkeypatch, capsys):
+def test_folder_without_a_run_is_rejected(args, says, tmp_path):
     (tmp_path / "other").mkdir()
     (tmp_path / "other/config.json").write_text("{}")
-    code, _, err = run_in_process("mfengine.report", *args, cwd=tmp_path, monkeypatch=monkeypatch, capsys=capsys)
-    assert (code, err.count("\n")) == (2, 1), err
-    assert says in err
+    done = run_command("mfengine.report", *args, cwd=tmp_path)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert says in done.stderr

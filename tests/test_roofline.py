@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import run_in_process
+from conftest import run_command
 
 from benchmarks.cases import Machine
 from benchmarks.cases import step as step_case
@@ -161,17 +161,16 @@ def test_step_of_a_gpu_run_is_predicted(tmp_path):
     assert predicted_seconds(MODEL, METHOD, 8, "NVIDIA GeForce GTX 1080") == 0
 
 
-def command(*args, tmp_path, monkeypatch, capsys):
-    done = ("benchmarks.roofline", *args)
-    return run_in_process(*done, cwd=tmp_path, monkeypatch=monkeypatch, capsys=capsys)
+def command(*args, tmp_path):
+    return run_command("benchmarks.roofline", *args, cwd=tmp_path)
 
 
-def test_command_writes_every_operator(tmp_path, monkeypatch, capsys):
+def test_command_writes_every_operator(tmp_path):
     args = ("digits", "--rows", "8", "16", "--gpu", "a100", "--host-ms", "40", "--json", "out.json")
-    code, out, _ = command(*args, tmp_path=tmp_path, monkeypatch=monkeypatch, capsys=capsys)
-    assert code == 0
-    assert "## digits, 8 rows on one A100" in out
-    assert "108 multiprocessors" in out
+    done = command(*args, tmp_path=tmp_path)
+    assert done.returncode == 0
+    assert "## digits, 8 rows on one A100" in done.stdout
+    assert "108 multiprocessors" in done.stdout
     first, second = json.loads((tmp_path / "out.json").read_text())
     assert first["rows"] == 8
     assert sum(first["host"].values()) == pytest.approx(0.04)
@@ -200,9 +199,9 @@ def test_table_has_the_largest_operators_first(found):
         (("b2", "--json", "nowhere/out.json"), "cannot write nowhere/out.json: the folder nowhere does not exist"),
     ],
 )
-def test_bad_arguments_are_one_line(args, message, tmp_path, monkeypatch, capsys):
-    code, _, err = command(*args, tmp_path=tmp_path, monkeypatch=monkeypatch, capsys=capsys)
-    assert code == 2
-    assert err.startswith("error: ")
-    assert message in err
-    assert err.count("\n") == 1
+def test_bad_arguments_are_one_line(args, message, tmp_path):
+    done = command(*args, tmp_path=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1

@@ -13,7 +13,7 @@ import time
 
 import pytest
 import torch
-from conftest import SMALL, checkpoint_contents, forks, run_command, run_in_fork, run_in_process
+from conftest import SMALL, checkpoint_contents, forks, run_command, run_in_fork
 
 from mfengine.engine import checkpoint, lock
 from mfengine.engine.checkpoint import checkpoints_of, newest_checkpoint
@@ -57,23 +57,22 @@ def holder(two_steps, tmp_path):
 
 
 @pytest.mark.forks
-def test_second_job_is_rejected(holder, digits, tmp_path, monkeypatch, capsys):
+def test_second_job_is_rejected(holder, digits, tmp_path):
     """It is rejected and changes nothing, until the first job ends, even by SIGKILL."""
     run, process = holder
     train = ("mfengine.train", *SMALL, f"--data={digits}", "--steps=3", "--resume=auto")
-    where = {"cwd": tmp_path, "monkeypatch": monkeypatch, "capsys": capsys}
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
-    code, _, errors = run_in_process(*train, **where)
-    assert code == 2
+    done = run_command(*train, cwd=tmp_path)
+    assert done.returncode == 2
     assert re.fullmatch(
         rf"error: runs/digits is in use by process {process.pid} on \S+ since \d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d: "
         "wait for it, or choose another --name\n",
-        errors,
+        done.stderr,
     )
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
     process.kill()
     process.join()
-    assert run_in_process(*train, **where)[0] == 0
+    assert run_command(*train, cwd=tmp_path).returncode == 0
     assert not (run / lock.LOCK).exists()
 
 
@@ -161,16 +160,15 @@ def test_local_locks_are_reported(options, local, tmp_path, monkeypatch):
         assert (warning is not None and "local to this host" in warning) == local
 
 
-def test_failed_start_does_not_block_the_next(digits, tmp_path, monkeypatch, capsys):
+def test_failed_start_does_not_block_the_next(digits, tmp_path, monkeypatch):
     """For example, memory ran out: a smaller model starts in the same folder, without --resume."""
-    where = {"cwd": tmp_path, "monkeypatch": monkeypatch, "capsys": capsys}
     train = ("mfengine.train", *SMALL, f"--data={digits}", "--steps=1")
     with monkeypatch.context() as patched:
         patched.setattr("mfengine.MeanFlow.loss", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("none left")))
-        assert run_in_process(*train, "--model.depth=2", **where)[0] == 1
+        assert run_command(*train, "--model.depth=2", cwd=tmp_path).returncode == 1
     (tmp_path / "runs/digits" / lock.LOCK).write_text("")  # as after SIGKILL
-    code, _, errors = run_in_process(*train, **where)
-    assert code == 0, errors
+    done = run_command(*train, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "runs/digits/config.json").read_text())["model"]["depth"] == 1
 
 
@@ -213,14 +211,15 @@ def damaged(request, two_steps, tmp_path):
 
 
 @pytest.mark.parametrize("damaged", DAMAGES, indirect=True)
-def test_resuming_falls_back_to_the_newest_complete_checkpoint(damaged, two_steps, digits, monkeypatch, capsys):
+def test_resuming_falls_back_to_the_newest_complete_checkpoint(damaged, two_steps, digits):
     """It says why, renames the damaged one, and ends with the weights of an undamaged run."""
     run, message = damaged
     args = ("mfengine.train", *SMALL, f"--data={digits}", "--steps=2", "--resume=auto")
-    where = {"cwd": run.parent.parent, "monkeypatch": monkeypatch, "capsys": capsys}
-    code, _, errors = run_in_process(*args, **where)
-    assert code == 0, errors
-    told, continuing = (line for line in errors.splitlines() if "checkpoints/step" in line and "step 2 of" not in line)
+    done = run_command(*args, cwd=run.parent.parent)
+    assert done.returncode == 0, done.stderr
+    told, continuing = (
+        line for line in done.stderr.splitlines() if "checkpoints/step" in line and "step 2 of" not in line
+    )
     assert "step-00000002" in told
     assert message in told
     assert told.endswith("set aside as damaged-step-00000002")
@@ -233,58 +232,59 @@ def test_resuming_falls_back_to_the_newest_complete_checkpoint(damaged, two_step
 
 
 @pytest.mark.parametrize("damaged", ["cut file"], indirect=True)
-def test_dry_run_reports_the_fallback(damaged, digits, monkeypatch, capsys):
+def test_dry_run_reports_the_fallback(damaged, digits):
     run, message = damaged
     args = ("mfengine.train", *SMALL, f"--data={digits}", "--steps=2", "--resume=auto", "--dry-run", "--device=cpu")
     before = sorted(run.rglob("*"))
-    code, out, _ = run_in_process(*args, cwd=run.parent.parent, monkeypatch=monkeypatch, capsys=capsys)
-    assert code == 0
-    warning, ready = out.splitlines()[-2:]
+    done = run_command(*args, cwd=run.parent.parent)
+    assert done.returncode == 0
+    warning, ready = done.stdout.splitlines()[-2:]
     assert message in warning
     assert ready == "ready to continue at step 1; nothing was written"
     assert sorted(run.rglob("*")) == before
 
 
 @pytest.mark.parametrize("damaged", ["flipped bit"], indirect=True)
-def test_reading_a_damaged_checkpoint(damaged, digits, monkeypatch, capsys):
+def test_reading_a_damaged_checkpoint(damaged, digits):
     """Every command that reads weights rejects flipped bytes, unless checksums are skipped."""
     run, message = damaged
-    where = {"cwd": run.parent.parent, "monkeypatch": monkeypatch, "capsys": capsys}
     for command in (
         ("mfengine.generate", run),
         ("mfengine.export", run, "out.safetensors"),
         ("mfengine.evaluate", run, f"--data={digits}", "--num=10"),
         ("mfengine.train", *SMALL, f"--data={digits}", f"--init={run}", "--name=new", "--steps=1"),
     ):
-        code, _, errors = run_in_process(*command, **where)
-        assert (code, errors.count("\n")) == (2, 1), errors
-        assert message in errors
-    assert run_in_process("mfengine.generate", run, "--skip-checksums", "--labels=1", **where)[0] == 0
+        done = run_command(*command, cwd=run.parent.parent)
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+        assert message in done.stderr
+    assert (
+        run_command("mfengine.generate", run, "--skip-checksums", "--labels=1", cwd=run.parent.parent).returncode == 0
+    )
 
 
-def test_run_without_a_complete_checkpoint_does_not_restart(two_steps, digits, tmp_path, monkeypatch, capsys):
+def test_run_without_a_complete_checkpoint_does_not_restart(two_steps, digits, tmp_path):
     run = tmp_path / "runs/digits"
     shutil.copytree(two_steps, run)
     for damaged in checkpoints_of(run):
         flip(damaged / "__0_0.distcp")
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
     args = ("mfengine.train", *SMALL, f"--data={digits}", "--steps=3", "--resume=auto")
-    code, _, errors = run_in_process(*args, cwd=tmp_path, monkeypatch=monkeypatch, capsys=capsys)
-    assert code == 2
-    assert "step-00000002 is damaged" in errors
-    assert "; none of the 1 older one(s) can be read either" in errors
+    done = run_command(*args, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "step-00000002 is damaged" in done.stderr
+    assert "; none of the 1 older one(s) can be read either" in done.stderr
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
 
 
-def test_unfinished_checkpoints_are_removed(two_steps, digits, tmp_path, monkeypatch, capsys):
+def test_unfinished_checkpoints_are_removed(two_steps, digits, tmp_path):
     run = tmp_path / "runs/digits"
     shutil.copytree(two_steps, run)
     shutil.copytree(run / "checkpoints/step-00000002", run / "checkpoints/.partial-step-00000003")
     shutil.copytree(run / "checkpoints/step-00000001", run / "checkpoints/.removed-step-00000000")
     args = ("mfengine.train", *SMALL, f"--data={digits}", "--steps=3", "--resume=auto")
-    code, _, errors = run_in_process(*args, cwd=tmp_path, monkeypatch=monkeypatch, capsys=capsys)
-    assert code == 0, errors
-    assert "continuing runs/digits/checkpoints/step-00000002" in errors
+    done = run_command(*args, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "continuing runs/digits/checkpoints/step-00000002" in done.stderr
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [f"step-0000000{i}" for i in (1, 2, 3)]
 
 
@@ -358,7 +358,7 @@ def test_interrupted_command_is_one_line(two_steps, digits, tmp_path):
 
 
 @pytest.mark.parametrize(("rank", "line"), [("0", "\ninterrupted\n"), ("1", "")])
-def test_interrupt_while_a_checkpoint_is_read(rank, line, two_steps, tmp_path, monkeypatch, capsys):
+def test_interrupt_while_a_checkpoint_is_read(rank, line, two_steps, tmp_path, monkeypatch):
     """DCP reports it as an error of the checkpoint."""
 
     def interrupted(*_):
@@ -368,10 +368,8 @@ def test_interrupt_while_a_checkpoint_is_read(rank, line, two_steps, tmp_path, m
     monkeypatch.setattr(checkpoint.Reader, "read_data", interrupted)
     monkeypatch.setenv("RANK", rank)
     try:
-        code, _, errors = run_in_process(
-            "mfengine.export", two_steps, "out.safetensors", cwd=tmp_path, monkeypatch=monkeypatch, capsys=capsys
-        )
+        done = run_command("mfengine.export", two_steps, "out.safetensors", cwd=tmp_path)
     finally:
         signal.signal(signal.SIGINT, usual)
-    assert (code, errors) == (130, line)
+    assert (done.returncode, done.stderr) == (130, line)
     assert not list(tmp_path.iterdir())

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from importlib.util import find_spec
 
 import pytest
-from conftest import ROOT, run_command, run_in_process
+from conftest import ROOT, run_command
 from scaling_worker import CONFIG, LAYOUTS, as_json, record_fake
 
 from benchmarks.measure import Row
@@ -100,20 +100,18 @@ def test_rings_and_overlap(plans):
     assert phase_seconds(1.0, [], HARDWARE) == 1
 
 
-def command(*args, tmp_path, monkeypatch, capsys):
-    done = ("benchmarks.scaling", "--rehearse", *args)
-    return run_in_process(*done, cwd=tmp_path, monkeypatch=monkeypatch, capsys=capsys)
+def command(*args, tmp_path):
+    return run_command("benchmarks.scaling", "--rehearse", *args, cwd=tmp_path)
 
 
-def test_command(tmp_path, monkeypatch, capsys):
-    where = {"tmp_path": tmp_path, "monkeypatch": monkeypatch, "capsys": capsys}
+def test_command(tmp_path):
     row = Row("step", "guided, xl2 of 32", "mfengine", 0.32, 0.3, 0.4, 5, samples=32, flops=0, bytes=0)
     (tmp_path / "gpu.json").write_text(json.dumps({"rows": [asdict(row)]}))
     plot = ["--plot=out.png"] if find_spec("matplotlib") else []
-    code, out, _ = command("--gpus", "1", "16", "128", "--measured=gpu.json", "--json=out.json", *plot, **where)
-    assert code == 0
+    done = command("--gpus", "1", "16", "128", "--measured=gpu.json", "--json=out.json", *plot, tmp_path=tmp_path)
+    assert done.returncode == 0
     assert not plot or (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
-    assert "Modelled, not measured" in out
+    assert "Modelled, not measured" in done.stdout
     report = json.loads((tmp_path / "out.json").read_text())
     alone = next(p for p in report["points"] if p["ranks"] == 1 and p["batch"] == 32)
     assert alone["device"] == pytest.approx(0.32)  # the measured share of the roofline
@@ -140,10 +138,10 @@ def test_command(tmp_path, monkeypatch, capsys):
         (("--gpu=h400",), "unknown GPU h400"),
     ],
 )
-def test_bad_arguments(args, message, tmp_path, monkeypatch, capsys):
+def test_bad_arguments(args, message, tmp_path):
     (tmp_path / "other.json").write_text('{"rows": []}')
-    code, _, err = command(*args, tmp_path=tmp_path, monkeypatch=monkeypatch, capsys=capsys)
-    assert code == 2
-    assert err.startswith("error: ")
-    assert message in err
-    assert err.count("\n") == 1
+    done = command(*args, tmp_path=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1

@@ -7,7 +7,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from conftest import SMALL, run_in_process
+from conftest import SMALL, run_command
 
 from mfengine import DiT, IMFDiT, IMFDiTConfig, ImprovedMeanFlow, ImprovedMeanFlowConfig, MeanFlow, MeanFlowConfig
 from mfengine.data.loader import Loader
@@ -97,7 +97,7 @@ def test_weight_health_matches_the_step(step):
     assert health.read() == {}  # each measurement is returned once
 
 
-def test_slow_loader_shows_as_data_wait(digits, tmp_path, monkeypatch, capsys):
+def test_slow_loader_shows_as_data_wait(digits, tmp_path, monkeypatch):
     draw = Loader.draw
 
     def slow(self, generator):
@@ -106,16 +106,16 @@ def test_slow_loader_shows_as_data_wait(digits, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(Loader, "draw", slow)
     args = ("mfengine.train", *SMALL, f"--data={digits}", "--steps=10", "--tracker=none")
-    code, _, err = run_in_process(*args, cwd=tmp_path, monkeypatch=monkeypatch, capsys=capsys)
-    assert code == 0, err
+    done = run_command(*args, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
     first, last = read_metrics(tmp_path / "runs/digits")
     assert min(first["data_wait_ms"], last["data_wait_ms"]) >= 50
     assert last["host_ms"] > 0
     assert last["grad_norm"] > 0
     assert 0 < last["update_ratio/blocks.0"] < 1
     assert not (tmp_path / "runs/digits/tensorboard").exists()
-    assert [line for line in err.splitlines() if line.startswith("step 5/10: v_loss=")]
-    assert "\r" not in err  # no bar unless stderr is a terminal
+    assert [line for line in done.stderr.splitlines() if line.startswith("step 5/10: v_loss=")]
+    assert "\r" not in done.stderr  # no bar unless stderr is a terminal
 
 
 # ----------------------------------------------------------------------------
