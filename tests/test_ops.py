@@ -449,6 +449,13 @@ def test_fake_operators_match_real_ones(name):
         torch.library.opcheck(operator, inputs, test_utils=("test_schema", "test_faketensor"))
 
 
+def test_plain_rotary_attention_is_the_same_compiled():
+    """Compiled, it rotates by real numbers instead of complex ones, which Inductor does not fuse."""
+    case = example("rotary_attention")
+    compiled = torch.compile(case.function, fullgraph=True, backend="eager")
+    assert_near([compiled(*case.arguments)], [case.function(*case.double().arguments)], 1e-6)
+
+
 @pytest.mark.parametrize(
     ("name", "transform"),  # all operators share one forward-mode rule
     [

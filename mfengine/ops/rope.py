@@ -63,9 +63,13 @@ def _weights(q_weight: Tensor, k_weight: Tensor) -> Tensor:
 
 
 def _rotate(x: Tensor, tokens: int) -> Tensor:
-    """Rotate x (B, N, 2, H, d), each pair of channels as a complex number: one product, exact as written out."""
-    turn = torch.view_as_complex(angles(tokens, x.shape[-1], x.device).to(x.dtype))[:, None, None]
-    return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2))) * turn).flatten(-2)
+    """Rotate x (B, N, 2, H, d)."""
+    turn = angles(tokens, x.shape[-1], x.device).to(x.dtype)[:, None, None]
+    pairs = x.unflatten(-1, (-1, 2))
+    if torch.compiler.is_compiling():  # Inductor does not fuse complex products, which are faster without it
+        (cos, sin), (even, odd) = turn.unbind(-1), pairs.unbind(-1)
+        return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2)
+    return torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(turn)).flatten(-2)
 
 
 def angles(tokens: int, dim: int, device: torch.device) -> Tensor:
