@@ -41,6 +41,7 @@ from benchmarks.report import compact
 from benchmarks.split import guided_split, synchronise
 from benchmarks.workload import IMPROVED, OBJECTIVES, of_blocks
 from mfengine.device import expandable_segments
+from mfengine.errors import InputError
 from mfengine.files import write_atomic
 from mfengine.ops.table import Shape
 from mfengine.ranks import World
@@ -336,14 +337,14 @@ class Run:
 
         Raises:
             RuntimeError: no worker starts.
-            ValueError: the earlier report is of another device, version or commit.
+            InputError: the earlier report is of another device, version or commit.
         """
         first = self._start()
         self._many, self._workers = first.many, [first] + [None] * (self._cores - 1)
         for key, value in self.report.get("environment", {}).items():
-            if value != first.environment[key]:
+            if value != (here := first.environment.get(key)):
                 self._stop(0)
-                raise ValueError(f"it has {key} {value}, and this is {first.environment[key]}")
+                raise InputError(f"it has {key} {value}, and this is {here}")
         finished = set(self.report.get("finished", ()))
         unanswered = [task for task in first.tasks if task.name not in finished]
         for kind, task in product(("missing", "errors"), unanswered):
@@ -450,8 +451,8 @@ def main() -> int:
         print("error: torch finds no GPU; `python -m benchmarks.gpu --rehearse` runs on a CPU", file=sys.stderr)
         return 2
     try:
-        report = json.loads(args.resume.read_text()) if args.resume else None
-    except (OSError, ValueError) as error:
+        report = dict(json.loads(args.resume.read_text())) if args.resume else None
+    except (OSError, TypeError, ValueError) as error:
         print(f"error: {args.resume}: {describe(error)}", file=sys.stderr)
         return 2
     with tempfile.TemporaryDirectory() as folder:
@@ -461,7 +462,7 @@ def main() -> int:
         except RuntimeError as error:
             print(f"error: no worker: {error}", file=sys.stderr)
             return 1
-        except ValueError as error:
+        except InputError as error:
             print(f"error: {args.resume}: {error}", file=sys.stderr)
             return 2
     failed = [check for check in run.report.get("checks", []) if not checks.passed(check)]

@@ -250,9 +250,10 @@ def test_resumed_run_does_only_what_is_left(tmp_path, monkeypatch, capsys):
     report.write_text(json.dumps({**part, "environment": {**whole["environment"], "device": "another GPU"}}))
     assert gpu.main() == 2
     assert capsys.readouterr().err == f"error: {report}: it has device another GPU, and this is CPU, one thread\n"
-    report.write_text("{")
-    assert gpu.main() == 2
-    assert capsys.readouterr().err.startswith(f"error: {report}: JSONDecodeError: ")
+    for content, kind in (("{", "JSONDecodeError"), ("1", "TypeError")):
+        report.write_text(content)
+        assert gpu.main() == 2
+        assert capsys.readouterr().err.startswith(f"error: {report}: {kind}: ")
 
 
 @pytest.mark.parametrize(
