@@ -58,7 +58,8 @@ def pytest_configure(config):
 def run_command(*args, cwd, ranks=1, env=None, timeout=300, stdout=None, meanwhile=None):
     """Run `python -m ...`, under torchrun for several ranks, on one thread per rank.
 
-    Without `env`, a single command runs in this process, because importing the commands takes longer than most of them.
+    Without `env`, a single command runs in this process, with the test's monkeypatches, because importing the commands
+    takes longer than most of them.
     Several ranks, and a command with `stdout` or `meanwhile`, are forks of a process that has imported the commands.
     `stdout` names a file; `meanwhile` is called with the running process. torchrun's own agent starts and watches
     several ranks. CUDA does not work in forks.

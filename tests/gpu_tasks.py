@@ -34,11 +34,6 @@ def broken_plan(machine, many):
     return {name: Task(name.partition(",")[0], name, 0.0, alone, run) for name, (run, alone) in runs.items()}
 
 
-def three_tasks(machine, many):
-    """Tasks that succeed."""
-    return {name: Task("stage", name, 0.0, True, fine) for name in ("one", "two", "three")}
-
-
 def endless_plan(machine, many):
     """A task that never ends, and one that has no time left."""
     tasks = [Task("stage", "endless", 1.0, True, lambda: time.sleep(1000)), Task("stage", "late", 1.0, True, fine)]

@@ -229,8 +229,9 @@ class HereWorker:
 
 def test_resumed_run_does_only_what_is_left(tmp_path, monkeypatch, capsys):
     """Results stay; a task that had no time runs, and one that the deadline stopped runs again."""
+    tasks = {name: gpu.Task("stage", name, 0.0, True, gpu_tasks.fine) for name in ("one", "two", "three")}
     monkeypatch.setattr(gpu, "Worker", HereWorker)
-    monkeypatch.setattr(gpu, "Run", functools.partial(gpu.Run, make_plan=gpu_tasks.three_tasks))
+    monkeypatch.setattr(gpu, "Run", functools.partial(gpu.Run, make_plan=lambda machine, many: tasks))
     monkeypatch.setattr(sys, "argv", ["gpu", "--rehearse"])
     monkeypatch.setenv("OUT", str(tmp_path))
     assert gpu.main() == 0

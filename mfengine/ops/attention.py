@@ -271,8 +271,9 @@ def _plain_rotary(qkv: Any, q_weight: Any, k_weight: Any, heads: int, tokens: in
 def _split_values(qkv: Any) -> Any:
     """Queries and keys side by side, and values."""
     width = primal_of(qkv).shape[-1] // 3
-    parts = primal_of(qkv).split((2 * width, width), -1)
-    return map(Dual, parts, qkv.tangent.split((2 * width, width), -1)) if isinstance(qkv, Dual) else parts
+    sizes = (2 * width, width)
+    parts = primal_of(qkv).split(sizes, -1)
+    return tuple(map(Dual, parts, qkv.tangent.split(sizes, -1))) if isinstance(qkv, Dual) else parts
 
 
 def _rotated_heads(qk: Tensor, v: Tensor, heads: int, tokens: int) -> tuple[Tensor, ...]:
@@ -546,14 +547,10 @@ ATTENTION_PACKED = Op(
 )
 
 
-def _queries_and_keys(qkv: Tensor) -> Tensor:
-    return qkv[..., : qkv.shape[-1] // 3 * 2]
-
-
 def _rotary_forward(
     qkv: Tensor, q_weight: Tensor, k_weight: Tensor, heads: int, tokens: int, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    (qk,) = norm_rope_forward(_queries_and_keys(qkv), q_weight, k_weight, heads, tokens, eps)
+    (qk,) = norm_rope_forward(_split_values(qkv)[0], q_weight, k_weight, heads, tokens, eps)
     o, lse = kernel.forward_packed(qkv, heads, tokens, qk)
     return o, qk, lse
 
@@ -562,7 +559,7 @@ def _rotary_dual(
     qkv: Tensor, q_weight: Tensor, k_weight: Tensor, dqkv: Tensor, dq_weight: Tensor | None, dk_weight: Tensor | None,
     heads: int, tokens: int, eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    first, dfirst = _queries_and_keys(qkv), _queries_and_keys(dqkv)
+    first, dfirst = _split_values(qkv)[0], _split_values(dqkv)[0]
     qk, dqk = norm_rope_dual(first, q_weight, k_weight, dfirst, dq_weight, dk_weight, heads, tokens, eps)
     o, lse, do = kernel.forward_dual_packed(qkv, dqkv, heads, tokens, qk, dqk)
     return o, qk, lse, do
@@ -574,7 +571,7 @@ def _rotary_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Attention writes the values' part of the gradient of qkv, and the norm's backward writes the other two."""
     gqkv, gqk = kernel.backward_packed(qkv, o, lse, go, heads, tokens, qk)
-    first, gfirst = _queries_and_keys(qkv), _queries_and_keys(gqkv)
+    first, gfirst = _split_values(qkv)[0], _split_values(gqkv)[0]
     return gqkv, *norm_rope_backward(first, q_weight, k_weight, gqk, gfirst, heads, tokens, eps)
 
 
