@@ -94,17 +94,20 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    def __init__(self, config: IMFDiTConfig) -> None:
+    """Attention between all tokens of a sample, projected for all tokens, or in the last block for the patch tokens."""
+
+    def __init__(self, config: IMFDiTConfig, last: bool) -> None:
         super().__init__()
         width = config.hidden_size
         self.num_heads, self.num_tokens = config.num_heads, config.num_tokens
+        self.num_outputs = config.num_tokens - config.num_prefix if last else config.num_tokens
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (Linear(width, width, bias=False) for _ in range(4))
         self.q_norm, self.k_norm = RMSNorm(config.head_dim), RMSNorm(config.head_dim)
 
     def forward(self, x: A) -> A:
         qkv: Any = ops.packed_linear(x, (self.q_proj.weight, self.k_proj.weight, self.v_proj.weight))
         o = ops.rotary_attention(qkv, self.q_norm.weight, self.k_norm.weight, self.num_heads, self.num_tokens)
-        return self.out_proj(o)
+        return self.out_proj(ops.last_tokens(o, self.num_tokens, self.num_outputs))
 
 
 class SwiGLU(nn.Module):
@@ -129,17 +132,16 @@ class Block(nn.Module):
     Args:
         config: architecture of the network.
         compute_dtype: dtype of the matrix products.
-        last: whether this is the last block of a head. A head needs only the patch tokens, so only they go through the
-            SwiGLU and are returned.
+        last: whether this is the last block of a head. A head needs only the patch tokens, so only they get
+            their attention projected, go through the SwiGLU and are returned.
     """
 
     def __init__(self, config: IMFDiTConfig, compute_dtype: torch.dtype, last: bool = False) -> None:
         super().__init__()
         width = config.hidden_size
-        self.compute_dtype, self.last = compute_dtype, last
-        self.num_tokens, self.num_patches = config.num_tokens, config.num_tokens - config.num_prefix
+        self.compute_dtype, self.last, self.num_tokens = compute_dtype, last, config.num_tokens
         self.norm1, self.norm2 = RMSNorm(width), RMSNorm(width)
-        self.attn, self.mlp = Attention(config), SwiGLU(config)
+        self.attn, self.mlp = Attention(config, last), SwiGLU(config)
         self.attn_scale, self.mlp_scale = nn.Parameter(torch.zeros(width)), nn.Parameter(torch.zeros(width))
 
     @ops.one_node
@@ -151,7 +153,7 @@ class Block(nn.Module):
             x, o = ops.gated_residual_rms_norm(x, branch, gate, self.norm1.weight)
         branch = self.attn(o)
         if self.last:
-            x, branch = (ops.last_tokens(a, self.num_tokens, self.num_patches) for a in (x, branch))
+            x = ops.last_tokens(x, self.num_tokens, self.attn.num_outputs)
         x, o = ops.gated_residual_rms_norm(x, branch, self.attn_scale, self.norm2.weight)
         return x, self.mlp(o), ops.clone(self.mlp_scale)  # cloned: FSDP2 frees a gathered parameter after the block
 
