@@ -1,5 +1,6 @@
-// AdamW, moving averages and bfloat16 copy in one pass over memory; the sum of squares for clipping. Many tensors per
-// launch: their pointers travel as kernel arguments, so a step copies nothing to the device and waits for nothing.
+// AdamW, the moving averages and the bfloat16 copy in one pass over memory, and the sum of squares for clipping. A
+// launch covers many tensors. Their pointers are kernel arguments, so a step copies nothing to the device and does not
+// wait for it.
 
 #include <cuda_runtime.h>
 
@@ -10,9 +11,9 @@ namespace {
 using namespace mfengine;
 
 constexpr int THREADS = 256;
-constexpr int SPAN = THREADS * 4;  // elements that a block reaches in one access of 16 bytes of float32 per thread
-constexpr int WIDTH = 8;     // elements that a thread has in hand: four, and four a span further on
-constexpr int TENSORS = 31;  // per launch: the arguments fit the 4 KB that every driver takes
+constexpr int SPAN = THREADS * 4;  // elements that a block accesses when each thread accesses 16 bytes of float32
+constexpr int WIDTH = 8;     // elements that a thread holds: two groups of four, a span apart
+constexpr int TENSORS = 31;  // per launch: their arguments fit in 4 KB, the limit of older drivers
 
 // ----------------------------------------------------------------------------
 // Which tensor a block works on.
@@ -62,8 +63,8 @@ int for_each_launch(const mfengine_tensor* tensors, int32_t count, Run run) {
 }
 
 // ----------------------------------------------------------------------------
-// Memory: a single element, or four and four more a span further on, so that the threads of a warp reach adjacent 16
-// bytes. Nothing is used twice, so nothing need stay in the caches.
+// Memory. A thread accesses one element, or two groups of four that lie a span apart: the threads of a warp then access
+// adjacent 16 bytes. Each element is used once, so the accesses are marked as streaming and leave the caches alone.
 
 __device__ __forceinline__ bool aligned(const void* p) { return (reinterpret_cast<uintptr_t>(p) & 15) == 0; }
 
@@ -88,7 +89,7 @@ __device__ __forceinline__ void load(const uint16_t* p, float (&x)[WIDTH]) {
   }
 }
 
-// The same elements from anywhere.
+// The same elements at an address that is not a multiple of 16 bytes.
 template <typename T>
 __device__ __forceinline__ void load_unaligned(const T* p, float (&x)[WIDTH]) {
 #pragma unroll
@@ -115,7 +116,7 @@ __device__ __forceinline__ void store(uint16_t* p, const uint16_t (&x)[WIDTH]) {
 // ----------------------------------------------------------------------------
 // AdamW, averages, copy.
 
-struct Shared {  // by the elements of a block
+struct Shared {  // what all elements of a block need
   Step step;
   float one_minus_decay[MFENGINE_MAX_AVERAGES];
   bool grad_aligned;
@@ -130,7 +131,7 @@ __device__ __forceinline__ void update(const mfengine_tensor& tensor, int64_t at
     float grad[N], exp_avg[N], exp_avg_sq[N];
     const Grad* from = static_cast<const Grad*>(tensor.grad) + at;
     if constexpr (N == WIDTH) {
-      // FSDP hands out gradients as parts of one buffer, which may begin anywhere.
+      // FSDP2's gradients are parts of one buffer and may begin at any element.
       if (shared.grad_aligned) load(from, grad);
       else load_unaligned(from, grad);
     } else {
@@ -160,7 +161,7 @@ __device__ __forceinline__ void update(const mfengine_tensor& tensor, int64_t at
 }
 
 template <typename Grad>
-__global__ void __launch_bounds__(THREADS, 3)  // 72 registers: at 64 there are spills for sm_120
+__global__ void __launch_bounds__(THREADS, 3)  // 72 registers: with 64, sm_120 spills
     adamw_ema_kernel(const __grid_constant__ Launch launch, const __grid_constant__ mfengine_adamw_config config,
                      const float* grad_scale, const float* skip) {
   if (skip != nullptr && *skip != 0) return;
@@ -180,7 +181,7 @@ __global__ void __launch_bounds__(THREADS, 3)  // 72 registers: at 64 there are 
       aligned(tensor.param) && aligned(tensor.exp_avg) && aligned(tensor.exp_avg_sq) && aligned(tensor.copy);
   for (int a = 0; a < config.num_averages; ++a) vectors = vectors && aligned(tensor.averages[a]);
 
-  int64_t rest = place.begin;  // what is left for single elements
+  int64_t rest = place.begin;  // the first element that is handled alone
   if (vectors) {
     rest += (place.end - place.begin) / (2 * SPAN) * (2 * SPAN);
     for (int64_t at = place.begin + threadIdx.x * 4; at < rest; at += 2 * SPAN)
@@ -204,7 +205,7 @@ __device__ __forceinline__ double sum_of_block(double x) {
 
 __device__ __forceinline__ double square(float x) { return static_cast<double>(x) * x; }
 
-// Of 16 bytes.
+// The sum of squares of the elements in 16 bytes.
 __device__ __forceinline__ double squares(const float* grad) {
   const float4 x = __ldcs(reinterpret_cast<const float4*>(grad));
   return (square(x.x) + square(x.y)) + (square(x.z) + square(x.w));
