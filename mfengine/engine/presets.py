@@ -114,7 +114,7 @@ PRESETS: dict[str, tuple[str, TrainConfig]] = {
                 t_min=0.2,
                 t_max=0.8,
             ),
-            optim=OptimConfig(lr=1.5e-2, schedule="cosine", warmup_epochs=5, ema_decays=(0.98,)),
+            optim=OptimConfig(lr=1.5e-2, schedule="cosine", warmup_epochs=5, ema_decays=(0.995,)),
             batch_size=128,
             epochs=130,
             log_every=25,
