@@ -63,6 +63,19 @@ def test_each_head_alone_equals_both():
         model(z, h, y, **conditions, heads="u", tangents=(z, h))
 
 
+def test_last_block_of_a_head_computes_only_patches_after_attention():
+    model, rows = small_model(), {}
+    for name, layer in model.named_modules():
+        if name.endswith(("attn.out_proj", "mlp")):
+            layer.register_forward_pre_hook(lambda _, args, name=name: rows.update({name: len(args[0])}))
+    z, h, y, conditions = inputs(2)
+    model(z, h, y, **conditions)
+    patches, tokens = 2 * 9, 2 * model.config.num_tokens
+    for name in ("attn.out_proj", "mlp"):
+        assert [rows[f"shared_blocks.{i}.{name}"] for i in range(2)] == [tokens, tokens]
+        assert [rows[f"{head}.0.{name}"] for head in ("u_heads", "v_heads")] == [patches, patches]
+
+
 def test_network_for_sampling_has_no_head_of_v():
     model = small_model()
     z, h, y, conditions = inputs(3)
