@@ -139,7 +139,7 @@ class Block(nn.Module):
     def __init__(self, config: IMFDiTConfig, compute_dtype: torch.dtype, last: bool = False) -> None:
         super().__init__()
         width = config.hidden_size
-        self.compute_dtype, self.last, self.num_tokens = compute_dtype, last, config.num_tokens
+        self.compute_dtype = compute_dtype
         self.norm1, self.norm2 = RMSNorm(width), RMSNorm(width)
         self.attn, self.mlp = Attention(config, last), SwiGLU(config)
         self.attn_scale, self.mlp_scale = nn.Parameter(torch.zeros(width)), nn.Parameter(torch.zeros(width))
@@ -152,8 +152,7 @@ class Block(nn.Module):
         else:
             x, o = ops.gated_residual_rms_norm(x, branch, gate, self.norm1.weight)
         branch = self.attn(o)
-        if self.last:
-            x = ops.last_tokens(x, self.num_tokens, self.attn.num_outputs)
+        x = ops.last_tokens(x, self.attn.num_tokens, self.attn.num_outputs)
         x, o = ops.gated_residual_rms_norm(x, branch, self.attn_scale, self.norm2.weight)
         return x, self.mlp(o), ops.clone(self.mlp_scale)  # cloned: FSDP2 frees a gathered parameter after the block
 

@@ -29,7 +29,7 @@ def last_tokens(x: A, num_tokens: int, count: int) -> A:
         count: how many to keep, at most num_tokens.
 
     Returns:
-        (B * count, D); for a dual the same with a tangent.
+        (B * count, D); for a dual the same with a tangent. x itself if all are kept.
     """
     if count == num_tokens:
         return x
