@@ -132,8 +132,8 @@ class Block(nn.Module):
     Args:
         config: architecture of the network.
         compute_dtype: dtype of the matrix products.
-        last: whether this is the last block of a head. A head needs only the patch tokens, so only they get
-            their attention projected, go through the SwiGLU and are returned.
+        last: whether this is the last block of a head. A head needs only the patch tokens, so only their
+            attention is projected, and only they go through the SwiGLU and are returned.
     """
 
     def __init__(self, config: IMFDiTConfig, compute_dtype: torch.dtype, last: bool = False) -> None:
